@@ -4,7 +4,16 @@
     UnitEncoder   wave  -> units         HuBERT-like features, or MFCC offline, and k-means
     UnitVocoder   units -> wave          the unit HiFi-GAN, or offline a table of spectra and Griffin-Lim
 """
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 PAD, BOS, EOS, OFFSET = 0, 1, 1, 2  # <S> is both ends of an utterance; unit u is token u + OFFSET
 SAMPLE_RATE = 16000
@@ -32,6 +41,692 @@ def pick_dtype(dtype, device):
 
 # -----------------------------------------------------------------------------
 # SLM: the speech language model
+
+# Where each family's checkpoint keeps the tensors of our modules; several names are joined along the output dimension, so that one
+# matrix product computes them. Biases follow their weights.
+LLAMA_NAMES = dict(
+    prefix='model.', layer='layers', embed='embed_tokens', norm='norm', head='lm_head', norm1='input_layernorm',
+    norm2='post_attention_layernorm', qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), out='self_attn.o_proj',
+    up=('mlp.gate_proj', 'mlp.up_proj'), down='mlp.down_proj')
+NAMES = dict(
+    qwen2=LLAMA_NAMES, llama=LLAMA_NAMES,
+    opt=dict(
+        prefix='model.decoder.', layer='layers', embed='embed_tokens', embed_positions='embed_positions', project_in='project_in',
+        project_out='project_out', norm='final_layer_norm', head='lm_head', norm1='self_attn_layer_norm', norm2='final_layer_norm',
+        qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), out='self_attn.out_proj', up='fc1', down='fc2'),
+    gpt_neox=dict(
+        prefix='gpt_neox.', layer='layers', embed='embed_in', norm='final_layer_norm', head='embed_out', norm1='input_layernorm',
+        norm2='post_attention_layernorm', qkv='attention.query_key_value', out='attention.dense', up='mlp.dense_h_to_4h',
+        down='mlp.dense_4h_to_h'))
+ARCHITECTURES = dict(qwen2='Qwen2ForCausalLM', llama='LlamaForCausalLM', opt='OPTForCausalLM', gpt_neox='GPTNeoXForCausalLM')
+OBSOLETE = ('rotary_emb.inv_freq', 'attention.bias', 'attention.masked_bias', 'decoder.version')  # buffers that old files carry
+POSITION_OFFSET = 2  # OPT's learned positions begin at row 2
+ACTIVATIONS = dict(relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=lambda x: F.gelu(x, approximate='tanh'))
+
+
+@dataclass
+class SLMConfig:
+    """The dimensions of an SLM; `family` spells the rest (norms, activation, biases, positions) as transformers' model does."""
+    family: str = 'qwen2'        # qwen2, llama, opt or gpt_neox
+    vocab_size: int = 502        # n_units + OFFSET
+    n_layer: int = 24
+    n_embd: int = 896
+    n_head: int = 14
+    n_kv_head: int = 2           # grouped-query attention: fewer heads for keys and values
+    n_ffn: int = 4864
+    head_dim: int = 0            # 0: n_embd / n_head
+    context: int = 1024          # tokens; with learned positions (opt) a hard limit
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's, or linear, as in its config.json
+    rotary_pct: float = 1.0      # share of each head that RoPE turns (gpt_neox: 0.25)
+    tied: bool = True            # the head is the embedding
+    embed_dim: int = 0           # 0: n_embd; OPT-350M projects 512 -> 1024 -> 512
+    pre_norm: bool = True        # False: OPT-350M normalises after each residual
+    parallel: bool = True        # gpt_neox: attention and MLP read the same input
+    qkv_bias: bool = True        # llama may have none; qwen2 has it on q, k, v alone; opt and gpt_neox on every layer
+    out_bias: bool = False       # llama's attention_bias puts one on the output projection too
+    mlp_bias: bool = False
+    norm_eps: float = 1e-6
+    act: str = 'silu'
+    dropout: float = 0.0         # on the residual branches, as OPT has it
+
+    def __post_init__(self):
+        if self.family not in NAMES:
+            raise InputError(f'model family {self.family!r} is not supported: use one of {", ".join(NAMES)} (MobileLLM loads as llama)')
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.embed_dim = self.embed_dim or self.n_embd
+        self.parallel = self.parallel and self.family == 'gpt_neox'
+        self.learned_positions = self.family == 'opt'
+        self.rms_norm = self.gated = self.family in ('qwen2', 'llama')
+        if self.family in ('opt', 'gpt_neox'):
+            self.qkv_bias = self.out_bias = self.mlp_bias = True
+        if self.act not in ACTIVATIONS:
+            raise InputError(f'activation {self.act!r} is not supported: use one of {", ".join(ACTIVATIONS)}')
+        if self.n_embd % self.n_head and self.head_dim * self.n_head != self.n_embd or self.n_head % self.n_kv_head:
+            raise InputError(f'{self.n_head} heads do not divide width {self.n_embd} or are no multiple of {self.n_kv_head} kv heads')
+
+    @classmethod
+    def from_hf(cls, hf):
+        """From the dict of a transformers config.json. Raises InputError for a family or a feature that SLM does not have."""
+        family = {'mobilellm': 'llama'}.get(hf.get('model_type'), hf.get('model_type'))
+        rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # transformers 5 writes the former, 4 the latter
+        kind = rope.get('rope_type', rope.get('type', 'default'))
+        if kind not in ('default', 'linear', 'llama3'):
+            raise InputError(f'RoPE scaling {kind!r} is not supported: use default, linear or llama3')
+        for key in ('use_sliding_window', 'layer_sharing', '_remove_final_layer_norm'):
+            if hf.get(key):
+                raise InputError(f'{key}={hf[key]} in config.json is not supported')
+        common = dict(family=family, vocab_size=hf['vocab_size'], context=hf.get('max_position_embeddings', 2048),
+                      rope_theta=float(rope.get('rope_theta') or hf.get('rope_theta') or hf.get('rotary_emb_base') or 10000.0),
+                      rope_scaling=None if kind == 'default' else {k: v for k, v in rope.items() if k != 'rope_theta'})
+        if family in ('qwen2', 'llama'):
+            bias = family == 'qwen2' or hf.get('attention_bias', False)
+            return cls(**common, n_layer=hf['num_hidden_layers'], n_embd=hf['hidden_size'], n_head=hf['num_attention_heads'],
+                       n_kv_head=hf.get('num_key_value_heads') or hf['num_attention_heads'], n_ffn=hf['intermediate_size'],
+                       head_dim=hf.get('head_dim') or 0, tied=bool(hf.get('tie_word_embeddings') or hf.get('share_embedding')),
+                       qkv_bias=bias, out_bias=bias and family == 'llama', mlp_bias=hf.get('mlp_bias', False),
+                       norm_eps=hf.get('rms_norm_eps', 1e-6), act=hf.get('hidden_act', 'silu'))
+        if family == 'opt':
+            return cls(**common, n_layer=hf['num_hidden_layers'], n_embd=hf['hidden_size'], n_head=hf['num_attention_heads'],
+                       n_kv_head=hf['num_attention_heads'], n_ffn=hf['ffn_dim'], embed_dim=hf.get('word_embed_proj_dim') or 0,
+                       pre_norm=hf.get('do_layer_norm_before', True), tied=hf.get('tie_word_embeddings', True), norm_eps=1e-5,
+                       act=hf.get('activation_function', 'relu'))
+        if family == 'gpt_neox':
+            return cls(**common, n_layer=hf['num_hidden_layers'], n_embd=hf['hidden_size'], n_head=hf['num_attention_heads'],
+                       n_kv_head=hf['num_attention_heads'], n_ffn=hf['intermediate_size'], tied=hf.get('tie_word_embeddings', False),
+                       rotary_pct=rope.get('partial_rotary_factor') or hf.get('rotary_pct', 0.25), norm_eps=hf.get('layer_norm_eps', 1e-5),
+                       parallel=hf.get('use_parallel_residual', True), act=hf.get('hidden_act', 'gelu'))
+        return cls(family=family)  # raises: names the families there are
+
+    def to_hf(self):
+        """The dict of a config.json that transformers opens (4.x and 5.x read the same keys)."""
+        hf = dict(architectures=[ARCHITECTURES[self.family]], model_type=self.family, vocab_size=self.vocab_size,
+                  max_position_embeddings=self.context, hidden_size=self.n_embd, num_hidden_layers=self.n_layer,
+                  num_attention_heads=self.n_head, tie_word_embeddings=self.tied, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+        if self.family == 'opt':
+            return hf | dict(ffn_dim=self.n_ffn, word_embed_proj_dim=self.embed_dim, do_layer_norm_before=self.pre_norm, enable_bias=True,
+                             activation_function=self.act, dropout=self.dropout, attention_dropout=0.0, _remove_final_layer_norm=False)
+        hf |= dict(intermediate_size=self.n_ffn, rope_theta=self.rope_theta, rope_scaling=self.rope_scaling, hidden_act=self.act)
+        if self.family == 'gpt_neox':
+            return hf | dict(rotary_pct=self.rotary_pct, layer_norm_eps=self.norm_eps, use_parallel_residual=self.parallel,
+                             rotary_emb_base=self.rope_theta)
+        hf |= dict(num_key_value_heads=self.n_kv_head, rms_norm_eps=self.norm_eps)
+        return hf if self.family == 'qwen2' else hf | dict(head_dim=self.head_dim, attention_bias=self.qkv_bias, mlp_bias=self.mlp_bias)
+
+
+def _qwen2(n_layer, n_embd, n_head, n_kv_head, n_ffn):
+    return dict(family='qwen2', n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, n_ffn=n_ffn, rope_theta=1e6, context=32768)
+
+
+def _llama(n_layer, n_embd, n_head, n_kv_head, n_ffn, rope_theta, context):
+    return dict(family='llama', n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, n_ffn=n_ffn, rope_theta=rope_theta,
+                context=context, qkv_bias=False, norm_eps=1e-5)
+
+
+def _opt(n_layer, n_embd, n_head, n_ffn, **odd):
+    return dict(family='opt', n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head, n_ffn=n_ffn, context=2048, act='relu',
+                norm_eps=1e-5, **odd)
+
+
+def _pythia(n_layer, n_embd, n_head, n_ffn):
+    return dict(family='gpt_neox', n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head, n_ffn=n_ffn, context=2048, act='gelu',
+                rotary_pct=0.25, tied=False, norm_eps=1e-5)
+
+
+PRESETS = {  # Table 7 of the paper, and Slam (large)'s base
+    'qwen2.5-0.5b': _qwen2(24, 896, 14, 2, 4864), 'qwen2.5-1.5b': _qwen2(28, 1536, 12, 2, 8960),
+    'smollm2-135m': _llama(30, 576, 9, 3, 1536, 1e5, 8192), 'mobilellm-125m': _llama(30, 576, 9, 3, 1536, 1e4, 2048),
+    'smollm2-360m': _llama(32, 960, 15, 5, 2560, 1e5, 8192), 'mobilellm-350m': _llama(32, 960, 15, 5, 2560, 1e4, 2048),
+    'opt-125m': _opt(12, 768, 12, 3072), 'opt-350m': _opt(24, 1024, 16, 4096, embed_dim=512, pre_norm=False),
+    'pythia-160m': _pythia(12, 768, 12, 3072), 'pythia-410m': _pythia(24, 1024, 16, 4096)}
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, computed in fp32."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = None if config.rms_norm else nn.Parameter(torch.zeros(config.n_embd))
+
+    def forward(self, x):
+        if self.bias is None:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+class Block(nn.Module):
+    """One transformer layer of any of the four families."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.norm1 = Norm(c)
+        self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
+        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
+        self.norm2 = Norm(c)
+        self.up = nn.Linear(c.n_embd, c.n_ffn * (2 if c.gated else 1), bias=c.mlp_bias)  # gated: gate and up in one product
+        self.down = nn.Linear(c.n_ffn, c.n_embd, bias=c.mlp_bias)
+        self.act = ACTIVATIONS[c.act]
+
+    def attention(self, x, rope, attend):
+        c, (B, T, _) = self.config, x.shape
+        qkv = self.qkv(x).view(B, T, c.n_head + 2 * c.n_kv_head, c.head_dim).transpose(1, 2)  # (B, heads, T, D)
+        qk, v = qkv.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+        if rope is not None:
+            cos, sin = rope  # (B, 1, T, R): the first R of the D features of each head turn
+            R = cos.shape[-1]
+            turned = qk[..., :R]
+            half = torch.cat((-turned[..., R // 2:], turned[..., :R // 2]), dim=-1)
+            turned = turned * cos + half * sin
+            qk = turned if R == c.head_dim else torch.cat((turned, qk[..., R:]), dim=-1)
+        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+        return self.out(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
+
+    def mlp(self, x):
+        x = self.up(x)
+        if self.config.gated:
+            gate, x = x.chunk(2, dim=-1)
+            return self.down(self.act(gate) * x)
+        return self.down(self.act(x))
+
+    def forward(self, x, rope, attend):  # x (B, T, C)
+        c = self.config
+        drop = partial(F.dropout, p=c.dropout, training=self.training) if c.dropout else lambda branch: branch
+        if c.parallel:
+            return x + drop(self.attention(self.norm1(x), rope, attend)) + drop(self.mlp(self.norm2(x)))
+        if c.pre_norm:
+            x = x + drop(self.attention(self.norm1(x), rope, attend))
+            return x + drop(self.mlp(self.norm2(x)))
+        x = self.norm1(x + drop(self.attention(x, rope, attend)))
+        return self.norm2(x + drop(self.mlp(x)))
+
+
+def _sdpa(q, k, v, mask=None, causal=False):
+    """Scaled dot-product attention; q (B, H, T, D), k and v (B, H_kv, S, D)."""
+    if q.shape[1] == k.shape[1]:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    groups = q.shape[1] // k.shape[1]  # the CPU's fused kernel wants equal heads
+    return F.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), attn_mask=mask, is_causal=causal)
+
+
+def _attend_segments(q, k, v, lengths):
+    """Packed attention as one causal call an utterance: on the CPU the cost is the sum of squares, not the square of the row."""
+    B, H, T, D = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(1, B * T, -1, D).transpose(1, 2).split(lengths, dim=2) for x in (q, k, v))
+    out = torch.cat([_sdpa(*one, causal=True) for one in zip(q, k, v)], dim=2)
+    return out.transpose(1, 2).reshape(B, T, H, D).transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _flex():
+    """flex_attention and create_block_mask, compiled for callers that are not: the plain ones materialise the (T, T) scores."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+
+
+def _attention(doc, branch, device, flex=None):
+    """How every layer attends: a function of q, k, v made once a forward.
+
+    doc, branch: (B, T) or None, see SLM.forward. flex: use the block-masked flash kernel; None: on CUDA.
+    """
+    if doc is None:
+        return partial(_sdpa, causal=True)
+    B, T = doc.shape
+    if branch is None and device.type == 'cpu' and not flex and not torch.compiler.is_compiling():
+        rows = torch.arange(B).repeat_interleave(T)
+        return partial(_attend_segments, lengths=torch.unique_consecutive(torch.stack((rows, doc.reshape(-1))), dim=1, return_counts=True)[1].tolist())
+
+    def visible(b, h, i, j):
+        seen = (doc[b, i] == doc[b, j]) & (j <= i)
+        return seen if branch is None else seen & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
+
+    if device.type == 'cuda' if flex is None else flex:
+        if torch.compiler.is_compiling():
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        else:
+            flex_attention, create_block_mask = _flex()
+        mask = create_block_mask(visible, B, None, T, T, device=device)
+        return lambda q, k, v: flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    row, i = torch.arange(B, device=device)[:, None, None], torch.arange(T, device=device)
+    return partial(_sdpa, mask=visible(row, None, i[:, None], i[None, :])[:, None])  # (B, 1, T, T)
+
+
+class SLM(nn.Module):
+    """A decoder-only transformer over speech units: the same function as transformers' model of its family.
+
+    Tokens: PAD 0, `<S>` 1 (both ends of an utterance), unit u at u + OFFSET (RECIPE: the convention of slprl/slam).
+    """
+
+    def __init__(self, config, seed=0):
+        super().__init__()
+        c = self.config = config
+        self.slam = {}  # what slam.json knew: encoder, vocoder, n_units, frame_rate, recipe, scores ...
+        self.embed = nn.Embedding(c.vocab_size, c.embed_dim)
+        if c.learned_positions:
+            self.embed_positions = nn.Embedding(c.context + POSITION_OFFSET, c.n_embd)
+        if c.embed_dim != c.n_embd:
+            self.project_in, self.project_out = nn.Linear(c.embed_dim, c.n_embd, bias=False), nn.Linear(c.n_embd, c.embed_dim, bias=False)
+        self.blocks = nn.ModuleList([Block(c) for _ in range(c.n_layer)])
+        if c.pre_norm:
+            self.norm = Norm(c)
+        self.head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
+        if c.tied:
+            self.head.weight = self.embed.weight
+        R = int(c.head_dim * c.rotary_pct)
+        self.inv_freq = _rope_frequencies(c, R)  # (R / 2,) fp32: no buffer, because .to(bfloat16) would round it
+        if not self.embed.weight.is_meta:
+            generator = torch.Generator().manual_seed(seed)
+            for module in self.modules():  # transformers' cold start: normal(0, 0.02), biases 0
+                if isinstance(module, (nn.Linear, nn.Embedding)):
+                    nn.init.normal_(module.weight, std=0.02, generator=generator)
+                    if getattr(module, 'bias', None) is not None:
+                        nn.init.zeros_(module.bias)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.inv_freq = self.inv_freq.to('cpu' if self.embed.weight.is_meta else self.embed.weight.device)
+        return self
+
+    # ------------------------------------------------------------------ forward
+
+    def hidden(self, tokens, doc=None, positions=None, branch=None, attend=None):
+        """The last hidden states (B, T, embed_dim), ready for the head; arguments as in forward."""
+        c, (B, T) = self.config, tokens.shape
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+            if doc is not None:  # restart at each utterance: subtract the index at which the present one began
+                first = torch.cat((torch.ones_like(doc[:, :1]), (doc[:, 1:] != doc[:, :-1])), dim=1).bool()
+                positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
+        if c.learned_positions and T > c.context and not torch.compiler.is_compiling() and positions.max() >= c.context:
+            raise InputError(f'{int(positions.max()) + 1} tokens are more than the {c.context} learned positions of this {c.family} model')
+        x = self.embed(tokens)  # (B, T, embed_dim)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream in bf16, as a bf16 model has it
+        if c.embed_dim != c.n_embd:
+            x = self.project_in(x)
+        if c.learned_positions:
+            x = x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
+            rope = None
+        else:
+            angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, T, R / 2)
+            angle = torch.cat((angle, angle), dim=-1)
+            rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        attend = attend or _attention(doc, branch, tokens.device)
+        for block in self.blocks:
+            x = block(x, rope, attend)
+        if c.pre_norm:
+            x = self.norm(x)
+        return self.project_out(x) if c.embed_dim != c.n_embd else x
+
+    def forward(self, tokens, targets=None, doc=None, positions=None, branch=None):
+        """Next-token logits, and the loss where targets are given.
+
+        tokens: (B, T) int64. targets: (B, T) int64, the token after each, -100 where none is to be predicted.
+        doc: (B, T) integers, equal along one utterance and changing at its border; a token sees its own utterance alone, with
+        positions from 0. None: each row is one utterance. positions: (B, T), in place of those.
+        branch: (B, T), 0 for a shared prompt, 1, 2, ... for its alternatives, which see the prompt and themselves.
+
+        Returns: logits (B, T, vocab_size), or (logits, loss) with the mean cross-entropy in fp32 over targets != -100, in nats.
+        Raises: InputError if learned positions do not reach that far.
+        """
+        logits = self.head(self.hidden(tokens, doc, positions, branch))
+        if targets is None:
+            return logits
+        return logits, F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100)
+
+    def logps(self, tokens, mask, doc=None, positions=None, branch=None, segments=None, n=None, mean=False):
+        """Log-probabilities in nats of the tokens where mask is 1, each given what it may see before it; differentiable, fp32.
+
+        tokens, doc, positions, branch: as in forward. mask: (B, T), 0 on the first token of every utterance, which nothing predicts.
+        segments: (B, T) int64, the output that each token counts towards, in 0 .. n - 1; None: its row.
+        Returns: (n,) or (B,) sums, or means per token. The metrics of the field take means (sBLIMP, StoryCloze); DPO takes sums.
+        """
+        B, T = tokens.shape
+        before = torch.arange(T, device=tokens.device).expand(B, T) - 1
+        if branch is not None:  # an alternative's first token follows the prompt's last, not the alternative laid before it
+            prompt_end = torch.where(branch == 0, before + 1, 0).cummax(dim=1).values
+            begins = torch.cat((torch.zeros_like(branch[:, :1]), branch[:, 1:] != branch[:, :-1]), dim=1).bool() & (branch > 0)
+            before = torch.where(begins, prompt_end, before)
+        x = self.hidden(tokens, doc, positions, branch)
+        x = x.gather(1, before.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[-1]))
+        token_logps = -F.cross_entropy(self.head(x).float().flatten(0, 1), tokens.flatten(), reduction='none')  # (B * T,)
+        mask = mask.flatten().to(token_logps.dtype)
+        if segments is None:
+            segments, n = torch.arange(B, device=tokens.device).repeat_interleave(T), B
+        sums = torch.zeros(n, device=tokens.device).index_add(0, segments.flatten(), token_logps * mask)
+        return sums / torch.zeros_like(sums).index_add(0, segments.flatten(), mask).clamp(min=1) if mean else sums
+
+    # ------------------------------------------------------------------ generation
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, repetition_penalty=1.1, seed=None):
+        """Continue prompts (defaults: Table 6 of the paper).
+
+        prompts: list of 1-D int64 tensors, `<S>` + units + OFFSET, of any lengths >= 1. temperature: 0 takes the likeliest. top_k: 0 is off.
+        repetition_penalty: over prompt and continuation, as transformers defines it. seed: of a generator of its own, None: torch's.
+        Returns: list of 1-D int64 tensors on the CPU, the new tokens alone, without the final `<S>`.
+        Raises: InputError if learned positions do not reach prompt + continuation.
+        """
+        c, device, dtype = self.config, self.embed.weight.device, self.embed.weight.dtype
+        B, longest = len(prompts), max(len(p) for p in prompts)
+        total = longest + max_new_tokens
+        if c.learned_positions and total > c.context:
+            raise InputError(f'{longest} prompt + {max_new_tokens} new tokens are more than the {c.context} learned positions of this model')
+        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+        tokens = torch.full((B, total), PAD, device=device)
+        for row, prompt in zip(tokens, prompts):
+            row[longest - len(prompt):longest] = prompt.to(device)  # left-padded: all rows continue at the same column
+        keep = torch.arange(total, device=device) >= pad[:, None]  # (B, total)
+        seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in zip(seen, prompts):
+            row[prompt.to(device)] = True
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        cache = torch.zeros(c.n_layer, 2, B, c.n_kv_head, total, c.head_dim, device=device, dtype=dtype)
+        groups, start, layer = c.n_head // c.n_kv_head, 0, 0
+
+        def attend(q, k, v):  # called once a layer, in order
+            nonlocal layer
+            keys, values = cache[layer]
+            layer = (layer + 1) % c.n_layer
+            T = q.shape[2]
+            end = start + T
+            keys[:, :, start:end], values[:, :, start:end] = k, v
+            if T > 1:
+                i = torch.arange(T, device=device)
+                visible = keep[:, None, None, :T] & (i[:, None] >= i) | torch.eye(T, device=device, dtype=torch.bool)  # padding sees itself: no NaN
+                return _sdpa(q, k, v, mask=visible)
+            # one new token: a key's whole group of query heads as that many queries, so that no key is copied
+            q = q.view(B, c.n_kv_head, groups, c.head_dim)
+            mask = keep[:, None, None, :end] if ragged else None
+            return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask).view(B, c.n_head, 1, c.head_dim)
+
+        ragged = bool(pad.any())
+        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        now, at = tokens[:, :longest], (torch.arange(longest, device=device) - pad[:, None]).clamp(min=0)
+        for t in range(longest, total):
+            logits = self.head(self.hidden(now, positions=at, attend=attend)[:, -1]).float()  # (B, V)
+            start = t
+            logits[:, PAD] = -torch.inf  # padding is no speech
+            if repetition_penalty != 1.0:
+                logits = torch.where(seen, torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty), logits)
+            if temperature == 0:
+                new = logits.argmax(-1)
+            else:
+                new = self._sample(logits / temperature, top_k, top_p, generator)
+            new = torch.where(ended, PAD, new)
+            tokens[:, t] = new
+            seen.scatter_(1, new[:, None], True)
+            ended |= new == EOS
+            if (device.type == 'cpu' or t % 16 == 0) and ended.all():  # reading the flag waits for the GPU: not every token
+                break
+            now, at = new[:, None], at[:, -1:] + 1
+        rows = tokens[:, longest:].cpu()
+        return [row[:int(((row == EOS) | (row == PAD)).float().argmax())] if ((row == EOS) | (row == PAD)).any() else row for row in rows]
+
+    @staticmethod
+    def _sample(logits, top_k, top_p, generator):
+        """One token a row from softmax(logits) cut to the top_k likeliest and to the smallest set that holds top_p. (B, V) -> (B,)"""
+        if top_k:
+            logits, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        else:
+            logits, ids = logits.sort(dim=-1, descending=True)
+        probs = logits.softmax(-1)
+        if top_p < 1:
+            probs = probs.masked_fill(probs.cumsum(-1) - probs > top_p, 0)
+        return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+    # ------------------------------------------------------------------ loading and saving
+
+    @classmethod
+    def from_preset(cls, name, vocab_size=502, context=None, rope_theta=None, dropout=0.0, seed=0):
+        """A freshly initialised model of one of the paper's shapes (Table 7), no download: the cold start of Figure 2."""
+        if name.lower() not in PRESETS:
+            raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
+        config = SLMConfig(**PRESETS[name.lower()], vocab_size=vocab_size, dropout=dropout)
+        _set(config, context, rope_theta)
+        return cls(config, seed)
+
+    @classmethod
+    def from_pretrained(cls, where, vocab_size=None, embed_init='first_rows', context=None, rope_theta=None, dropout=0.0, seed=0,
+                        dtype=torch.float32):
+        """Load a folder or a hub name; no code of the checkpoint is ever run.
+
+        (a) A text LM of a supported family: TWIST, everything but the embedding (and head) stays; the new vocabulary of vocab_size
+        (None: 502) rows begins as `embed_init`: 'first_rows' of the old one (what resizing leaves; Hassid et al. 2023), 'random', or
+        'mean', its mean row. (b) A checkpoint of ours, (c) a public SLM (`lm.` prefix, slprl/slam), (d) a TWIST checkpoint
+        (`offset` in its config; rows are put in our order). Of these the vocabulary stays, and vocab_size, if given, must fit in it.
+        context: tokens to note in the config (learned positions stay as many as they are). rope_theta: in place of the checkpoint's.
+
+        Raises: InputError when there is no such folder or hub name, the family or a feature is not supported, tensors are missing or
+        left over (named), the vocabulary cannot hold the units, or context is longer than the learned positions.
+        """
+        folder = _find_checkpoint(where)
+        hf = _read_json(os.path.join(folder, 'config.json'))
+        slam_file = os.path.join(folder, 'slam.json')
+        slam = _read_json(slam_file) if os.path.exists(slam_file) else {}
+        public, prefix = hf.get('model_type') == 'speech_language_model', ''
+        if public:
+            if not isinstance(hf.get('base_config'), dict):
+                raise InputError(f'{where}: config.json has no base_config, the text LM\'s own config')
+            hf, prefix = hf['base_config'] | {'vocab_size': hf['vocab_size']}, 'lm.'
+        units_lm = bool(slam) or public or 'offset' in hf
+        config = SLMConfig.from_hf(hf)
+        config.dropout = dropout
+        _set(config, context, rope_theta)
+        state = _to_ours(_read_tensors(folder), config, prefix, where)
+        if units_lm and not slam and not public:  # TWIST: unit u is token u + offset; ours is u + OFFSET
+            bos = hf.get('bos_token_id')
+            bos = bos if isinstance(bos, int) and bos < hf['offset'] else 0
+            rows = torch.cat((torch.tensor([hf.get('pad_token_id') or 0, bos]).clamp(max=config.vocab_size - 1),
+                              torch.arange(hf['offset'], config.vocab_size)))
+            state |= {name: state[name][rows] for name in ('embed.weight', 'head.weight')}
+            config.vocab_size = len(rows)
+        if units_lm:
+            if vocab_size is not None and vocab_size > config.vocab_size:
+                raise InputError(f'{where} has a vocabulary of {config.vocab_size}, which cannot hold the {vocab_size - OFFSET} units of the data')
+        else:
+            config.vocab_size = 502 if vocab_size is None else vocab_size
+            for name in ('embed.weight', 'head.weight'):
+                state[name] = _twist_rows(state[name], config.vocab_size, embed_init, seed, where)
+        if config.tied:
+            state['head.weight'] = state['embed.weight']
+        with torch.device('meta'):
+            model = cls(config)
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+        if config.tied:
+            model.head.weight = model.embed.weight
+        model._apply(lambda tensor: tensor)
+        for key in ('encoder', 'vocoder'):  # folders beside slam.json, or public names
+            path = os.path.join(folder, str(slam.get(key) or '?'))
+            if os.path.isdir(path):
+                slam[key] = os.path.abspath(path)
+        model.slam = slam or (dict(encoder='mhubert25', vocoder='hifigan25', n_units=config.vocab_size - OFFSET, frame_rate=25.0) if units_lm else {})
+        return model
+
+    def save_pretrained(self, folder, slam=None, state=None):
+        """Write config.json, model.safetensors (both as transformers reads them) and slam.json, each whole or not at all.
+
+        slam: dict for slam.json; None: self.slam. Where `encoder` and `vocoder` name folders, these are copied in, so that the checkpoint
+        is complete by itself. state: a full state dict in place of self's (a sharded model's).
+        """
+        from safetensors.torch import save_file
+        os.makedirs(folder, exist_ok=True)
+        slam = dict(self.slam if slam is None else slam, offset=OFFSET)
+        for key in ('encoder', 'vocoder'):
+            source, target = str(slam.get(key) or ''), os.path.join(folder, key)
+            if os.path.isdir(source):
+                if os.path.abspath(source) != os.path.abspath(target):
+                    shutil.copytree(source, target + '.tmp', dirs_exist_ok=True)
+                    shutil.rmtree(target, ignore_errors=True)
+                    os.replace(target + '.tmp', target)
+                slam[key] = key
+        tensors = _to_hf(self.state_dict() if state is None else state, self.config)
+        write = dict([('config.json', self.config.to_hf()), ('slam.json', slam)])
+        save_file(tensors, os.path.join(folder, 'model.safetensors.tmp'), metadata={'format': 'pt'})
+        for name, content in write.items():
+            with open(os.path.join(folder, name + '.tmp'), 'w', encoding='utf-8') as file:
+                json.dump(content, file, indent=2)
+        for name in ('model.safetensors', *write):
+            os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
+
+    def num_params(self):
+        """Parameters, tied ones once: what Table 7 counts."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, span=None):
+        """Floating-point operations of one token, forward and backward: 6 a weight that multiplies, and causal attention.
+
+        span: mean tokens of an utterance (attention reaches half of it); None: the context.
+        """
+        c = self.config
+        weights = sum(p.numel() for name, p in self.named_parameters() if 'embed' not in name) + (c.vocab_size * c.embed_dim if c.tied else 0)
+        return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * (span or c.context)
+
+
+def _set(config, context, rope_theta):
+    if context is not None:
+        if config.learned_positions and context > config.context:
+            raise InputError(f'context {context} is longer than the {config.context} learned positions of this {config.family} model')
+        config.context = config.context if config.learned_positions else context
+    if rope_theta is not None:
+        config.rope_theta = float(rope_theta)
+
+
+def _rope_frequencies(config, R):
+    """Angular frequencies (R / 2,) of RoPE in radians a token, scaled as Llama 3 does if asked."""
+    freq = config.rope_theta ** (-torch.arange(0, R, 2, dtype=torch.float32, device='cpu') / R)
+    scaling = config.rope_scaling
+    if not scaling:
+        return freq
+    if scaling.get('rope_type', scaling.get('type')) == 'linear':
+        return freq / scaling['factor']
+    turns = scaling['original_max_position_embeddings'] * freq / (2 * math.pi)  # full turns within the original context
+    low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow enough to be stretched, 1: kept
+    return freq * (smooth + (1 - smooth) / scaling['factor'])
+
+
+def _read_json(path):
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise InputError(f'{path} is missing: a checkpoint is a folder with config.json and model.safetensors') from None
+    except ValueError as error:
+        raise InputError(f'{path} is not JSON: {error}') from None
+
+
+def _find_checkpoint(where):
+    """The folder `where`, or that of a hub name in the local cache, downloaded if need be (no code, safetensors before pickles)."""
+    if os.path.isdir(where):
+        return where
+    if where.count('/') != 1 or where.startswith(('.', '/', 'out/')):
+        raise InputError(f'no checkpoint folder {where!r}')
+    from huggingface_hub import snapshot_download
+    try:
+        folder = snapshot_download(where, allow_patterns=['*.json', '*.safetensors'])
+        if not any(name.endswith('.safetensors') for name in os.listdir(folder)):
+            folder = snapshot_download(where, allow_patterns=['*.json', 'pytorch_model*.bin'])
+        return folder
+    except Exception as error:
+        raise InputError(f'{where!r} is no folder, and the hub did not give it ({type(error).__name__}): download it elsewhere '
+                         f'and pass the folder') from None
+
+
+def _read_tensors(folder):
+    """All tensors of a checkpoint: one file or shards, safetensors or (weights_only) pickles."""
+    from safetensors.torch import load_file
+    for name, load in (('model.safetensors', load_file), ('pytorch_model.bin', partial(torch.load, map_location='cpu', weights_only=True))):
+        path, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
+        if os.path.exists(index):
+            paths = [os.path.join(folder, os.path.basename(shard)) for shard in sorted(set(_read_json(index)['weight_map'].values()))]
+        elif os.path.exists(path):
+            paths = [path]
+        else:
+            continue
+        state = {}
+        for path in paths:
+            try:
+                state |= load(path)
+            except Exception as error:
+                raise InputError(f'{path} cannot be read: {" ".join(str(error).split())[:200]}') from None
+        return state
+    raise InputError(f'{folder} has no model.safetensors (or pytorch_model.bin): is it a checkpoint?')
+
+
+def _their_names(name, config):
+    """The names of our tensor in the family's own checkpoint."""
+    names, (*path, kind) = NAMES[config.family], name.split('.')
+    theirs = names[path[-1]]
+    if path[-1] == 'head':
+        return [f'{theirs}.{kind}']
+    layer = f'{names["layer"]}.{path[1]}.' if path[0] == 'blocks' else ''
+    return [f'{names["prefix"]}{layer}{one}.{kind}' for one in ([theirs] if isinstance(theirs, str) else theirs)]
+
+
+def _regroup_neox(tensor, config, to_theirs):
+    """GPT-NeoX lays q, k, v out head by head, (H, 3, D, ...); ours is (3, H, D, ...)."""
+    first, second = (3, config.n_head) if to_theirs else (config.n_head, 3)
+    return tensor.view(first, second, config.head_dim, -1).transpose(0, 1).reshape(tensor.shape)
+
+
+def _to_ours(state, config, prefix, where):
+    """Rename and join the tensors of a transformers checkpoint. Raises InputError naming what is missing, left over or of wrong shape."""
+    with torch.device('meta'):
+        shapes = {name: tensor.shape for name, tensor in SLM(config).state_dict().items()}
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if not name.endswith(OBSOLETE)}
+    if config.family == 'opt':  # some files were saved without the outer module
+        state = {('model.' + name if name.startswith('decoder.') else name): tensor for name, tensor in state.items()}
+    wanted = {name: _their_names(name, config) for name in shapes if not (config.tied and name == 'head.weight')}
+    missing = [their for theirs in wanted.values() for their in theirs if their not in state]
+    extra = set(state).difference(*wanted.values(), _their_names('head.weight', config) if config.tied else [])
+    if missing or extra:
+        what = [f'{word} {len(names)} ({", ".join(sorted(names)[:4])}{", ..." if len(names) > 4 else ""})' for word, names in
+                (('misses', missing), ('has unknown', extra)) if names]
+        raise InputError(f'{where}: the checkpoint {" and ".join(what)} tensors of a {config.family} model')
+    ours = {}
+    for name, theirs in wanted.items():
+        tensor = torch.cat([state[their] for their in theirs]) if len(theirs) > 1 else state[theirs[0]]
+        if tensor.shape != shapes[name]:
+            raise InputError(f'{where}: {theirs[0]} has shape {tuple(tensor.shape)}, config.json says {tuple(shapes[name])}')
+        ours[name] = _regroup_neox(tensor, config, False) if config.family == 'gpt_neox' and '.qkv.' in name else tensor
+    ours.setdefault('head.weight', ours['embed.weight'])
+    return ours
+
+
+def _to_hf(state, config):
+    """The tensors under the family's own names, joined ones apart again, contiguous and on the CPU."""
+    out = {}
+    for name, tensor in state.items():
+        if config.tied and name == 'head.weight':
+            continue
+        tensor, theirs = tensor.detach().cpu(), _their_names(name, config)
+        if config.family == 'gpt_neox' and '.qkv.' in name:
+            tensor = _regroup_neox(tensor, config, True)
+        sizes = [len(tensor)]
+        if len(theirs) == 3:
+            sizes = [config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.n_kv_head * config.head_dim]
+        elif len(theirs) == 2:
+            sizes = [config.n_ffn, config.n_ffn]
+        out |= {their: part.contiguous() for their, part in zip(theirs, tensor.split(sizes))}
+    return out
+
+
+def _twist_rows(old, vocab_size, embed_init, seed, where):
+    """The rows (vocab_size, C) with which a unit embedding begins, out of the text embedding (V, C)."""
+    if embed_init == 'first_rows':
+        if vocab_size > len(old):
+            raise InputError(f'{where} has {len(old)} embedding rows, too few for {vocab_size}: use embed_init=random or mean')
+        return old[:vocab_size].clone()
+    if embed_init == 'mean':
+        return old.float().mean(0, keepdim=True).repeat(vocab_size, 1)
+    if embed_init == 'random':
+        return torch.empty(vocab_size, old.shape[1]).normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
+    raise InputError(f'embed_init {embed_init!r} is unknown: use first_rows, random or mean')
 
 
 # -----------------------------------------------------------------------------
