@@ -583,7 +583,7 @@ class SLM(nn.Module):
         span: mean tokens of an utterance (attention reaches half of it); None: the context.
         """
         c = self.config
-        weights = sum(p.numel() for name, p in self.named_parameters() if 'embed' not in name) + (c.vocab_size * c.embed_dim if c.tied else 0)
+        weights = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and 'embed' not in name) + (c.vocab_size * c.embed_dim if c.tied else 0)
         return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * (span or c.context)
 
 
@@ -681,6 +681,8 @@ def _to_ours(state, config, prefix, where):
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if not name.endswith(OBSOLETE)}
     if config.family == 'opt':  # some files were saved without the outer module
         state = {('model.' + name if name.startswith('decoder.') else name): tensor for name, tensor in state.items()}
+    if config.family == 'gpt_neox' and 'lm_head.weight' in state:  # transformers 5's name for it
+        state['embed_out.weight'] = state.pop('lm_head.weight')
     wanted = {name: _their_names(name, config) for name in shapes if not (config.tied and name == 'head.weight')}
     missing = [their for theirs in wanted.values() for their in theirs if their not in state]
     extra = set(state).difference(*wanted.values(), _their_names('head.weight', config) if config.tied else [])

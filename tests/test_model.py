@@ -1,0 +1,395 @@
+"""SLM against transformers: the same function, packed, cached and on disk. Checkpoints are small and random, written by transformers."""
+import json
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+
+import model as slam
+from model import BOS, EOS, OFFSET, SLM, InputError, SLMConfig
+
+V = 42
+LLAMA = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+             bos_token_id=1, eos_token_id=1, pad_token_id=0)
+OPT = dict(vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, dropout=0.0,
+           bos_token_id=1, eos_token_id=1, pad_token_id=0)
+LLAMA3_ROPE = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+FAMILIES = {
+    'qwen2': lambda: transformers.Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e6),
+    'qwen2 untied': lambda: transformers.Qwen2Config(**LLAMA, num_key_value_heads=1, tie_word_embeddings=False),
+    'llama': lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=4, tie_word_embeddings=False),
+    'llama tied, wide heads': lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True, head_dim=16),
+    'llama 3 rope, biases': lambda: transformers.LlamaConfig(
+        **LLAMA, num_key_value_heads=4, attention_bias=True, mlp_bias=True, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
+    'llama linear rope': lambda: transformers.LlamaConfig(**LLAMA, rope_scaling=dict(rope_type='linear', factor=2.0)),
+    'opt': lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=32),
+    'opt post-norm, projected': lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
+    'gpt_neox': lambda: transformers.GPTNeoXConfig(**LLAMA, rotary_pct=0.25, hidden_act='gelu'),
+    'gpt_neox sequential': lambda: transformers.GPTNeoXConfig(**LLAMA, rotary_pct=0.5, use_parallel_residual=False),
+}
+PAPER = {'Qwen2.5-0.5B': 358_347_904, 'SmolLM2-135M': 106_492_608, 'MobileLLM-125M': 106_492_608, 'SmolLM2-360M': 315_117_120,
+         'MobileLLM-350M': 315_117_120, 'OPT-125M': 87_015_936, 'OPT-350M': 305_714_176, 'Pythia-160M': 85_827_072, 'Pythia-410M': 303_339_520}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def random_hf(config):
+    """transformers' model with weights large enough that every part of it matters, biases and norms included."""
+    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.copy_(torch.randn_like(p) * 0.15 if p.ndim > 1 else p + 0.1 * torch.randn_like(p))
+    hf.tie_weights()
+    return hf
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request, tmp_path):
+    """(transformers' model, ours loaded from its checkpoint)"""
+    hf = random_hf(FAMILIES[request.param]())
+    hf.save_pretrained(tmp_path / 'hf')
+    return hf, SLM.from_pretrained(str(tmp_path / 'hf'), vocab_size=V).eval()
+
+
+def small(**change):
+    config = dict(family='qwen2', n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=48, vocab_size=V, context=128) | change
+    model = SLM(SLMConfig(**config)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.15 if p.ndim > 1 else p + 0.1 * torch.randn_like(p))
+    return model
+
+
+def pack(lengths, width):
+    """Random tokens and doc ids for rows of utterances of these lengths, each row `width` long."""
+    doc = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
+    assert doc.shape[1] == width
+    return torch.randint(OFFSET, V, doc.shape), doc
+
+
+def utterances(tokens, lengths):
+    return [piece for row, sizes in zip(tokens, lengths) for piece in row.split(sizes)]
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_parameter_counts_of_table_7(name):
+    with torch.device('meta'):
+        assert SLM.from_preset(name).num_params() == PAPER[name]
+
+
+def test_logits_equal_transformers_and_round_trip(pair, tmp_path):
+    hf, ours = pair
+    tokens = torch.randint(0, V, (3, 60))
+    with torch.no_grad():
+        expected = hf(tokens).logits
+        assert (ours(tokens) - expected).abs().max() < 1e-4
+        assert expected.std() > 0.1
+        assert ours.num_params() == hf.num_parameters()
+        ours.save_pretrained(tmp_path / 'ours', dict(n_units=V - OFFSET, frame_rate=25.0))
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours').eval()
+        assert type(back) is type(hf)
+        assert (back(tokens).logits - expected).abs().max() < 1e-4
+        again = SLM.from_pretrained(str(tmp_path / 'ours'))
+        assert torch.equal(again.eval()(tokens), ours(tokens)) and again.slam['n_units'] == V - OFFSET
+        half, ours_half = hf.bfloat16()(tokens).logits.float(), ours.bfloat16()(tokens).float()
+        error, ours_error = (half - expected).abs().mean(), (ours_half - expected).abs().mean()
+        assert ours_error < 1.5 * error + 1e-3  # as close to fp32 as transformers' own bf16
+
+
+def test_gradients_equal_transformers(pair):
+    hf, ours = pair
+    tokens = torch.randint(OFFSET, V, (2, 40))
+    loss = hf(tokens, labels=tokens).loss
+    loss.backward()
+    _, mine = ours(tokens, F.pad(tokens[:, 1:], (0, 1), value=-100))
+    mine.backward()
+    assert abs(loss.item() - mine.item()) < 1e-5
+    theirs = slam._to_ours({name: p.grad for name, p in hf.named_parameters()}, ours.config, '', 'hf')
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[name], atol=1e-5, rtol=1e-3, msg=lambda m: f'{name}: {m}')
+
+
+def test_cached_greedy_generation_equals_transformers(pair):
+    hf, ours = pair
+    for lengths in ((12, 12, 12), (1, 7, 20)):
+        prompts = [torch.cat((torch.tensor([BOS]), torch.randint(OFFSET, V, (n - 1,)))) for n in lengths]
+        longest = max(lengths)
+        ids = torch.stack([F.pad(p, (longest - len(p), 0)) for p in prompts])
+        mask = torch.stack([F.pad(torch.ones_like(p), (longest - len(p), 0)) for p in prompts])
+        expected = hf.generate(ids, attention_mask=mask, max_new_tokens=25, do_sample=False, repetition_penalty=1.1, eos_token_id=EOS,
+                               pad_token_id=0, suppress_tokens=[0])[:, longest:].tolist()
+        got = ours.generate(prompts, 25, temperature=0, repetition_penalty=1.1)
+        for theirs, mine in zip(expected, got):
+            assert (theirs[:theirs.index(EOS)] if EOS in theirs else theirs) == mine.tolist()
+
+
+def test_packed_equals_alone_with_gradients(pair):
+    _, ours = pair
+    lengths = [[30, 50, 48], [100, 1, 27]]
+    tokens, doc = pack(lengths, 128)
+    packed = ours(tokens, doc=doc)
+    weight = torch.randn_like(packed)
+    ours.zero_grad()
+    (packed * weight).sum().backward()
+    grads = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    alone = torch.cat([ours(u[None])[0] for u in utterances(tokens, lengths)]).view_as(packed)
+    assert (packed - alone).abs().max() < 1e-5
+    ours.zero_grad()
+    (alone * weight).sum().backward()
+    for name, p in ours.named_parameters():
+        assert (p.grad - grads[name]).abs().max() < 1e-5 * max(1, p.grad.abs().max()), name
+
+
+def test_every_attention_path_gives_the_same(monkeypatch):
+    """The CPU's per-utterance calls, the dense mask, and the block-masked kernel that CUDA uses (its CPU reference, forward)."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    ours, path = small(), slam._attention
+    tokens, doc = pack([[30, 50, 48], [100, 1, 27]], 128)
+    with torch.no_grad():
+        expected = ours(tokens, doc=doc)
+        monkeypatch.setattr(slam, '_attention', lambda doc, branch, device: path(doc, torch.zeros_like(doc), device))
+        assert (ours(tokens, doc=doc) - expected).abs().max() < 1e-5
+        monkeypatch.setattr(slam, '_flex', lambda: (flex_attention, create_block_mask))
+        monkeypatch.setattr(slam, '_attention', lambda doc, branch, device: path(doc, branch, device, flex=True))
+        assert (ours(tokens, doc=doc) - expected).abs().max() < 1e-5
+
+
+def test_branches_see_the_prompt_and_themselves():
+    ours = small()
+    prompt, one, two = (torch.randint(OFFSET, V, (n,)) for n in (9, 5, 7))
+    tokens = torch.cat((prompt, one, two))[None]
+    branch = torch.tensor([[0] * 9 + [1] * 5 + [2] * 7])
+    positions = torch.tensor([[*range(9), *range(9, 14), *range(9, 16)]])
+    with torch.no_grad():
+        logits = ours(tokens, doc=torch.zeros_like(branch), positions=positions, branch=branch)[0]
+        first, second = ours(torch.cat((prompt, one))[None])[0], ours(torch.cat((prompt, two))[None])[0]
+        assert (logits[:14] - first).abs().max() < 1e-5
+        assert (logits[14:] - second[9:]).abs().max() < 1e-5
+        sums = ours.logps(tokens, branch > 0, torch.zeros_like(branch), positions, branch, segments=(branch - 1).clamp(min=0), n=2)
+    for got, logits, tail in ((sums[0], first, one), (sums[1], second, two)):
+        assert abs(got - logits.log_softmax(-1)[8:-1].gather(1, tail[:, None]).sum()) < 1e-4
+
+
+def test_loss_and_logps_against_the_definition():
+    ours = small()
+    lengths = [[20, 44], [33, 31]]
+    tokens, doc = pack(lengths, 64)
+    targets = torch.where(doc[:, 1:] == doc[:, :-1], tokens[:, 1:], -100)
+    targets = F.pad(targets, (0, 1), value=-100)
+    sums, counts = [], []
+    with torch.no_grad():
+        for u in utterances(tokens, lengths):
+            logp = ours(u[None])[0].double().log_softmax(-1)
+            sums.append(sum(logp[t, u[t + 1]].item() for t in range(len(u) - 1)))
+            counts.append(len(u) - 1)
+        assert abs(ours(tokens, targets, doc=doc)[1].item() + sum(sums) / sum(counts)) < 1e-5
+        mask = F.pad(doc[:, 1:] == doc[:, :-1], (1, 0))
+        segments = doc + torch.tensor([[0], [2]])
+        torch.testing.assert_close(ours.logps(tokens, mask, doc, segments=segments, n=4), torch.tensor(sums), atol=1e-3, rtol=1e-5)
+        means = ours.logps(tokens, mask, doc, segments=segments, n=4, mean=True)
+        torch.testing.assert_close(means, torch.tensor(sums) / torch.tensor(counts), atol=1e-5, rtol=1e-5)
+        alone = ours.logps(tokens[:, :20], torch.arange(20).expand(2, -1) > 0)
+        assert abs(alone[0].item() - sums[0]) < 1e-3
+
+
+def test_public_layout_gives_the_same_likelihoods(tmp_path):
+    """slprl/slam: transformers' Qwen2 under `lm.`, its config inside ours."""
+    hf = random_hf(FAMILIES['qwen2']())
+    os.makedirs(tmp_path / 'public')
+    save_file({'lm.' + name: tensor.contiguous().clone() for name, tensor in hf.state_dict().items() if name != 'lm_head.weight'},
+              tmp_path / 'public/model.safetensors')
+    config = dict(model_type='speech_language_model', architectures=['UnitLM'], base_config=hf.config.to_dict() | dict(vocab_size=151936),
+                  vocab_size=V, twist_init=True, torch_dtype='bfloat16')
+    (tmp_path / 'public/config.json').write_text(json.dumps(config))
+    ours = SLM.from_pretrained(str(tmp_path / 'public')).eval()
+    tokens = torch.randint(OFFSET, V, (2, 50))
+    with torch.no_grad():
+        expected = hf(tokens).logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).sum((1, 2))
+        torch.testing.assert_close(ours.logps(tokens, torch.arange(50).expand(2, -1) > 0), expected, atol=1e-3, rtol=1e-5)
+    assert ours.slam['n_units'] == V - OFFSET and ours.slam['encoder'] == 'mhubert25'
+
+
+def test_twist_checkpoint_with_offset_comes_in_our_token_order(tmp_path):
+    config = transformers.OPTConfig(**OPT | dict(bos_token_id=0), word_embed_proj_dim=32)
+    config.offset = 1  # unit u is token u + 1
+    hf = random_hf(config)
+    hf.save_pretrained(tmp_path)
+    ours = SLM.from_pretrained(str(tmp_path)).eval()
+    units = torch.randint(0, V - 1, (1, 30))
+    with torch.no_grad():
+        theirs = hf(torch.cat((torch.tensor([[0]]), units + 1), 1)).logits[..., 1:]
+        assert ours.config.vocab_size == V - 1 + OFFSET
+        assert (ours(torch.cat((torch.tensor([[BOS]]), units + OFFSET), 1))[..., OFFSET:] - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('embed_init', ['first_rows', 'random', 'mean'])
+@pytest.mark.parametrize('family', ['qwen2', 'gpt_neox', 'opt post-norm, projected'])
+def test_twist_keeps_all_but_the_embedding(tmp_path, family, embed_init):
+    hf = random_hf(FAMILIES[family]())
+    hf.save_pretrained(tmp_path)
+    ours = SLM.from_pretrained(str(tmp_path), vocab_size=30, embed_init=embed_init, rope_theta=10000, context=64)
+    old = hf.get_input_embeddings().weight
+    expected = {'first_rows': old[:30], 'mean': old.mean(0, keepdim=True).expand(30, -1)}.get(embed_init)
+    if expected is None:
+        assert 0.015 < ours.embed.weight.std() < 0.025
+    else:
+        torch.testing.assert_close(ours.embed.weight, expected)
+    hf.resize_token_embeddings(30, mean_resizing=False)  # the public code's way
+    if ours.config.family == 'qwen2':
+        assert ours.config.rope_theta == 10000 and ours.config.context == 64
+        hf = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**hf.config.to_dict() | dict(
+            rope_theta=10000.0, rope_parameters=dict(rope_type='default', rope_theta=10000.0)))).eval()
+        hf.load_state_dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict() | {
+            name: ours.embed.weight for name in ('model.embed_tokens.weight', 'lm_head.weight')})
+    elif embed_init == 'first_rows':
+        tokens = torch.randint(0, 30, (2, 40))
+    if embed_init == 'first_rows':
+        tokens = torch.randint(0, 30, (2, 40))
+        with torch.no_grad():
+            assert (ours.eval()(tokens) - hf(tokens).logits).abs().max() < 1e-4
+
+
+def test_mobilellm_layout_loads_as_llama(tmp_path):
+    """facebook/MobileLLM-125M names its own model type and code, shares the embedding without saying `tie`; the code must not run."""
+    hf = random_hf(FAMILIES['llama tied, wide heads']())
+    hf.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config |= dict(model_type='mobilellm', architectures=['MobileLLMForCausalLM'], share_embedding=True, layer_sharing=False,
+                   tie_word_embeddings=False, auto_map={'AutoModelForCausalLM': 'modeling_mobilellm.MobileLLMForCausalLM'})
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    (tmp_path / 'modeling_mobilellm.py').write_text('raise SystemExit("remote code ran")')
+    tokens = torch.randint(0, V, (2, 30))
+    with torch.no_grad():
+        assert (SLM.from_pretrained(str(tmp_path), vocab_size=V).eval()(tokens) - hf(tokens).logits).abs().max() < 1e-4
+
+
+def test_sharded_and_pickled_checkpoints_load_and_code_does_not(tmp_path):
+    hf = random_hf(FAMILIES['llama']())
+    hf.save_pretrained(tmp_path / 'shards', max_shard_size='10KB')
+    assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 2
+    tokens = torch.randint(0, V, (2, 30))
+    for name in ('pickle', 'evil'):
+        os.makedirs(tmp_path / name)
+        hf.config.save_pretrained(tmp_path / name)
+    torch.save(hf.state_dict(), tmp_path / 'pickle/pytorch_model.bin')
+    with torch.no_grad():
+        for name in ('shards', 'pickle'):
+            assert (SLM.from_pretrained(str(tmp_path / name), vocab_size=V).eval()(tokens) - hf(tokens).logits).abs().max() < 1e-4
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f'touch {tmp_path}/owned',)
+    torch.save({'model.norm.weight': Evil()}, tmp_path / 'evil/pytorch_model.bin')
+    with pytest.raises(InputError, match='cannot be read'):
+        SLM.from_pretrained(str(tmp_path / 'evil'))
+    assert not (tmp_path / 'owned').exists()
+
+
+def test_errors_name_the_cause(tmp_path):
+    hf = random_hf(FAMILIES['opt']())
+    hf.save_pretrained(tmp_path / 'opt')
+    state = load_file(tmp_path / 'opt/model.safetensors')
+    with pytest.raises(InputError, match='context 500 is longer than the 128 learned positions'):
+        SLM.from_pretrained(str(tmp_path / 'opt'), context=500)
+    ours = SLM.from_pretrained(str(tmp_path / 'opt'), vocab_size=V)
+    with pytest.raises(InputError, match='129 tokens are more than the 128 learned positions'):
+        ours(torch.zeros(1, 129, dtype=torch.long))
+    with pytest.raises(InputError, match='100 new tokens are more than the 128'):
+        ours.generate([torch.ones(60, dtype=torch.long)], 100)
+    with pytest.raises(InputError, match='too few for 502'):
+        SLM.from_pretrained(str(tmp_path / 'opt'))
+    ours.save_pretrained(tmp_path / 'ours', dict(n_units=V - OFFSET))
+    with pytest.raises(InputError, match='cannot hold the 500 units'):
+        SLM.from_pretrained(str(tmp_path / 'ours'), vocab_size=502)
+    for change, message in (({'model.decoder.layers.0.fc1.weight': None}, r'misses 1 \(model.decoder.layers.0.fc1.weight\)'),
+                            ({'model.adapter.weight': torch.zeros(2)}, r'has unknown 1 \(model.adapter.weight\)'),
+                            ({'model.decoder.layers.0.fc1.weight': torch.zeros(3, 32)}, r'has shape \(3, 32\), config.json says \(48, 32\)')):
+        save_file({k: v for k, v in (state | change).items() if v is not None}, tmp_path / 'opt/model.safetensors')
+        with pytest.raises(InputError, match=message):
+            SLM.from_pretrained(str(tmp_path / 'opt'), vocab_size=V)
+    (tmp_path / 'opt/model.safetensors').write_bytes(b'garbage')
+    with pytest.raises(InputError, match='cannot be read'):
+        SLM.from_pretrained(str(tmp_path / 'opt'), vocab_size=V)
+    transformers.MambaConfig().save_pretrained(tmp_path / 'mamba')
+    with pytest.raises(InputError, match="'mamba' is not supported: use one of qwen2, llama, opt, gpt_neox"):
+        SLM.from_pretrained(str(tmp_path / 'mamba'))
+    for where, message in (('out/nothing', 'no checkpoint folder'), (str(tmp_path), 'config.json is missing')):
+        with pytest.raises(InputError, match=message):
+            SLM.from_pretrained(where)
+    with pytest.raises(InputError, match='there are qwen2.5-0.5b'):
+        SLM.from_preset('gpt-5')
+
+
+def test_saved_folder_is_complete_by_itself(tmp_path):
+    os.makedirs(tmp_path / 'data/encoder')
+    (tmp_path / 'data/encoder/encoder.json').write_text('{}')
+    small().save_pretrained(tmp_path / 'slm', dict(encoder=str(tmp_path / 'data/encoder'), vocoder='hifigan25', n_units=V - OFFSET))
+    assert json.loads((tmp_path / 'slm/slam.json').read_text())['encoder'] == 'encoder'
+    ours = SLM.from_pretrained(str(tmp_path / 'slm'))
+    assert ours.slam['encoder'] == str(tmp_path / 'slm/encoder') and ours.slam['vocoder'] == 'hifigan25'
+    ours.save_pretrained(tmp_path / 'next')
+    ours.save_pretrained(tmp_path / 'next')  # twice is as good as once
+    assert (tmp_path / 'next/encoder/encoder.json').exists()
+    assert not list(tmp_path.rglob('*.tmp'))
+
+
+def test_same_seed_same_weights_and_samples():
+    one, two = SLM.from_preset('opt-125m', vocab_size=12, seed=3).embed.weight, SLM.from_preset('opt-125m', vocab_size=12, seed=3).embed.weight
+    assert torch.equal(one, two)
+    ours, prompts = small(), [torch.tensor([BOS, 5, 6]), torch.tensor([BOS])]
+    first, again, other = (ours.generate(prompts, 30, seed=seed) for seed in (1, 1, 2))
+    assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
+    assert all(len(new) <= 30 and (len(new) == 0 or new.min() >= OFFSET) for new in first)
+
+
+@pytest.mark.parametrize('options', [dict(top_k=0), dict(top_k=5), dict(top_k=0, top_p=0.7), dict(top_k=8, top_p=0.9)])
+def test_sampled_distribution(options):
+    """Chi-square of 20,000 draws against the distribution that transformers' own warpers leave."""
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    logits, draws = torch.randn(1, 12) * 1.5, 20_000
+    warped = TemperatureLogitsWarper(0.8)(None, logits)
+    if options['top_k']:
+        warped = TopKLogitsWarper(options['top_k'])(None, warped)
+    if 'top_p' in options:
+        warped = TopPLogitsWarper(options['top_p'])(None, warped)
+    expected = warped.softmax(-1)[0] * draws
+    sampled = SLM._sample((logits / 0.8).expand(draws, -1), options['top_k'], options.get('top_p', 1.0), torch.Generator().manual_seed(0))
+    counts = torch.bincount(sampled, minlength=12).float()
+    assert counts[expected == 0].sum() == 0
+    live = expected > 0
+    chi2 = ((counts - expected)[live] ** 2 / expected[live]).sum()
+    assert chi2 < 31.3  # 99.9 % point of chi-square with 11 degrees of freedom
+
+
+def test_compiles_whole_and_once():
+    ours = small()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(ours, fullgraph=True)
+    for step in range(4):
+        doc = torch.randint(0, 5, (2, 64)).sort(dim=1).values
+        tokens, targets = torch.randint(OFFSET, V, (2, 64)), torch.randint(OFFSET, V, (2, 64))
+        targets[0, :step] = -100
+        loss = compiled(tokens, targets, doc=doc)[1]
+        loss.backward()
+        assert abs(loss.item() - ours(tokens, targets, doc=doc)[1].item()) < 1e-5
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1 and not torch._dynamo.utils.counters['graph_break']
+
+
+def test_flops_per_token_counts_every_product():
+    """Against torch's own counter of a forward pass; backward costs twice that."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    for change in ({}, dict(family='opt', act='relu', n_kv_head=4, embed_dim=16, pre_norm=False), dict(family='gpt_neox', tied=False, n_kv_head=4)):
+        ours, T = small(**change), 100
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            ours(torch.randint(0, V, (1, T)))
+        causal = 2 * ours.config.n_layer * T * T * 32  # the counter takes attention for full, twice the causal half
+        assert counter.get_total_flops() == ours.flops_per_token(T) * T / 3 + causal
