@@ -734,6 +734,84 @@ def _twist_rows(old, vocab_size, embed_init, seed, where):
 # -----------------------------------------------------------------------------
 # Audio
 
+HOP, WINDOW, N_FFT, N_MELS = 160, 400, 512, 64  # samples at 16 kHz: 10 ms, 25 ms; 64 bands is the most that 31 Hz bins fill without gaps
+
+
+@lru_cache
+def _resampler(rate, sample_rate):
+    from torchaudio.transforms import Resample
+    return Resample(rate, sample_rate)
+
+
+def load_audio(path, sample_rate=SAMPLE_RATE):
+    """Read a sound file (wav, flac, ogg, mp3, or a binary file object), mix to mono and resample.
+
+    Returns: (samples,) float32 in [-1, 1]. Of a truncated file, what decodes. Raises InputError naming the file if nothing does.
+    """
+    import soundfile
+    name = getattr(path, 'name', path)
+    if isinstance(path, (str, os.PathLike)) and not os.path.isfile(path):
+        raise InputError(f'{name}: no such audio file')
+    for size in (1 << 20, 1 << 10):  # of a truncated flac, a large read gives nothing: then by small ones up to the break
+        blocks, error = [], None
+        try:
+            if hasattr(path, 'seek'):
+                path.seek(0)
+            with soundfile.SoundFile(path) as file:
+                rate = file.samplerate
+                while len(block := file.read(size, dtype='float32', always_2d=True)):
+                    blocks.append(torch.from_numpy(block.mean(axis=1)))  # channels go at once: hours of stereo stay small
+            break
+        except (RuntimeError, OSError, TypeError) as caught:  # libsndfile's errors are RuntimeErrors; TypeError: .raw asks for a rate
+            error = str(caught).rsplit(': ', 1)[-1].rstrip('.')
+    if error and not blocks:
+        raise InputError(f'{name}: not readable audio ({error})')
+    if not blocks:
+        raise InputError(f'{name}: holds no samples')
+    wave = torch.cat(blocks)
+    if not torch.isfinite(wave).all():
+        raise InputError(f'{name}: holds NaN or infinite samples')
+    # An odd rate such as 11,127 Hz would need a filter of gigabytes; the nearest 50 Hz is at most 0.3 % off.
+    return wave if rate == sample_rate else _resampler(max(50, 50 * round(rate / 50)), sample_rate)(wave)
+
+
+def save_audio(path, wave, sample_rate=SAMPLE_RATE):
+    """Write (samples,) float as 16-bit wav or flac, whole or not at all; a wave that would clip is turned down."""
+    import soundfile
+    wave = torch.as_tensor(wave).detach().float().cpu()
+    peak = float(wave.abs().max()) if len(wave) else 0.0
+    wave = wave * (0.99 / peak) if peak > 0.99 else wave
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    tmp = f'{path}.{os.getpid()}.tmp'
+    soundfile.write(tmp, wave.numpy(), sample_rate, subtype='PCM_16', format='FLAC' if str(path).endswith('.flac') else 'WAV')
+    os.replace(tmp, path)
+
+
+def dedup(units):
+    """Collapse runs of equal units: (frames,) -> units (n,) and how many frames each lasts (n,), both long."""
+    return torch.unique_consecutive(torch.as_tensor(units, dtype=torch.long), return_counts=True)
+
+
+@lru_cache
+def mel_filters():
+    """Triangles (N_FFT // 2 + 1, N_MELS) evenly spaced on the mel scale from 0 to 8,000 Hz, peak 1."""
+    edges = torch.linspace(0, 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700), N_MELS + 2, dtype=torch.float64)
+    edges = 700 * (10 ** (edges / 2595) - 1)  # Hz
+    bins = torch.arange(N_FFT // 2 + 1, dtype=torch.float64)[:, None] * SAMPLE_RATE / N_FFT
+    rise, fall = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2]), (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rise, fall).clamp(min=0).float()
+
+
+def log_mel(wave):
+    """Natural log of mel energies: (samples,) at 16 kHz -> (max(1, samples // 160), N_MELS), floored at -16.
+
+    Frame t covers samples 160 t ... 160 t + 159: its 400-sample Hann window is centred on 160 t + 80; outside the wave is silence.
+    """
+    frames = max(1, len(wave) // HOP)
+    left = (WINDOW - HOP) // 2
+    wave = F.pad(wave, (left, max(0, (frames - 1) * HOP + WINDOW - left - len(wave))))
+    power = torch.fft.rfft(wave.unfold(0, WINDOW, HOP)[:frames] * torch.hann_window(WINDOW, device=wave.device), N_FFT).abs().square()
+    return (power @ mel_filters().to(wave.device)).clamp(min=1e-7).log()
 
 # -----------------------------------------------------------------------------
 # UnitEncoder: wave -> units
