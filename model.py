@@ -760,7 +760,7 @@ def load_audio(path, sample_rate=SAMPLE_RATE):
             with soundfile.SoundFile(path) as file:
                 rate = file.samplerate
                 while len(block := file.read(size, dtype='float32', always_2d=True)):
-                    blocks.append(torch.from_numpy(block.mean(axis=1)))  # channels go at once: hours of stereo stay small
+                    blocks.append(torch.from_numpy(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)))  # hours of stereo stay small
             break
         except (RuntimeError, OSError, TypeError) as caught:  # libsndfile's errors are RuntimeErrors; TypeError: .raw asks for a rate
             error = str(caught).rsplit(': ', 1)[-1].rstrip('.')
@@ -810,7 +810,10 @@ def log_mel(wave):
     frames = max(1, len(wave) // HOP)
     left = (WINDOW - HOP) // 2
     wave = F.pad(wave, (left, max(0, (frames - 1) * HOP + WINDOW - left - len(wave))))
-    power = torch.fft.rfft(wave.unfold(0, WINDOW, HOP)[:frames] * torch.hann_window(WINDOW, device=wave.device), N_FFT).abs().square()
+    windows = wave.new_zeros(frames, N_FFT)  # whole rows, because the FFT is three times as fast on them
+    torch.mul(wave.unfold(0, WINDOW, HOP)[:frames], torch.hann_window(WINDOW, device=wave.device), out=windows[:, :WINDOW])
+    spectrum = torch.fft.rfft(windows)
+    power = spectrum.real.square() + spectrum.imag.square()
     return (power @ mel_filters().to(wave.device)).clamp(min=1e-7).log()
 
 # -----------------------------------------------------------------------------
