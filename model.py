@@ -822,3 +822,259 @@ def log_mel(wave):
 
 # -----------------------------------------------------------------------------
 # UnitVocoder: units -> wave
+
+HIFIGAN = {'hifigan25': (  # the vocoder of mhubert25, trained on LJSpeech: generator and its config, each with its sha256
+    ('https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/hifigan_lj_mhubert_base_25hz.pt',
+     'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79'),
+    ('https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/hifigan_lj_mhubert_base_25hz_config.json',
+     '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7'))}
+VOICE_LEVEL, VOICE_PEAK = 0.08, 0.95  # root mean square of the spoken parts (-22 dB), and the highest sample allowed
+
+
+def speech_level(wave):
+    """Root mean square of the spoken parts of (samples,): of the 25 ms blocks less than 13 dB below the loud ones."""
+    power = wave[:len(wave) // WINDOW * WINDOW].view(-1, WINDOW).square().mean(1) if len(wave) >= WINDOW else wave.square().mean()[None]
+    loud = power.sort().values[int(0.95 * (len(power) - 1))]
+    return float(power[power >= 0.05 * loud].mean().sqrt())
+
+
+def finish_wave(wave, level=VOICE_LEVEL):
+    """What a listener expects of (samples,): no DC, speech at `level`, peaks below VOICE_PEAK, 5 ms fades so that no end clicks."""
+    if not len(wave):
+        return wave
+    wave = wave - wave.mean()
+    wave = wave * min(level / max(speech_level(wave), 1e-6), VOICE_PEAK / max(float(wave.abs().max()), 1e-6))
+    fade = torch.linspace(0, 1, min(80, len(wave)), device=wave.device)
+    wave[:len(fade)] *= fade
+    wave[-len(fade):] *= fade.flip(0)
+    return wave
+
+
+class UnitTable:
+    """What UnitVocoder.fit needs of the data: per unit the sum of its spectra, its frames and its runs. Tables of parts add up."""
+
+    def __init__(self, n_units, frame_rate):
+        self.n_units, self.frame_rate, self.steps = n_units, frame_rate, max(1, round(SAMPLE_RATE / HOP / frame_rate))
+        self.mels = torch.zeros(n_units, self.steps * N_MELS, dtype=torch.float64)
+        self.frames, self.runs = torch.zeros(n_units, dtype=torch.long), torch.zeros(n_units, dtype=torch.long)
+
+    def add(self, wave, units):
+        """Count in one utterance: wave (samples,) at 16 kHz, units (frames,), one a frame, not de-duplicated."""
+        wave, units = torch.as_tensor(wave), torch.as_tensor(units, dtype=torch.long)
+        mel = log_mel(wave * (VOICE_LEVEL / max(speech_level(wave), 1e-5)))
+        at = (torch.arange(len(units)) * (SAMPLE_RATE / HOP / self.frame_rate)).round().long()[:, None] + torch.arange(self.steps)
+        inside = at[:, -1] < len(mel)
+        self.mels.index_add_(0, units[inside], mel[at[inside]].flatten(1).double())
+        self.frames += torch.bincount(units[inside], minlength=self.n_units)
+        self.runs += torch.bincount(units[:1], minlength=self.n_units)
+        self.runs += torch.bincount(units[1:][units[1:] != units[:-1]], minlength=self.n_units)
+
+    def __add__(self, other):
+        total = UnitTable(self.n_units, self.frame_rate)
+        for name in ('mels', 'frames', 'runs'):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    def finish(self):
+        """The vocoder of the mean spectra and mean durations; a unit never seen sounds as the mean of all."""
+        mel = torch.where(self.frames[:, None] > 0, self.mels, self.mels.sum(0)) / self.frames[:, None].where(self.frames[:, None] > 0, self.frames.sum())
+        durations = (self.frames / self.runs.clamp(min=1)).clamp(min=1)
+        return UnitVocoder(dict(kind='table', n_units=self.n_units, frame_rate=self.frame_rate, sample_rate=SAMPLE_RATE),
+                           dict(mel=mel.float().view(self.n_units, self.steps, N_MELS), durations=durations.float()))
+
+
+class UnitVocoder:
+    """Units to speech, in one of two ways. Offline a table: the mean log-mel spectra of each unit, made into a wave by Griffin-Lim from the
+    phases of a voice-like excitation. Or the unit HiFi-GAN with duration predictor (Polyak et al. 2021, fairseq's code HiFi-GAN)."""
+
+    def __init__(self, config, tensors, device='cpu'):
+        self.config, self.device = config, torch.device(device)
+        self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self.n_units, self.sample_rate, self.frame_rate = config['n_units'], config['sample_rate'], config['frame_rate']
+        self.hop = round(self.sample_rate / self.frame_rate)  # samples a frame
+
+    empty = UnitTable  # UnitVocoder.empty(n_units, frame_rate), then .add(wave, units) an utterance, .finish() -> UnitVocoder
+
+    @classmethod
+    def from_pretrained(cls, where, device='cpu'):
+        """Load a folder of save_pretrained, 'hifigan25' (downloaded once, checked), or a generator .pt with its .json beside it.
+
+        Raises: InputError if there is none, the download fails or differs, or tensors are missing.
+        """
+        if os.path.exists(os.path.join(where, 'vocoder.json')):
+            from safetensors.torch import load_file
+            config, path = _read_json(os.path.join(where, 'vocoder.json')), os.path.join(where, 'vocoder.safetensors')
+            try:
+                return cls(config, load_file(path), device)
+            except Exception as error:
+                raise InputError(f'{path} cannot be read: {" ".join(str(error).split())[:200]}') from None
+        if where in HIFIGAN:
+            path, config = (fetch(*file) for file in HIFIGAN[where])
+        elif where.endswith('.pt') and os.path.exists(where):
+            stem = where.removesuffix('.pt')
+            path, config = where, next((stem + end for end in ('_config.json', '.json') if os.path.exists(stem + end)),
+                                       os.path.join(os.path.dirname(where), 'config.json'))
+        else:
+            raise InputError(f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt, or one of {", ".join(HIFIGAN)}')
+        return cls._from_hifigan(path, _read_json(config), device)
+
+    @classmethod
+    def _from_hifigan(cls, path, c, device):
+        """Fold weight norm away: w = g v / |v|, the norm over all but the first dimension (Salimans & Kingma 2016)."""
+        try:
+            state = torch.load(path, map_location='cpu', weights_only=True)['generator']
+            names = {name: name.replace('.parametrizations.weight.original0', '.weight_g').replace('.parametrizations.weight.original1', '.weight_v')
+                     for name in state}
+            state = {names[name]: tensor.float() for name, tensor in state.items()}
+            for name in [name for name in state if name.endswith('.weight_g')]:
+                g, v = state.pop(name), state.pop(name[:-1] + 'v')
+                state[name[:-2]] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))
+            config = dict(c, kind='hifigan', n_units=len(state['dict.weight']), sample_rate=c.get('sampling_rate', SAMPLE_RATE))
+            config['frame_rate'] = config['sample_rate'] / math.prod(c['upsample_rates'])
+            wide = sum(state[name].shape[1] for name in ('dict.weight', 'spkr.weight', 'style.weight') if name in state)
+            if state['conv_pre.weight'].shape[1] != wide:
+                raise InputError(f'{path}: embeddings give {wide} channels, conv_pre takes {state["conv_pre.weight"].shape[1]}')
+        except (KeyError, RuntimeError, OSError, EOFError, TypeError) as error:
+            raise InputError(f'{path} is no unit HiFi-GAN generator: {" ".join(repr(error).split())[:200]}') from None
+        return cls(config, state, device)
+
+    def save_pretrained(self, folder):
+        """Write a table vocoder as vocoder.json and vocoder.safetensors, each whole or not at all."""
+        from safetensors.torch import save_file
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, 'vocoder')
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, path + '.safetensors.tmp')
+        with open(path + '.json.tmp', 'w', encoding='utf-8') as file:
+            json.dump(self.config, file, indent=2)
+        for end in ('.safetensors', '.json'):
+            os.replace(path + end + '.tmp', path + end)
+
+    @torch.inference_mode()
+    def durations(self, units):
+        """Frames of each unit, at least 1: list of de-duplicated units (n,) -> list of (n,) long."""
+        if self.config['kind'] == 'table':  # the mean of each unit; what rounding loses of one, the next gains, so that the tempo is right
+            return [1 + torch.diff((self.tensors['durations'].cpu()[u] - 1).cumsum(0).add(0.5).floor().long(), prepend=torch.zeros(1, dtype=torch.long))
+                    for u in units]
+        if 'dur_predictor.proj.weight' not in self.tensors:
+            return [torch.ones(len(u), dtype=torch.long) for u in units]
+        out = []
+        for u in units:
+            x = self.tensors['dict.weight'][u.to(self.device)][None]  # (1, n, C)
+            for i in (1, 2):
+                name = f'dur_predictor.conv{i}.0'
+                x = F.relu(self._conv(name, x.transpose(1, 2))).transpose(1, 2)
+                x = F.layer_norm(x, x.shape[-1:], self.tensors[f'dur_predictor.ln{i}.weight'], self.tensors[f'dur_predictor.ln{i}.bias'])
+            x = F.linear(x, self.tensors['dur_predictor.proj.weight'], self.tensors['dur_predictor.proj.bias'])[0, :, 0]  # log(duration + 1)
+            out.append((x.exp() - 1).round().clamp(min=1).long().cpu())
+        return out
+
+    @torch.inference_mode()
+    def decode(self, units, durations=None, speaker=0, style=0):
+        """Speak.
+
+        units: list of (n,) long, de-duplicated. durations: list of (n,) frames; None: predicted. speaker, style: rows of a HiFi-GAN's tables.
+        Returns: list of (frames * hop,) float32 at sample_rate on the CPU: no DC, speech at VOICE_LEVEL, peaks <= VOICE_PEAK. No wave
+        depends on the others. Raises: InputError for units, speakers or styles that this vocoder does not have.
+        """
+        units = [torch.as_tensor(u, dtype=torch.long) for u in units]
+        worst = max((int(u.max()) for u in units if len(u)), default=0)
+        if worst >= self.n_units:
+            raise InputError(f'unit {worst} is not among the {self.n_units} of this vocoder: it belongs to another encoder')
+        durations = self.durations(units) if durations is None else durations
+        frames = [u.repeat_interleave(torch.as_tensor(d)) for u, d in zip(units, durations)]
+        waves = [torch.zeros(0) for _ in frames]
+        order = sorted((i for i in range(len(frames)) if len(frames[i])), key=lambda i: len(frames[i]))
+        table = self.config['kind'] == 'table'
+        for batch in [order[i:i + 16] for i in range(0, len(order), 16)]:  # like lengths together
+            some = [frames[i].to(self.device) for i in batch]
+            for i, wave in zip(batch, map(self._griffin_lim, some) if table else self._hifigan(some, speaker, style)):
+                waves[i] = finish_wave(wave).cpu()
+        return waves
+
+    def _conv(self, name, x, dilation=1, **kind):
+        """The convolution `name` over (B, C, T), padded with zeros to the same length."""
+        weight = self.tensors[name + '.weight']
+        return F.conv1d(x, weight, self.tensors[name + '.bias'], dilation=dilation, padding=(weight.shape[-1] - 1) * dilation // 2)
+
+    def _hifigan(self, frames, speaker, style):
+        """List of (frames,) units -> list of (frames * hop,) samples in [-1, 1], one batch. Layer by layer what lies past an utterance's end
+        is set to the zeros that padding would show it alone, so the batch changes nothing."""
+        t, c = self.tensors, self.config
+        codes = nn.utils.rnn.pad_sequence(frames, batch_first=True)  # (B, T)
+        parts = [t['dict.weight'][codes]]
+        for name, row in (('spkr', speaker), ('style', style)):
+            if name + '.weight' in t:
+                if not 0 <= row < len(t[name + '.weight']):
+                    raise InputError(f'{name} {row} is not among the {len(t[name + ".weight"])} of this vocoder')
+                parts.append(t[name + '.weight'][row].expand(*codes.shape, -1))
+        lengths = torch.tensor([len(f) for f in frames], device=self.device)
+        mask = (torch.arange(codes.shape[1], device=self.device) < lengths[:, None])[:, None].float()  # (B, 1, T)
+        x = self._conv('conv_pre', torch.cat(parts, dim=-1).transpose(1, 2) * mask)
+        n = len(c['resblock_kernel_sizes'])
+        for i, (rate, kernel) in enumerate(zip(c['upsample_rates'], c['upsample_kernel_sizes'])):
+            x = F.leaky_relu(x * mask, 0.1)
+            x = F.conv_transpose1d(x, t[f'ups.{i}.weight'], t[f'ups.{i}.bias'], stride=rate, padding=(kernel - rate) // 2)
+            mask = mask.repeat_interleave(rate, dim=-1)
+            blocks = 0
+            for j, dilations in enumerate(c['resblock_dilation_sizes']):  # multi-receptive field fusion: the mean of n residual blocks
+                y, block = x * mask, f'resblocks.{i * n + j}'
+                for k, dilation in enumerate(dilations):
+                    z = self._conv(f'{block}.convs1.{k}', F.leaky_relu(y, 0.1), dilation)
+                    y = (self._conv(f'{block}.convs2.{k}', F.leaky_relu(z * mask, 0.1)) + y) * mask
+                blocks = blocks + y
+            x = blocks / n
+        x = torch.tanh(self._conv('conv_post', F.leaky_relu(x)))[:, 0]  # (B, T * hop); here the slope is 0.01
+        return [row[:len(f) * self.hop] for row, f in zip(x, frames)]
+
+    def _griffin_lim(self, frames, rounds=5):
+        """(frames,) units -> (frames * hop,) samples whose log_mel is the table's.
+
+        Griffin & Lim 1984, with two changes. It begins from a voice: pulses at 100 to 125 Hz (higher where it is louder, as people speak)
+        below 4 kHz in frames whose spectrum falls, noise elsewhere; and it keeps that fine structure, so that speech stays voiced, while
+        the envelope is corrected by what log_mel misses of the table. Five rounds bring back 95 % of the units, and cost little.
+        """
+        t, device = self.tensors, self.device
+        n = round(len(frames) * SAMPLE_RATE / HOP / self.frame_rate)  # 10 ms steps
+        at = torch.arange(n, device=device) * (self.frame_rate * HOP / SAMPLE_RATE)
+        within = (at.frac() * t['mel'].shape[1] + 1e-3).long()
+        mel = t['mel'][frames[at.long()], within]  # (n, N_MELS)
+        filters = mel_filters().to(device)  # (bins, N_MELS)
+        window = torch.hann_window(WINDOW, device=device)
+        spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)  # a bin's log energy out of the bands' log energies
+        spread[0], spread[-1] = 0, 0
+        hertz = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, device=device)
+        audible = (hertz > 50).float()  # no DC, no rumble
+        cosines = torch.cos(math.pi / N_MELS * torch.outer(torch.arange(N_MELS, device=device) + 0.5, torch.arange(N_MELS // 2, device=device)))
+        cosines = cosines * (2 / N_MELS) ** 0.5
+        cosines[:, 0] /= 2 ** 0.5
+        smooth = cosines @ cosines.T  # keeps the envelope, the lower half of the cepstrum, and drops the harmonics
+        side = (WINDOW - HOP) // 2
+        length = (n - 1) * HOP + WINDOW
+
+        def analyse(wave):  # (n * HOP,) -> (n, bins), log_mel's frames
+            return torch.fft.rfft(F.pad(wave, (side, side)).unfold(0, WINDOW, HOP) * window, N_FFT)
+
+        def overlap(parts):  # (n, WINDOW) -> (n * HOP,)
+            return F.fold(parts.T[None], (1, length), (1, WINDOW), stride=(1, HOP))[0, 0, 0, side:side + n * HOP]
+
+        weight = overlap((window ** 2).expand(n, -1)).clamp(min=0.05)
+        loudness = torch.logsumexp(mel, 1)
+        slow = F.avg_pool1d(loudness[None], 31, 1, 15, count_include_pad=False)[0]
+        pitch = 125 - 5 * (slow.max() - slow).clamp(max=5)  # Hz
+        cycle = (pitch.double() / SAMPLE_RATE).repeat_interleave(HOP).cumsum(0)
+        period = torch.diff(cycle.floor(), prepend=cycle.new_zeros(1)).float() * (SAMPLE_RATE / 112) ** 0.5  # power 1, as the noise
+        noise = torch.randn(n * HOP, generator=torch.Generator().manual_seed(0)).to(device)
+        centres = (filters * hertz[:, None]).sum(0) / filters.sum(0)
+        tilt = torch.logsumexp(mel[:, centres < 1000], 1) - torch.logsumexp(mel[:, centres > 3000], 1)
+        voiced = torch.sigmoid(tilt - 1)[:, None] * torch.sigmoid((4000 - hertz) / 400)  # (n, bins)
+        source = (analyse(noise) * (1 - voiced).sqrt() + analyse(period) * voiced.sqrt()) / window.square().sum().sqrt()
+        target = mel - filters.sum(0).log()
+        for turn in range(rounds + 1):
+            spectrum = source * (torch.exp(0.5 * target @ spread.T) * audible)
+            wave = overlap(torch.fft.irfft(spectrum, N_FFT)[:, :WINDOW] * window) / weight
+            if turn < rounds:
+                heard = analyse(wave)
+                missed = mel - (heard.abs().square() @ filters).clamp(min=1e-7).log()
+                target = target + missed.clamp(-3, 3) @ smooth
+                source = source.abs() * heard / heard.abs().clamp(min=1e-9)
+        return wave
