@@ -1,0 +1,15 @@
+# Slam (scaled) and Slam (large): two passes over SpokenSwag, 9 M tokens (section 6 of the paper), on 2 x A100.
+#   torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
+init = 'out/slam-scaled'
+out_dir = 'out/slam-scaled-dpo'
+beta = 0.1
+context = 1024
+rope_theta = 10000.0
+batch_size = 4                # x 16 = 64 pairs a step, over all devices
+accumulation = 16
+lr = 5e-5
+warmup_steps = 100
+grad_clip = 0.5
+max_steps = 0
+epochs = 2.0
+train_hours = 0.0             # not the clock but the data ends it
