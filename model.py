@@ -934,7 +934,9 @@ class UnitVocoder:
             wide = sum(state[name].shape[1] for name in ('dict.weight', 'spkr.weight', 'style.weight') if name in state)
             if state['conv_pre.weight'].shape[1] != wide:
                 raise InputError(f'{path}: embeddings give {wide} channels, conv_pre takes {state["conv_pre.weight"].shape[1]}')
-        except (KeyError, RuntimeError, OSError, EOFError, TypeError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # unpickling raises anything
             raise InputError(f'{path} is no unit HiFi-GAN generator: {" ".join(repr(error).split())[:200]}') from None
         return cls(config, state, device)
 

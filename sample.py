@@ -242,9 +242,9 @@ def timeline_html(units, duration, n_prompt, frame_rate, offset=0.0):
 
 
 PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
 h1 {{ font-size: 1.4em; margin-bottom: 0 }} section {{ border-top: 1px solid #ccc; padding: .6em 0 1em }} h2 {{ font-size: 1.05em; margin: .2em 0 }}
-label {{ display: inline-flex; align-items: center; gap: .5em; margin: .2em 1.5em .2em 0 }} audio {{ height: 34px; width: 230px }}
+label {{ display: inline-flex; align-items: center; gap: .5em; margin: .2em 1.2em .2em 0 }} audio {{ height: 34px; width: 200px }}
 svg {{ display: block; width: 100%; height: 34px; margin-top: .4em; cursor: pointer; background: #eee }} small, p {{ color: #666; margin: .2em 0 }}
 .border, .now {{ stroke: #000; stroke-width: 2; vector-effect: non-scaling-stroke }} .now {{ stroke: #d00 }} .warn {{ color: #b00 }}
 </style><h1>{title}</h1><p>{about}</p>{body}<script>
