@@ -1,0 +1,295 @@
+"""sample.py and the vocoders: HiFi-GAN against modules of the published layout, the table against the encoder it belongs to."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model as M
+import sample
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+# ----------------------------------------------------------------------------- HiFi-GAN
+
+HIFIGAN = dict(num_embeddings=30, embedding_dim=12, model_in_dim=12, upsample_rates=[5, 4, 4, 4, 2], upsample_kernel_sizes=[11, 8, 8, 8, 4],
+               upsample_initial_channel=32, resblock_kernel_sizes=[3, 7, 11], resblock_dilation_sizes=[[1, 3, 5]] * 3, sampling_rate=16000,
+               dur_predictor_params=dict(encoder_embed_dim=12, var_pred_hidden_dim=10, var_pred_kernel_size=3, var_pred_dropout=0.5))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels, kernel, dilations):
+        super().__init__()
+        norm = nn.utils.weight_norm
+        self.convs1 = nn.ModuleList([norm(nn.Conv1d(channels, channels, kernel, 1, dilation=d, padding=(kernel * d - d) // 2)) for d in dilations])
+        self.convs2 = nn.ModuleList([norm(nn.Conv1d(channels, channels, kernel, 1, padding=(kernel - 1) // 2)) for d in dilations])
+
+
+class Durations(nn.Module):
+    def __init__(self, width, hidden, kernel):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv1d(width, hidden, kernel, padding=(kernel - 1) // 2), nn.ReLU())
+        self.ln1 = nn.LayerNorm(hidden)
+        self.conv2 = nn.Sequential(nn.Conv1d(hidden, hidden, kernel, padding=1), nn.ReLU())
+        self.ln2 = nn.LayerNorm(hidden)
+        self.proj = nn.Linear(hidden, 1)
+
+
+class CodeHiFiGAN(nn.Module):
+    """The modules as published, one utterance at a time, no folding and no masks: the oracle."""
+
+    def __init__(self, c):
+        super().__init__()
+        norm, self.c = nn.utils.weight_norm, c
+        self.dict = nn.Embedding(c['num_embeddings'], c['embedding_dim'])
+        if c.get('multispkr'):
+            self.spkr = nn.Embedding(c['num_speakers'], c['embedding_dim'])
+        if c.get('multistyle'):
+            self.style = nn.Embedding(c['num_styles'], c['embedding_dim'])
+        p = c['dur_predictor_params']
+        self.dur_predictor = Durations(p['encoder_embed_dim'], p['var_pred_hidden_dim'], p['var_pred_kernel_size'])
+        wide = c['upsample_initial_channel']
+        self.conv_pre = norm(nn.Conv1d(c['model_in_dim'], wide, 7, 1, padding=3))
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for i, (u, k) in enumerate(zip(c['upsample_rates'], c['upsample_kernel_sizes'])):
+            self.ups.append(norm(nn.ConvTranspose1d(wide // 2 ** i, wide // 2 ** (i + 1), k, u, padding=(k - u) // 2)))
+            for kernel, dilations in zip(c['resblock_kernel_sizes'], c['resblock_dilation_sizes']):
+                self.resblocks.append(ResBlock(wide // 2 ** (i + 1), kernel, dilations))
+        self.conv_post = norm(nn.Conv1d(wide // 2 ** len(c['upsample_rates']), 1, 7, 1, padding=3))
+
+    def durations(self, units):
+        d, x = self.dur_predictor, self.dict(units)[None]
+        x = d.ln1(d.conv1(x.transpose(1, 2)).transpose(1, 2))
+        x = d.ln2(d.conv2(x.transpose(1, 2)).transpose(1, 2))
+        return (d.proj(x)[0, :, 0].exp() - 1).round().long().clamp(min=1)
+
+    def forward(self, frames, speaker=0, style=0):
+        x = self.dict(frames).T[None]
+        for name, row in (('spkr', speaker), ('style', style)):
+            if hasattr(self, name):
+                x = torch.cat((x, getattr(self, name).weight[row][None, :, None].expand(-1, -1, x.shape[-1])), dim=1)
+        x, n = self.conv_pre(x), len(self.c['resblock_kernel_sizes'])
+        for i, up in enumerate(self.ups):
+            x = up(F.leaky_relu(x, 0.1))
+            outputs = []
+            for block in self.resblocks[i * n:(i + 1) * n]:
+                y = x
+                for conv1, conv2 in zip(block.convs1, block.convs2):
+                    y = conv2(F.leaky_relu(conv1(F.leaky_relu(y, 0.1)), 0.1)) + y
+                outputs.append(y)
+            x = torch.stack(outputs).mean(0)
+        return torch.tanh(self.conv_post(F.leaky_relu(x, 0.01)))[0, 0]
+
+
+def save_hifigan(folder, seed=0, new_names=False, **changes):
+    """A random generator of the true layout as .pt + .json; -> (oracle, path)."""
+    torch.manual_seed(seed)
+    c = dict(HIFIGAN, **changes)
+    oracle = CodeHiFiGAN(c).eval()
+    for name, p in oracle.named_parameters():
+        if name.endswith('weight_g'):
+            p.data *= torch.rand_like(p) + 0.8  # or folding a norm of 1 would go unseen
+    oracle.dur_predictor.proj.weight.data *= 3
+    state = oracle.state_dict()
+    if new_names:
+        state = {k.replace('weight_g', 'parametrizations.weight.original0').replace('weight_v', 'parametrizations.weight.original1'): v for k, v in state.items()}
+    path = os.path.join(folder, 'g.pt')
+    torch.save(dict(generator=state), path)
+    with open(os.path.join(folder, 'g_config.json'), 'w') as file:
+        json.dump(c, file)
+    return oracle, path
+
+
+UNITS = [torch.tensor([3, 7, 1]), torch.arange(30), torch.tensor([5]), torch.tensor([29, 0, 4, 8, 4, 2, 11])]
+
+
+@pytest.mark.parametrize('new_names', (False, True))
+def test_hifigan_is_the_published_function(tmp_path, new_names):
+    oracle, path = save_hifigan(str(tmp_path), new_names=new_names)
+    voc = M.UnitVocoder.from_pretrained(path)
+    assert (voc.n_units, voc.sample_rate, voc.frame_rate, voc.hop) == (30, 16000, 25.0, 640)
+    durations = voc.durations(UNITS)
+    with torch.no_grad():
+        wanted = [oracle.durations(u) for u in UNITS]
+        assert all(d.equal(w) and d.min() >= 1 for d, w in zip(durations, wanted)) and max(int(d.max()) for d in durations) > 1
+        frames = [u.repeat_interleave(d) for u, d in zip(UNITS, durations)]
+        ours = voc._hifigan(frames, 0, 0)  # one padded batch of lengths from 1 to 30 and more
+        for one, f, spoken in zip(ours, frames, voc.decode(UNITS)):
+            reference = oracle(f)
+            assert len(one) == len(reference) == len(spoken) == 640 * len(f)
+            assert reference.std() > 1e-3 and (one - reference).abs().max() < 1e-5
+            torch.testing.assert_close(spoken, M.finish_wave(reference), atol=1e-4, rtol=1e-4)
+
+
+def test_hifigan_speakers_styles_and_given_durations(tmp_path):
+    oracle, path = save_hifigan(str(tmp_path), 1, multispkr='_', num_speakers=4, multistyle=True, num_styles=3, model_in_dim=36)
+    voc, given = M.UnitVocoder.from_pretrained(path), [torch.full_like(u, 2) for u in UNITS]
+    with torch.no_grad():
+        for speaker, style in ((0, 0), (3, 2)):
+            ours = voc.decode(UNITS, given, speaker=speaker, style=style)
+            for one, u in zip(ours, UNITS):
+                torch.testing.assert_close(one, M.finish_wave(oracle(u.repeat_interleave(2), speaker, style)), atol=1e-4, rtol=1e-4)
+    with pytest.raises(M.InputError, match='spkr 4'):
+        voc.decode(UNITS, given, speaker=4)
+
+
+def test_vocoder_mistakes_are_one_line(tmp_path):
+    save_hifigan(str(tmp_path))
+    voc = M.UnitVocoder.from_pretrained(str(tmp_path / 'g.pt'))
+    with pytest.raises(M.InputError, match='unit 30 is not among the 30'):
+        voc.decode([torch.tensor([30])])
+    (tmp_path / 'bad.pt').write_bytes(b'no pickle')
+    (tmp_path / 'bad.json').write_text('{"upsample_rates": [2]}')
+    torch.save(dict(generator={'dict.weight': torch.zeros(3, 4)}), tmp_path / 'half.pt')
+    (tmp_path / 'half.json').write_text('{"upsample_rates": [2]}')
+    for name, word in (('bad.pt', 'no unit HiFi-GAN'), ('half.pt', 'no unit HiFi-GAN'), ('none', 'no vocoder'), ('none.pt', 'no vocoder')):
+        with pytest.raises(M.InputError, match=word) as error:
+            M.UnitVocoder.from_pretrained(str(tmp_path / name))
+        assert name in str(error.value) and '\n' not in str(error.value)
+
+
+# ----------------------------------------------------------------------------- the table
+
+def babble(seconds, seed=0, rate=16000):
+    """Something like speech: vowels of moving formants over a moving pitch, hisses and pauses. (samples,) float."""
+    rng = np.random.default_rng(seed)
+    parts, total = [], 0
+    pitch = rng.uniform(90, 220)
+    while total < seconds * rate:
+        n = int(rate * rng.uniform(0.06, 0.22))
+        t, kind = np.arange(n) / rate, rng.choice(3, p=(0.65, 0.2, 0.15))
+        source = np.zeros(n)
+        if kind == 0:
+            source[np.flatnonzero(np.diff(np.floor(np.cumsum(pitch * (1 + 0.1 * np.sin(5 * t)) / rate)), prepend=0))] = 1
+        spectrum, f = np.fft.rfft(source if kind == 0 else rng.normal(size=n) * (0.05 if kind == 1 else 1e-4)), np.fft.rfftfreq(n, 1 / rate)
+        peaks = ((500, 1200, 2500), (300, 2200, 2900), (700, 1100, 2500), (350, 800, 2300))[rng.integers(4)] if kind == 0 else (4500, 6000)
+        sound = np.fft.irfft(spectrum * sum(1 / (1 + ((f - peak) / 120) ** 2) for peak in peaks), n) * np.hanning(n) ** 0.3
+        parts.append(sound * rng.uniform(0.5, 1))
+        total += n
+    wave = np.concatenate(parts)[:int(seconds * rate)]
+    return torch.from_numpy((0.3 * wave / np.abs(wave).max()).astype(np.float32))
+
+
+def fit_table(n_units=40, frame_rate=25.0, parts=1):
+    """A table of units that are plain clusters of loudness and tilt, on a minute of babble."""
+    waves = [babble(6, seed) for seed in range(10)]
+    units = []
+    for wave in waves:
+        mel = M.log_mel(wave)[::round(100 / frame_rate)]
+        units.append(((mel.mean(1) + 16) / 16 * 10).long().clamp(0, 9) * 4 + ((mel[:, :20].mean(1) - mel[:, 40:].mean(1)) / 3 + 2).long().clamp(0, 3))
+    tables = [M.UnitVocoder.empty(n_units, frame_rate) for _ in range(parts)]
+    for i, (wave, u) in enumerate(zip(waves, units)):
+        tables[i % parts].add(wave.numpy() if i % 2 else wave, u[:len(wave) // round(16000 / frame_rate)])
+    return sum(tables[1:], tables[0]).finish(), units
+
+
+@pytest.mark.parametrize('frame_rate', (25.0, 50.0))
+def test_table_speaks_exact_frames_at_a_good_level(tmp_path, frame_rate):
+    voc, units = fit_table(frame_rate=frame_rate)
+    pairs = [M.dedup(u) for u in units[:4]] + [(torch.tensor([7]), torch.tensor([1])), (torch.zeros(0, dtype=torch.long),) * 2]
+    waves = voc.decode([u for u, _ in pairs], [d for _, d in pairs])
+    for (u, d), wave in zip(pairs, waves):
+        assert len(wave) == int(d.sum()) * voc.hop and wave.dtype == torch.float32
+        assert voc.decode([u], [d])[0].equal(wave)  # alone as among others, and every time
+    for wave in waves[:4]:
+        assert wave.abs().max() < 0.99 and abs(wave.mean()) < 1e-3 and wave[0] == 0 == wave[-1]
+        assert 0.5 * M.VOICE_LEVEL < M.speech_level(wave) < 1.2 * M.VOICE_LEVEL
+        assert wave.diff().abs().max() < 0.6  # no clicks
+    predicted = voc.durations([u for u, _ in pairs])
+    assert all(d.min() >= 1 for d in predicted[:5]) and len(predicted[5]) == 0
+    assert sum(int(d.sum()) for d in predicted[:4]) == pytest.approx(sum(len(u) for u in units[:4]), rel=0.15)  # the tempo stays
+    voc.save_pretrained(str(tmp_path / 'v'))
+    again = M.UnitVocoder.from_pretrained(str(tmp_path / 'v'))
+    assert again.config == voc.config and again.decode([pairs[0][0]])[0].equal(voc.decode([pairs[0][0]])[0])
+
+
+def test_tables_of_parts_add_up():
+    whole, parts = fit_table()[0], fit_table(parts=3)[0]
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(tensor, parts.tensors[name], atol=1e-5, rtol=1e-5)
+
+
+def test_table_sounds_like_what_it_was_fitted_on():
+    voc, units = fit_table()
+    for u in units[:3]:
+        frames = u[:150]
+        wave, mel = voc._griffin_lim(frames), voc.tensors['mel'][frames].flatten(0, 1)
+        heard = M.log_mel(wave)
+        loud = mel.logsumexp(1) > mel.logsumexp(1).max() - 6
+        assert heard.shape == mel.shape and (heard - mel)[loud].mean(1).abs().median() < 0.5  # nepers of power, about 2 dB
+        assert np.corrcoef(heard[loud].flatten(), mel[loud].flatten())[0, 1] > 0.95
+
+
+# ----------------------------------------------------------------------------- sample.py's parts
+
+def test_find_loop():
+    rng = np.random.default_rng(0)
+    free = torch.from_numpy(rng.integers(0, 100, 150))
+    assert sample.find_loop(free) is None and sample.find_loop(free[:0]) is None
+    assert sample.find_loop(torch.tensor([3, 8] * 5)) is None  # too short to mean anything
+    assert sample.find_loop(torch.cat((free[:60], torch.tensor([3, 8] * 20)))) == (2, 20)
+    period, times = sample.find_loop(torch.cat((free[:30], free[:17].repeat(5), free[90:])))
+    assert (period, times) == (17, 5)
+    assert sample.find_loop(torch.full((40,), 7)) == (1, 40)
+
+
+def test_cut_at_a_words_end():
+    words = [['the', 0.1, 0.9], ['dog', 0.9, 2.4], ['ran', 2.4, 3.3]]
+    assert sample.cut_seconds(words, 3.0) == 2.4 and sample.cut_seconds(words, 3.3) == 3.3 and sample.cut_seconds(words, 0.5) == 0.9
+    assert sample.cut_seconds(None, 3.0) == 3.0 == sample.cut_seconds([], 3.0)
+
+
+def test_trim_and_crossfade():
+    silence, tone = torch.zeros(16000), 0.1 * torch.sin(torch.arange(16000) * 0.2)
+    wave, dropped = sample.trim_silence(torch.cat((silence, tone, silence)), 16000)
+    assert abs(dropped - 14400) <= 160 and abs(len(wave) - 19200) <= 320
+    assert sample.trim_silence(silence, 16000)[0].equal(silence) and len(sample.trim_silence(silence[:10], 16000)[0]) == 10
+    both = sample.crossfade(tone, tone, 480)
+    assert len(both) == 2 * 16000 - 480 and both[:15000].equal(tone[:15000]) and both[-15000:].equal(tone[-15000:])
+    assert len(sample.crossfade(tone, tone[:0], 480)) == 16000
+
+
+def write_jsonl(path, rows):
+    with open(path, 'w') as file:
+        file.writelines(json.dumps(row) + '\n' for row in rows)
+
+
+def test_find_prompts(tmp_path):
+    folder = tmp_path / 'talk'
+    (folder / 'deep').mkdir(parents=True)
+    for name in ('b.wav', 'a.flac', 'deep/a.wav', 'notes.txt'):
+        (folder / name).write_bytes(b'')
+    assert [p['name'] for p in sample.find_prompts(str(folder))] == ['a', 'b', 'a_2']
+    assert [p['name'] for p in sample.find_prompts(f'{folder}/b.wav, {folder}/deep/*.wav')] == ['b', 'a']
+    write_jsonl(folder / 'manifest.jsonl', [dict(path='deep/a.wav', text='hi there', words=[['hi', 0, 1], ['there', 1, 2]], split='val'),
+                                            dict(path='b.wav', text='no', split='train')])
+    [p] = sample.find_prompts(str(folder), 'val')
+    assert p['text'] == 'hi there' and os.path.samefile(p['path'], folder / 'deep/a.wav') and len(p['words']) == 2
+    assert len(sample.find_prompts(str(folder))) == 2 and len(sample.find_prompts(str(folder), '', 1)) == 1
+    [p] = sample.find_prompts(str(folder / 'deep/a.wav'))
+    assert p['text'] == 'hi there' and p['words']  # known from the manifest above it
+    write_jsonl(tmp_path / 'u.jsonl', [dict(file_name='x/1.wav', units=[3, 4], duration=[1, 2], split='val'), dict(audio_repr='<Un12><Un7>'),
+                                       dict(prompt=dict(units=[5], duration=[2], text='so'), chosen={}, split='val')])
+    a, b, c = sample.find_prompts(str(tmp_path / 'u.jsonl'), 'val')
+    assert a['units'].tolist() == [3, 4] and a['duration'].tolist() == [1, 2] and b['units'].tolist() == [12, 7] and b['duration'] is None
+    assert c['units'].tolist() == [5] and c['text'] == 'so'
+    (tmp_path / 'bad.jsonl').write_text('{"units": [1]}\nnonsense\n')
+    (tmp_path / 'odd.jsonl').write_text('{"units": [1, 2], "duration": [1]}\n')
+    (tmp_path / 'empty').mkdir()
+    for what, word in (('bad.jsonl', 'line 2'), ('odd.jsonl', 'durations'), ('empty', 'no sound files'), ('none.wav', 'no such file')):
+        with pytest.raises(M.InputError, match=word) as error:
+            sample.find_prompts(str(tmp_path / what))
+        assert what in str(error.value)
+
+
+def test_edit_distance_and_timeline():
+    assert sample.edit_distance([1, 2, 3], [1, 3, 4]) == 2 and sample.edit_distance([], [1]) == 1
+    svg = sample.timeline_html(torch.tensor([5, 9, 5]), torch.tensor([1, 2, 3]), 1, 25.0)
+    assert svg.count('<rect') == 3 and 'viewBox="0 0 6 10"' in svg and 'unit 9, 0.04 to 0.12 s' in svg and 'class="border"' in svg
