@@ -7,6 +7,7 @@
 import json
 import math
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -58,6 +59,17 @@ NAMES = dict(
         prefix='gpt_neox.', layer='layers', embed='embed_in', norm='final_layer_norm', head='embed_out', norm1='input_layernorm',
         norm2='post_attention_layernorm', qkv='attention.query_key_value', out='attention.dense', up='mlp.dense_h_to_4h',
         down='mlp.dense_4h_to_h'))
+_KEYS = dict(vocab_size='vocab_size', n_layer='num_hidden_layers', n_embd='hidden_size', n_head='num_attention_heads',
+             context='max_position_embeddings', tied='tie_word_embeddings')
+_LLAMA_KEYS = _KEYS | dict(n_kv_head='num_key_value_heads', n_ffn='intermediate_size', norm_eps='rms_norm_eps', act='hidden_act')
+HF_KEYS = dict(  # our names of the dimensions -> those of a transformers config.json
+    qwen2=_LLAMA_KEYS, llama=_LLAMA_KEYS | dict(head_dim='head_dim', mlp_bias='mlp_bias'),
+    opt=_KEYS | dict(n_ffn='ffn_dim', embed_dim='word_embed_proj_dim', pre_norm='do_layer_norm_before', act='activation_function'),
+    gpt_neox=_KEYS | dict(n_ffn='intermediate_size', norm_eps='layer_norm_eps', rotary_pct='rotary_pct', act='hidden_act',
+                          parallel='use_parallel_residual'))
+HF_DEFAULTS = dict(  # what a config.json may leave out
+    qwen2=dict(tied=False), llama=dict(tied=False), opt=dict(tied=True, norm_eps=1e-5, act='relu'),
+    gpt_neox=dict(tied=False, rotary_pct=0.25, norm_eps=1e-5, act='gelu'))
 ARCHITECTURES = dict(qwen2='Qwen2ForCausalLM', llama='LlamaForCausalLM', opt='OPTForCausalLM', gpt_neox='GPTNeoXForCausalLM')
 OBSOLETE = ('rotary_emb.inv_freq', 'attention.bias', 'attention.masked_bias', 'decoder.version')  # buffers that old files carry
 POSITION_OFFSET = 2  # OPT's learned positions begin at row 2
@@ -116,42 +128,31 @@ class SLMConfig:
         for key in ('use_sliding_window', 'layer_sharing', '_remove_final_layer_norm'):
             if hf.get(key):
                 raise InputError(f'{key}={hf[key]} in config.json is not supported')
-        common = dict(family=family, vocab_size=hf['vocab_size'], context=hf.get('max_position_embeddings', 2048),
-                      rope_theta=float(rope.get('rope_theta') or hf.get('rope_theta') or hf.get('rotary_emb_base') or 10000.0),
-                      rope_scaling=None if kind == 'default' else {k: v for k, v in rope.items() if k != 'rope_theta'})
+        if family not in NAMES:
+            return cls(family=family)  # raises: names the families there are
+        fields = {ours: hf[theirs] for ours, theirs in HF_KEYS[family].items() if hf.get(theirs) is not None}
+        fields.setdefault('n_kv_head', fields['n_head'])
+        fields['rope_theta'] = float(rope.get('rope_theta') or hf.get('rope_theta') or hf.get('rotary_emb_base') or 10000.0)
+        if kind != 'default':
+            fields['rope_scaling'] = {key: value for key, value in rope.items() if key != 'rope_theta'}
         if family in ('qwen2', 'llama'):
-            bias = family == 'qwen2' or hf.get('attention_bias', False)
-            return cls(**common, n_layer=hf['num_hidden_layers'], n_embd=hf['hidden_size'], n_head=hf['num_attention_heads'],
-                       n_kv_head=hf.get('num_key_value_heads') or hf['num_attention_heads'], n_ffn=hf['intermediate_size'],
-                       head_dim=hf.get('head_dim') or 0, tied=bool(hf.get('tie_word_embeddings') or hf.get('share_embedding')),
-                       qkv_bias=bias, out_bias=bias and family == 'llama', mlp_bias=hf.get('mlp_bias', False),
-                       norm_eps=hf.get('rms_norm_eps', 1e-6), act=hf.get('hidden_act', 'silu'))
-        if family == 'opt':
-            return cls(**common, n_layer=hf['num_hidden_layers'], n_embd=hf['hidden_size'], n_head=hf['num_attention_heads'],
-                       n_kv_head=hf['num_attention_heads'], n_ffn=hf['ffn_dim'], embed_dim=hf.get('word_embed_proj_dim') or 0,
-                       pre_norm=hf.get('do_layer_norm_before', True), tied=hf.get('tie_word_embeddings', True), norm_eps=1e-5,
-                       act=hf.get('activation_function', 'relu'))
-        if family == 'gpt_neox':
-            return cls(**common, n_layer=hf['num_hidden_layers'], n_embd=hf['hidden_size'], n_head=hf['num_attention_heads'],
-                       n_kv_head=hf['num_attention_heads'], n_ffn=hf['intermediate_size'], tied=hf.get('tie_word_embeddings', False),
-                       rotary_pct=rope.get('partial_rotary_factor') or hf.get('rotary_pct', 0.25), norm_eps=hf.get('layer_norm_eps', 1e-5),
-                       parallel=hf.get('use_parallel_residual', True), act=hf.get('hidden_act', 'gelu'))
-        return cls(family=family)  # raises: names the families there are
+            fields['qkv_bias'] = family == 'qwen2' or hf.get('attention_bias', False)
+            fields['out_bias'] = fields['qkv_bias'] and family == 'llama'
+            fields['tied'] = bool(fields.get('tied') or hf.get('share_embedding'))  # MobileLLM's word for it
+        if family == 'gpt_neox' and 'partial_rotary_factor' in rope:
+            fields['rotary_pct'] = rope['partial_rotary_factor']
+        return cls(family=family, **dict(HF_DEFAULTS[family], **fields))
 
     def to_hf(self):
-        """The dict of a config.json that transformers opens (4.x and 5.x read the same keys)."""
-        hf = dict(architectures=[ARCHITECTURES[self.family]], model_type=self.family, vocab_size=self.vocab_size,
-                  max_position_embeddings=self.context, hidden_size=self.n_embd, num_hidden_layers=self.n_layer,
-                  num_attention_heads=self.n_head, tie_word_embeddings=self.tied, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+        """The dict of a config.json that transformers opens (4.x and 5.x read these keys)."""
+        hf = {theirs: getattr(self, ours) for ours, theirs in HF_KEYS[self.family].items()}
+        hf |= dict(architectures=[ARCHITECTURES[self.family]], model_type=self.family, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
         if self.family == 'opt':
-            return hf | dict(ffn_dim=self.n_ffn, word_embed_proj_dim=self.embed_dim, do_layer_norm_before=self.pre_norm, enable_bias=True,
-                             activation_function=self.act, dropout=self.dropout, attention_dropout=0.0, _remove_final_layer_norm=False)
-        hf |= dict(intermediate_size=self.n_ffn, rope_theta=self.rope_theta, rope_scaling=self.rope_scaling, hidden_act=self.act)
-        if self.family == 'gpt_neox':
-            return hf | dict(rotary_pct=self.rotary_pct, layer_norm_eps=self.norm_eps, use_parallel_residual=self.parallel,
-                             rotary_emb_base=self.rope_theta)
-        hf |= dict(num_key_value_heads=self.n_kv_head, rms_norm_eps=self.norm_eps)
-        return hf if self.family == 'qwen2' else hf | dict(head_dim=self.head_dim, attention_bias=self.qkv_bias, mlp_bias=self.mlp_bias)
+            return hf | dict(dropout=self.dropout, attention_dropout=0.0, enable_bias=True, _remove_final_layer_norm=False)
+        hf |= dict(rope_theta=self.rope_theta, rope_scaling=self.rope_scaling)
+        if self.family == 'llama':
+            hf |= dict(attention_bias=self.qkv_bias)
+        return hf | dict(rotary_emb_base=self.rope_theta) if self.family == 'gpt_neox' else hf
 
 
 def _qwen2(n_layer, n_embd, n_head, n_kv_head, n_ffn):
@@ -295,6 +296,23 @@ def _attention(doc, branch, device, flex=None):
     return partial(_sdpa, mask=visible(row, None, i[:, None], i[None, :])[:, None])  # (B, 1, T, T)
 
 
+def _draw(logits, noise, top_k, top_p):
+    """One token a row from softmax(logits) cut to the top_k likeliest and to the smallest set that holds top_p.
+
+    logits: (B, V). noise: (B, top_k) of Exp(1): argmax(p / noise) falls on each token with its probability p. Returns: (B,)
+    """
+    logits, ids = logits.topk(top_k, dim=-1)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs > top_p, 0)
+    return ids.gather(1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
+
+
+@lru_cache(maxsize=2)
+def _compiled_next(model):
+    return torch.compile(model._next, dynamic=False, fullgraph=True, mode='reduce-overhead' if model.embed.weight.is_cuda else None)
+
+
 class SLM(nn.Module):
     """A decoder-only transformer over speech units: the same function as transformers' model of its family.
 
@@ -355,7 +373,7 @@ class SLM(nn.Module):
             angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, T, R / 2)
             angle = torch.cat((angle, angle), dim=-1)
             rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        attend = attend or _attention(doc, branch, tokens.device)
+        attend = _attention(doc, branch, tokens.device) if attend is None else attend
         for block in self.blocks:
             x = block(x, rope, attend)
         if c.pre_norm:
@@ -403,11 +421,12 @@ class SLM(nn.Module):
     # ------------------------------------------------------------------ generation
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, repetition_penalty=1.1, seed=None):
+    def generate(self, prompts, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, repetition_penalty=1.1, seed=None, compile=False):
         """Continue prompts (defaults: Table 6 of the paper).
 
         prompts: list of 1-D int64 tensors, `<S>` + units + OFFSET, of any lengths >= 1. temperature: 0 takes the likeliest. top_k: 0 is off.
         repetition_penalty: over prompt and continuation, as transformers defines it. seed: of a generator of its own, None: torch's.
+        compile: pays when many batches of one shape follow (longest prompt and number of prompts alike); a minute at the first.
         Returns: list of 1-D int64 tensors on the CPU, the new tokens alone, without the final `<S>`.
         Raises: InputError if learned positions do not reach prompt + continuation.
         """
@@ -416,68 +435,62 @@ class SLM(nn.Module):
         total = longest + max_new_tokens
         if c.learned_positions and total > c.context:
             raise InputError(f'{longest} prompt + {max_new_tokens} new tokens are more than the {c.context} learned positions of this model')
-        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-        tokens = torch.full((B, total), PAD, device=device)
-        for row, prompt in zip(tokens, prompts):
-            row[longest - len(prompt):longest] = prompt.to(device)  # left-padded: all rows continue at the same column
+        pad = torch.tensor([longest - len(p) for p in prompts])
+        tokens, seen = torch.full((B, total), PAD), torch.zeros(B, c.vocab_size, dtype=torch.bool)
+        for i, prompt in enumerate(prompts):
+            tokens[i, pad[i]:longest] = prompt  # left-padded: all rows continue at the same column
+            seen[i, prompt] = True
+        pad, tokens, seen = pad.to(device), tokens.to(device), seen.to(device)
         keep = torch.arange(total, device=device) >= pad[:, None]  # (B, total)
-        seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in zip(seen, prompts):
-            row[prompt.to(device)] = True
+        cache = [[torch.zeros(B, c.n_kv_head, total, c.head_dim, device=device, dtype=dtype) for _ in 'kv'] for _ in range(c.n_layer)]
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        cache = torch.zeros(c.n_layer, 2, B, c.n_kv_head, total, c.head_dim, device=device, dtype=dtype)
-        groups, start, layer = c.n_head // c.n_kv_head, 0, 0
-
-        def attend(q, k, v):  # called once a layer, in order
-            nonlocal layer
-            keys, values = cache[layer]
-            layer = (layer + 1) % c.n_layer
-            T = q.shape[2]
-            end = start + T
-            keys[:, :, start:end], values[:, :, start:end] = k, v
-            if T > 1:
-                i = torch.arange(T, device=device)
-                visible = keep[:, None, None, :T] & (i[:, None] >= i) | torch.eye(T, device=device, dtype=torch.bool)  # padding sees itself: no NaN
-                return _sdpa(q, k, v, mask=visible)
-            # one new token: a key's whole group of query heads as that many queries, so that no key is copied
-            q = q.view(B, c.n_kv_head, groups, c.head_dim)
-            mask = keep[:, None, None, :end] if ragged else None
-            return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask).view(B, c.n_head, 1, c.head_dim)
-
-        ragged = bool(pad.any())
+        cut = temperature, min(top_k or c.vocab_size, c.vocab_size), top_p, repetition_penalty
+        noise = torch.empty(B, cut[1], device=device)
         ended = torch.zeros(B, dtype=torch.bool, device=device)
-        now, at = tokens[:, :longest], (torch.arange(longest, device=device) - pad[:, None]).clamp(min=0)
+        step, columns = self._next, torch.arange(total, device=device)
+        now, at = tokens[:, :longest], (columns[:longest] - pad[:, None]).clamp(min=0)
         for t in range(longest, total):
-            logits = self.head(self.hidden(now, positions=at, attend=attend)[:, -1]).float()  # (B, V)
-            start = t
-            logits[:, PAD] = -torch.inf  # padding is no speech
-            if repetition_penalty != 1.0:
-                logits = torch.where(seen, torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty), logits)
-            if temperature == 0:
-                new = logits.argmax(-1)
-            else:
-                new = self._sample(logits / temperature, top_k, top_p, generator)
-            new = torch.where(ended, PAD, new)
+            noise.exponential_(generator=generator)
+            where = columns[t - now.shape[1]:t]
+            new = torch.where(ended, PAD, step(now, at, where, keep, cache, total if compile else t, seen, noise, *cut))
             tokens[:, t] = new
             seen.scatter_(1, new[:, None], True)
             ended |= new == EOS
             if (device.type == 'cpu' or t % 16 == 0) and ended.all():  # reading the flag waits for the GPU: not every token
                 break
             now, at = new[:, None], at[:, -1:] + 1
-        rows = tokens[:, longest:].cpu()
-        return [row[:int(((row == EOS) | (row == PAD)).float().argmax())] if ((row == EOS) | (row == PAD)).any() else row for row in rows]
+            if compile:
+                step = _compiled_next(self)
+        rows, ends = tokens[:, longest:].cpu(), (tokens[:, longest:].cpu() < OFFSET)
+        return [row[:int(end.float().argmax())] if end.any() else row for row, end in zip(rows, ends)]
 
-    @staticmethod
-    def _sample(logits, top_k, top_p, generator):
-        """One token a row from softmax(logits) cut to the top_k likeliest and to the smallest set that holds top_p. (B, V) -> (B,)"""
-        if top_k:
-            logits, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        else:
-            logits, ids = logits.sort(dim=-1, descending=True)
-        probs = logits.softmax(-1)
-        if top_p < 1:
-            probs = probs.masked_fill(probs.cumsum(-1) - probs > top_p, 0)
-        return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+    def _next(self, tokens, positions, where, keep, cache, end, seen, noise, temperature, top_k, top_p, repetition_penalty):
+        """One round of generation: tokens (B, T) enter the cache at columns `where`, the next ones (B,) leave.
+
+        keep: (B, total), False on padding. cache: a layer's keys and values, (B, n_kv_head, total, head_dim); the first `end` columns are read.
+        seen: (B, V) tokens under repetition penalty. noise: (B, top_k) of Exp(1), whose race against the probabilities draws the token.
+        """
+        c, (B, T), layers = self.config, tokens.shape, iter(cache)
+        visible = keep[:, None, None, :end] & (torch.arange(end, device=where.device) <= where[:, None])  # (B, 1, T, end)
+        if T > 1:
+            visible = visible | torch.eye(T, end, dtype=torch.bool, device=where.device)  # padding sees itself: no NaN
+
+        def attend(q, k, v):
+            keys, values = next(layers)
+            keys.index_copy_(2, where, k)
+            values.index_copy_(2, where, v)
+            keys, values = keys[:, :, :end], values[:, :, :end]
+            if T > 1:
+                return _sdpa(q, keys, values, mask=visible)
+            # one new token: the query heads of a key's group as that many queries, so that no key is copied
+            q = q.view(B, c.n_kv_head, -1, c.head_dim)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).view(B, c.n_head, 1, c.head_dim)
+
+        logits = self.head(self.hidden(tokens, positions=positions, attend=attend)[:, -1]).float()  # (B, V)
+        if repetition_penalty != 1.0:
+            logits = torch.where(seen, torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty), logits)
+        logits[:, PAD] = -torch.inf  # padding is no speech
+        return logits.argmax(-1) if temperature == 0 else _draw(logits / temperature, noise, top_k, top_p)
 
     # ------------------------------------------------------------------ loading and saving
 
@@ -819,6 +832,276 @@ def log_mel(wave):
 # -----------------------------------------------------------------------------
 # UnitEncoder: wave -> units
 
+ENCODERS = {  # name: hub model, layer, samples of silence added at each end, vocoder, k-means file and its sha256 (None: not known)
+    'mhubert25': ('slprl/mhubert-base-25hz', 11, 40, 'hifigan25', (
+        'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
+        '03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad')),
+    'hubert50': ('facebook/hubert-base-ls960', 9, 0, None, ('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None))}
+MFCC = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, distortion=0.0, vocoder='vocoder')
+
+
+def cache_path(name):
+    """Where public files are kept: $SLAM_CACHE, or ~/.cache/slam."""
+    return os.path.join(os.environ.get('SLAM_CACHE') or os.path.expanduser('~/.cache/slam'), name)
+
+
+def fetch(url, sha256=None):
+    """The local copy of a public file, downloaded on first use and checked. Raises InputError offline, or if the file differs."""
+    import hashlib
+    import urllib.request
+    path = cache_path(url.rsplit('/', 1)[-1])
+    new = path if os.path.exists(path) else f'{path}.{os.getpid()}.tmp'
+    if new != path:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with urllib.request.urlopen(url, timeout=60) as remote, open(new, 'wb') as file:
+                shutil.copyfileobj(remote, file)
+        except OSError as error:
+            raise InputError(f'{url} cannot be downloaded ({error}): put it at {path} (SLAM_CACHE sets the folder)') from None
+    with open(new, 'rb') as file:
+        if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
+            raise InputError(f'{new} is not the published {os.path.basename(path)} (its sha256 differs): delete it')
+    os.replace(new, path)
+    return path
+
+
+class KMeansReader(pickle._Unpickler):
+    """Reads a joblib dump of scikit-learn's KMeans and can execute nothing: each class such a file names becomes an inert stand-in, any
+    other is refused. joblib writes an array as a wrapper that says dtype, shape and order, and its bytes after the BUILD of the wrapper."""
+    Inert = type('Inert', (), dict(__init__=lambda self, *args, **kwargs: None))
+    Array = type('Array', (Inert,), {})
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module, name):
+        import numpy
+        if (module, name) == ('numpy', 'dtype'):
+            return numpy.dtype
+        if (module, name) == ('joblib.numpy_pickle', 'NumpyArrayWrapper'):
+            return self.Array
+        if module.startswith(('sklearn.cluster.', 'numpy.random.')) or (module.split('.')[0], name) in (('numpy', 'ndarray'), ('numpy', 'scalar')):
+            return self.Inert
+        raise InputError(f'it asks to run {module}.{name}; refused')
+
+    def load_build(self):
+        super().load_build()
+        array = self.stack[-1]
+        if isinstance(array, self.Array):
+            import numpy
+            if array.dtype.hasobject:
+                raise InputError('it holds an array of objects; refused')
+            if 'numpy_array_alignment_bytes' in vars(array):
+                self.file.read(self.file.read(1)[0])
+            flat = numpy.frombuffer(self.file.read(math.prod(array.shape) * array.dtype.itemsize), array.dtype)
+            self.stack[-1] = flat.reshape(array.shape, order=array.order)
+    dispatch[pickle.BUILD[0]] = load_build
+
+    @classmethod
+    def centroids(cls, path):
+        """The cluster centres (n_units, D), float32, of a joblib dump, or of a .safetensors with a tensor `centroids`."""
+        from safetensors.torch import load_file
+        try:
+            if path.endswith('.safetensors'):
+                return load_file(path)['centroids'].float()
+            with open(path, 'rb') as file:
+                reader = cls(file)
+                reader.file = file
+                return torch.from_numpy(vars(reader.load())['cluster_centers_'].astype('float32'))
+        except Exception as error:
+            raise InputError(f'{path} is no k-means file (.safetensors with `centroids`, or an uncompressed joblib dump of KMeans): {error}') from None
+
+
+class UnitEncoder:
+    """Speech to units: features at 25 or 50 frames a second, and of each the nearest of n_units centroids.
+
+    The offline features ('mfcc') are two 20 ms cepstra a frame, of the log-mel spectrum relative to the utterance's loudness. Frame t begins
+    at sample 640 t; n samples have max(1, n // 640). Neighbours share a unit unless a change gains more than its price, `switch` times
+    the mean distortion (Kamper & van Niekerk 2021, eq. 2): less flicker, a tenth fewer tokens. HuBERT-like nets have the frames their
+    convolutions leave. No wave's units depend on the batch it is in.
+    """
+
+    def __init__(self, config, centroids=None, device='cpu', dtype='auto'):
+        self.config, self.device, self.dtype = dict(config), pick_device(device), pick_dtype(dtype, pick_device(device))
+        self.centroids = None if centroids is None else centroids.to(self.device)  # (n_units, D); None: to be fitted
+        self.batch_seconds = 300 if self.device.type == 'cuda' else 0  # of padded audio a batch; on a CPU one by one: padding costs more than it gains
+        if self.config['kind'] == 'mfcc':
+            at = torch.outer(torch.arange(N_MELS) + 0.5, torch.arange(self.config['n_cep'])) * math.pi / N_MELS
+            weight = torch.arange(self.config['n_cep']).clamp(min=1) ** self.config['lifter']
+            weight[0] = self.config['c0']
+            self.basis = (at.cos() * (2 / N_MELS) ** 0.5 * weight / 2 ** 0.5).to(self.device)  # (N_MELS, n_cep)
+        else:
+            self._load_net()
+        self.name, self.frame_rate, self.vocoder = (self.config[key] for key in ('name', 'frame_rate', 'vocoder'))
+
+    @property
+    def n_units(self):
+        return 0 if self.centroids is None else len(self.centroids)
+
+    @classmethod
+    def from_pretrained(cls, where, layer=None, kmeans=None, device='cpu', dtype='auto'):
+        """Load an encoder. where: a folder of save_pretrained; 'mhubert25', 'hubert50'; a folder or hub name of any HuBERT, wav2vec 2 or
+        WavLM with `layer` and `kmeans` (None: to be fitted); or 'mfcc' (to be fitted). Raises InputError naming what is missing."""
+        folder, vocoder = os.path.abspath(where), None
+        if os.path.exists(os.path.join(folder, 'encoder.json')):
+            config, kmeans = _read_json(os.path.join(folder, 'encoder.json')), kmeans or os.path.join(folder, 'encoder.safetensors')
+            vocoder = os.path.join(os.path.dirname(folder), 'vocoder') if config['vocoder'] == 'vocoder' else config['vocoder']
+        elif where == 'mfcc':
+            config = MFCC
+        elif where in ENCODERS:
+            model, its_layer, pad, vocoder, public = ENCODERS[where]
+            config = dict(kind='hubert', name=where, model=model, layer=its_layer if layer is None else layer, pad=pad, vocoder=vocoder)
+        elif layer is not None:
+            model = folder if os.path.isdir(folder) else where
+            config = dict(kind='hubert', name=os.path.basename(model), model=model, layer=layer, pad=0, vocoder='vocoder')
+        else:
+            raise InputError(f'no encoder {where!r}: expected {", ".join(ENCODERS)}, mfcc, a folder with encoder.json, or a HuBERT-like model and --layer')
+        encoder = cls(config, None, device, dtype)
+        encoder.vocoder = vocoder or encoder.vocoder
+        if kmeans is None and where in ENCODERS and layer in (None, its_layer):
+            kmeans = fetch(*public)
+        if kmeans is not None:
+            encoder.centroids = KMeansReader.centroids(kmeans).to(encoder.device)
+        return encoder
+
+    def _load_net(self):
+        """Load the net and cut it after `layer`: what lies above is not computed."""
+        from transformers import AutoModel
+        c = self.config
+        where = cache_path(c['name']) if os.path.isdir(cache_path(c['name'])) else c['model']
+        try:
+            where = _find_checkpoint(where)
+            its = _read_json(os.path.join(where, 'config.json'))
+            if its.get('model_type') not in ('hubert', 'wav2vec2', 'wavlm'):
+                raise InputError(f'{where}: model_type {its.get("model_type")!r} is no hubert, wav2vec2 or wavlm')
+            self.net = AutoModel.from_pretrained(where, attn_implementation='eager' if its['model_type'] == 'wavlm' else 'sdpa')
+        except (InputError, OSError) as error:
+            if c['name'] not in ENCODERS:
+                raise InputError(error) from None
+            url = ENCODERS[c['name']][4][0]
+            raise InputError(f'{c["name"]} is not on this machine ({error}). It needs three files: config.json and model.safetensors of '
+                             f'https://huggingface.co/{c["model"]} in {cache_path(c["name"])}, and {url} in {cache_path("")}') from None
+        hf, layers = self.net.config, self.net.encoder.layers
+        if not 0 <= c['layer'] <= len(layers):
+            raise InputError(f'layer {c["layer"]} of {c["model"]}: it has {len(layers)}')
+        self.final_norm = hf.do_stable_layer_norm and c['layer'] == len(layers)  # transformers' last hidden state is normed, the others are not
+        self.net.encoder.layers = layers[:c['layer']]
+        self.net = self.net.to(self.device, self.dtype).eval().requires_grad_(False)
+        c['frame_rate'] = SAMPLE_RATE / math.prod(hf.conv_stride)
+        self.shortest = 1  # samples that give one frame
+        for kernel, stride in reversed(list(zip(hf.conv_kernel, hf.conv_stride))):
+            self.shortest = (self.shortest - 1) * stride + kernel
+        preprocessor = os.path.join(where, 'preprocessor_config.json')
+        self.normalize = os.path.exists(preprocessor) and _read_json(preprocessor).get('do_normalize', False)
+        if self.device.type == 'cuda':
+            self._hidden = torch.compile(self._hidden, dynamic=True)
+
+    def _hidden(self, x, lengths):
+        """Waves (B, samples), `lengths` (B,) samples of them real -> features (B, T, D) and frames (B,). What lies past an utterance's end
+        changes nothing: it is left out of the first layer's group norm and of attention, and is zero where the position convolution looks."""
+        net, alone = self.net, len(x) == 1
+        x = x.to(self.dtype)[:, None]
+        for layer in net.feature_extractor.conv_layers:
+            x = layer.conv(x)  # (B, C, T)
+            lengths = (lengths - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
+            norm = getattr(layer, 'layer_norm', None)
+            if isinstance(norm, nn.GroupNorm) and not alone:  # a group a channel: mean and variance over the utterance's own time
+                real, n = (torch.arange(x.shape[-1], device=x.device) < lengths[:, None])[:, None], lengths[:, None, None]
+                mean = (x * real).sum(-1, keepdim=True, dtype=torch.float32) / n
+                var = ((x - mean) * real).square().sum(-1, keepdim=True, dtype=torch.float32) / n
+                x = ((x - mean) * (var + norm.eps).rsqrt() * norm.weight[:, None] + norm.bias[:, None]).to(self.dtype)
+            elif norm is not None:
+                x = norm(x) if isinstance(norm, nn.GroupNorm) else norm(x.transpose(1, 2)).transpose(1, 2)
+            x = layer.activation(x)
+        x = x.transpose(1, 2)
+        project, encoder = net.feature_projection, net.encoder
+        x = project.projection(project.layer_norm(x) if hasattr(project, 'layer_norm') else x)  # (B, T, D)
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T)
+        conv = encoder.pos_conv_embed
+        y = (conv.batch_norm(x.transpose(1, 2)) if getattr(conv, 'batch_norm', None) else x.transpose(1, 2)) * real[:, None]
+        x = x + conv.activation(conv.padding(conv.conv(y))).transpose(1, 2)
+        x = x if net.config.do_stable_layer_norm else encoder.layer_norm(x)
+        wavlm, bias = net.config.model_type == 'wavlm', None
+        mask = None if alone else real if wavlm else real[:, None, None]
+        for layer in encoder.layers:
+            if wavlm:
+                x, bias = layer(x, attention_mask=mask, position_bias=bias)[:2]
+            else:
+                x = layer(x, attention_mask=mask)
+                x = x[0] if isinstance(x, tuple) else x
+        return encoder.layer_norm(x) if self.final_norm else x, lengths
+
+    def _mfcc(self, wave):
+        wave = F.pad(wave, (0, max(0, 4 * HOP - len(wave))))
+        mel = log_mel(wave)[:len(wave) // (4 * HOP) * 4]
+        energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
+        level = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # loud speech of this utterance; -7 is silence
+        mel = (mel - level + self.config['range']).clamp(min=0)
+        return (mel.view(-1, 2, 2, N_MELS).mean(2) @ self.basis).flatten(1)
+
+    @torch.inference_mode()
+    def features(self, waves):
+        """List of (samples,) at 16 kHz -> list of (frames, D) float32 on the encoder's device."""
+        waves = [torch.as_tensor(wave, dtype=torch.float32).to(self.device) for wave in waves]
+        if self.config['kind'] == 'mfcc':
+            return [self._mfcc(wave) for wave in waves]
+        if self.normalize:
+            waves = [(wave - wave.mean()) * (wave.var(unbiased=False) + 1e-7).rsqrt() for wave in waves]
+        waves = [F.pad(wave, (self.config['pad'],) * 2) for wave in waves]
+        waves = [F.pad(wave, (0, max(0, self.shortest - len(wave)))) for wave in waves]
+        out, batch = [None] * len(waves), []
+        order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
+        for i, after in zip(order, order[1:] + [None]):
+            batch.append(i)
+            if after is None or len(waves[batch[0]]) * (len(batch) + 1) > self.batch_seconds * SAMPLE_RATE:
+                x = nn.utils.rnn.pad_sequence([waves[j] for j in batch], batch_first=True)
+                x, lengths = self._hidden(x, torch.tensor([len(waves[j]) for j in batch], device=self.device))
+                for j, row, n in zip(batch, x, lengths.tolist()):
+                    out[j] = row[:n].float()
+                batch = []
+        return out
+
+    @torch.inference_mode()
+    def encode(self, waves):
+        """List of (samples,) at 16 kHz -> list of (frames,) long units on the CPU, one a frame."""
+        return self.assign(self.features(waves))
+
+    def assign(self, features):
+        """List of (frames, D) -> list of (frames,) long units. Raises InputError if the k-means is not fitted, or of another width."""
+        if self.centroids is None or features and features[0].shape[1] != self.centroids.shape[1]:
+            raise InputError(f'{self.name} has no k-means' if self.centroids is None else
+                             f'the k-means is for {self.centroids.shape[1]} features, {self.name} gives {features[0].shape[1]}')
+        half = self.centroids.square().sum(1) / 2
+        costs = [half - f @ self.centroids.T for f in features]  # half the squared distance, less what all centroids share
+        price = self.config.get('switch', 0) * self.config.get('distortion', 0) / 2
+        if not price:
+            units = [cost.argmin(1) for cost in costs]
+            return list(torch.cat(units).cpu().split([len(u) for u in units])) if units else []
+        return [row[:len(cost)] for i in range(0, len(costs), 32) for row, cost in zip(_segment(costs[i:i + 32], price), costs[i:i + 32])]
+
+    def save_pretrained(self, folder):
+        """Write encoder.json and encoder.safetensors, each whole or not at all. The net itself stays where it is, by name or path."""
+        from safetensors.torch import save_file
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, 'encoder')
+        save_file(dict(centroids=self.centroids.cpu().contiguous()), path + '.safetensors.tmp')
+        with open(path + '.json.tmp', 'w', encoding='utf-8') as file:
+            json.dump(dict(self.config, n_units=self.n_units), file, indent=2)
+        for end in ('.safetensors', '.json'):
+            os.replace(path + end + '.tmp', path + end)
+
+
+def _segment(costs, price):
+    """The units (B, T) that minimise the sum of their costs, list of (frames, n_units), plus `price` a change (Viterbi, in step for all)."""
+    costs = nn.utils.rnn.pad_sequence(costs, batch_first=True).cpu()  # past an utterance's end all costs are 0: its path stays
+    total, change, source = costs[:, 0], torch.zeros(costs.shape, dtype=torch.bool), torch.zeros(costs.shape[:2], dtype=torch.long)
+    for t in range(1, costs.shape[1]):
+        best, source[:, t] = total.min(1)
+        total = total - best[:, None]
+        change[:, t] = total > price
+        total = total.clamp(max=price) + costs[:, t]
+    path = [total.argmin(1)]
+    for t in range(costs.shape[1] - 1, 0, -1):
+        path.append(torch.where(change[:, t].gather(1, path[-1][:, None])[:, 0], source[:, t], path[-1]))
+    return torch.stack(path[::-1], dim=1)
 
 # -----------------------------------------------------------------------------
 # UnitVocoder: units -> wave
