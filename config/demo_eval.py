@@ -1,0 +1,6 @@
+# The demo's three suites for its three models, on a CPU:  python eval_slm.py config/demo_eval.py
+init = 'out/demo/untrained,out/demo/slm,out/demo/dpo'
+data_dir = 'out/demo/audio'
+tasks = 'grammar,sstory,tstory'  # agreement broken; an ending that contradicts the story; an ending of another topic
+out = 'out/demo/eval.json'
+html = 'out/demo/report.html'
