@@ -939,7 +939,7 @@ class UnitEncoder:
     @classmethod
     def from_pretrained(cls, where, layer=None, kmeans=None, device='cpu', dtype='auto'):
         """Load an encoder. where: a folder of save_pretrained; 'mhubert25', 'hubert50'; a folder or hub name of any HuBERT, wav2vec 2 or
-        WavLM with `layer` and `kmeans` (None: to be fitted); or 'mfcc' (to be fitted). Raises InputError naming what is missing."""
+        WavLM with `layer` and `kmeans` ('': to be fitted); or 'mfcc' (to be fitted). Raises InputError naming what is missing."""
         folder, vocoder = os.path.abspath(where), None
         if os.path.exists(os.path.join(folder, 'encoder.json')):
             config, kmeans = _read_json(os.path.join(folder, 'encoder.json')), kmeans or os.path.join(folder, 'encoder.safetensors')
@@ -958,7 +958,7 @@ class UnitEncoder:
         encoder.vocoder = vocoder or encoder.vocoder
         if kmeans is None and where in ENCODERS and layer in (None, its_layer):
             kmeans = fetch(*public)
-        if kmeans is not None:
+        if kmeans:
             encoder.centroids = KMeansReader.centroids(kmeans).to(encoder.device)
         return encoder
 
@@ -966,7 +966,7 @@ class UnitEncoder:
         """Load the net and cut it after `layer`: what lies above is not computed."""
         from transformers import AutoModel
         c = self.config
-        where = cache_path(c['name']) if os.path.isdir(cache_path(c['name'])) else c['model']
+        where = cache_path(c['name']) if c['name'] in ENCODERS and os.path.isdir(cache_path(c['name'])) else c['model']
         try:
             where = _find_checkpoint(where)
             its = _read_json(os.path.join(where, 'config.json'))

@@ -347,6 +347,7 @@ def test_same_seed_same_weights_and_samples():
     first, again, other = (ours.generate(prompts, 30, seed=seed) for seed in (1, 1, 2))
     assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
     assert all(len(new) <= 30 and (len(new) == 0 or new.min() >= OFFSET) for new in first)
+    assert all(map(torch.equal, first, ours.generate(prompts, 30, seed=1, compile=True)))
 
 
 @pytest.mark.parametrize('options', [dict(top_k=0), dict(top_k=5), dict(top_k=0, top_p=0.7), dict(top_k=8, top_p=0.9)])
@@ -360,7 +361,8 @@ def test_sampled_distribution(options):
     if 'top_p' in options:
         warped = TopPLogitsWarper(options['top_p'])(None, warped)
     expected = warped.softmax(-1)[0] * draws
-    sampled = SLM._sample((logits / 0.8).expand(draws, -1), options['top_k'], options.get('top_p', 1.0), torch.Generator().manual_seed(0))
+    noise = torch.empty(draws, options['top_k'] or 12).exponential_(generator=torch.Generator().manual_seed(0))
+    sampled = slam._draw((logits / 0.8).expand(draws, -1), noise, noise.shape[1], options.get('top_p', 1.0))
     counts = torch.bincount(sampled, minlength=12).float()
     assert counts[expected == 0].sum() == 0
     live = expected > 0
