@@ -1122,9 +1122,7 @@ def speech_level(wave):
 
 
 def finish_wave(wave, level=VOICE_LEVEL):
-    """What a listener expects of (samples,): no DC, speech at `level`, peaks below VOICE_PEAK, 5 ms fades so that no end clicks."""
-    if not len(wave):
-        return wave
+    """What a listener expects of (samples,), at least one: no DC, speech at `level`, peaks below VOICE_PEAK, 5 ms fades so that no end clicks."""
     wave = wave - wave.mean()
     wave = wave * min(level / max(speech_level(wave), 1e-6), VOICE_PEAK / max(float(wave.abs().max()), 1e-6))
     fade = torch.linspace(0, 1, min(80, len(wave)), device=wave.device)
@@ -1181,9 +1179,7 @@ class UnitVocoder:
     @classmethod
     def from_pretrained(cls, where, device='cpu'):
         """Load a folder of save_pretrained, 'hifigan25' (downloaded once, checked), or a generator .pt with its .json beside it.
-
-        Raises: InputError if there is none, the download fails or differs, or tensors are missing.
-        """
+        Raises: InputError if there is none, the download fails or differs, or tensors are missing."""
         if os.path.exists(os.path.join(where, 'vocoder.json')):
             from safetensors.torch import load_file
             config, path = _read_json(os.path.join(where, 'vocoder.json')), os.path.join(where, 'vocoder.safetensors')
@@ -1195,29 +1191,23 @@ class UnitVocoder:
             path, config = (fetch(*file) for file in HIFIGAN[where])
         elif where.endswith('.pt') and os.path.exists(where):
             beside = [where[:-3] + '_config.json', where[:-3] + '.json', os.path.join(os.path.dirname(where), 'config.json')]
-            path, config = where, next(filter(os.path.exists, beside), beside[0])
+            path, config = where, next(filter(os.path.exists, beside), None)
+            if not config:
+                raise InputError(f'{where} needs its config beside it: {beside[0]}')
         else:
             raise InputError(f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt, or one of {", ".join(HIFIGAN)}')
-        return cls._from_hifigan(path, _read_json(config), device)
-
-    @classmethod
-    def _from_hifigan(cls, path, c, device):
-        """Fold weight norm away: w = g v / |v|, the norm over all but the first dimension (Salimans & Kingma 2016)."""
+        c = _read_json(config)
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)['generator']
-            names = {name: name.replace('.parametrizations.weight.original0', '.weight_g').replace('.parametrizations.weight.original1', '.weight_v')
-                     for name in state}
-            state = {names[name]: tensor.float() for name, tensor in state.items()}
-            for name in [name for name in state if name.endswith('.weight_g')]:
-                g, v = state.pop(name), state.pop(name[:-1] + 'v')
-                state[name[:-2]] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))
-            config = dict(c, kind='hifigan', n_units=len(state['dict.weight']), sample_rate=c.get('sampling_rate', SAMPLE_RATE))
-            config['frame_rate'] = config['sample_rate'] / math.prod(c['upsample_rates'])
+            state = {name.replace('parametrizations.weight.original', 'weight_').replace('weight_0', 'weight_g').replace('weight_1', 'weight_v'):
+                     tensor.float() for name, tensor in state.items()}
+            for name in [name[:-2] for name in state if name.endswith('.weight_g')]:  # fold weight norm: w = g v / |v| (Salimans & Kingma 2016)
+                g, v = state.pop(name + '_g'), state.pop(name + '_v')
+                state[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))
+            rate = c.get('sampling_rate', SAMPLE_RATE)
+            config = dict(c, kind='hifigan', n_units=len(state['dict.weight']), sample_rate=rate, frame_rate=rate / math.prod(c['upsample_rates']))
             wide = sum(state[name].shape[1] for name in ('dict.weight', 'spkr.weight', 'style.weight') if name in state)
-            if state['conv_pre.weight'].shape[1] != wide:
-                raise InputError(f'{path}: embeddings give {wide} channels, conv_pre takes {state["conv_pre.weight"].shape[1]}')
-        except InputError:
-            raise
+            assert state['conv_pre.weight'].shape[1] == wide, f'its embeddings give {wide} channels, conv_pre takes another number'
         except Exception as error:  # unpickling raises anything
             raise InputError(f'{path} is no unit HiFi-GAN generator: {" ".join(repr(error).split())[:200]}') from None
         return cls(config, state, device)
@@ -1239,17 +1229,13 @@ class UnitVocoder:
         if self.config['kind'] == 'table':  # each unit's mean; what rounding takes from one the next gains, so that the tempo is right
             beyond = [(self.tensors['durations'].cpu()[u] - 1).cumsum(0).add(0.5).floor().long() for u in units]
             return [1 + torch.diff(x, prepend=x.new_zeros(1)) for x in beyond]
-        if 'dur_predictor.proj.weight' not in self.tensors:
-            return [torch.ones(len(u), dtype=torch.long) for u in units]
-        out = []
-        for u in units:
-            x = self.tensors['dict.weight'][u.to(self.device)][None]  # (1, n, C)
+        out, t, name = [torch.ones(len(u), dtype=torch.long) for u in units], self.tensors, 'dur_predictor.'
+        for row, u in [pair for pair in zip(out, units) if name + 'proj.weight' in t and len(pair[1])]:
+            x = t['dict.weight'][u.to(self.device)][None]  # (1, n, C)
             for i in (1, 2):
-                name = f'dur_predictor.conv{i}.0'
-                x = F.relu(self._conv(name, x.transpose(1, 2))).transpose(1, 2)
-                x = F.layer_norm(x, x.shape[-1:], self.tensors[f'dur_predictor.ln{i}.weight'], self.tensors[f'dur_predictor.ln{i}.bias'])
-            x = F.linear(x, self.tensors['dur_predictor.proj.weight'], self.tensors['dur_predictor.proj.bias'])[0, :, 0]  # log(duration + 1)
-            out.append((x.exp() - 1).round().clamp(min=1).long().cpu())
+                x = F.relu(self._conv(f'{name}conv{i}.0', x.transpose(1, 2))).transpose(1, 2)
+                x = F.layer_norm(x, x.shape[-1:], t[f'{name}ln{i}.weight'], t[f'{name}ln{i}.bias'])
+            row[:] = (F.linear(x, t[name + 'proj.weight'], t[name + 'proj.bias'])[0, :, 0].exp() - 1).round().clamp(min=1)
         return out
 
     @torch.inference_mode()
@@ -1268,14 +1254,14 @@ class UnitVocoder:
         frames = [u.repeat_interleave(torch.as_tensor(d)) for u, d in zip(units, durations)]
         waves = [torch.zeros(0) for _ in frames]
         order = sorted((i for i in range(len(frames)) if len(frames[i])), key=lambda i: len(frames[i]))
-        table = self.config['kind'] == 'table'
         for batch in [order[i:i + 16] for i in range(0, len(order), 16)]:  # like lengths together
             some = [frames[i].to(self.device) for i in batch]
-            for i, wave in zip(batch, map(self._griffin_lim, some) if table else self._hifigan(some, speaker, style)):
+            spoken = map(self._griffin_lim, some) if self.config['kind'] == 'table' else self._hifigan(some, speaker, style)
+            for i, wave in zip(batch, spoken):
                 waves[i] = finish_wave(wave).cpu()
         return waves
 
-    def _conv(self, name, x, dilation=1, **kind):
+    def _conv(self, name, x, dilation=1):
         """The convolution `name` over (B, C, T), padded with zeros to the same length."""
         weight = self.tensors[name + '.weight']
         return F.conv1d(x, weight, self.tensors[name + '.bias'], dilation=dilation, padding=(weight.shape[-1] - 1) * dilation // 2)
