@@ -1,18 +1,33 @@
 """Text -> speech: stories to pre-train on, preference pairs for DPO, minimal pairs to evaluate on.
 
-    python make_synthetic.py config/demo_synthetic.py                                     the demo's own stories, pairs and three suites
+    python make_synthetic.py config/demo_synthetic.py                                              the demo's own stories, pairs and suites
+    python make_synthetic.py --text=TinyStoriesV2-GPT4-train.txt --out=data/stinystories           sTinyStories in espeak's voices
+    python make_synthetic.py --task=pairs --text=swag/train.csv --tts=kokoro --out=data/spokenswag
+    python make_synthetic.py --task=blimp --text=blimp/data --out=data/sblimp                      ZeroSpeech 2021 layout with gold.csv
+    python make_synthetic.py --task=storycloze --text=cloze.csv --out=data/sc                      sstorycloze/ and tstorycloze/
 
 A file is spoken sentence by sentence; every sentence is trimmed, followed by a pause and rounded up to whole 40 ms frames, so that a prompt's
-file and an ending's file laid end to end are the file of the whole. What a file sounds like depends on its text, its voice and nothing else.
+file and an ending's file laid end to end are the file of the whole. With espeak a sentence's sound depends on its text and voice alone.
 """
+import csv
+import ctypes
+import glob
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
-import sys
+import signal
+import threading
 import time
+import unicodedata
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
+from itertools import chain, islice
 
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # each worker has one core
 import numpy as np
@@ -21,310 +36,321 @@ import soundfile
 from config import configure, fail
 
 # -----------------------------------------------------------------------------
-out = 'out/synthetic'        # each task gets a folder here: audio, manifest.jsonl, summary.json, skipped.jsonl
-task = 'stories'             # comma-separated: stories, pairs; of the toy grammar also grammar, sstory, tstory
-text = 'toy'                 # toy (our own grammar)
-# how much of the toy grammar
-n_stories = 6000
-n_pairs = 2000
-n_suite = 500                # pairs in each of grammar, sstory, tstory; an even number
+out = 'out/synthetic'        # each task gets a folder here: audio, manifest.jsonl, skipped.jsonl, summary.json
+task = 'stories'             # comma-separated: stories, prompts, pairs, blimp, storycloze; of the toy grammar stories, pairs, grammar, sstory, tstory
+text = 'toy'                 # toy (config/toy_grammar.py), a file, folder or glob (.txt, .jsonl, .csv), or hub:NAME[:SPLIT] (package datasets)
+text_field = 'text'          # where rows of .jsonl, .csv and hub data keep a story
+limit = 0                    # at most so many items of a task; 0: all
 val_share = 0.03             # of stories and pairs, marked split=val
+max_auto_bleu = 0.3          # pairs whose text (prompt + ' ' + chosen) repeats this share of its word bigrams are dropped
+prompt_seconds = 3.0         # what is kept of a story by task prompts
+n_stories = 6000             # how much of the toy grammar: stories,
+n_pairs = 2000               # preference pairs,
+n_suite = 500                # and minimal pairs in each of grammar, sstory, tstory (an even number)
 # the voice
-tts = 'espeak'
-voices = 'gmw/en+m3,gmw/en+f2,gmw/en+m7,gmw/en+f5'  # one is drawn for each item
+tts = 'espeak'               # espeak, vits, fastspeech2, kokoro
+tts_model = ''               # folder or hub name; empty: facebook/mms-tts-eng (vits), espnet/fastspeech2_conformer_with_hifigan (fastspeech2)
+voices = ''                  # comma-separated, one is drawn for each item (blimp: every pair in each); espeak: languages with variants, en-us+f2,de
 speed = '1.0-1.0'            # 1 is the voice's own; drawn evenly from this range for each item
 pitch = '50-50'              # espeak: 0 to 99
 pause = 0.2                  # seconds of silence after each sentence
 audio_format = 'flac'        # flac or wav, 16-bit
 # the machine
-workers = 0                  # processes; 0: one a core
+workers = 0                  # processes; 0: one a core for espeak, one for a network
 seed = 1234
+device = 'auto'              # cuda, mps, cpu
+dtype = 'auto'               # of the networks: bfloat16 on cuda, float32 elsewhere
 # -----------------------------------------------------------------------------
 
 SAMPLE_RATE = 16000          # model.SAMPLE_RATE, not imported: espeak needs no torch, and starts at once
 GRID = 640                   # samples in a 40 ms frame of a 25 Hz encoder
-
-# --- the toy grammar ---------------------------------------------------------------------------------------------------------------
-
-# noun, plural, pronoun class; kin follow the hero in S1
-HEROES = dict(
-    he='boy boys|man men|king kings|brother brothers|uncle uncles|farmer farmers',
-    she='girl girls|woman women|queen queens|sister sisters|aunt aunts|lady ladies')
-NAMES = dict(he='Tom Ben Max Jack Peter David', she='Anna Lucy Mary Emma Kate Susan')
-KIN = 'dog cat friend father mother baby'.split()
-ADJECTIVES = 'old young small tall little big happy kind clever funny brave quiet'.split()
-COLOURS = 'red blue green yellow white black brown new'.split()
-NUMBERS = 'two three four five six'.split()
-PRONOUNS = dict(he=dict(he='he', his='his', him='him', self='himself'), she=dict(he='she', his='her', him='her', self='herself'),
-                they=dict(he='they', his='their', him='them', self='themselves'))
-IRREGULAR = dict(be='is', have='has', do='does', go='goes')
-
-# topic: places | things (singular plural) | what is going on | [what happens | what follows from it] twice. [verb] is conjugated.
-TOPICS = dict(
-    picnic=(
-        'in the park|on the hill|by the lake', 'basket baskets|blanket blankets|sandwich sandwiches',
-        '{he} [want] a picnic on the grass|{he} [bring] bread and cheese for a picnic|{he} [put] the picnic under a tree',
-        'the sky is blue and the sun is warm|the clouds go away and the sun is bright|a warm sun shines in the blue sky',
-        '{he} [lie] in the warm sun and [smile]|{he} [eat] the picnic in the sunshine|{he} [play] on the dry grass in the sun',
-        'dark clouds come and the rain is cold|the wind is strong and the rain falls|a cold rain falls from the dark clouds',
-        '{he} [run] home in the cold rain|{he} [hide] from the rain in wet shoes|{he} [open] an umbrella in the dark rain'),
-    pet=(
-        'in the street|near the bridge|behind the house', 'puppy puppies|collar collars|kitten kittens',
-        '{he} [look] for {his} lost puppy|{he} [call] the name of {his} puppy|{he} [ask] everyone about the lost puppy',
-        'the puppy barks behind a door|a neighbour finds the puppy|the puppy jumps out of a bush and barks',
-        '{he} [hug] the puppy and [kiss] its nose|{he} [give] the happy puppy a bone|{he} [carry] the puppy home and [laugh]',
-        'nobody sees the puppy all night|the street is empty and there is no puppy|the puppy never comes back',
-        '{he} [cry] for the puppy all night|{he} [go] home alone without the puppy|{he} [miss] the puppy and [cry]'),
-    doctor=(
-        'at the doctor|in the hospital|beside the nurse', 'pill pills|bandage bandages|bottle bottles',
-        '{he} [have] a fever and a cough|{he} [tell] the doctor about the pain|{he} [show] the nurse {his} sore throat',
-        'the medicine works and the fever is gone|the nurse says the pain is over|the doctor takes the fever away',
-        '{he} [jump] out of bed and [feel] strong|{he} [thank] the doctor and [feel] healthy|{he} [leave] the hospital strong and healthy',
-        'the fever is high and the cough is bad|the medicine is weak and the pain grows|the doctor says the cough is very bad',
-        '{he} [stay] in bed with a bad cough|{he} [feel] weak and [sleep] in the hospital|{he} [shake] in bed with a high fever'),
-    baking=(
-        'in the kitchen|at the oven|in the bakery', 'cake cakes|spoon spoons|bowl bowls',
-        '{he} [mix] butter and sugar for a cake|{he} [bake] a cake with eggs and flour|{he} [put] the cake into the oven',
-        'the cake is golden and smells sweet|the sweet cake rises in the oven|the cake comes out soft and golden',
-        '{he} [eat] the sweet cake with cream|{he} [cut] the golden cake into slices|{he} [share] the soft cake and the sweet cream',
-        'black smoke comes out of the oven|the oven is too hot and the cake burns|the cake is black and smells of smoke',
-        '{he} [throw] the burnt cake in the bin|{he} [cough] in the black smoke|{he} [scratch] black bits off the burnt cake'),
-    garden=(
-        'in the garden|beside the fence|near the well', 'seed seeds|pot pots|shovel shovels',
-        '{he} [plant] seeds in the soil|{he} [dig] the soil for the seeds|{he} [water] the seeds in the garden',
-        'green leaves grow out of the soil|the seeds grow into fresh flowers|fresh flowers open in the garden',
-        '{he} [pick] the fresh flowers with joy|{he} [smell] the flowers and the green leaves|{he} [grow] more flowers in the green garden',
-        'snails come and eat every leaf|the soil is dry and the plants die|hungry snails kill the plants',
-        '{he} [pull] the dead plants from the dry soil|{he} [chase] the hungry snails away|{he} [burn] the dead dry plants'),
-    school=(
-        'at school|in the classroom|near the teacher', 'pencil pencils|book books|ruler rulers',
-        '{he} [have] a test with many numbers|{he} [write] a test for the teacher|{he} [read] the questions in the test',
-        'every answer is right|the answers are quick and right|the teacher likes every answer',
-        '{he} [get] a gold star from the teacher|{he} [win] the best mark in the class|{he} [take] the gold star home with pride',
-        'the pencil breaks and the answers are wrong|every number is wrong|the teacher finds too many mistakes',
-        '{he} [fail] the test with many mistakes|{he} [must] write the wrong answers again|{he} [get] a low mark for the mistakes'),
-    football=(
-        'on the football field|beside the goal|in the stadium', 'ball balls|shirt shirts|whistle whistles',
-        '{he} [play] football for {his} team|{he} [kick] the ball to the team|{he} [wear] the shirt of the football team',
-        '{his} team scores the last goal|the ball flies into the goal and the team cheers|the team scores three goals',
-        '{he} [lift] the silver cup with the team|{he} [cheer] and [kiss] the silver cup|{he} [dance] because the team wins the cup',
-        'the other team scores nine times|the ball hits {his} foot and the others win|the other team is much too fast',
-        '{he} [lose] the game without a prize|{he} [walk] off slowly after the lost game|{he} [kick] the mud because the others win'),
-    fishing=(
-        'on the boat|at the river|on the beach', 'net nets|hook hooks|bucket buckets',
-        '{he} [throw] the net into the deep water|{he} [wait] for fish on the waves|{he} [hold] the line in the water',
-        'a big fish pulls the line|the net is full of fish|many silver fish swim into the net',
-        '{he} [fry] the big fish for dinner|{he} [sell] the full net of fish|{he} [cook] fish soup on the boat',
-        'the net has a hole and is empty|no fish swims in the water|a shark bites the line in half',
-        '{he} [sail] home with an empty net|{he} [eat] old bread for there is no fish|{he} [mend] the hole in the empty net'),
-    birthday=(
-        'at the birthday party|in the living room|beside the table', 'candle candles|balloon balloons|present presents',
-        '{he} [turn] seven today and [wait] for guests|{he} [invite] everyone to the birthday|{he} [light] the birthday candles',
-        'the guests come with songs and presents|the bell rings and all guests are here|music plays and the guests sing',
-        '{he} [open] all the presents and [sing]|{he} [dance] with the guests to the music|{he} [unpack] a toy and [thank] the guests',
-        'nobody rings the bell|no guests come and the house is silent|the guests forget the birthday',
-        '{he} [blow] out the candles alone|{he} [sit] alone in the silent room|{he} [put] the plates away in silence'),
-    train=(
-        'at the station|on the platform|beside the train', 'ticket tickets|suitcase suitcases|map maps',
-        '{he} [travel] to the city by train|{he} [buy] a ticket for the train|{he} [need] a train to the city',
-        'the train comes early with free seats|the doors open and the seats are free|a fast train stops at the platform',
-        '{he} [find] a seat by the window|{he} [ride] fast through the hills|{he} [look] out of the window of the fast train',
-        'the clock is late and the train is gone|the train leaves without a sound|all trains stop because of snow',
-        '{he} [sleep] on a bench in the snow|{he} [come] too late and [stand] in the snow|{he} [wait] for hours on the cold bench'),
-    market=(
-        'at the market|in the shop|in the village square', 'apple apples|carrot carrots|pear pears',
-        '{he} [sell] fruit and eggs to people|{he} [bring] fresh fruit to the market|{he} [shout] the price of the fruit',
-        'many people buy the fruit|people pay good money for the eggs|a rich lady buys everything',
-        '{he} [count] the coins in {his} purse|{he} [go] to the bank with the money|{he} [fill] {his} purse with money and coins',
-        'nobody stops and nobody buys|the eggs break and the fruit is bad|worms eat the bad fruit',
-        '{he} [pack] the bad fruit back into boxes|{he} [push] the heavy boxes home|{he} [clean] the broken eggs off the boxes'),
-    camping=(
-        'in the forest|near the tent|on the mountain', 'lamp lamps|rope ropes|backpack backpacks',
-        '{he} [build] a tent in the forest|{he} [camp] under the tall trees|{he} [gather] wood for the fire',
-        'the stars shine and the fire is bright|the moon shines on the forest|the fire is warm and the stars are clear',
-        '{he} [tell] tales under the moon and stars|{he} [roast] nuts over the bright fire|{he} [watch] the stars beside the fire',
-        'a wolf howls near the tent|an angry bear comes to the tent|a bear and a wolf fight in the dark',
-        '{he} [climb] a tree to escape the bear|{he} [scream] at the wolf|{he} [flee] from the angry bear'))
+SILENCE = 0.002              # of full scale; what stays below it is pause
+SHARD = 40                   # items a worker takes at once
+VOICES = dict(kokoro='af_heart,am_fenrir,bf_emma,bm_george',      # as SpokenSwag
+              espeak='gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph')  # a path below espeak's lang/ loads ten times as fast as a name (en-us)
+PLAIN = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', ', '…': '.'})
+ARPABET = dict(pair.split('=') for pair in (  # espeak's IPA for English -> the phones of CMUdict
+    'iː=IY i=IY ɪ=IH ᵻ=IH ɛ=EH æ=AE a=AE aa=AE ɑː=AA ɑ=AA ɒ=AA ɔː=AO ɔ=AO oː=AO o=OW ʊ=UH uː=UW u=UW ʌ=AH ə=AH ɐ=AH ɚ=ER ɜː=ER ɜ=ER eɪ=EY e=EH aɪ=AY '
+    'ɔɪ=OY aʊ=AW oʊ=OW əʊ=OW tʃ=CH dʒ=JH θ=TH ð=DH ʃ=SH ʒ=ZH ŋ=NG j=Y ɹ=R r=R h=HH ɡ=G x=K ɾ=T ʔ=T b=B d=D f=F k=K l=L m=M n=N p=P s=S t=T v=V w=W '
+    'z=Z').split())
 
 
-def conjugate(sentence, who):
-    """'{he} [want] {his} ...' for who in he, she, they -> 'She wants her ...'"""
-    def verb(match):
-        stem = match[1]
-        if who == 'they' or stem == 'must':
-            return {'be': 'are'}.get(stem, stem)
-        ending = 'es' if re.search('(s|sh|ch|x|z|o)$', stem) else 's'
-        return IRREGULAR.get(stem) or (stem[:-1] + 'ies' if re.search('[^aeiou]y$', stem) else stem + ending)
-    return re.sub(r'\[(\w+)\]', verb, sentence.format(**PRONOUNS[who]))
+# --- text: rows of files, and items made of rows -----------------------------------------------------------------------------------
+
+def documents(file):
+    """Stories of a text file: what stands between <|endoftext|> lines; if it has none, between blank lines."""
+    marked, document = '<|endoftext|>' in file.read(1 << 20), ''
+    file.seek(0)
+    for line in chain(file, ['']):
+        if line and ('<|endoftext|>' not in line if marked else line.strip()):
+            document += line
+        elif document.strip() or marked and line:
+            yield document + line.partition('<|endoftext|>')[0]
+            document = ''
 
 
-def finish(sentence):
-    return sentence[0].upper() + sentence[1:] + '.'
+def read_rows(task):
+    """Yields (row, where it stands) of the knob `text`; a story of a .txt file is a row of text_field."""
+    if text == 'toy':
+        from config.toy_grammar import toy_rows
+        yield from ((row, 'toy') for row in toy_rows(task, seed, n_stories, n_pairs, n_suite))
+        return
+    if text.startswith('hub:'):
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            fail('--text=hub:... needs the package datasets: pip install datasets')
+        name, _, split = text[4:].partition(':')
+        yield from ((row, f'{name} row {i}') for i, row in enumerate(load_dataset(name, split=split or 'train'), 1))
+        return
+    files = sorted(glob.glob(os.path.join(text, '**'), recursive=True) if os.path.isdir(text) else glob.glob(text))
+    files = [path for path in files if path.endswith(('.txt', '.jsonl', '.csv')) and os.path.getsize(path)]
+    for path in files or fail(f'{text}: no text there; expected a .txt, .jsonl or .csv file, a folder or glob of such, hub:NAME, or toy'):
+        with open(path, encoding='utf-8-sig', errors='replace', newline='' if path.endswith('.csv') else None) as file:
+            rows = ({text_field: d} for d in documents(file)) if path.endswith('.txt') else csv.DictReader(file) if path.endswith('.csv') else file
+            for i, row in enumerate(rows, 1):
+                try:
+                    row = json.loads(row) if path.endswith('.jsonl') else row
+                    assert isinstance(row, dict)
+                except (ValueError, AssertionError):
+                    fail(f'{path} row {i}: not an object; every line of a .jsonl file is one')
+                yield row, f'{path} row {i}'
 
 
-def introduce(rng, topic, who):
-    """The first sentence: who, where; one of ten patterns, half of them for one hero and half for several."""
-    place, thing = rng.choice(TOPICS[topic][0].split('|')), rng.choice(TOPICS[topic][1].split('|')).split()
-    he = who if who != 'they' else rng.choice(['he', 'she'])
-    noun = rng.choice(HEROES[he].split('|')).split()[who == 'they']
-    name, other = rng.sample(NAMES[he].split(), 2)
-    adjective, colour, number, kin = rng.choice(ADJECTIVES), rng.choice(COLOURS), rng.choice(NUMBERS), rng.choice(KIN)
-    his = PRONOUNS[he]['his']
-    if who == 'they':
-        return finish(rng.choice((
-            f'these {noun} are {place}', f'these {adjective} {noun} are {place}', f'{number} {noun} are {place}', f'the {noun} are {place}',
-            f'there are {number} {adjective} {noun} {place}', f'the {noun} have {number} {thing[1]} {place}', f'{name} and {other} are {place}',
-            f'these {noun} have {number} {colour} {thing[1]} {place}', f'the {adjective} {noun} are {place} with these {thing[1]}')))
-    return finish(rng.choice((
-        f'this {noun} is {place}', f'this {adjective} {noun} is {place}', f'one {noun} is {place}', f'the {noun} is {place}',
-        f'there is one {adjective} {noun} {place}', f'the {noun} has {his} {thing[0]} {place}', f'the {adjective} {noun} is {place} with {his} {kin}',
-        f'{name} is {place} with {his} {kin}', f'this {noun} has {his} {colour} {thing[0]} {place}', f'the {noun} has one {colour} {thing[0]} {place}')))
+def auto_bleu(document):
+    """Share of a text's word bigrams that occur in it more than once; 0 for fewer than two words."""
+    words = re.findall(r"[\w']+", document.lower())
+    counts = Counter(zip(words, words[1:]))
+    return sum(n for n in counts.values() if n > 1) / max(1, len(words) - 1)
 
 
-def toy_story(rng, topic=None, outcome=None, who=None):
-    """One story as dict: prompt (three sentences), ending, topic, outcome (0 or 1), who, endings: all that would follow from it."""
-    topic = topic or rng.choice(list(TOPICS))
-    outcome = rng.randrange(2) if outcome is None else outcome
-    who = who or rng.choice(('he', 'she', 'they'))
-    _, _, doing, *outcomes = (part.split('|') for part in TOPICS[topic])
-    events, endings = outcomes[2 * outcome:2 * outcome + 2]
-    prompt = [introduce(rng, topic, who), finish(conjugate(rng.choice(doing), who)), finish(conjugate(rng.choice(events), who))]
-    return dict(prompt=' '.join(prompt), ending=finish(conjugate(rng.choice(endings), who)), topic=topic, outcome=outcome, who=who)
+def preference(row, where):
+    """(prompt, chosen, rejected) of a row of SWAG, of HellaSwag, or of one that has them; None for a row that the recipe leaves out (section 4)."""
+    if {'prompt', 'chosen', 'rejected'} <= set(row):
+        return row['prompt'], row['chosen'], row['rejected']
+    one, two, source = ('sent1', 'sent2', 'gold-source') if 'sent1' in row else ('ctx_a', 'ctx_b', 'source_id')
+    endings = row['endings'] if 'endings' in row else [row.get(f'ending{i}') for i in range(4)]
+    if not {one, two, source, 'label'} <= set(row) or None in endings:
+        fail(f'{where}: no pair; expected the columns of SWAG or HellaSwag, or prompt, chosen and rejected')
+    if str(row['label']) not in '0123' or row['label'] == '' or (row[source] != 'gold' if source == 'gold-source' else re.search(
+            r'[][(){}<>/\\]|www\.', ' '.join((row[one], row[two], *endings)))):
+        return None
+    right = int(row['label'])
+    wrong = random.Random(f'{seed}/{where}').choice([i for i in range(len(endings)) if i != right])
+    return row[one], *(f'{row[two]} {endings[i]}'.strip() for i in (right, wrong))
 
 
-def toy_couple(rng, contradict, fresh):
-    """Two stories with their endings exchanged: each ending is right once and wrong once, so that preferring an ending as such gains nothing."""
-    who, topics = rng.choice(('he', 'she', 'they')), rng.sample(list(TOPICS), 2)
-    one, two = (fresh(topics[0] if contradict else topics[i], i if contradict else None, who) for i in range(2))
-    return [dict(one, wrong=two['ending']), dict(two, wrong=one['ending'])]
+def make_items(task):
+    """Yields a task's items, dict(files=[dict(name, text, ...), ...], ...), or dict(skip=reason, text). role: three files share a manifest row."""
+    def minimal_pair(right, wrong, name='{n:06d}', **more):
+        return dict(more, files=[dict(name=f'{name}_{side}', text=what, correct=side == 'correct') for side, what in (('correct', right), ('incorrect', wrong))])
+
+    cloze = [f'InputSentence{i}' for i in (1, 2, 3, 4)] + ['RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2', 'AnswerRightEnding']
+    expected = dict(stories=[text_field], prompts=[text_field], blimp=['sentence_good', 'sentence_bad', 'linguistics_term', 'UID', 'pairID'],
+                    sstorycloze=cloze, tstorycloze=cloze).get(task, [])
+    rows = read_rows(task)
+    if task == 'tstorycloze':
+        endings = [row.get(f'RandomFifthSentenceQuiz{(row.get("AnswerRightEnding") or "").strip()}') for row, _ in read_rows(task)]
+    for number, (row, where) in enumerate(rows):
+        if missing := [key for key in expected if row.get(key) is None]:
+            fail(f'{where}: no {", ".join(missing)}; task {task} expects {", ".join(expected)} (there are {", ".join(map(str, row))})')
+        if task in ('stories', 'prompts'):
+            yield dict(files=[dict(name='{n:06d}', text=row[text_field])], split=task == 'stories')
+        elif task == 'pairs':
+            texts = preference(row, where)
+            if texts and (share := auto_bleu(f'{texts[0]} {texts[1]}')) >= max_auto_bleu:
+                yield dict(skip=f'auto-BLEU {share:.2f}', text=f'{texts[0]} {texts[1]}')
+            elif texts:
+                yield dict(split=True, files=[dict(name=f'{{n:06d}}_{role}', role=role, text=what) for role, what in
+                                              zip(('prompt', 'chosen', 'rejected'), texts)])
+        elif task == 'blimp':
+            for voice in voices.split(','):
+                name = re.sub('[^A-Za-z0-9_]+', '-', f'{row["UID"]}_{row["pairID"]}_{voice}')
+                yield minimal_pair(row['sentence_good'], row['sentence_bad'], name, voice=voice, type=row['linguistics_term'], subtype=row['UID'],
+                                   id=row['pairID'], alike=f'{row["UID"]}/{row["pairID"]}')
+        elif task in ('sstorycloze', 'tstorycloze'):
+            if (answer := row['AnswerRightEnding'].strip()) not in ('1', '2'):
+                fail(f'{where}: AnswerRightEnding is {answer!r}, expected 1 or 2 (the test set without answers makes no pairs)')
+            right, wrong = (row[f'RandomFifthSentenceQuiz{i}'] for i in (answer, 3 - int(answer)))
+            if task == 'tstorycloze':  # another story's right ending
+                other = [i for i in random.Random(f'{seed}/{where}').choices(range(len(endings)), k=20) if endings[i] not in (right, wrong, None)]
+                wrong = endings[other[0]] if other else fail(f'{text}: too few stories to draw endings from')
+            prompt = ' '.join(row[key] for key in cloze[:4])
+            yield minimal_pair(f'{prompt} {right}', f'{prompt} {wrong}')
+        else:
+            yield minimal_pair(**row)
 
 
-def toy_grammar_couple(rng):
-    """Two minimal pairs (right, wrong, kind) that mirror each other: what is wrong in one is right in the other."""
-    topic, he = rng.choice(list(TOPICS)), rng.choice(('he', 'she'))
-    place = rng.choice(TOPICS[topic][0].split('|'))
-    one, many = rng.choice(HEROES[he].split('|')).split()
-    thing, things = rng.choice(TOPICS[topic][1].split('|')).split()
-    adjective, number, kin = rng.choice(ADJECTIVES), rng.choice(NUMBERS), rng.choice(KIN)
-    kind = rng.choice(('this', 'number', 'be', 'be', 'pronoun', 'have', 'gender'))
-    if kind == 'this':
-        a, b = rng.choice((('this {} is', 'these {} are'), (f'this {{}} has one {thing}', f'these {{}} have {number} {things}')))
-        quad = [f'{a.format(one)} {place}', f'{b.format(one).replace(" are", " is").replace(" have", " has")} {place}',
-                f'{b.format(many)} {place}', f'{a.format(many).replace(" is", " are").replace(" has", " have")} {place}']
-    elif kind == 'number':
-        quad = [f'there is one {one} {place}', f'there is one {many} {place}', f'there are {number} {many} {place}', f'there are {number} {one} {place}']
-    elif kind == 'be':
-        the = rng.choice(('the', f'the {adjective}'))
-        quad = [f'{the} {one} is {place}', f'{the} {one} are {place}', f'{the} {many} are {place}', f'{the} {many} is {place}']
-    elif kind == 'have':
-        quad = [f'the {one} has {number} {things} {place}', f'the {one} have {number} {things} {place}',
-                f'the {many} have {number} {things} {place}', f'the {many} has {number} {things} {place}']
-    elif kind == 'gender':
-        man, woman = (rng.choice(HEROES[x].split('|')).split()[0] for x in ('he', 'she'))
-        quad = [f'the {x} has {y} {thing} {place}' for x, y in ((man, 'his'), (man, 'her'), (woman, 'her'), (woman, 'his'))]
-    else:
-        doing = rng.choice([d for d in TOPICS[topic][2].split('|') if d.startswith('{he} [')])
-        lead = [f'the {one} is {place}', f'the {many} are {place}']
-        quad = [f'{lead[i]}. {finish(conjugate(doing, who))[:-1]}' for i, who in ((0, he), (0, 'they'), (1, 'they'), (1, he))]
-    quad = [finish(sentence) for sentence in quad]
-    return [dict(right=quad[0], wrong=quad[1], kind=kind), dict(right=quad[2], wrong=quad[3], kind=kind)]
+def clean(document):
+    """Only what a voice can say: letters, digits, plain punctuation; typographic signs become plain ones, links and everything else a space."""
+    document = unicodedata.normalize('NFKC', document.translate(PLAIN))
+    document = re.sub(r'https?://\S+|www\.\S+|<[^<>]*>', ' ', document)
+    document = ''.join(c if unicodedata.category(c)[0] in 'LNM' or c in '.,!?;:\'"()-%&$€£+@/。！？،؟।' else ' ' for c in document)
+    return ' '.join(re.sub(r'([.,!?;:])[.,!?;:]+', r'\1', re.sub(r'\s+([.,!?;:])', r'\1', document)).split())
 
 
-def toy_items(task):
-    """Items of a task. Every task is drawn in the same order whatever is asked for, and no prompt is drawn twice: nothing is shared among them."""
-    rng, used, held_out = random.Random(f'{seed}/toy'), set(), set()
-
-    def fresh(*what):
-        while True:
-            story = toy_story(rng, *what)
-            parts = sentences(story['prompt'])
-            if story['prompt'] not in used and not held_out & {*parts, ' '.join(parts[:2])}:
-                used.add(story['prompt'])
-                return story
-
-    def sides(right, wrong):
-        return [dict(name='{n:06d}_correct', text=right, correct=True), dict(name='{n:06d}_incorrect', text=wrong, correct=False)]
-
-    while len(held_out) < n_suite:
-        couple = toy_grammar_couple(rng)
-        for one in couple if not {one['right'] for one in couple} & held_out else ():
-            held_out.add(one['right'])
-            if task == 'grammar':
-                yield dict(files=sides(one['right'], one['wrong']), type=one['kind'])
-    for suite, contradict in (('sstory', True), ('tstory', False)):
-        for _ in range(n_suite // 2):
-            for story in toy_couple(rng, contradict, fresh):
-                if task == suite:
-                    yield dict(files=sides(f'{story["prompt"]} {story["ending"]}', f'{story["prompt"]} {story["wrong"]}'), type=story['topic'])
-    for i in range(n_pairs // 2):
-        for story in toy_couple(rng, i % 2 == 0, fresh):
-            if task == 'pairs':
-                yield dict(one_row=True, split=True, files=[dict(name=f'{{n:06d}}_{role}', role=role, text=what) for role, what in (
-                    ('prompt', story['prompt']), ('chosen', story['ending']), ('rejected', story['wrong']))])
-    for _ in range(n_stories if task == 'stories' else 0):
-        story = fresh()
-        yield dict(files=[dict(name='{n:06d}', text=f'{story["prompt"]} {story["ending"]}')], split=True)
+def sentences(document, longest=300):
+    """A text, cleaned, as sentences of at most `longest` letters (longer ones are cut at a comma or space); [] if there is no word in it."""
+    pieces, ends = [], r'(?:(?<=[.!?।؟])|(?<=[.!?।؟]["\')]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)\s+|(?<=[。！？])'
+    for piece in re.split(ends, clean(document)):
+        while len(piece) > longest:
+            at = piece.rfind(', ', 0, longest) + 1 or piece.rfind(' ', 0, longest) + 1 or longest
+            pieces, piece = [*pieces, piece[:at].strip()], piece[at:].strip()
+        pieces.append(piece)
+    return [piece for piece in pieces if any(c.isalnum() for c in piece)]
 
 
-# --- text --------------------------------------------------------------------------------------------------------------------------
+# --- voices: speak(texts, voice, speed, pitch) -> [(wave (n,) float32, rate, [[word, start s, end s], ...] or None), ...] -----------
 
-def sentences(document):
-    return re.split(r'(?<=[.!?])\s+', document.strip())
+class Event(ctypes.Structure):  # espeak_EVENT of espeak-ng/speak_lib.h
+    _fields_ = [(name, ctypes.c_int) for name in 'type identifier text_position length audio_position sample'.split()] + [
+        ('user_data', ctypes.c_void_p), ('id', ctypes.c_char * 8)]
 
 
-# --- voices: speak(texts, voice, speed, pitch) -> [(wave, rate, [[word, start s, end s], ...] or None), ...] ------------------------
+class Espeak:
+    """espeak-ng in this process; the library and its data come with the package espeakng-loader."""
 
-def load_espeak():
-    """espeak-ng in this process, by ctypes; the library and its data come with the package espeakng-loader."""
-    import _ctypes
-    import ctypes
+    def __init__(self):
+        import espeakng_loader
+        self.path, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+        self.library, self.chunks, self.marks = None, [], []
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))(self.receive)
 
-    import espeakng_loader
-
-    class Event(ctypes.Structure):  # espeak_EVENT of speak_lib.h
-        _fields_ = [(name, ctypes.c_int) for name in 'type identifier text_position length audio_position sample'.split()] + [
-            ('user_data', ctypes.c_void_p), ('id', ctypes.c_char * 8)]
-
-    path, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path().encode()
-    chunks, marks, library = [], [], None
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))
-    def receive(wave, n, events):
+    def receive(self, wave, n, events):
         if wave and n > 0:
-            chunks.append(ctypes.string_at(wave, 2 * n))
+            self.chunks.append(ctypes.string_at(wave, 2 * n))
         i = 0
-        while events[i].type:
-            if events[i].type == 1:  # espeakEVENT_WORD
-                marks.append((events[i].text_position - 1, events[i].sample))
+        while events[i].type:      # 0 ends the list
+            if events[i].type == 1:  # a word begins
+                self.marks.append((events[i].text_position - 1, events[i].sample))
             i += 1
         return 0
 
-    def speak(texts, voice, speed=1.0, pitch=50):
-        nonlocal library
-        if library:  # flutter and noise go on where the last utterance left them, even through Terminate: only a library loaded anew starts anew
-            library.espeak_Terminate()
-            _ctypes.dlclose(library._handle)
-        library = ctypes.CDLL(path)
-        rate = library.espeak_Initialize(2, 10000, data, 0x8000)  # synchronous, buffers of 10 s, never exit()
-        if rate <= 0 or library.espeak_ng_SetVoiceByName(voice.encode()):
-            fail(f'espeak-ng has no voice {voice!r}: name a language (en-us, de, fr ...), with a variant if you like (en-us+f2)')
-        library.espeak_SetSynthCallback(receive)
-        library.espeak_SetParameter(1, round(175 * speed), 0)
-        library.espeak_SetParameter(3, round(pitch), 0)
+    def load(self, voice):
+        """A library loaded anew: flutter and noise go on where the last utterance left them, even through espeak_Terminate."""
+        if self.library:
+            import _ctypes
+            self.library.espeak_Terminate()
+            _ctypes.dlclose(self.library._handle)
+        self.library = ctypes.CDLL(self.path)
+        rate = self.library.espeak_Initialize(2, 10000, self.data.encode(), 0x8000)  # synchronous, buffers of 10 s, never exit()
+        variant = voice.partition('+')[2]
+        if rate <= 0 or self.library.espeak_ng_SetVoiceByName(voice.encode()) or not os.path.exists(os.path.join(self.data, 'voices', '!v', variant)):
+            fail(f'espeak-ng has no voice {voice!r}: name a language (en-us, de, fr-fr ...), with a variant if you like (en-us+f2)')
+        self.library.espeak_SetSynthCallback(self.callback)
+        return rate
+
+    def __call__(self, texts, voice, speed=1.0, pitch=50):
         results = []
         for sentence in texts:
-            chunks.clear(), marks.clear()
-            encoded = sentence.encode() + b'\0'
-            library.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)
-            wave = np.frombuffer(b''.join(chunks), np.int16).astype(np.float32) / 32768
-            results.append((wave, rate, word_times(sentence, wave, rate, marks)))
+            rate, self.chunks, self.marks, encoded = self.load(voice), [], [], sentence.encode() + b'\0'
+            self.library.espeak_SetParameter(1, round(175 * speed), 0)  # words per minute
+            self.library.espeak_SetParameter(3, round(pitch), 0)
+            self.library.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)
+            wave = np.frombuffer(b''.join(self.chunks), np.int16).astype(np.float32) / 32768
+            results.append((wave, rate, word_times(sentence, wave, rate, self.marks)))
+        return results
+
+    def phones(self, word):
+        """'Cats' -> ['K', 'AE1', 'T', 'S']: the ARPAbet of the voice that is loaded"""
+        translate, pointer, stress, found = self.library.espeak_TextToPhonemes, ctypes.c_char_p(word.encode()), '0', []
+        translate.restype = ctypes.c_char_p
+        ipa = (translate(ctypes.byref(pointer), 1, 2) or b'').decode()
+        for sign in re.findall('|'.join(sorted(ARPABET, key=len, reverse=True)) + '|[ˈˌ]', ipa):
+            if phone := ARPABET.get(sign):
+                vowel = phone[0] in 'AEIOU'
+                found.append(phone + stress * vowel)
+            stress = {'ˈ': '1', 'ˌ': '2'}.get(sign) or ('0' if vowel else stress)
+        return found
+
+
+def network(load, name):
+    """(model, run): run(seed_text, **inputs) computes without gradients, its noise a function of the text alone."""
+    import torch
+    from model import pick_device, pick_dtype
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    try:
+        model = load(name).to(where).eval()
+    except (OSError, ValueError) as error:
+        fail(f'--tts_model={name}: {str(error).splitlines()[0]}')
+
+    def run(seed_text, **inputs):
+        torch.manual_seed(zlib.crc32(f'{seed}/{seed_text}'.encode()))
+        with torch.inference_mode(), torch.autocast(where.type, kind, enabled=kind != torch.float32):
+            return model(**{key: value.to(where) if torch.is_tensor(value) else value for key, value in inputs.items()})
+    return model, run
+
+
+def load_vits():
+    """transformers' VitsModel (facebook/mms-tts-*); a voice is the number of a speaker; no word times."""
+    from transformers import AutoTokenizer, VitsModel
+    model, run = network(VitsModel.from_pretrained, name := tts_model or 'facebook/mms-tts-eng')
+    tokenizer = AutoTokenizer.from_pretrained(name)
+
+    def speak(texts, voice, speed=1.0, pitch=50):
+        model.speaking_rate = model.config.speaking_rate * speed
+        inputs = tokenizer(list(texts), return_tensors='pt', padding=True)
+        if not inputs['attention_mask'].any(1).all():  # a sentence without a letter of its alphabet
+            return [part for one in texts for part in speak([one], voice, speed)] if len(texts) > 1 else [(np.zeros(0, np.float32), 16000, None)]
+        made = run(f'{voice} {texts}', **inputs, **(dict(speaker_id=int(voice or 0)) if model.config.num_speakers > 1 else {}))
+        return [(wave[:int(n)].float().cpu().numpy(), model.config.sampling_rate, None) for wave, n in zip(made.waveform, made.sequence_lengths)]
+    return speak
+
+
+def load_fastspeech2():
+    """transformers' FastSpeech 2 Conformer + HiFi-GAN; phones are espeak's, times those of its durations."""
+    import torch
+    from transformers import FastSpeech2ConformerWithHifiGan
+    from transformers.utils import cached_file
+    model, run = network(FastSpeech2ConformerWithHifiGan.from_pretrained, name := tts_model or 'espnet/fastspeech2_conformer_with_hifigan')
+    vocab = json.load(open(cached_file(name, 'vocab.json'), encoding='utf-8'))
+    rate, hop = model.config.vocoder_config.sampling_rate, math.prod(model.config.vocoder_config.upsample_rates)
+    espeak = Espeak()
+    espeak.load('en-us')
+
+    def speak(texts, voice, speed=1.0, pitch=50):
+        model.model.config.speaking_speed, results = 1 / speed, []  # what it calls speed multiplies durations
+        for sentence in texts:
+            words = [(word, [vocab.get(phone, vocab['<unk>']) for phone in espeak.phones(word)] + [vocab[mark] for mark in (
+                word[-1] if word[-1] not in ';:' else ',') if mark in vocab and not mark.isalnum()]) for word in sentence.split()]
+            tokens = torch.tensor([[*(token for _, phones in words for token in phones), vocab['<sos/eos>']]])
+            made = run(f'{voice} {sentence}', input_ids=tokens, return_dict=True, **(
+                dict(speaker_ids=torch.tensor([[int(voice or 0)]])) if model.model.multispeaker_model else {}))
+            durations = made.duration_outputs[0].cpu()
+            frames = [0, *np.cumsum(durations if speed == 1 else torch.round(durations.float() / speed).long())]
+            ends = np.cumsum([len(phones) for _, phones in words])
+            results.append((made.waveform[0].float().cpu().numpy(), rate, [
+                [word, frames[end - len(phones)] * hop / rate, frames[end] * hop / rate] for (word, phones), end in zip(words, ends)]))
+        return results
+    return speak
+
+
+def load_kokoro():
+    """The package kokoro; 24 kHz; word times for English."""
+    try:
+        from kokoro import KPipeline
+    except ImportError:
+        fail('--tts=kokoro needs its package: pip install "kokoro>=0.9"')
+    pipeline = lru_cache(KPipeline)  # of a language, the first letter of a voice
+
+    def speak(texts, voice, speed=1.0, pitch=50):
+        results = []
+        for sentence in texts:
+            waves, times = [np.zeros(0, np.float32)], []
+            for part in pipeline(voice[0])(sentence, voice=voice, speed=speed):
+                at = sum(map(len, waves)) / 24000
+                times += [[token.text, at + token.start_ts, at + (token.end_ts or token.start_ts)] for token in part.tokens or ()
+                          if token.start_ts is not None and any(c.isalnum() for c in token.text)]
+                waves.append(part.audio.cpu().numpy())
+            results.append((np.concatenate(waves), 24000, times or None))
         return results
     return speak
 
 
 def word_times(sentence, wave, rate, marks):
-    """[[word, start s, end s], ...] from marks [(character, sample), ...]. A word without a mark shares the time of the one before by letters."""
-    spans = [(match[0], match.start(), match.end()) for match in re.finditer(r'\S+', sentence)]
+    """[[word, start s, end s], ...] from marks [(character, sample), ...]; words without a mark share the time since the last one by letters."""
+    spans = [(match[0], *match.span()) for match in re.finditer(r'\S+', sentence)]
     starts = [next((sample for at, sample in marks if begin <= at < end), None) for _, begin, end in spans] + [len(wave)]
     starts[0] = starts[0] or 0
     for i in range(1, len(spans)):
@@ -332,8 +358,7 @@ def word_times(sentence, wave, rate, marks):
             j = next(j for j in range(i + 1, len(starts)) if starts[j] is not None and starts[j] >= starts[i - 1])
             share = len(spans[i - 1][0]) / sum(len(span[0]) for span in spans[i - 1:j])
             starts[i] = starts[i - 1] + round(share * (starts[j] - starts[i - 1]))
-    loud = np.abs(wave) > SILENCE
-    words = []
+    loud, words = np.abs(wave) > SILENCE, []
     for (word, _, _), begin, end in zip(spans, starts, starts[1:]):
         sounding = np.flatnonzero(loud[begin:end])  # a word ends where its sound does, not after the pause of a comma
         words.append([word, begin / rate, (begin + sounding[-1] + 1 if len(sounding) else end) / rate])
@@ -342,39 +367,31 @@ def word_times(sentence, wave, rate, marks):
 
 # --- waves -------------------------------------------------------------------------------------------------------------------------
 
-SILENCE = 0.002  # of full scale; below it is pause
-
-
 @lru_cache
 def filter_bank(rate, taps=32):
-    """What `resample` multiplies by: (L outputs, M inputs, half a filter's length in inputs, [(first output, its first input, kernel), ...])."""
+    """(L outputs to every M inputs, half a filter's length in inputs, [(first output, its first input, (inputs, outputs) kernel), ...])"""
     g = math.gcd(rate, SAMPLE_RATE)
     repeat = -(-320 * g // SAMPLE_RATE)             # a period of at least 320 outputs
     L, M, bank = SAMPLE_RATE // g * repeat, rate // g * repeat, []
-    step = M / L
+    step, cutoff = M / L, 0.94 * min(1.0, L / M)    # 7.5 kHz, if the input has it
     half = math.ceil(taps * max(1.0, step))
-    for first in range(0, L, 40):                   # 40 outputs span about as many inputs as a filter is long: little of a matrix is zero
+    for first in range(0, L, 40):                   # 40 outputs span about as many inputs as a filter is long: little of a kernel is zero
         outputs, low = np.arange(first, min(first + 40, L)), int(first * step)
-        t = np.arange(low - half, int(outputs[-1] * step) + half + 1)[:, None] - outputs * step              # (width, outputs) inputs from the centre
-        cutoff = 0.94 * min(1.0, 1 / step)          # of the input's Nyquist frequency: 7.5 kHz for 16 kHz
-        kernel = cutoff * np.sinc(cutoff * t) * np.i0(9 * np.sqrt(np.maximum(0, 1 - (t / half) ** 2))) / np.i0(9) * (np.abs(t) < half)
-        bank.append((first, low, kernel.astype(np.float32)))
+        t = np.arange(low - half, int(outputs[-1] * step) + half + 1)[:, None] - outputs * step
+        window = np.i0(9 * np.sqrt(np.maximum(0, 1 - (t / half) ** 2))) / np.i0(9)
+        bank.append((first, low, (cutoff * np.sinc(cutoff * t) * window * (np.abs(t) < half)).astype(np.float32)))
     return L, M, half, bank
 
 
 def resample(wave, rate):
-    """(n,) float32 at `rate` -> (ceil(n * 16000 / rate),) at 16 kHz by a Kaiser-windowed sinc.
-
-    The filter's phases repeat every L outputs = M inputs, so a stretch of outputs is one matrix product with overlapping frames of the input.
-    """
+    """(n,) float32 at `rate` -> (ceil(n * 16000 / rate),) at 16 kHz by a Kaiser-windowed sinc, its phases as matrix products: 2,600 x real time."""
     if rate == SAMPLE_RATE:
         return wave
     L, M, half, bank = filter_bank(rate)
     n = -(-len(wave) * L // M)
     blocks = -(-n // L)
-    padded = np.zeros((blocks + 1) * M + 2 * half, np.float32)
+    padded, result = np.zeros((blocks + 1) * M + 2 * half, np.float32), np.empty((blocks, L), np.float32)
     padded[half:half + len(wave)] = wave
-    result = np.empty((blocks, L), np.float32)
     for first, low, kernel in bank:
         frames = np.lib.stride_tricks.as_strided(padded[low:], (blocks, len(kernel)), (4 * M, 4))
         result[:, first:first + kernel.shape[1]] = frames @ kernel
@@ -383,24 +400,20 @@ def resample(wave, rate):
 
 def assemble(spoken):
     """[(wave, rate, words), ...], one a sentence -> (wave at 16 kHz, words or None): trimmed, joined, each followed by the pause."""
-    waves, words, at = [], [], 0.0
+    waves, words, at = [np.zeros(0, np.float32)], [], 0.0
     for wave, rate, times in spoken:
-        sounding = np.flatnonzero(np.abs(wave) > SILENCE)
-        if not len(sounding):
-            continue
-        start, end = sounding[0], sounding[-1] + 1
-        piece = resample(wave[start:end], rate)
-        length = -(-(len(piece) + round(pause * SAMPLE_RATE)) // GRID) * GRID
-        waves.append(np.pad(piece, (0, length - len(piece))))
-        words += [[word, round(at + max(0, a - start / rate), 3), round(at + (min(b, end / rate) - start / rate), 3)] for word, a, b in times or ()]
-        at += length / SAMPLE_RATE
-    return np.concatenate(waves or [np.zeros(0, np.float32)]), words if all(times is not None for _, _, times in spoken) else None
+        if len(sounding := np.flatnonzero(np.abs(wave) > SILENCE)):
+            piece, start = resample(wave[sounding[0]:sounding[-1] + 1], rate), sounding[0] / rate
+            waves.append(np.pad(piece, (0, -(-(len(piece) + round(pause * SAMPLE_RATE)) // GRID) * GRID - len(piece))))
+            words += [[word, *(round(at + min(max(t - start, 0), len(piece) / SAMPLE_RATE), 3) for t in span)] for word, *span in times or ()]
+            at += len(waves[-1]) / SAMPLE_RATE
+    return np.concatenate(waves), words if all(times is not None for _, _, times in spoken) else None
 
 
 def save(path, wave):
     """16-bit audio, whole or not at all; louder than full scale is scaled down, never clipped. Returns its size in bytes."""
-    wave = wave / max(1.0, float(np.abs(wave).max()))
-    soundfile.write(path + '.tmp', np.round(wave * 32767).astype(np.int16), SAMPLE_RATE, format=audio_format.upper(), subtype='PCM_16',
+    samples = np.round(wave * (32767 / max(1.0, float(np.abs(wave).max())))).astype(np.int16)
+    soundfile.write(path + '.tmp', samples, SAMPLE_RATE, format=audio_format, subtype='PCM_16',
                     **(dict(compression_level=0.0) if audio_format == 'flac' else {}))
     os.replace(path + '.tmp', path)
     return os.path.getsize(path)
@@ -408,67 +421,128 @@ def save(path, wave):
 
 # --- the work ----------------------------------------------------------------------------------------------------------------------
 
-speak = None
+def in_worker(parent):
+    """A worker leaves ctrl-C to the parent, and does not outlive it."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@lru_cache
+def load_voices(tts):
+    return dict(espeak=Espeak, vits=load_vits, fastspeech2=load_fastspeech2, kokoro=load_kokoro)[tts]()
 
 
 def do_shard(job):
-    """Speak and save some items of a task. Returns dict(shard, rows, skipped, seconds, bytes): what the journal keeps of them."""
-    global speak
-    shard, task, items = job
-    speak = speak or dict(espeak=load_espeak)[tts]()
-    done = dict(shard=shard, rows=[], skipped=[], seconds=0.0, bytes=0)
+    """Speaks and saves some items of a task. Returns dict(shard, rows, skipped, seconds, bytes), what the journal keeps of them."""
+    shard, task, folder, items = job
+    done = dict(shard=shard, items=len(items), rows=[], skipped=[], seconds=0.0, bytes=0)
     for n, item in items:
-        rng = random.Random(f'{seed}/{task}/{item.get("alike", n)}')  # a couple of minimal pairs has one voice
-        voice = rng.choice(voices.split(','))
+        files = [dict(file, sentences=sentences(file['text'] or '')) for file in item.get('files', ())]
+        rng = random.Random(f'{seed}/{task}/{item.get("alike", n)}')  # pairs that mirror each other have one voice
+        voice = item.get('voice') or rng.choice(voices.split(','))
         how = [rng.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
-        rows, keep = [], {key: value for key, value in item.items() if key not in ('files', 'one_row', 'split', 'alike')}
+        if all(file['sentences'] for file in files) and files:
+            texts = list(dict.fromkeys(sentence for file in files for sentence in file['sentences']))  # what they share is spoken once
+            spoken = dict(zip(texts, load_voices(tts)(texts, voice, *how)))
+            made = [assemble([spoken[sentence] for sentence in file['sentences']]) for file in files]
+        if not files or not all(file['sentences'] for file in files) or not all(len(wave) for wave, _ in made):
+            done['skipped'].append(dict(n=n, reason=item.get('skip', 'nothing to say'), text=item.get('text') or ' | '.join(f['text'] or '' for f in files)))
+            continue
+        more = {key: value for key, value in item.items() if key not in ('files', 'split', 'alike')} | dict(voice=voice)
         if item.get('split'):
-            keep['split'] = 'val' if random.Random(f'{seed}/{task}/{n}/split').random() < val_share else 'train'
-        for file in item['files']:
-            wave, words = assemble(speak(sentences(file['text']), voice, *how))
-            if not len(wave):
-                done['skipped'].append(dict(n=n, reason='nothing to hear', text=file['text']))
-                rows = []
-                break
-            name = f'{n // (1000 // len(item["files"])):03d}/{file["name"].format(n=n)}.{audio_format}'
-            done['bytes'] += save(os.path.join(out, task, name), wave)
-            done['seconds'] += len(wave) / SAMPLE_RATE
-            row = dict(path=name, text=file['text'], seconds=round(len(wave) / SAMPLE_RATE, 3), words=words)
-            rows.append({f'{file["role"]}_{key}' if 'role' in file else key: value for key, value in row.items()}
-                        | {key: value for key, value in file.items() if key not in ('name', 'role', 'text')})
-        rows = [{key: value for row in rows for key, value in row.items()}] if rows and item.get('one_row') else rows
-        done['rows'] += [dict(row, voice=voice, **keep) for row in rows]
+            more['split'] = 'val' if random.Random(f'{seed}/{task}/{n}/split').random() < val_share else 'train'
+        rows = []
+        for file, (wave, words) in zip(files, made):
+            name = f'syntactic/dev/{file["name"]}.{audio_format}' if task == 'blimp' else f'{n // (1000 // len(files)):03d}/{file["name"]}.{audio_format}'
+            row = dict(path=name.format(n=n), text=' '.join(file['sentences']))
+            if task == 'prompts':
+                wave = wave[:round(prompt_seconds * SAMPLE_RATE)]
+                if words:
+                    words = [word for word in words if word[2] <= prompt_seconds]
+                    row['text'] = ' '.join(word for word, _, _ in words)
+            os.makedirs(os.path.dirname(path := os.path.join(folder, row['path'])), exist_ok=True)
+            done['bytes'] += save(path, wave)
+            done['seconds'] += (seconds := round(len(wave) / SAMPLE_RATE, 3))
+            rows.append(row | dict(seconds=seconds, words=words) | ({'correct': file['correct']} if 'correct' in file else {}))
+        if 'role' in files[0]:
+            rows = [{f'{file["role"]}_{key}': value for file, row in zip(files, rows) for key, value in row.items()}]
+        done['rows'] += [row | more for row in rows]
     return done
 
 
 if __name__ == '__main__':
     config = configure(globals())
-    import multiprocessing
-    from itertools import islice
-
     from tqdm import tqdm
-
-    for task_name in task.split(','):
-        folder, began = os.path.join(out, task_name), time.time()
-        manifest = os.path.join(folder, 'manifest.jsonl')
-        items = enumerate(toy_items(task_name))
-        shards = iter(lambda: list(islice(items, 40)), [])
-        jobs = []
-        for i, shard in enumerate(shards):
-            for n, item in shard:
-                os.makedirs(os.path.join(folder, f'{n // (1000 // len(item["files"])):03d}'), exist_ok=True)
-                if task_name in ('grammar', 'sstory', 'tstory'):
-                    item.update(alike=n // 2, pair=n)
-            jobs.append((i, task_name, shard))
-        with multiprocessing.get_context('fork').Pool(workers or os.cpu_count()) as pool, tqdm(total=len(jobs), desc=task_name) as bar:
-            results = []
-            for done in pool.imap_unordered(do_shard, jobs):
-                results.append(done)
-                bar.update()
-        results.sort(key=lambda done: done['shard'])
-        with open(manifest + '.tmp', 'w', encoding='utf-8') as file:
-            file.writelines(json.dumps(row) + '\n' for done in results for row in done['rows'])
-        os.replace(manifest + '.tmp', manifest)
-        seconds = sum(done['seconds'] for done in results)
-        print(f'{task_name}: {sum(len(done["rows"]) for done in results)} rows, {seconds / 3600:.2f} h, {sum(len(d["skipped"]) for d in results)} skipped, '
-              f'{sum(d["bytes"] for d in results) / 1e6:.0f} MB, {time.time() - began:.1f} s, {seconds / (time.time() - began):.0f} x real time')
+    tasks = [name for one in task.split(',') for name in (('sstorycloze', 'tstorycloze') if one == 'storycloze' else (one,))]
+    known = ('stories', 'pairs', 'grammar', 'sstory', 'tstory') if text == 'toy' else ('stories', 'prompts', 'pairs', 'blimp', 'sstorycloze', 'tstorycloze')
+    for name in tasks:
+        if name not in known:
+            fail(f'no task {name!r} for --text={text}; there are {", ".join(known).replace("sstorycloze, tstorycloze", "storycloze")}')
+    for knob, choices in (('tts', ('espeak', 'vits', 'fastspeech2', 'kokoro')), ('audio_format', ('flac', 'wav'))):
+        if config[knob] not in choices:
+            fail(f'--{knob}={config[knob]}: expected {", ".join(choices)}')
+    for knob in ('speed', 'pitch'):
+        if not re.fullmatch(r'\d+(\.\d+)?-\d+(\.\d+)?', config[knob]):
+            fail(f'--{knob}={config[knob]}: expected a range, 0.9-1.1')
+    voices = voices or VOICES.get(tts, '0')
+    processes = workers or (len(os.sched_getaffinity(0)) if tts == 'espeak' else 1)
+    for name in tasks:
+        folder, began, spoken = os.path.join(out, name), time.time(), 0.0
+        journal, manifest, summary = (os.path.join(folder, file) for file in ('journal.jsonl', 'manifest.jsonl', 'summary.json'))
+        settings = {key: value for key, value in config.items() if key not in ('out', 'task', 'workers', 'device')} | dict(
+            voices=voices, text_bytes=sum(map(os.path.getsize, glob.glob(text))))
+        earlier = [json.loads(line) for path in (summary, journal) if os.path.exists(path) for line in open(path, 'rb') if line.endswith(b'}\n')]
+        if earlier and earlier[0]['settings'] != settings:
+            changed = [key for key in settings if settings[key] != earlier[0]['settings'].get(key)]
+            fail(f'{folder} holds speech made with other {", ".join(changed)}: choose another --out, or remove it')
+        if os.path.exists(summary):
+            print(f'{name}: already in {folder}: {earlier[0]["items"]} items, {earlier[0]["hours"]:.2f} h; nothing to do')
+            continue
+        toy = list(make_items(name)) if text == 'toy' else None
+        full = sum(1 for _ in toy or make_items(name)) or fail(f'{text}: no text in it for task {name}')
+        items = islice(enumerate(toy or make_items(name)), limit or full)
+        finished = {done['shard']: done for done in earlier[1:]}  # a killed run goes on after the shards that its journal holds
+        os.makedirs(folder, exist_ok=True)
+        with open(journal + '.tmp', 'w', encoding='utf-8') as file:
+            file.writelines(json.dumps(line) + '\n' for line in (dict(settings=settings), *finished.values()))
+        os.replace(journal + '.tmp', journal)
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context('fork'), in_worker, (os.getpid(),)) if processes > 1 else None
+        jobs = ((i, name, folder, shard) for i, shard in enumerate(iter(lambda: list(islice(items, SHARD)), [])) if i not in finished)
+        bar = tqdm(total=min(limit or full, full), initial=sum(done['items'] for done in finished.values()), desc=name, unit=' items')
+        with open(journal, 'a', encoding='utf-8') as log, bar, pool or nullcontext():
+            waiting = deque(pool.submit(do_shard, job) for job in islice(jobs, 4 * processes)) if pool else map(do_shard, jobs)
+            while waiting if pool else True:
+                if pool:
+                    done = waiting.popleft().result()
+                    waiting.extend(pool.submit(do_shard, job) for job in islice(jobs, 1))
+                elif (done := next(waiting, None)) is None:
+                    break
+                log.write(json.dumps(done, ensure_ascii=False) + '\n')
+                log.flush()
+                finished[done['shard']], spoken = done, spoken + done['seconds']
+                bar.update(done['items'])
+                bar.set_postfix_str(f'{sum(d["seconds"] for d in finished.values()) / 3600:.2f} h, {spoken / (time.time() - began):.0f} x real time')
+        shards, seconds = [finished[i] for i in sorted(finished)], time.time() - began
+        if name == 'blimp':
+            with open(os.path.join(folder, 'syntactic', 'dev', 'gold.csv'), 'w', encoding='utf-8', newline='') as file:
+                gold = csv.writer(file)
+                gold.writerow('id filename voice type subtype correct transcription'.split())
+                gold.writerows([row['id'], os.path.splitext(os.path.basename(row['path']))[0], row['voice'], row['type'], row['subtype'], int(row['correct']),
+                                row['text']] for done in shards for row in done['rows'])
+        for path, what in ((os.path.join(folder, 'skipped.jsonl'), 'skipped'), (manifest, 'rows')):
+            with open(path + '.tmp', 'w', encoding='utf-8') as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for done in shards for row in done[what])
+            os.replace(path + '.tmp', path)
+        count = {key: sum(done[key] for done in shards) for key in ('items', 'seconds', 'bytes')} | dict(skipped=sum(len(d['skipped']) for d in shards))
+        hours, rate = count.pop('seconds') / 3600, spoken / seconds
+        projected = dict(full_items=full, full_hours=hours * full / count['items'], full_machine_hours=hours * full / count['items'] / max(rate, 1e-9))
+        with open(summary + '.tmp', 'w', encoding='utf-8') as file:
+            file.write(json.dumps(dict(settings=settings, **count, hours=hours, seconds=seconds, x_real_time=rate, **projected)) + '\n')
+        os.replace(summary + '.tmp', summary)
+        os.remove(journal)
+        print(f'{name}: {count["items"]} items, {hours:.2f} h, {count["skipped"]} skipped, {count["bytes"] / 1e6:.0f} MB in {seconds:.1f} s, {rate:.0f} x real time; '
+              f'the full set, {full} items, {projected["full_hours"]:.2f} h of speech, takes {projected["full_machine_hours"]:.3f} h')
