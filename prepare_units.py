@@ -49,7 +49,7 @@ kmeans = ''                # .safetensors with `centroids`, or a joblib dump of 
 fit_kmeans = 0             # fit this many clusters on the speech itself instead
 fit_frames = 300_000       # on so many frames of training speech, drawn evenly
 fit_vocoder = False        # also fit the table vocoder, a voice for any encoder
-vocoder_hours = 1.0        # on so much speech, drawn evenly
+vocoder_hours = 0.5        # on so much speech, drawn evenly
 # how it is cut and split
 max_seconds = 30.0         # longer utterances are cut at the quietest point of the last third
 val_folders = ''           # files below these folders validate; if empty, and where a manifest has no `split`:
@@ -271,7 +271,7 @@ def in_order(pool, ahead, job, chunks, plan, encoder, where):
 
 
 def fit(x, k, seed):
-    """k-means of (frames, D): a k-means++ start on a part, Lloyd's rounds on every 8th frame, then on all. An empty cluster is moved to the
+    """k-means of (frames, D): a k-means++ start on a part, Lloyd's rounds on every 4th frame, then on all. An empty cluster is moved to the
     frame that is worst served. -> centroids (k, D), mean squared distance."""
     generator = torch.Generator().manual_seed(seed)
     if len(x) < k:
@@ -283,14 +283,14 @@ def fit(x, k, seed):
         i = torch.multinomial(nearest.cpu().double().clamp(min=1e-12), 1, generator=generator).to(x.device)
         centroids = torch.cat((centroids, some[i]))
         nearest = torch.minimum(nearest, (some - some[i]).square().sum(1))
-    bar = tqdm(total=24, desc='k-means', unit='round', leave=False)
-    for part, rounds in ((x[::8], 14), (x, 10)) if len(x) > 400 * k else ((x, 24),):
+    bar = tqdm(total=20, desc='k-means', unit='round', leave=False)
+    for part, rounds in ((x[::4], 14), (x, 6)):
         for _ in range(rounds):
             sums, counts, far = torch.zeros_like(centroids, dtype=torch.float64), torch.zeros(k, device=x.device), []
             for block in part.split(1 << 15):
                 cost = centroids.square().sum(1) / 2 - block @ centroids.T
                 best, unit = cost.min(1)
-                one = torch.nn.functional.one_hot(unit, k).to(x.dtype)  # a product instead of index_add, which is not deterministic on CUDA
+                one = (unit[:, None] == torch.arange(k, device=x.device)).to(x.dtype)  # a product: CUDA's index_add is not deterministic
                 sums += (one.T @ block).double()
                 counts += one.sum(0)
                 far.append(best * 2 + block.square().sum(1))
