@@ -1,12 +1,13 @@
 """sample.py and the vocoders: HiFi-GAN against modules of the published layout, the table against the encoder it belongs to."""
 import json
-import math
 import os
+import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -293,3 +294,126 @@ def test_edit_distance_and_timeline():
     assert sample.edit_distance([1, 2, 3], [1, 3, 4]) == 2 and sample.edit_distance([], [1]) == 1
     svg = sample.timeline_html(torch.tensor([5, 9, 5]), torch.tensor([1, 2, 3]), 1, 25.0)
     assert svg.count('<rect') == 3 and 'viewBox="0 0 6 10"' in svg and 'unit 9, 0.04 to 0.12 s' in svg and 'class="border"' in svg
+
+
+# ----------------------------------------------------------------------------- the whole, on spoken stories
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Stories spoken by espeak, units and voice fitted on them, a random model: {audio, units, slm} folders, val rows, encoder, vocoder."""
+    root = tmp_path_factory.mktemp('data')
+    for script, *args in (('make_synthetic.py', 'config/demo_synthetic.py', '--task=stories', '--n_stories=60', '--val_share=0.1', f'--out={root}/audio'),
+                          ('prepare_units.py', f'--audio={root}/audio/stories', '--encoder=mfcc', '--fit_kmeans=100', '--fit_vocoder=True',
+                           f'--out={root}/units')):
+        subprocess.run([sys.executable, script, *args], cwd=ROOT, check=True, capture_output=True)
+    audio, units = str(root / 'audio/stories'), str(root / 'units')
+    slm = M.SLM(M.SLMConfig(family='qwen2', n_layer=2, n_embd=64, n_head=2, n_kv_head=1, n_ffn=128, vocab_size=102, context=512))
+    slm.save_pretrained(str(root / 'slm'), dict(encoder=units + '/encoder', vocoder=units + '/vocoder', n_units=100, frame_rate=25.0))
+    val = [row for row in sample.read_lines(audio + '/manifest.jsonl') if row['split'] == 'val']
+    return dict(root=root, audio=audio, units=units, slm=str(root / 'slm'), val=val, encoder=M.UnitEncoder.from_pretrained(units + '/encoder'),
+                vocoder=M.UnitVocoder.from_pretrained(units + '/vocoder'))
+
+
+def run(monkeypatch, capsys, *args):
+    """sample.py with these arguments, in this process. -> its lines on stdout."""
+    monkeypatch.setattr(sys, 'argv', ['sample.py', '--device=cpu', *map(str, args)])
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    capsys.readouterr()
+    runpy.run_path(os.path.join(ROOT, 'sample.py'), run_name='__main__')
+    return capsys.readouterr().out.splitlines()
+
+
+def test_units_come_back_from_their_sound(data):
+    """Held-out speech: at least 90 % of the frames with given durations, 80 % of the de-duplicated units with predicted ones."""
+    waves = [M.load_audio(os.path.join(data['audio'], row['path'])) for row in data['val']]
+    encoder, vocoder, same, frames, edits, units = data['encoder'], data['vocoder'], 0, 0, 0, 0
+    spoken = [M.dedup(u) for u in encoder.encode(waves)]
+    given = vocoder.decode([u for u, _ in spoken], [d for _, d in spoken])
+    free = vocoder.decode([u for u, _ in spoken])
+    for (u, d), a, b in zip(spoken, encoder.encode(given), encoder.encode(free)):
+        assert len(a) == int(d.sum())
+        same, frames = same + int((a == u.repeat_interleave(d)).sum()), frames + len(a)
+        edits, units = edits + sample.edit_distance(u.tolist(), M.dedup(b)[0].tolist()), units + len(u)
+    assert frames > 500 and same / frames >= 0.9 and 1 - edits / units >= 0.8
+    assert sum(map(len, free)) == pytest.approx(sum(map(len, given)), rel=0.2)
+
+
+def test_prompts_are_continued(data, tmp_path, monkeypatch, capsys):
+    args = (f'--init={data["slm"]}', f'--prompt={data["audio"]}', '--max_prompts=2', '--num_samples=2', '--max_new_tokens=40')
+    lines = run(monkeypatch, capsys, *args, f'--out={tmp_path}/a', f'--html={tmp_path}/a/page.html')
+    assert '4 continuations of 2 prompts' in lines[-1] and 'real time' in lines[-1]
+    rows = sample.read_lines(str(tmp_path / 'a/units.jsonl'))
+    assert len(rows) == 4 and [r['sample'] for r in rows] == [1, 2, 1, 2] and rows[0]['units'] != rows[1]['units']
+    for row, known in zip(rows[::2], data['val']):
+        folder = tmp_path / 'a' / os.path.dirname(row['file_name'])
+        assert {p.name for p in folder.iterdir()} == {'prompt.wav', 'continuation.wav', 'full.wav', 'continuation-2.wav', 'full-2.wav'}
+        end = soundfile.info(folder / 'prompt.wav').duration
+        assert end <= 3.02 and any(abs(end - word[2]) < 1e-3 for word in known['words'])  # at a word's end
+        assert row['text'] == known['text'] and row['prompt_units'] < len(row['units']) == len(row['duration'])
+        for path in folder.iterdir():
+            sound, rate = soundfile.read(path)
+            assert rate == 16000 and len(sound) > 8000 and np.abs(sound).max() < 0.99 and abs(sound.mean()) < 2e-3
+        assert soundfile.info(folder / 'full.wav').duration <= sum(row['duration']) / 25
+    page = (tmp_path / 'a/page.html').read_text()
+    assert page.count('<section>') == 4 and page.count('<audio') == 12 and page.count('data:audio/flac;base64,') == 12 and '<rect' in page
+    assert 'http' not in page.replace('http-equiv', '') and data['val'][0]['text'] in page
+
+    before = {path: path.read_bytes() for path in sorted((tmp_path / 'a').rglob('*.*')) if path.suffix != '.json' and path.suffix != '.html'}
+    run(monkeypatch, capsys, *args, f'--out={tmp_path}/a')  # the same command again: the same bytes
+    assert all(path.read_bytes() == content for path, content in before.items())
+    run(monkeypatch, capsys, *args, f'--out={tmp_path}/b', '--seed=5')
+    assert [r['units'] for r in sample.read_lines(str(tmp_path / 'b/units.jsonl'))] != [r['units'] for r in rows]
+    run(monkeypatch, capsys, *args[:1], f'--prompt={tmp_path}/a/units.jsonl', '--max_prompts=1', '--max_new_tokens=10', f'--out={tmp_path}/c')
+    again = sample.read_lines(str(tmp_path / 'c/units.jsonl'))[0]
+    assert again['units'][:again['prompt_units']] == rows[0]['units'][:again['prompt_units']] and again['prompt_units'] > 10
+    assert sum(again['duration'][:again['prompt_units']]) / 25 <= 3.0
+
+
+def test_recordings_without_a_manifest_and_none(data, tmp_path, monkeypatch, capsys):
+    wave = M.load_audio(os.path.join(data['audio'], data['val'][0]['path']))
+    soundfile.write(tmp_path / 'phone.wav', sample.resample(wave, 16000, 8000).numpy(), 8000)
+    soundfile.write(tmp_path / 'stereo.mp3', np.stack([wave.numpy()] * 2, axis=1), 16000)
+    soundfile.write(tmp_path / 'short.wav', wave[8000:9600].numpy(), 16000)
+    args = (f'--init={data["slm"]}', '--max_new_tokens=20', f'--out={tmp_path}/o')
+    lines = run(monkeypatch, capsys, *args, f'--prompt={tmp_path}/phone.wav,{tmp_path}/stereo.mp3,{tmp_path}/short.wav', '--keep_prompt')
+    assert len(lines) >= 4 and '3 continuations of 3 prompts' in lines[-1]
+    real, full = M.load_audio(tmp_path / 'o/phone/prompt.wav'), M.load_audio(tmp_path / 'o/phone/full.wav')
+    assert len(real) == 48000 and len(full) > 48000
+    assert np.corrcoef(real[1000:40000], full[1000:40000])[0, 1] > 0.999  # the recording itself, at the voice's level
+    lines = run(monkeypatch, capsys, *args, '--num_samples=2')
+    assert '2 continuations of no prompts' in lines[-1] and (tmp_path / 'o/unprompted/full-2.wav').exists()
+    lines = run(monkeypatch, capsys, *args, '--temperature=0', '--repetition_penalty=1.0', '--max_new_tokens=120', f'--prompt={tmp_path}/phone.wav')
+    assert any('warning: it loops' in line for line in lines)  # what an untrained model does when it never draws
+
+
+def test_resynth_needs_no_model(data, tmp_path, monkeypatch, capsys):
+    for init in (data['units'], data['units'] + '/encoder', data['slm']):
+        lines = run(monkeypatch, capsys, f'--init={init}', f'--prompt={data["audio"]}', '--resynth', '--max_prompts=3', f'--out={tmp_path}/r',
+                    f'--html={tmp_path}/r.html')
+        result = json.load(open(tmp_path / 'r/sample.json'))
+        assert '3 resynthesised' in lines[-1] and result['frames_unchanged'] >= 90 and result['units_unchanged_predicted_durations'] >= 80
+    for row, known in zip(sample.read_lines(str(tmp_path / 'r/units.jsonl')), data['val']):
+        sound = M.load_audio(tmp_path / 'r' / row['file_name'])
+        assert abs(len(sound) / 16000 - known['seconds']) < 0.04 and 0.04 < M.speech_level(sound) < 0.12
+    assert (tmp_path / 'r.html').read_text().count('<audio') == 6
+
+
+def test_what_the_user_can_mend_is_one_line(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'empty.wav').write_bytes(b'')
+    (tmp_path / 'text.wav').write_text('this is no sound ' * 50)
+    soundfile.write(tmp_path / 'nan.wav', np.full(16000, np.nan, dtype=np.float32), 16000, subtype='FLOAT')
+    write_jsonl(tmp_path / 'far.jsonl', [dict(file_name='x', units=[3, 100])])
+    small = M.SLM(M.SLMConfig(family='qwen2', n_layer=1, n_embd=32, n_head=2, n_kv_head=1, n_ffn=64, vocab_size=52, context=512))
+    small.save_pretrained(str(tmp_path / 'small'), dict(encoder=data['units'] + '/encoder', vocoder=data['units'] + '/vocoder', n_units=50))
+    good, prompt = f'--init={data["slm"]}', f'--prompt={data["audio"]}'
+    for args, word in (([good, f'--prompt={tmp_path}/empty.wav'], 'empty.wav'), ([good, f'--prompt={tmp_path}/text.wav'], 'text.wav'),
+                       ([good, f'--prompt={tmp_path}/nan.wav'], 'NaN'), ([good, f'--prompt={tmp_path}/far.jsonl'], 'unit 100'),
+                       ([f'--init={tmp_path}/small', prompt], 'units do not match.*has 50.*has 100.*has 100'), ([good, '--keep_prompt'], 'recording'),
+                       ([good, '--resynth'], '--prompt'), ([f'--init={tmp_path}', prompt, '--resynth'], 'no slam.json'),
+                       ([f'--init={tmp_path}/none', prompt], 'none')):
+        with pytest.raises(M.InputError, match=word) as error:
+            run(monkeypatch, capsys, *args, f'--out={tmp_path}/o')
+        assert '\n' not in str(error.value)
+    assert not (tmp_path / 'o').exists()
+    done = subprocess.run([sys.executable, 'sample.py', good, f'--prompt={tmp_path}/text.wav'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == '' and len(done.stderr.splitlines()) == 1 and 'text.wav' in done.stderr
