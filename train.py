@@ -104,23 +104,12 @@ def open_data(names, data_dir='data'):
         try:
             with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
                 sets.append((folder, float(weight or 1), json.load(file)))
-        except FileNotFoundError:
-            raise InputError(f'data {name!r}: there is no {folder}/meta.json; make it with prepare_units.py, or correct --data') from None
-        except ValueError as error:
-            raise InputError(f'data {name!r}: {error}: the weight is no number, or {folder}/meta.json is broken') from None
+        except (OSError, ValueError) as error:
+            raise InputError(f'data {name!r}: {error}; name folders that prepare_units.py made, NAME or NAME:WEIGHT') from None
         for key in ('vocab_size', 'offset', 'dedup', 'frame_rate'):
             if sets[-1][2].get(key) != sets[0][2].get(key):
                 raise InputError(f'{folder} and {sets[0][0]} differ in {key}: units of one kind only can be mixed')
     return sets
-
-
-def open_tokens(folder, meta, split):
-    """The tokens of a split as a read-only memory map, (N,). Raises InputError if the file is not whole."""
-    path, kind = os.path.join(folder, split + '.bin'), np.dtype(meta.get('dtype', 'uint16'))
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    if size == 0 or size != kind.itemsize * meta.get('tokens', {}).get(split, size // kind.itemsize):
-        raise InputError(f'{path} is {"truncated" if size else "empty or missing"}: run prepare_units.py again')
-    return np.memmap(path, kind, 'r')
 
 
 def find_utterances(tokens, block=1 << 22):
@@ -151,13 +140,18 @@ class Loader:
     State: epoch, offset in the epoch's stream of tokens. Memory: 32 bytes a chunk.
     """
 
-    def __init__(self, sets, context, seed, split='train', whole=False):
+    def __init__(self, sets, context, seed, split='train', whole=False, at=(0, 0)):
         self.T, self.seed, self.sets, self.whole = context, seed, sets, whole
-        self.tokens = [open_tokens(folder, meta, split) for folder, _, meta in sets]
+        self.tokens = []  # of each set, a read-only memory map (N,)
+        for folder, _, meta in sets:
+            path, kind = os.path.join(folder, split + '.bin'), np.dtype(meta['dtype'])
+            if not os.path.exists(path) or not 0 < os.path.getsize(path) == kind.itemsize * meta['tokens'][split]:
+                raise InputError(f'{path} is missing, empty or truncated: run prepare_units.py again')
+            self.tokens.append(np.memmap(path, kind, 'r'))
         tables = [find_chunks(tokens, context) for tokens in self.tokens]
         self.first = np.cumsum([0] + [len(begins) for begins, _ in tables])  # set s has the chunks first[s] to first[s + 1]
         self.begins, self.lengths = (np.concatenate(column) for column in zip(*tables))
-        self.seek(0, 0)
+        self.seek(*at)
 
     def seek(self, epoch, offset):
         """Go there. order (n,): the epoch's chunk numbers; ends (n,): where each ends in its stream."""
@@ -212,14 +206,13 @@ class Loader:
         """The utterances in the next rows (of the pieces at these places, or all), for messages: set, number and, where known, file."""
         names, pieces = [], [piece for piece in self.pieces(rows) if not places or piece[0] in places]
         for s in sorted({piece[1] for piece in pieces}):
-            starts, folder = find_utterances(self.tokens[s]), self.sets[s][0]
+            tokens, path = self.tokens[s], os.path.join(self.sets[s][0], 'units.jsonl')
+            starts = np.append(find_utterances(tokens), len(tokens))
             numbers = np.unique(np.searchsorted(starts, [piece[2] for piece in pieces if piece[1] == s], 'right') - 1)
-            ends, files = np.append(starts[1:], len(self.tokens[s])) - 1, {}
-            wanted = {tuple(self.tokens[s][starts[i] + 1:ends[i]].tolist()): i for i in numbers}
-            if os.path.exists(os.path.join(folder, 'units.jsonl')):
-                for line in map(json.loads, open(os.path.join(folder, 'units.jsonl'), encoding='utf-8')):
-                    files[wanted.get(tuple(unit + OFFSET for unit in line['units']))] = ' ' + line['file_name']
-            names += [f'{folder} utterance {i}{files.get(i, "")}' for i in numbers]
+            wanted = {tuple(tokens[starts[i] + 1:starts[i + 1] - 1].tolist()): i for i in numbers}
+            lines = map(json.loads, open(path, encoding='utf-8')) if os.path.exists(path) else ()
+            files = {wanted.get(tuple(unit + OFFSET for unit in line['units'])): line['file_name'] for line in lines}
+            names += [f'{self.sets[s][0]} utterance {i} {files.get(i, "")}'.strip() for i in numbers]
         return names
 
 
@@ -227,13 +220,12 @@ def make_optimizers(model, name, lr, betas, eps, weight_decay):
     """List of optimizers over the model's parameters. Raises InputError for an unknown name or a missing package."""
     matrices, rest = ([p for p in model.parameters() if (p.ndim >= 2) == flag] for flag in (True, False))
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-    fused = matrices[0].device.type != 'mps'
     if name == 'adamw':
-        return [torch.optim.AdamW(groups, lr, betas, eps, fused=fused)]
+        return [torch.optim.AdamW(groups, lr, betas, eps, fused=True)]
     if name == 'muon':  # the matrices between layers; embedding, head, norms and biases stay with AdamW
         hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith('blocks')]
         groups[0]['params'] = [p for p in matrices if not any(p is one for one in hidden)]
-        return [torch.optim.Muon(hidden, lr, weight_decay, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW(groups, lr, betas, eps, fused=fused)]
+        return [torch.optim.Muon(hidden, lr, weight_decay, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW(groups, lr, betas, eps, fused=True)]
     if name not in ('ademamix', 'adalomo'):
         raise InputError(f'optimizer {name!r} is unknown: use adamw, muon, ademamix or adalomo')
     if not importlib.util.find_spec('pytorch_optimizer'):
@@ -241,15 +233,11 @@ def make_optimizers(model, name, lr, betas, eps, weight_decay):
     from pytorch_optimizer import AdaLOMO, AdEMAMix
     if name == 'ademamix':
         return [AdEMAMix(groups, lr, (*betas, 0.9999), eps=eps, weight_decouple=True)]
-    model.requires_grad_(False)  # else it hooks into the backward pass, and there could be no accumulation
-    adalomo = AdaLOMO(model, lr, weight_decay, loss_scale=0)
+    model.requires_grad_(False)  # else it would update inside the backward pass, which rules out accumulation
+    one = AdaLOMO(model, lr, weight_decay, loss_scale=0)
     model.requires_grad_(True)
-
-    def step():
-        adalomo.lr, adalomo.num_steps = adalomo.param_groups[0]['lr'], adalomo.num_steps + 1
-        adalomo.grad_func(None)
-    adalomo.step = step
-    return [adalomo]
+    one.step = lambda: (setattr(one, 'lr', one.param_groups[0]['lr']), setattr(one, 'num_steps', one.num_steps + 1), one.grad_func(None))
+    return [one]
 
 
 def duration(seconds):
@@ -260,19 +248,16 @@ if __name__ == '__main__':
     config = configure(globals())
     # --- processes and device: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
     rank, local, world = (int(os.environ.get(key, default)) for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-    device = pick_device(device)
-    cuda, dtype, say = device.type == 'cuda', pick_dtype(dtype, device), print if rank == 0 else lambda *_, **__: None
-    compile, budget = cuda if compile is None else compile, 3600 * train_hours  # seconds
+    say, budget, device = (print if rank == 0 else lambda *_, **__: None), 3600 * train_hours, pick_device(device)
+    cuda, dtype = device.type == 'cuda', pick_dtype(dtype, device)
     if cuda:
         device = torch.device('cuda', local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if world > 1 or shard_model:
         dist.init_process_group('nccl' if cuda else 'gloo', **({} if world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)))
-    if global_batch % (batch_size * world):
-        fail(f'global_batch {global_batch} is not a multiple of batch_size {batch_size} x {world} processes')
-    if shard_model and optimizer != 'adamw':
-        fail(f'shard_model works with optimizer=adamw, not {optimizer}')
+    if global_batch % (batch_size * world) or shard_model and optimizer != 'adamw':
+        fail(f'global_batch {global_batch} must be a multiple of batch_size {batch_size} x {world} processes, and shard_model needs optimizer=adamw')
 
     def hook(kind, error, trace, before=sys.excepthook):
         if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
@@ -284,12 +269,11 @@ if __name__ == '__main__':
     state_path, log_path, state = os.path.join(out_dir, 'train_state.pt'), os.path.join(out_dir, 'log.jsonl'), {}
     if resume and os.path.exists(state_path):
         state = torch.load(state_path, map_location='cpu', mmap=True, weights_only=True)
-        for key in config.keys() - FREE:
-            if state['config'].get(key, config[key]) != config[key]:
-                fail(f'{out_dir} is a run with {key}={state["config"][key]!r}, not {config[key]!r}: choose another --out_dir, or --resume=False')
-    step, elapsed, skipped, position, val_loss = (state.get(key, default) for key, default in (
-        ('step', 0), ('elapsed', 0.0), ('skipped', 0), ('position', (0, 0)), ('val_loss', None)))
-    best = state.get('best', math.inf)
+        for key, value in state['config'].items():
+            if key not in FREE and config[key] != value:
+                fail(f'{out_dir} is a run with {key}={value!r}, not {config[key]!r}: choose another --out_dir, or --resume=False')
+    start = dict(step=0, elapsed=0.0, skipped=0, position=(0, 0), val_loss=None, best=math.inf) | state
+    step, elapsed, skipped, position, val_loss, best = (start[key] for key in ('step', 'elapsed', 'skipped', 'position', 'val_loss', 'best'))
     if step >= max_steps or elapsed >= budget:
         say(f'{out_dir}: finished before, {step} steps in {duration(elapsed)}, val loss {val_loss}; nothing to do (--resume=False starts over)')
         raise SystemExit
@@ -297,15 +281,11 @@ if __name__ == '__main__':
     # --- data and model
     sets = open_data(data, data_dir)
     folder, _, meta = sets[0]
-    loader, val_batches = Loader(sets, context, seed), []
-    loader.seek(*position)
-    val_sets = [one for one in sets if eval_interval and one[2].get('tokens', {}).get('val')]
-    if val_sets:
-        val = Loader(val_sets, context, 0, 'val', whole=True)
-        for batch in val.batches(batch_size, batch_size):
-            val_batches.append(batch['micro'][0])
-            if val.epoch or 0 < eval_tokens <= val.offset:
-                break
+    loader, val_batches = Loader(sets, context, seed, at=position), []
+    val_sets = [one for one in sets if eval_interval and one[2]['tokens'].get('val')]
+    val = val_sets and Loader(val_sets, context, 0, 'val', whole=True)
+    while val and not val.epoch and not 0 < eval_tokens <= val.offset:
+        val_batches.append(next(val.batches(batch_size, batch_size))['micro'][0])
     shape = dict(vocab_size=meta['vocab_size'], context=context, rope_theta=rope_theta, dropout=dropout)
     if init.startswith('preset:'):
         raw = SLM.from_preset(init[7:], seed=seed, **shape)
@@ -313,11 +293,9 @@ if __name__ == '__main__':
         raw = SLM(SLMConfig(family, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, n_ffn=n_ffn, **shape), seed)
     else:
         raw = SLM.from_pretrained(init, embed_init=embed_init, seed=seed, **shape)
-    slam = dict(n_units=meta['vocab_size'] - OFFSET, frame_rate=meta.get('frame_rate'), dedup=meta.get('dedup'), recipe=config,
-                git_commit=subprocess.getoutput('git rev-parse HEAD').splitlines()[0])
-    for key in ('encoder', 'vocoder'):  # folders beside the data, or public names
-        own = os.path.join(folder, str(meta.get(key)))
-        slam[key] = own if os.path.isdir(own) else meta.get(key)
+    slam = {key: meta.get(key) for key in ('encoder', 'vocoder', 'n_units', 'frame_rate', 'dedup')}
+    slam |= {key: os.path.join(folder, slam[key]) for key in ('encoder', 'vocoder') if os.path.isdir(os.path.join(folder, str(slam[key])))}
+    slam |= dict(recipe=config, git_commit=subprocess.getoutput('git rev-parse HEAD').splitlines()[0])
     if save_init and not state and rank == 0:
         raw.save_pretrained(os.path.join(os.path.dirname(os.path.normpath(out_dir)), 'untrained'), slam)
     n_params, flops = raw.num_params(), raw.flops_per_token(float(loader.lengths.mean()))
@@ -327,10 +305,8 @@ if __name__ == '__main__':
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         whole = shards.StateDictOptions(full_state_dict=True, cpu_offload=True)
         for part in (*raw.blocks, raw):
-            if compile and part is not raw:
-                part.compile()
             fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    elif compile:
+    if compile or compile is None and cuda:
         torch._dynamo.config.optimize_ddp = False  # it would split the graph, which flex attention does not survive
         raw.compile(dynamic=False)
     optimizers = make_optimizers(raw, optimizer, lr, (beta1, beta2), eps, weight_decay)
@@ -347,43 +323,34 @@ if __name__ == '__main__':
 
     def save(folder, to_resume=True):
         """Write a checkpoint; first, in one file complete in itself, what a killed run goes on from."""
-        model_state, optimizer_state = shards.get_state_dict(raw, optimizers, options=whole) if shard_model else (
-            raw.state_dict(), [one.state_dict() for one in optimizers])
+        states = shards.get_state_dict(raw, optimizers, options=whole) if shard_model else (raw.state_dict(), [one.state_dict() for one in optimizers])
         if rank:
             return
         try:
             os.makedirs(folder, exist_ok=True)
             if to_resume:
                 torch.save(dict(step=step, elapsed=elapsed, skipped=skipped, best=best, val_loss=val_loss, position=position, config=config,
-                                model=model_state, optimizers=optimizer_state), state_path + '.tmp')
+                                model=states[0], optimizers=states[1]), state_path + '.tmp')
                 os.replace(state_path + '.tmp', state_path)
-            raw.save_pretrained(folder, dict(slam, scores=dict(val_loss=val_loss, step=step, tokens=step * global_batch * context)), model_state)
+            raw.save_pretrained(folder, dict(slam, scores=dict(val_loss=val_loss, step=step, tokens=step * global_batch * context)), states[0])
         except Exception as error:
-            for name in ('train_state.pt.tmp', 'model.safetensors.tmp'):
-                with contextlib.suppress(OSError):
-                    os.remove(os.path.join(folder, name))
             fail(f'cannot write {folder} ({error}): the checkpoint before it is kept; make room and run the same command to continue')
 
     def validate():
-        """Mean loss in nats over the predictions of the validation batches, which the processes share."""
+        """Mean loss in nats over the predictions of the validation batches. Every process goes through all of them."""
         model.eval()
         total = torch.zeros(2, device=device)
-        with torch.no_grad(), autocast:
-            for i in range(rank, -(-len(val_batches) // world) * world, world):  # the same number of passes for each: FSDP needs that
-                tokens, targets, doc = val_batches[i % len(val_batches)].to(device)
-                n = (targets >= 0).sum() * (i < len(val_batches))
-                total += torch.stack((model(tokens, targets, doc=doc)[1] * n, n))
-        if world > 1:
-            dist.all_reduce(total)
+        for batch in val_batches:
+            tokens, targets, doc = batch.to(device)
+            with torch.no_grad(), autocast:
+                loss, n = model(tokens, targets, doc=doc)[1], (targets >= 0).sum()
+            total += torch.stack((loss * n, n))
         model.train()
         return float(total[0] / total[1])
 
-    def log(record):
-        if rank == 0:
-            with open(log_path, 'a') as file:
-                file.write(json.dumps(record) + '\n')
-            if wandb:
-                run.log(record, step=record['step'])
+    def log(**record):
+        log_file.write(json.dumps(record) + '\n')
+        _ = run and run.log(record, step=record['step'])
 
     def report(past):
         """The line of a step whose numbers are there by now. Returns: training seconds and halt, as all the processes know them."""
@@ -392,23 +359,20 @@ if __name__ == '__main__':
             past['event'].synchronize()
         loss, seconds, halt, norm, bad = past['stats'].tolist()
         in_a_row, skipped, speed = (in_a_row + 1 if bad else 0), skipped + int(bad), global_batch * context / past['took']
-        record = dict(step=past['step'], loss=loss, lr=past['lr'], norm=norm, tokens_per_s=round(speed), elapsed=round(seconds, 2))
-        if bad:  # find where the logits are not finite
-            again, places = Loader(sets, context, seed), set()
-            again.seek(*past['at'])
+        if bad:  # named are the utterances whose logits are not finite
+            again, places = Loader(sets, context, seed, at=past['at']), set()
             for tokens, _, doc in next(again.batches(batch_size, global_batch))['micro'].to(device):
                 with torch.no_grad(), autocast:
                     places |= set(doc[~raw(tokens, doc=doc).isfinite().all(-1)].tolist())
-            again.seek(*past['at'])
-            names = again.names(global_batch, places)
+            names = Loader(sets, context, seed, at=past['at']).names(global_batch, places)
             message = f'loss {loss}, gradient norm {norm} with {", ".join(names[:3])}' + f' and {len(names) - 3} more' * (len(names) > 3)
-            record.update(loss=None, norm=None, skipped=names)
             say(f'step {past["step"]} skipped: {message}', flush=True)
         elif past['step'] % log_interval == 0:
             left = duration(max(0, min((max_steps - past['step']) * past['took'], budget - seconds)))
             say(f'step {past["step"]}/{max_steps} | loss {loss:.4f} | lr {past["lr"]:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s'
-                + (f' | mfu {speed * flops / peak:.1%}' if peak else '') + (f' | val {val_loss:.4f}' if val_loss else '') + f' | {left} left', flush=True)
-        log(record)
+                f'{f" | mfu {speed * flops / peak:.1%}" if peak else ""}{f" | val {val_loss:.4f}" if val_loss else ""} | {left} left', flush=True)
+        log(step=past['step'], lr=past['lr'], tokens_per_s=round(speed), elapsed=round(seconds, 2),
+            **(dict(loss=None, skipped=names) if bad else dict(loss=loss, norm=norm)))
         if in_a_row == 10:
             save(out_dir)
             fail(f'10 steps in a row were not finite, the last with {message}')
@@ -416,13 +380,12 @@ if __name__ == '__main__':
 
     # --- start
     os.makedirs(out_dir, exist_ok=True)
-    if rank == 0:
-        lines = [line for line in open(log_path) if json.loads(line)['step'] <= step] if state and os.path.exists(log_path) else []
-        with open(log_path, 'w') as file:
-            file.writelines(lines)
-        if wandb:
-            from wandb import init as start_run
-            run = start_run(project='slam', name=os.path.basename(out_dir), config=config)
+    lines = [line for line in open(log_path) if json.loads(line)['step'] <= step] if state and os.path.exists(log_path) else []
+    log_file = open(log_path if rank == 0 else os.devnull, 'w', buffering=1)
+    log_file.writelines(lines)
+    if wandb and not importlib.util.find_spec('wandb'):
+        fail('--wandb needs a package: pip install wandb')
+    run = wandb and rank == 0 and __import__('wandb').init(project='slam', name=os.path.basename(out_dir), config=config)
     say(f'{init}: {n_params:,} parameters, {world} x {device}, {dtype}; {data}: {loader.ends[-1]:,} tokens an epoch, {global_batch * context:,} a step; '
         f'{max_steps:,} steps or {train_hours:.3g} h, at the latest {time.strftime("%a %H:%M", time.localtime(time.time() + budget - elapsed))}'
         + (f'; going on at step {step}' if step else ''), flush=True)
@@ -444,10 +407,8 @@ if __name__ == '__main__':
         for i, micro in enumerate(batch['micro'], 1):
             tokens, targets, doc = micro.to(device, non_blocking=True)  # (batch_size, context) each
             weight = float((micro[1] >= 0).sum()) / batch['total']  # a mean over the predictions of the global batch
-            if shard_model:
-                raw.set_requires_gradient_sync(i == len(batch['micro']))
-            elif world > 1:
-                model.require_backward_grad_sync = i == len(batch['micro'])
+            last = i == len(batch['micro'])
+            raw.set_requires_gradient_sync(last) if shard_model else setattr(model, 'require_backward_grad_sync', last)  # the latter is DDP's
             with autocast:
                 part = model(tokens, targets, doc=doc)[1] * weight
             (part * world).backward()  # of which DDP and FSDP take the mean over processes
@@ -463,10 +424,8 @@ if __name__ == '__main__':
         for one in optimizers:
             for group in one.param_groups:
                 group['lr'] = rate
-            if optimizer == 'adamw':
-                one.found_inf = bad  # the fused kernel reads it on the device and leaves everything as it is where it is 1
-                one.step()
-            elif not bad:  # the others have no such switch: the host waits for it
+            one.found_inf = bad  # fused AdamW reads it on the device and, where it is 1, leaves everything as it is
+            if optimizer == 'adamw' or not bad:  # the others know no such switch: the host waits for it
                 one.step()
         raw.zero_grad()
         stats, event = torch.cat((shared, torch.stack((norm, bad)))), None
@@ -486,7 +445,7 @@ if __name__ == '__main__':
             over = over or agreed >= budget
             if val_batches and (evaluate or over):
                 val_loss = validate()
-                log(dict(step=step, val_loss=val_loss))
+                log(step=step, val_loss=val_loss)
                 if val_loss < best:
                     best = val_loss
                     save(os.path.join(out_dir, 'best'), to_resume=False)
@@ -499,9 +458,8 @@ if __name__ == '__main__':
         import matplotlib
         matplotlib.use('agg')
         from matplotlib import pyplot
-        rows = [json.loads(line) for line in open(log_path)]
         for key in ('loss', 'val_loss'):
-            pyplot.plot([row['step'] for row in rows if row.get(key)], [row[key] for row in rows if row.get(key)], label=key)
+            pyplot.plot(*np.array([(row['step'], row[key]) for row in map(json.loads, open(log_path)) if row.get(key)]).reshape(-1, 2).T, label=key)
         pyplot.xlabel('step'), pyplot.ylabel('nats a token'), pyplot.legend(), pyplot.grid(), pyplot.savefig(os.path.join(out_dir, 'curve.png'))
     if dist.is_initialized():
         dist.destroy_process_group()

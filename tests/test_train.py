@@ -139,7 +139,7 @@ def test_mixture_takes_weights_and_repeats_nothing_early(tmp_path):
 
 
 def test_utterances_found_across_blocks_and_in_uint32(data):
-    tokens = train.open_tokens(data, json.load(open(data + '/meta.json')), 'train')
+    tokens = train.Loader(train.open_data(data), 32, 0).tokens[0]
     rows = walks(150, 0)
     starts = np.cumsum([0] + [len(row) + 2 for row in rows])[:-1]
     for block in (1, 7, 1 << 22):

@@ -1,0 +1,119 @@
+"""Useful tokens a second of train.py, in one run beside a plain loop: python tests/bench_train.py
+
+CPU: against transformers' model of the same weights, padded batches, torch's AdamW, no packing. CUDA: the 358 M shape of Slam (or what
+is given as flags to train.py), tokens/s, MFU, the hours that 1.4 B tokens take, and the five operations that cost most; under 5 minutes.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import numpy as np
+import torch
+
+import train
+from model import BOS, SLM, SLMConfig
+
+GOAL = 1.4e9  # tokens, Table 4
+PRODUCT = 790e12  # FLOP/s of a large bf16 product on an H200
+
+
+def write_data(folder, n_tokens, low, high, units):
+    """Random units, utterances of low to high tokens."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, units + 2, n_tokens, dtype=np.uint16)
+    borders = np.cumsum(rng.integers(low, high, n_tokens // low))
+    borders = borders[borders < n_tokens - low]
+    tokens[borders] = tokens[borders - 1] = tokens[0] = tokens[-1] = BOS
+    tokens.tofile(os.path.join(folder, 'train.bin'))
+    json.dump(dict(vocab_size=units + 2, n_units=units, offset=2, dtype='uint16', tokens=dict(train=n_tokens), encoder='mhubert25', vocoder='hifigan25',
+                   dedup=True, frame_rate=25.0), open(os.path.join(folder, 'meta.json'), 'w'))
+    return np.split(tokens, borders)
+
+
+def ours(data, *flags):
+    """Median tokens/s of train.py's own log, all of them useful: there is no padding."""
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run([sys.executable, 'train.py', *flags, f'--data={data}', f'--out_dir={out}/run', '--eval_interval=0', '--save_interval=0'], cwd=ROOT,
+                       check=True, stdout=subprocess.PIPE if not torch.cuda.is_available() else None)
+        rows = [json.loads(line) for line in open(f'{out}/run/log.jsonl')]
+        return float(np.median([row['tokens_per_s'] for row in rows[len(rows) // 3:]]))
+
+
+def plain(utterances, config, rows, steps):
+    """The loop that one would write: shuffle, pad, transformers' model, AdamW."""
+    from transformers import AutoModelForCausalLM
+    with tempfile.TemporaryDirectory() as folder:
+        SLM(config).save_pretrained(folder, {})
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    order, spent, useful = np.random.default_rng(0).permutation(len(utterances)), [], []
+    for step in range(steps):
+        begin = time.perf_counter()
+        batch = [torch.from_numpy(utterances[i].astype(np.int64)) for i in order[step * rows:(step + 1) * rows]]
+        tokens = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in batch], batch_first=True)
+        loss = model(input_ids=tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        spent.append(time.perf_counter() - begin)
+        useful.append(int(mask.sum()))
+    keep = slice(steps // 3, None)
+    return float(np.median(np.array(useful[keep]) / np.array(spent[keep])))
+
+
+def profile(batch_size, context, data):
+    """The five operations that take the GPU longest in three steps of the 358 M shape."""
+    model = SLM.from_preset('qwen2.5-0.5b', context=context).cuda()
+    optimizer, = train.make_optimizers(model, 'adamw', 1e-3, (0.9, 0.999), 1e-8, 0.0)
+    batches = train.Loader(train.open_data(data), context, 0).batches(batch_size, batch_size)
+    model.compile(dynamic=False)
+
+    def step():
+        tokens, targets, doc = next(batches)['micro'][0].cuda()
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = model(tokens, targets, doc=doc)[1]
+        loss.backward()
+        optimizer.step()
+        model.zero_grad()
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
+    total = sum(row.self_device_time_total for row in rows)
+    for row in rows[:5]:
+        print(f'{row.self_device_time_total / total:6.1%}  {row.key[:120]}')
+
+
+if __name__ == '__main__':
+    with tempfile.TemporaryDirectory() as data:
+        if torch.cuda.is_available():
+            write_data(data, 6_000_000, 300, 1500, 500)
+            flags = ['config/slam_h200.py', '--init=preset:qwen2.5-0.5b', '--max_steps=40', '--log_interval=5', *sys.argv[1:]]
+            begin, speed = time.time(), ours(data, *flags)
+            flops = SLM.from_preset('qwen2.5-0.5b').flops_per_token(700)
+            name = torch.cuda.get_device_name()
+            peak = next((1e12 * tflops for key, tflops in train.PEAK.items() if key in name), float('nan'))
+            print(f'{name}: {speed:,.0f} tokens/s, MFU {speed * flops / peak:.1%} of the data sheet, {speed * flops / PRODUCT:.1%} of {PRODUCT / 1e12:.0f} TFLOP/s; '
+                  f'{GOAL / 1e9} B tokens in {GOAL / speed / 3600:.2f} h')
+            profile(64, 1024, data)
+            print(f'{time.time() - begin:.0f} s in all')
+        else:
+            shape = dict(n_layer=4, n_embd=256, n_head=4, n_kv_head=2, n_ffn=1024)
+            utterances = write_data(data, 400_000, 50, 600, 200)
+            flags = ['--init=scratch', *(f'--{key}={value}' for key, value in shape.items()), '--context=1024', '--batch_size=4', '--global_batch=4', '--max_steps=24']
+            for turn in range(2):
+                a = ours(data, *flags)
+                b = plain(utterances, SLMConfig(vocab_size=202, **shape), 12, 24)  # 12 utterances are about as many tokens
+                print(f'turn {turn}: ours {a:,.0f} useful tokens/s, plain loop {b:,.0f}, ratio {a / b:.2f}', flush=True)
