@@ -42,7 +42,7 @@ top_k = 25                # of so many likeliest units; 0: all
 top_p = 1.0               # of the smallest set that holds this share of the probability
 repetition_penalty = 1.1  # above 1: units heard before are less likely
 keep_prompt = False       # full.wav begins with the real recording, cross-faded into the continuation
-resynth = False           # encode and vocode only, all of each prompt
+resynth = False           # encode and vocode only, up to a minute of each prompt
 html = ''                 # also write this page: players and unit timelines, sound included
 play = False              # play the results, if the machine has a player
 encoder = ''              # in place of the checkpoint's own: 'mhubert25' or a folder
@@ -292,10 +292,14 @@ if __name__ == '__main__':
         raise InputError(f'units do not match ({", ".join(f"{name} has {n}" for name, n in sizes.items())}): pass the --encoder and --vocoder '
                          f'with which {init} was trained')
     frame_rate = voc.frame_rate
+    if enc and abs(enc.frame_rate - frame_rate) > 0.01:
+        raise InputError(f'encoder {enc_name} has {enc.frame_rate:g} units a second, vocoder {voc_name or enc.vocoder} {frame_rate:g}')
 
     # prompts -> units
     for p in prompts:
-        seconds = 0 if resynth else cut_seconds(p.get('words'), prompt_seconds) if prompt_seconds else 0
+        seconds = 60 if resynth else cut_seconds(p.get('words'), prompt_seconds) if prompt_seconds else 0
+        if seconds and p.get('words'):
+            p['text'] = ' '.join(word for word, _, end in p['words'] if end <= seconds + 0.02)
         if 'path' in p:
             wave = load_audio(p['path'])
             p['wave'] = wave[:round(seconds * SAMPLE_RATE)] if seconds else wave
@@ -332,6 +336,7 @@ if __name__ == '__main__':
             cut, seconds = int(p['duration'].sum()) * voc.hop, int(predicted.sum()) / frame_rate
             wave = voc.decode([units], [duration], speaker=speaker, style=style)[0] if len(units) else torch.zeros(voc.hop)
             tag, sounds, warn = f'-{k + 1}' if k else '', {}, ''  # sounds: name -> (wave, rate)
+            name = 'resynth' if resynth else 'full' + tag
             if k == 0 and prompt:
                 p['sound'] = (p['wave'], SAMPLE_RATE) if 'wave' in p else (finish_wave(wave[:cut].clone()), voc.sample_rate)
                 sounds['prompt'] = p['sound']
@@ -344,9 +349,9 @@ if __name__ == '__main__':
                 if keep_prompt:
                     real = finish_wave(resample(p['wave'], SAMPLE_RATE, voc.sample_rate))
                     full, dropped = crossfade(real, tail, round(0.03 * voc.sample_rate)), 0
-            sounds['resynth' if resynth else 'full' + tag] = full, voc.sample_rate
-            for name, (sound, rate) in sounds.items():
-                save_audio(os.path.join(out, p['name'], name + '.wav'), sound, rate)
+            sounds[name] = full, voc.sample_rate
+            for label, (sound, rate) in sounds.items():
+                save_audio(os.path.join(out, p['name'], label + '.wav'), sound, rate)
             first_sound = first_sound or time.perf_counter() - began
             spoken += seconds if model else len(wave) / voc.sample_rate
 

@@ -100,7 +100,8 @@ def save_hifigan(folder, seed=0, new_names=False, **changes):
     oracle.dur_predictor.proj.weight.data *= 3
     state = oracle.state_dict()
     if new_names:
-        state = {k.replace('weight_g', 'parametrizations.weight.original0').replace('weight_v', 'parametrizations.weight.original1'): v for k, v in state.items()}
+        state = {k.replace('weight_g', 'parametrizations.weight.original0').replace('weight_v', 'parametrizations.weight.original1'): v
+                 for k, v in state.items()}
     path = os.path.join(folder, 'g.pt')
     torch.save(dict(generator=state), path)
     with open(os.path.join(folder, 'g_config.json'), 'w') as file:
@@ -302,8 +303,8 @@ def test_edit_distance_and_timeline():
 def data(tmp_path_factory):
     """Stories spoken by espeak, units and voice fitted on them, a random model: {audio, units, slm} folders, val rows, encoder, vocoder."""
     root = tmp_path_factory.mktemp('data')
-    for script, *args in (('make_synthetic.py', 'config/demo_synthetic.py', '--task=stories', '--n_stories=60', '--val_share=0.1', f'--out={root}/audio'),
-                          ('prepare_units.py', f'--audio={root}/audio/stories', '--encoder=mfcc', '--fit_kmeans=100', '--fit_vocoder=True',
+    for script, *args in (('make_synthetic.py', 'config/demo_synthetic.py', '--task=stories', '--n_stories=60', '--val_share=0.1',
+                           f'--out={root}/audio'), ('prepare_units.py', f'--audio={root}/audio/stories', '--encoder=mfcc', '--fit_kmeans=100', '--fit_vocoder=True',
                            f'--out={root}/units')):
         subprocess.run([sys.executable, script, *args], cwd=ROOT, check=True, capture_output=True)
     audio, units = str(root / 'audio/stories'), str(root / 'units')
@@ -349,14 +350,15 @@ def test_prompts_are_continued(data, tmp_path, monkeypatch, capsys):
         assert {p.name for p in folder.iterdir()} == {'prompt.wav', 'continuation.wav', 'full.wav', 'continuation-2.wav', 'full-2.wav'}
         end = soundfile.info(folder / 'prompt.wav').duration
         assert end <= 3.02 and any(abs(end - word[2]) < 1e-3 for word in known['words'])  # at a word's end
-        assert row['text'] == known['text'] and row['prompt_units'] < len(row['units']) == len(row['duration'])
+        assert row['text'] and known['text'].startswith(row['text']) and row['text'] != known['text']
+        assert row['prompt_units'] < len(row['units']) == len(row['duration'])
         for path in folder.iterdir():
             sound, rate = soundfile.read(path)
             assert rate == 16000 and len(sound) > 8000 and np.abs(sound).max() < 0.99 and abs(sound.mean()) < 2e-3
         assert soundfile.info(folder / 'full.wav').duration <= sum(row['duration']) / 25
     page = (tmp_path / 'a/page.html').read_text()
     assert page.count('<section>') == 4 and page.count('<audio') == 12 and page.count('data:audio/flac;base64,') == 12 and '<rect' in page
-    assert 'http' not in page.replace('http-equiv', '') and data['val'][0]['text'] in page
+    assert 'http' not in page.replace('http-equiv', '') and rows[0]['text'] in page
 
     before = {path: path.read_bytes() for path in sorted((tmp_path / 'a').rglob('*.*')) if path.suffix != '.json' and path.suffix != '.html'}
     run(monkeypatch, capsys, *args, f'--out={tmp_path}/a')  # the same command again: the same bytes
