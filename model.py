@@ -1106,11 +1106,10 @@ def _segment(costs, price):
 # -----------------------------------------------------------------------------
 # UnitVocoder: units -> wave
 
-HIFIGAN = {'hifigan25': (  # the vocoder of mhubert25, trained on LJSpeech: generator and its config, each with its sha256
-    ('https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/hifigan_lj_mhubert_base_25hz.pt',
-     'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79'),
-    ('https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/hifigan_lj_mhubert_base_25hz_config.json',
-     '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7'))}
+_LJ = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/hifigan_lj_mhubert_base_25hz'
+HIFIGAN = {'hifigan25': (  # mhubert25's, trained on LJSpeech: generator and config, each with its sha256
+    (_LJ + '.pt', 'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79'),
+    (_LJ + '_config.json', '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7'))}
 VOICE_LEVEL, VOICE_PEAK = 0.08, 0.95  # root mean square of the spoken parts (-22 dB), and the highest sample allowed
 
 
@@ -1147,8 +1146,7 @@ class UnitTable:
         inside = at[:, -1] < len(mel)
         self.mels.index_add_(0, units[inside], mel[at[inside]].flatten(1).double())
         self.frames += torch.bincount(units[inside], minlength=self.n_units)
-        self.runs += torch.bincount(units[:1], minlength=self.n_units)
-        self.runs += torch.bincount(units[1:][units[1:] != units[:-1]], minlength=self.n_units)
+        self.runs += torch.bincount(dedup(units)[0], minlength=self.n_units)
 
     def __add__(self, other):
         total = UnitTable(self.n_units, self.frame_rate)
@@ -1246,7 +1244,7 @@ class UnitVocoder:
         Returns: list of (frames * hop,) float32 at sample_rate on the CPU: no DC, speech at VOICE_LEVEL, peaks <= VOICE_PEAK. No wave
         depends on the others. Raises: InputError for units, speakers or styles that this vocoder does not have.
         """
-        units = [torch.as_tensor(u, dtype=torch.long) for u in units]
+        units = [torch.as_tensor(u, dtype=torch.long, device='cpu') for u in units]
         worst = max((int(u.max()) for u in units if len(u)), default=0)
         if worst >= self.n_units:
             raise InputError(f'unit {worst} is not among the {self.n_units} of this vocoder: it belongs to another encoder')
