@@ -1,4 +1,5 @@
 """sample.py and the vocoders: HiFi-GAN against modules of the published layout, the table against the encoder it belongs to."""
+import hashlib
 import json
 import os
 import runpy
@@ -155,6 +156,17 @@ def test_vocoder_mistakes_are_one_line(tmp_path):
         with pytest.raises(M.InputError, match=word) as error:
             M.UnitVocoder.from_pretrained(str(tmp_path / name))
         assert name in str(error.value) and '\n' not in str(error.value)
+
+
+def test_public_vocoder_is_checked_by_hash(tmp_path, monkeypatch):
+    _, path = save_hifigan(str(tmp_path))
+    monkeypatch.setenv('SLAM_CACHE', str(tmp_path))
+    files = [(f'https://host.invalid/{name}', hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()) for name in ('g.pt', 'g_config.json')]
+    monkeypatch.setitem(M.HIFIGAN, 'toy', tuple(files))
+    assert M.UnitVocoder.from_pretrained('toy').decode(UNITS)[1].equal(M.UnitVocoder.from_pretrained(path).decode(UNITS)[1])
+    (tmp_path / os.path.basename(M.HIFIGAN['hifigan25'][0][0])).write_bytes(b'something else')
+    with pytest.raises(M.InputError, match='sha256'):
+        M.UnitVocoder.from_pretrained('hifigan25')
 
 
 # ----------------------------------------------------------------------------- the table
