@@ -316,7 +316,8 @@ def data(tmp_path_factory):
     """Stories spoken by espeak, units and voice fitted on them, a random model: {audio, units, slm} folders, val rows, encoder, vocoder."""
     root = tmp_path_factory.mktemp('data')
     for script, *args in (('make_synthetic.py', 'config/demo_synthetic.py', '--task=stories', '--n_stories=60', '--val_share=0.1',
-                           f'--out={root}/audio'), ('prepare_units.py', f'--audio={root}/audio/stories', '--encoder=mfcc', '--fit_kmeans=100', '--fit_vocoder=True',
+                           f'--out={root}/audio'),
+                          ('prepare_units.py', f'--audio={root}/audio/stories', '--encoder=mfcc', '--fit_kmeans=100', '--fit_vocoder=True',
                            f'--out={root}/units')):
         subprocess.run([sys.executable, script, *args], cwd=ROOT, check=True, capture_output=True)
     audio, units = str(root / 'audio/stories'), str(root / 'units')
