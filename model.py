@@ -323,9 +323,11 @@ class SLM(nn.Module):
         super().__init__()
         c = self.config = config
         self.slam = {}  # what slam.json knew: encoder, vocoder, n_units, frame_rate, recipe, scores ...
-        self.embed = nn.Embedding(c.vocab_size, c.embed_dim)
+        # _weight: nn.Embedding's own initialisation would import the whole compiler for a model on the meta device
+        self.embed = nn.Embedding(c.vocab_size, c.embed_dim, _weight=torch.empty(c.vocab_size, c.embed_dim))
         if c.learned_positions:
-            self.embed_positions = nn.Embedding(c.context + POSITION_OFFSET, c.n_embd)
+            rows = c.context + POSITION_OFFSET
+            self.embed_positions = nn.Embedding(rows, c.n_embd, _weight=torch.empty(rows, c.n_embd))
         if c.embed_dim != c.n_embd:
             self.project_in, self.project_out = nn.Linear(c.embed_dim, c.n_embd, bias=False), nn.Linear(c.n_embd, c.embed_dim, bias=False)
         self.blocks = nn.ModuleList([Block(c) for _ in range(c.n_layer)])

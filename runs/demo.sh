@@ -25,6 +25,7 @@ stage train     python train.py config/demo.py $train
 stage dpo       python dpo.py config/demo_dpo.py $dpo
 stage eval      python eval_slm.py config/demo_eval.py
 stage sample    python sample.py config/demo_sample.py
+stage resynth   python sample.py config/demo_sample.py --resynth --max_prompts=20 --out=out/demo/resynth --html=out/demo/resynth/page.html
 echo "total,$((SECONDS - begin))" >> out/demo/stages.csv
 
 python - <<'EOF'
