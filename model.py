@@ -984,7 +984,6 @@ class UnitEncoder:
         hf, layers = self.net.config, self.net.encoder.layers
         if not 0 <= c['layer'] <= len(layers):
             raise InputError(f'layer {c["layer"]} of {c["model"]}: it has {len(layers)}')
-        self.final_norm = hf.do_stable_layer_norm and c['layer'] == len(layers)  # transformers' last hidden state is normed, the others are not
         self.net.encoder.layers = layers[:c['layer']]
         self.net = self.net.to(self.device, self.dtype).eval().requires_grad_(False)
         c['frame_rate'] = SAMPLE_RATE / math.prod(hf.conv_stride)
@@ -1029,7 +1028,7 @@ class UnitEncoder:
             else:
                 x = layer(x, attention_mask=mask)
                 x = x[0] if isinstance(x, tuple) else x
-        return encoder.layer_norm(x) if self.final_norm else x, lengths
+        return x, lengths  # of pre-norm nets without the final norm, as fairseq's k-means had it
 
     def _mfcc(self, wave):
         wave = F.pad(wave, (0, max(0, 4 * HOP - len(wave))))

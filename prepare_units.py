@@ -136,10 +136,10 @@ def list_audio(where):
 
 
 def make_chunks(items):
-    """Lists of consecutive items, each at most CHUNK_FILES and, but for one that is larger alone, CHUNK_BYTES."""
-    chunks, size = [[]], 0
+    """Lists of consecutive items, each at most CHUNK_FILES (fewer of a small corpus) and, but for one that is larger alone, CHUNK_BYTES."""
+    chunks, size, most = [[]], 0, max(1, min(CHUNK_FILES, len(items) // 32))
     for item in items:
-        if chunks[-1] and (len(chunks[-1]) == CHUNK_FILES or size + item.size > CHUNK_BYTES):
+        if chunks[-1] and (len(chunks[-1]) == most or size + item.size > CHUNK_BYTES):
             chunks.append([])
             size = 0
         chunks[-1].append(item)
@@ -195,7 +195,8 @@ def read_item(item, plan):
         piece['seconds'] = round((end - start) / SAMPLE_RATE, 4)
         if len(spans) > 1:
             begin = piece['start'] = start / SAMPLE_RATE  # seconds within the file
-            words = [[word, round(a - begin, 3), round(b - begin, 3)] for word, a, b in row.get('words', []) if begin <= (a + b) / 2 < end / SAMPLE_RATE]
+            words = [[word, round(max(0, a - begin), 3), round(min(b - begin, piece['seconds']), 3)] for word, a, b in row.get('words', [])
+                     if begin <= (a + b) / 2 < end / SAMPLE_RATE]
             piece |= dict(words=words, text=' '.join(word for word, _, _ in words)) if words else {}
             if not words:
                 piece.pop('text', None)  # it is the whole file's
