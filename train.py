@@ -334,6 +334,8 @@ if __name__ == '__main__':
                 os.replace(state_path + '.tmp', state_path)
             raw.save_pretrained(folder, dict(slam, scores=dict(val_loss=val_loss, step=step, tokens=step * global_batch * context)), states[0])
         except Exception as error:
+            with contextlib.suppress(OSError):
+                os.remove(state_path + '.tmp')
             fail(f'cannot write {folder} ({error}): the checkpoint before it is kept; make room and run the same command to continue')
 
     def validate():

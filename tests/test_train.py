@@ -339,7 +339,7 @@ def test_mistakes_are_one_line(data, tmp_path):
         train.Loader(train.open_data(str(tmp_path / 'cut')), 32, 0)
     with pytest.raises(train.InputError, match='meta.json'):
         train.open_data('nowhere')
-    with pytest.raises(train.InputError, match='weight'):
+    with pytest.raises(train.InputError, match='NAME:WEIGHT'):
         train.open_data(f'{data}:much')
     with pytest.raises(train.InputError, match='differ in vocab_size'):
         train.open_data(f'{data},{write_set(str(tmp_path / "other"), walks(3, 0), units=30)}')
