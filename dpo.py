@@ -207,8 +207,8 @@ def lay_out(pairs, width, batch_size):
 
 def choose_width(lengths, batches, context, batch_size):
     """The width of rows, at most context (more only if one pair needs it), whose passes these batches fill best, and the share they fill."""
-    best, longest = (0.0, 0), -(-int(lengths.max()) // 32) * 32
-    for width in range(longest, max(context, longest) + 1, 32):
+    best, longest = (0.0, 0), -(-int(lengths.max()) // 8) * 8
+    for width in range(longest, max(context, longest) + 1, 8):
         passes = sum(-(-len(pack(lengths[batch], width)) // batch_size) for batch in batches)
         best = max(best, (float(lengths[batches].sum()) / (passes * batch_size * width), width))
     return best[1], best[0]
@@ -235,14 +235,14 @@ if __name__ == '__main__':
         fail(f'{init} is no speech language model: pre-train one with train.py --init={init}')
     train, val, count = load_pairs(data, model.config.vocab_size - OFFSET, context, max_auto_bleu, val_pairs)
     n, per_epoch, pairs = batch_size * accumulation, len(train) // (batch_size * accumulation), train + val
-    say(f'{data}: {count["read"]} pairs; dropped {count["repetitive"]} repetitive (auto-BLEU >= {max_auto_bleu}; {count["without_text"]} without text, '
-        f'judged by units), {count["unusable"]} empty or equal; {count["truncated"]} truncated; {len(val)} held out, {len(train)} to train on')
+    say(f'{data}: {count["read"]} pairs; dropped {count["repetitive"]} of auto-BLEU >= {max_auto_bleu} ({count["without_text"]} have no text: by units) '
+        f'and {count["unusable"]} empty or equal; {count["truncated"]} truncated; {len(val)} held out, {len(train)} to train on')
     if len(train) < n:
         fail(f'{data} leaves {len(train)} pairs to train on, fewer than a batch of {n}: lower --batch_size or --accumulation')
     lengths = np.array([sum(map(len, pair)) for pair in train])
     sizes = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])  # (pairs, 2) tokens
     total_steps = min([limit for limit in (max_steps, round(epochs * per_epoch)) if limit], default=0 if train_hours else per_epoch)
-    width, filled = choose_width(lengths, deal(lengths, n, seed, 0)[:16], context, batch_size)
+    width, filled = choose_width(lengths, deal(lengths, n, seed, 0)[:8], context, batch_size)
     digest = hashlib.sha256(json.dumps([model.config.to_hf(), str(dtype)], sort_keys=True).encode())
     for array in [p.detach().numpy() for p in model.parameters()] + [part for pair in pairs for part in pair]:
         digest.update(str(array.shape).encode() + array.data)
@@ -354,8 +354,8 @@ if __name__ == '__main__':
         log = open(log_path, 'w')
         log.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step)
         wandb_run = __import__('wandb').init(name=os.path.basename(out_dir), config=config, resume='allow') if wandb else None
-    say(f'{init}: {model.num_params():,} parameters on {world} x {device}, {dtype}; {n} pairs a step, {per_epoch:,} steps an epoch, rows of '
-        f'{width} tokens {filled:.1%} filled; ' + ' or '.join(f'{limit:,.4g} {what}' for limit, what in ((total_steps, 'steps'), (train_hours, 'hours')) if limit)
+    say(f'{init}: {model.num_params():,} parameters on {world} x {device}, {dtype}; {n} pairs a step, {per_epoch:,} steps an epoch, rows of {width}, '
+        f'{filled:.1%} filled; ' + ' or '.join(f'{x:,.4g} {what}' for x, what in ((total_steps, 'steps'), (train_hours, 'hours')) if x)
         + (f'; going on from step {step}' if step else ''))
     if val and eval_interval and not step:
         validate()
