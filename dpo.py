@@ -235,7 +235,7 @@ if __name__ == '__main__':
         fail(f'{init} is no speech language model: pre-train one with train.py --init={init}')
     train, val, count = load_pairs(data, model.config.vocab_size - OFFSET, context, max_auto_bleu, val_pairs)
     n, per_epoch, pairs = batch_size * accumulation, len(train) // (batch_size * accumulation), train + val
-    say(f'{data}: {count["read"]} pairs; dropped {count["repetitive"]} of auto-BLEU >= {max_auto_bleu} ({count["without_text"]} have no text: by units) '
+    say(f'{data}: {count["read"]} pairs; dropped {count["repetitive"]} by auto-BLEU >= {max_auto_bleu} ({count["without_text"]} of units) '
         f'and {count["unusable"]} empty or equal; {count["truncated"]} truncated; {len(val)} held out, {len(train)} to train on')
     if len(train) < n:
         fail(f'{data} leaves {len(train)} pairs to train on, fewer than a batch of {n}: lower --batch_size or --accumulation')
