@@ -5,11 +5,11 @@ out_dir = 'out/demo/dpo'
 context = 512
 batch_size = 2                # x 8 = 16 pairs a step
 accumulation = 8
-lr = 2e-4                     # a model of 4 M parameters bears more than one of 358 M
-warmup_steps = 5
-max_steps = 40
-train_hours = 0.0
-eval_interval = 20
+lr = 3e-4                     # a model of 2 M parameters bears more than one of 358 M
+warmup_steps = 10
+max_steps = 60                # on a quiet machine this ends the run,
+train_hours = 0.75 / 60       # on a slower one the clock
+eval_interval = 30
 val_pairs = 64
-save_interval = 20
+save_interval = 30
 log_interval = 5
