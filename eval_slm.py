@@ -4,9 +4,9 @@
     python eval_slm.py --init=out/slam --data_dir=data --tasks=sstorycloze,genppl,autobleu --html=out/report.html
 
 A pair counts 1 if its correct utterance has the higher log-likelihood, 1/2 on a tie: that of `<S>` units `<S>`, the mean over every token but the
-first (the public toolkit's convention). Rows are packed without padding, and what utterances begin with in common is computed once. ZeroSpeech is
-read as unpacked, paired by gold.csv, averaged officially: over voices within a pair, then over pairs. Intervals: 95 %, bootstrap over pairs; two
-models are compared on the same pairs. What cannot run is 'not run', with the reason, and the exit code is 2.
+first (the public toolkit's convention), in packed rows without padding. ZeroSpeech is read as unpacked, paired by gold.csv, averaged officially:
+over voices within a pair, then over pairs. Intervals: 95 %, bootstrap over pairs; models are compared on the same pairs. What cannot run is
+'not run', with the reason, and the exit code is 2.
 """
 import base64
 import csv
@@ -21,7 +21,7 @@ import urllib.request
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import combinations
 
@@ -50,8 +50,7 @@ text_lm = 'meta-llama/Llama-3.2-1B'    # genppl's
 judge = ''                     # gptscore's: an instruct model's folder or hub name, or an OpenAI-compatible URL (https://host/v1)
 judge_model = 'gpt-4o'         # what to ask for at the URL; the key is read from the environment's OPENAI_API_KEY
 out = 'out/eval.json'          # beside it: NAME.pairs.jsonl with every pair's scores, eval_cache/ with the encoded audio
-html = ''                      # a self-contained page: tables, loss curves, bars, audio
-players = 3                    # prompts to listen to in it
+html = ''                      # a self-contained page: tables, loss curves, bars, and three prompts to listen to
 submission = ''                # folder for the files that ZeroSpeech's own tool takes
 seed = 1234
 device = 'auto'                # cuda, mps or cpu
@@ -91,7 +90,7 @@ def read_jsonl(path):
 
 def list_folder(folder):
     """Pairs, dict(id, voice, types, pos, neg), of a StoryCloze folder (<n>_correct.wav, <n>_incorrect.wav) or a part of SALMon (sample_<n>_*.wav)."""
-    files, sides, pairs = audio_files(folder), defaultdict(dict), []
+    files, sides, pairs, manifest = audio_files(folder), defaultdict(dict), [], os.path.join(folder, 'manifest.jsonl')
     salmon = all(os.path.basename(file).startswith('sample_') for file in files)
     wanted = 'expected ' + ('two files sample_<n>_*.wav for each n' if salmon else '<n>_correct.wav and <n>_incorrect.wav')
     for file in files:
@@ -99,12 +98,11 @@ def list_folder(folder):
         if not match or match[2] in sides[match[1]]:
             raise InputError(f'{os.path.join(folder, file)}: {"a second file of this name" if match else "unknown file"}, {wanted}')
         sides[match[1]][match[2]] = file
-    manifest = os.path.join(folder, 'manifest.jsonl')
-    about = {os.path.normpath(row.get('path', '')): row for row in read_jsonl(manifest)} if os.path.exists(manifest) else {}
+    about = {os.path.normpath(row['path']): row for row in read_jsonl(manifest) if 'path' in row} if os.path.exists(manifest) else {}
     for key, side in sides.items():
         if len(side) != 2:
             raise InputError(f'{os.path.join(folder, min(side.values()))} {"has no counterpart" if len(side) == 1 else "and more"}: {wanted}')
-        pos, neg = (side[name] for name in sorted(side))  # the positive sorts first: 'correct' < 'incorrect', and so in SALMon
+        (_, pos), (_, neg) = sorted(side.items())  # the positive sorts first: 'correct' < 'incorrect', and so in SALMon
         voice, kind = (str(about.get(pos, {}).get(what) or '') for what in ('voice', 'type'))
         pairs.append(dict(id=key, voice=voice, types=[kind] * bool(kind), pos=os.path.join(folder, pos), neg=os.path.join(folder, neg)))
     return pairs
@@ -115,12 +113,12 @@ def list_zerospeech(root, kind, split, blind=False):
     folder = next((f for f in (os.path.join(root, kind, split), os.path.join(root, split), root) if os.path.isdir(f)), root)
     files = {os.path.splitext(os.path.basename(file))[0]: os.path.join(folder, file) for file in audio_files(folder)}
     gold, sides, pairs = os.path.join(folder, 'gold.csv'), defaultdict(lambda: ([], [])), []
-    if not os.path.exists(gold):
-        if blind:
-            return [], files
-        raise InputError(f'no {gold}: expected ZeroSpeech 2021 as unpacked, {kind}/{split}/gold.csv with its .wav files')
-    with open(gold, newline='', encoding='utf-8-sig') as file:
-        rows = list(csv.DictReader(file))
+    if blind and not os.path.exists(gold):
+        return [], files
+    try:
+        rows = list(csv.DictReader(open(gold, newline='', encoding='utf-8-sig')))
+    except OSError:
+        raise InputError(f'no {gold}: expected ZeroSpeech 2021 as unpacked, {kind}/{split}/gold.csv with its .wav files') from None
     wanted = ('id', 'filename', 'voice', 'correct', *(('type', 'subtype') if kind == 'syntactic' else ('frequency', 'length')))
     for row in rows or [{}]:
         if not set(wanted) <= set(row):
@@ -133,10 +131,8 @@ def list_zerospeech(root, kind, split, blind=False):
         one = (correct + wrong)[0]
         if not correct or not wrong:
             raise InputError(f'{gold}: {one["filename"]} has no counterpart, expected a correct and a wrong row of id {key} and voice {voice}')
-        if kind == 'syntactic':
-            types = [one['type']]
-        else:  # the official bands of how often LibriSpeech has the word
-            band = bisect_right((1, 5, 20, 100), float(one['frequency'] or 0))
+        types, band = [one.get('type')], bisect_right((1, 5, 20, 100), float(one.get('frequency') or 0))
+        if kind == 'lexical':  # the official bands of how often LibriSpeech has the word
             types = [('oov', '1-5', '6-20', '21-100', '>100')[band], f'length {one["length"]}', 'in vocabulary'][:3 if band else 2]
         pairs += [dict(id=key, voice=voice, types=types, pos=files[a['filename']], neg=files[b['filename']]) for a in correct for b in wrong]
     return pairs, files
@@ -146,7 +142,7 @@ def find_task(name, path, data_dir):
     """[(task, path)] of a task as named by the user; SALMon becomes its eight parts. Raises InputError where there is no such folder."""
     if not path:
         there = {child.lower(): child for child in sorted(os.listdir(data_dir))} if os.path.isdir(data_dir) else {}
-        names = (name, *ALIASES.get(name, ()), name + '.jsonl')
+        names = (name.lower(), *ALIASES.get(name, ()), name.lower() + '.jsonl')
         path = next((os.path.join(data_dir, there[n]) for n in names if n in there), data_dir)
         if path == data_dir and not (there and name in (*ZEROSPEECH, 'salmon')) and os.path.basename(os.path.abspath(path)).lower() not in names:
             raise InputError(f'no {name!r} in {data_dir} (it has {", ".join([*there.values()][:9]) or "nothing"}): give --tasks={name}=FOLDER, a folder '
@@ -176,53 +172,34 @@ def list_task(name, path, split='dev', blind=False):
 def encode_files(paths, where, folder, device='cpu', seconds=0.0, batch=64):
     """De-duplicated units of audio files, {path: int array}; seconds: of their beginnings alone. Raises InputError at a file that is no audio.
 
-    A cache in `folder`, one file an encoder (told by its content), knows what was encoded before, by path, size and time of change.
+    A cache in `folder`, one file an encoder (told by its content), knows what was encoded before, by path, size and time of change: a line each,
+    added as soon as it is known, so that a killed run continues; a broken line is ignored.
     """
     digest, known, keys = hashlib.sha256(b'' if os.path.isdir(where) else where.encode()), {}, {}
     for name in sorted(os.listdir(where)) if os.path.isdir(where) else ():
         with open(os.path.join(where, name), 'rb') as file:
             digest.update(name.encode() + hashlib.file_digest(file, 'sha256').digest())
-    cache = os.path.join(folder, f'units_{digest.hexdigest()[:16]}.npz')
-    try:
-        with np.load(cache) as file:
-            known = dict(zip(file['keys'].tolist(), np.split(file['units'], file['ends'][:-1]), strict=True))
-    except Exception as error:  # whatever a damaged file makes numpy raise
-        if not isinstance(error, FileNotFoundError):
-            print(f'{cache} is damaged: encoding anew', file=sys.stderr)
     for path in paths:
         stat = os.stat(path)
         keys[path] = f'{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{seconds:g}'
-    todo = sorted((path for path in keys if keys[path] not in known), key=lambda path: (os.path.getsize(path), path))  # batches of like lengths
-    enc = UnitEncoder.from_pretrained(where, device=device) if todo else None
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in tqdm(range(0, len(todo), batch), desc='encoding', unit='batch', disable=len(todo) < 2 * batch):
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, f'units_{digest.hexdigest()[:16]}.jsonl'), 'a+', encoding='utf-8', errors='replace') as cache, ThreadPoolExecutor(8) as pool:
+        cache.seek(0)
+        for line in cache:
+            with suppress(ValueError, TypeError):
+                key, units, check = json.loads(line)
+                known |= {key: np.array(units, np.int32)} if check == sum(units) else {}
+        todo = sorted((path for path in keys if keys[path] not in known), key=lambda path: (os.path.getsize(path), path))  # batches of like lengths
+        enc = UnitEncoder.from_pretrained(where, device=device) if todo else None
+        for start in tqdm(range(0, len(todo), batch), desc='encoding', unit='batch', leave=False, disable=len(todo) < 2 * batch):
             some = todo[start:start + batch]
-            try:
-                waves = [wave[:int(seconds * SAMPLE_RATE) or None] for wave in pool.map(load_audio, some)]
-                known |= {keys[path]: dedup(frames.cpu())[0].numpy().astype(np.int32) for path, frames in zip(some, enc.encode(waves))}
-            finally:
-                if known and (start // batch % 32 == 31 or sys.exc_info()[0] or start + batch >= len(todo)):  # a killed run continues from here
-                    os.makedirs(folder, exist_ok=True)
-                    with open(cache + '.tmp', 'wb') as file:
-                        ends = np.cumsum([len(units) for units in known.values()])
-                        np.savez(file, keys=np.array([*known]), units=np.concatenate([*known.values()]), ends=ends)
-                    os.replace(cache + '.tmp', cache)
+            waves = [wave[:int(seconds * SAMPLE_RATE) or None] for wave in pool.map(load_audio, some)]
+            for path, frames in zip(some, enc.encode(waves)):
+                units = dedup(frames.cpu())[0].tolist()
+                known[keys[path]] = np.array(units, np.int32)
+                cache.write(f'\n{json.dumps([keys[path], units, sum(units)])}\n')
+            cache.flush()
     return {path: known[key] for path, key in keys.items()}
-
-
-def share_prefixes(sequences, width, least=8):
-    """Groups of distinct sequences that begin alike, [(length of what they share, [indices])]; each laid out once takes at most `width` tokens."""
-    groups = []
-    for i in sorted(range(len(sequences)), key=lambda i: sequences[i].astype('>u4').tobytes()):
-        shared, members = groups[-1] if groups else (0, [i])
-        new, last, k = sequences[i], sequences[members[-1]], len(members)
-        n = min(len(new), len(last))
-        common = min(shared, int((new[:n] != last[:n]).argmax()))
-        if k * common >= (k - 1) * shared + least and common + sum(len(sequences[m]) - common for m in (*members, i)) <= width:
-            groups[-1] = common, members + [i]
-        else:
-            groups.append((len(new), [i]))
-    return groups
 
 
 def pack(lengths, width):
@@ -231,8 +208,7 @@ def pack(lengths, width):
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect_left(free, (lengths[i], -1))
         room, row = free.pop(at) if at < len(free) else (width, len(rows))
-        if row == len(rows):
-            rows.append([])
+        rows += [[]] * (row == len(rows))
         rows[row].append(i)
         insort(free, (room - lengths[i], row))
     return rows
@@ -244,38 +220,25 @@ def log_likelihoods(model, utterances, progress=False):
 
     Each distinct sequence is computed once, so that equal ones tie exactly. What is beyond the model's context is cut off.
     """
-    device, context = next(model.parameters()).device, model.config.context
-    cpu, seen, sequences, index = device.type == 'cpu', {}, [], []
-    for units in utterances:
-        tokens = np.array([BOS, *(np.asarray(units, np.int64) + OFFSET), EOS])[:context]
-        if tokens.max() >= model.config.vocab_size:
-            raise InputError(f'unit {tokens.max() - OFFSET} is none of the {model.config.vocab_size - OFFSET} of the model: made by another encoder?')
-        index.append(seen.setdefault(tokens.tobytes(), len(sequences)))
-        if index[-1] == len(sequences):
-            sequences.append(tokens)
-    width = max(256 if cpu else 2048, *map(len, sequences))
-    groups = share_prefixes(sequences, width)
-    rows = pack([shared + sum(len(sequences[m]) - shared for m in members) for shared, members in groups], width)
-    batch, sums = max(1, (2048 if cpu else 65536) // width), np.zeros(len(sequences))  # what the cpu's caches hold; what fills a GPU
-    for start in tqdm(range(0, len(rows), batch), desc='scoring', unit='batch', disable=not progress):
-        chosen, owners = rows[start:start + batch], [[]]  # owners: the sequences that each sum belongs to
-        # tokens, their group, position, alternative (0: what a group shares), counted or not, and the sum that each counts towards;
-        # on a GPU every batch has one shape, so that attention compiles once
-        x = np.zeros((6, len(chosen) if cpu else batch, width), np.int64)
-        for r, row in enumerate(chosen):
-            at = 0
-            for doc, (shared, members) in enumerate((groups[g] for g in row), 1):
-                x[4, r, at] = -1  # nothing predicts a first token
-                for b, m in enumerate([members[0], *members] if len(members) > 1 else members):
-                    part = sequences[m][shared:] if b else sequences[m][:shared]
-                    x[:, r, at:at + len(part)] += np.stack(np.broadcast_arrays(part, doc, np.arange(len(part)) + shared * (b > 0), b, 1, len(owners)))
-                    owners.append([m] if b else members)
-                    at += len(part)
-        tokens, docs, positions, branch, mask, segments = torch.from_numpy(x).to(device)
-        logps = model.logps(tokens, mask, docs, positions, branch if x[3].any() else None, segments, len(owners))
-        for value, owner in zip(logps.tolist(), owners):
-            sums[owner] += value
-    return sums[index], np.array([len(sequences[i]) - 1 for i in index])
+    device, seen = next(model.parameters()).device, {}
+    whole = [np.array([BOS, *(np.asarray(units, np.int64) + OFFSET), EOS])[:model.config.context] for units in utterances]
+    index = [seen.setdefault(tokens.tobytes(), (len(seen), tokens))[0] for tokens in whole]
+    sequences, top = [tokens for _, tokens in seen.values()], max(tokens.max() for tokens in whole)
+    if top >= model.config.vocab_size:
+        raise InputError(f'unit {top - OFFSET} is none of the {model.config.vocab_size - OFFSET} of the model: made by another encoder?')
+    width, batch, sums = max(2048, *map(len, sequences)), 1 if device.type == 'cpu' else 32, np.zeros(len(sequences))
+    rows = pack([*map(len, sequences)], width)
+    for start in tqdm(range(0, len(rows), batch), desc='scoring', unit='batch', leave=False, disable=not progress):
+        x = np.zeros((4, batch, width), np.int64)  # tokens, utterance, counted or not, sum to count towards; one shape, so that a GPU compiles once
+        x[1] = -1 - np.arange(width) // model.config.context  # what is left of a row: documents no longer than learned positions reach
+        for r, row in enumerate(rows[start:start + batch]):
+            ends = np.cumsum([len(sequences[i]) for i in row])
+            for i, end in zip(row, ends):
+                x[:, r, end - len(sequences[i]):end] = np.stack(np.broadcast_arrays(sequences[i], i + 1, 1, i))
+                x[2, r, end - len(sequences[i])] = 0  # nothing predicts the first token
+        tokens, doc, mask, segments = torch.from_numpy(x).to(device)
+        sums += model.logps(tokens, mask, doc, segments=segments, n=len(sequences)).double().cpu().numpy()
+    return sums[index], np.array([len(tokens) - 1 for tokens in whole])
 
 
 def interval(a, b=None, transform=PERCENT, draws=2000, seed=1234):
@@ -350,26 +313,24 @@ def text_nll(text, where, device):
 
 
 @torch.inference_mode()
-def rate(question, where, device, model_name=''):
+def rate(question, where, device, model_name='', retries=3):
     """The judge's rating, 1 to 5, None if its answer holds none. where: an endpoint's URL, or a transformers model."""
     if where.startswith(('http://', 'https://')):
         body = json.dumps(dict(model=model_name, temperature=0, messages=[dict(role='user', content=question)])).encode()
         headers = {'Content-Type': 'application/json', 'Authorization': 'Bearer ' + os.environ.get('OPENAI_API_KEY', '')}
-        for attempt in range(4):
-            try:
-                with urllib.request.urlopen(urllib.request.Request(where.rstrip('/') + '/chat/completions', body, headers), timeout=120) as reply:
-                    answer = json.load(reply)['choices'][0]['message']['content']
-                break
-            except (OSError, ValueError, KeyError) as error:
-                if attempt == 3 or getattr(error, 'code', 500) in (400, 401, 403, 404):
-                    raise InputError(f'the judge at {where} does not answer ({error}): check the URL, judge_model and $OPENAI_API_KEY') from None
-                time.sleep(2 ** attempt)
+        try:
+            with urllib.request.urlopen(urllib.request.Request(where.rstrip('/') + '/chat/completions', body, headers), timeout=120) as reply:
+                answer = json.load(reply)['choices'][0]['message']['content']
+        except (OSError, ValueError, LookupError) as error:
+            if retries and getattr(error, 'code', 500) not in (400, 401, 403, 404):
+                time.sleep(2 ** (3 - retries))
+                return rate(question, where, device, model_name, retries - 1)
+            raise InputError(f'the judge at {where} does not answer ({error}): check the URL, judge_model and $OPENAI_API_KEY') from None
     else:
         model, tokenizer = load_hf('AutoModelForCausalLM', 'AutoTokenizer', where, device)
-        chat = dict(add_generation_prompt=True, return_tensors='pt', return_dict=True)
-        turn = [dict(role='user', content=question)]  # a model without a chat template completes a line
-        x = tokenizer.apply_chat_template(turn, **chat) if tokenizer.chat_template else tokenizer(question + '\nRating:', return_tensors='pt')
-        ids = x['input_ids'].to(device)
+        if tokenizer.chat_template:
+            question = tokenizer.apply_chat_template([dict(role='user', content=question)], add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(question, return_tensors='pt', add_special_tokens=not tokenizer.chat_template).input_ids.to(device)
         answer = tokenizer.decode(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)[0, ids.shape[1]:])
     match = re.search(r'rating\W*([1-5])(?!\d)', answer, re.I) or re.match(r'\W*([1-5])(?!\d)', answer)
     return int(match[1]) if match else None
@@ -419,11 +380,11 @@ if __name__ == '__main__':
     prompt_files = [*dict.fromkeys(next((spoken[task] for task in ('sstorycloze', 'sstory', *suites) if spoken.get(task)), []))]
     if prompts:
         prompt_files = [os.path.join(prompts, file) for file in audio_files(prompts)]
-    prompt_files = prompt_files[:n_prompts if generative else players]
+    prompt_files = prompt_files[:n_prompts if generative else 3]
 
     metrics, items, scored, heard, cache = {}, {}, [], defaultdict(dict), os.path.join(os.path.dirname(out) or '.', 'eval_cache')
     for name, where in models.items():
-        result, tails, texts = metrics.setdefault(name, dict(not_run)), [], []
+        result = metrics.setdefault(name, dict(not_run))
         with part(result, *suites, *generative):
             model = SLM.from_pretrained(where).to(device, pick_dtype(dtype, device)).eval()
             enc, voc = encoder or model.slam.get('encoder'), vocoder or model.slam.get('vocoder') or ''
@@ -451,39 +412,37 @@ if __name__ == '__main__':
                     continue
                 if not prompt_files:
                     raise InputError('no prompts: give --prompts=FOLDER, or a suite of audio')
-                heads = [*encode_files(prompt_files, enc, cache, device, prompt_seconds).values()]
-                voc = UnitVocoder.from_pretrained(voc, device=device)
-                for i in tqdm(range(0, len(heads), 32), desc='continuing', disable=len(heads) < 64):
+                heads, tails, texts = [*encode_files(prompt_files, enc, cache, device, prompt_seconds).values()], [], []
+                begins = [load_audio(file)[:int(prompt_seconds * SAMPLE_RATE)] for file in prompt_files]
+                voc, encode = UnitVocoder.from_pretrained(voc, device=device), UnitEncoder.from_pretrained(enc, device=device).encode
+                for i in tqdm(range(0, len(heads), 32), desc='continuing', leave=False, disable=len(heads) < 64):
                     some = [torch.tensor([BOS, *(x + OFFSET)]) for x in heads[i:i + 32]]
                     tails += [x - OFFSET for x in model.generate(some, max_new_tokens, temperature, seed=seed + i)]
-                for file, head, tail in [*zip(prompt_files, heads, tails)][:players if html else 0]:
-                    wave = load_audio(file)[:int(prompt_seconds * SAMPLE_RATE)]
-                    heard[os.path.relpath(file)] |= {'prompt': wave, 'resynthesis': voc.decode([head])[0], f'continuation, {name}': voc.decode([tail])[0]}
+                for file, *clips in [*zip(prompt_files, begins, heads, tails)][:3 if html else 0]:
+                    heard[file] |= {'prompt': clips[0], 'resynthesis': voc.decode([clips[1]])[0], f'continuation, {name}': voc.decode([clips[2]])[0]}
                 for task in generative:
                     with part(result, task):
-                        texts = texts or (transcribe(voc.decode(tails), asr, device) if task != 'resynth' else [])
-                        if task == 'resynth':  # frames whose unit changes from wave to units to wave to units, durations kept
-                            encode, values = UnitEncoder.from_pretrained(enc, device=device).encode, []
-                            for file in prompt_files[:100]:
-                                before = encode([load_audio(file)])[0].cpu()
-                                after = encode(voc.decode(*([x] for x in dedup(before))))[0].cpu()
-                                values.append(1 - float((before[:len(after)] == after[:len(before)]).sum()) / len(before))
-                        elif task == 'autobleu':
-                            values = [auto_bleu(text) for text in texts]
+                        if task == 'gptscore' and not judge:
+                            raise InputError('no judge: give --judge=FOLDER or --judge=URL')
+                        if task == 'resynth':  # share of frames whose unit changes on the way units -> wave -> units, durations kept
+                            before = encode([load_audio(file) for file in prompt_files[:100]])
+                            after = encode(voc.decode(*zip(*map(dedup, before))))
+                            values = [1 - float((a[:len(b)] == b[:len(a)]).sum()) / len(a) for a, b in zip(before, after)]
+                        else:
+                            texts = texts or transcribe(voc.decode(tails), asr, device)
+                        if task == 'autobleu':
+                            values = [*map(auto_bleu, texts)]
                         elif task == 'genppl':
                             values = [text_nll(text, text_lm, device) for text in texts]
-                        elif not judge:
-                            raise InputError('no judge: give --judge=FOLDER or --judge=URL')
-                        else:
-                            begins = transcribe([load_audio(file)[:int(prompt_seconds * SAMPLE_RATE)] for file in prompt_files], asr, device)
-                            values = [rate(JUDGE.format(*both), judge, device, judge_model) for both in tqdm([*zip(begins, texts)], desc='judging')]
+                        elif task == 'gptscore':
+                            asked = [JUDGE.format(*both) for both in zip(transcribe(begins, asr, device), texts)]
+                            values = [rate(question, judge, device, judge_model) for question in tqdm(asked, desc='judging', leave=False)]
                         rated = {file: value for file, value in zip(prompt_files, values) if value is not None}
                         if not rated:
                             raise InputError(f'none of {len(values)} transcripts could be rated')
                         result[task] = interval([*rated.values()], transform=TRANSFORM[task], seed=seed) | dict(left_out=len(values) - len(rated))
                         items[name, task] = rated
-                        scored += [dict(model=name, task=task, id=file, value=value, text=text)
-                                   for file, value, text in zip(prompt_files, values, texts or [''] * len(values))]
+                        scored += [dict(model=name, task=task, id=file, value=value, text=text) for file, value, text in zip(prompt_files, values, texts or values)]
 
     differences, columns = {}, [*dict.fromkeys(task for result in metrics.values() for task in result)]
     for a, b in combinations(models, 2):
@@ -499,7 +458,7 @@ if __name__ == '__main__':
         paper = [dict(model=row['model']) | {task: row.get(TOY.get(task, task)) or '' for task in columns} for row in csv.DictReader(file)]
     paper = [row for row in paper if any([*row.values()][1:])]
     toy = [LABELS[TOY[task]] for task in columns if task in TOY]
-    note = f'*the paper, on {", ".join(toy)} itself: no comparison with the toy suites*' if toy else '*the paper*'
+    note = f'*paper: {", ".join(toy)}, not the toy suites*' if toy else '*paper*'
     table = [['model', *head], *([name, *cells(result)] for name, result in metrics.items())]
     table += [[note] + [''] * len(head)] * bool(paper) + [[*row.values()] for row in paper]
     changes = [['difference', *head], *([name, *cells(result, '+')] for name, result in differences.items())]
