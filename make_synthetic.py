@@ -56,7 +56,7 @@ pitch = '50-50'              # espeak: 0 to 99
 pause = 0.2                  # seconds of silence after each sentence
 audio_format = 'flac'        # flac or wav, 16-bit
 # the machine
-workers = 0                  # processes; 0: one a core for espeak, one for a network
+workers = 0                  # processes that run espeak; 0: one a core. A network runs in one
 seed = 1234
 device = 'auto'              # cuda, mps, cpu
 dtype = 'auto'               # of the networks: bfloat16 on cuda, float32 elsewhere
@@ -238,14 +238,15 @@ class Espeak:
         if rate <= 0 or self.library.espeak_ng_SetVoiceByName(voice.encode()) or not os.path.exists(os.path.join(self.data, 'voices', '!v', variant)):
             fail(f'espeak-ng has no voice {voice!r}: name a language (en-us, de, fr-fr ...), with a variant if you like (en-us+f2)')
         self.library.espeak_SetSynthCallback(self.callback)
+        self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
         return rate
 
     def __call__(self, texts, voice, speed=1.0, pitch=50):
         results = []
         for sentence in texts:
             rate, self.chunks, self.marks, encoded = self.load(voice), [], [], sentence.encode() + b'\0'
-            self.library.espeak_SetParameter(1, round(175 * speed), 0)  # words per minute
-            self.library.espeak_SetParameter(3, round(pitch), 0)
+            for parameter, value in ((1, 175 * speed), (2, 60), (3, pitch)):  # words per minute, volume (at 100 some voices clip), pitch
+                self.library.espeak_SetParameter(parameter, round(value), 0)
             self.library.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)
             wave = np.frombuffer(b''.join(self.chunks), np.int16).astype(np.float32) / 32768
             results.append((wave, rate, word_times(sentence, wave, rate, self.marks)))
@@ -305,7 +306,7 @@ def load_fastspeech2():
     from transformers.utils import cached_file
     model, run = network(FastSpeech2ConformerWithHifiGan.from_pretrained, name := tts_model or 'espnet/fastspeech2_conformer_with_hifigan')
     vocab = json.load(open(cached_file(name, 'vocab.json'), encoding='utf-8'))
-    rate, hop = model.config.vocoder_config.sampling_rate, math.prod(model.config.vocoder_config.upsample_rates)
+    rate, hop = getattr(model.config.vocoder_config, 'sampling_rate', 22050), math.prod(model.config.vocoder_config.upsample_rates)
     espeak = Espeak()
     espeak.load('en-us')
 
@@ -489,7 +490,7 @@ if __name__ == '__main__':
         if not re.fullmatch(r'\d+(\.\d+)?-\d+(\.\d+)?', config[knob]):
             fail(f'--{knob}={config[knob]}: expected a range, 0.9-1.1')
     voices = voices or VOICES.get(tts, '0')
-    processes = workers or (len(os.sched_getaffinity(0)) if tts == 'espeak' else 1)
+    processes = (workers or os.cpu_count()) if tts == 'espeak' else 1
     for name in tasks:
         folder, began, spoken = os.path.join(out, name), time.time(), 0.0
         journal, manifest, summary = (os.path.join(folder, file) for file in ('journal.jsonl', 'manifest.jsonl', 'summary.json'))
@@ -502,6 +503,9 @@ if __name__ == '__main__':
         if os.path.exists(summary):
             print(f'{name}: already in {folder}: {earlier[0]["items"]} items, {earlier[0]["hours"]:.2f} h; nothing to do')
             continue
+        speak = load_voices(tts)
+        for voice in voices.split(',') if tts == 'espeak' else ():
+            speak.load(voice)  # a voice that is not there is said now
         toy = list(make_items(name)) if text == 'toy' else None
         full = sum(1 for _ in toy or make_items(name)) or fail(f'{text}: no text in it for task {name}')
         items = islice(enumerate(toy or make_items(name)), limit or full)
