@@ -113,7 +113,7 @@ def open_data(names, data_dir='data'):
 
 
 def find_utterances(tokens, block=1 << 22):
-    """Where utterances begin, (n,) int64: at 0 and where two <S> meet. One pass in constant memory, 2 s a billion tokens: no cache needed."""
+    """Where utterances begin, (n,) int64: at 0 and where two <S> meet. One pass in constant memory, a second a billion tokens: no cache needed."""
     found = [np.zeros(1, np.int64)]
     for at in range(0, len(tokens), block):
         border = tokens[at:at + block + 1] == BOS  # one more, for the pair that blocks would part
@@ -323,7 +323,9 @@ if __name__ == '__main__':
 
     def save(folder, to_resume=True):
         """Write a checkpoint; first, in one file complete in itself, what a killed run goes on from."""
-        states = shards.get_state_dict(raw, optimizers, options=whole) if shard_model else (raw.state_dict(), [one.state_dict() for one in optimizers])
+        states = raw.state_dict(), [one.state_dict() for one in optimizers]
+        if shard_model:
+            states = shards.get_state_dict(raw, optimizers, options=whole)
         if rank:
             return
         try:
@@ -388,9 +390,9 @@ if __name__ == '__main__':
     if wandb and not importlib.util.find_spec('wandb'):
         fail('--wandb needs a package: pip install wandb')
     run = wandb and rank == 0 and __import__('wandb').init(project='slam', name=os.path.basename(out_dir), config=config)
-    say(f'{init}: {n_params:,} parameters, {world} x {device}, {dtype}; {data}: {loader.ends[-1]:,} tokens an epoch, {global_batch * context:,} a step; '
-        f'{max_steps:,} steps or {train_hours:.3g} h, at the latest {time.strftime("%a %H:%M", time.localtime(time.time() + budget - elapsed))}'
-        + (f'; going on at step {step}' if step else ''), flush=True)
+    finish = time.strftime('%a %H:%M', time.localtime(time.time() + budget - elapsed))
+    say(f'{init}: {n_params:,} parameters, {world} x {device}, {dtype}; {data}: {loader.ends[-1]:,} tokens an epoch; {global_batch * context:,} tokens a step, '
+        f'{max_steps:,} steps or {train_hours:.3g} h, {finish} at the latest' + (f'; going on at step {step}' if step else ''), flush=True)
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -401,7 +403,8 @@ if __name__ == '__main__':
 
     # --- the loop
     while not (over or halt):
-        rate = learning_rate(step, max(step / max_steps, agreed / budget), lr, min_lr, schedule, warmup_steps, warmup_fraction, max_steps, decay_fraction)
+        progress = max(step / max_steps, agreed / budget)
+        rate = learning_rate(step, progress, lr, min_lr, schedule, warmup_steps, warmup_fraction, max_steps, decay_fraction)
         batch, ahead = ahead.result(), pool.submit(next, batches)
         if dropout:
             torch.manual_seed(seed + step * world + rank)  # masks are a matter of the step: no generator's state to save

@@ -30,16 +30,18 @@ def write_data(folder, n_tokens, low, high, units):
     borders = borders[borders < n_tokens - low]
     tokens[borders] = tokens[borders - 1] = tokens[0] = tokens[-1] = BOS
     tokens.tofile(os.path.join(folder, 'train.bin'))
-    json.dump(dict(vocab_size=units + 2, n_units=units, offset=2, dtype='uint16', tokens=dict(train=n_tokens), encoder='mhubert25', vocoder='hifigan25',
-                   dedup=True, frame_rate=25.0), open(os.path.join(folder, 'meta.json'), 'w'))
+    meta = dict(vocab_size=units + 2, n_units=units, offset=2, dtype='uint16', tokens=dict(train=n_tokens), dedup=True, frame_rate=25.0,
+                encoder='mhubert25', vocoder='hifigan25')
+    with open(os.path.join(folder, 'meta.json'), 'w') as file:
+        json.dump(meta, file)
     return np.split(tokens, borders)
 
 
 def ours(data, *flags):
     """Median tokens/s of train.py's own log, all of them useful: there is no padding."""
     with tempfile.TemporaryDirectory() as out:
-        subprocess.run([sys.executable, 'train.py', *flags, f'--data={data}', f'--out_dir={out}/run', '--eval_interval=0', '--save_interval=0'], cwd=ROOT,
-                       check=True, stdout=subprocess.PIPE if not torch.cuda.is_available() else None)
+        command = [sys.executable, 'train.py', *flags, f'--data={data}', f'--out_dir={out}/run', '--eval_interval=0', '--save_interval=0']
+        subprocess.run(command, cwd=ROOT, check=True, stdout=None if torch.cuda.is_available() else subprocess.PIPE)
         rows = [json.loads(line) for line in open(f'{out}/run/log.jsonl')]
         return float(np.median([row['tokens_per_s'] for row in rows[len(rows) // 3:]]))
 
@@ -105,14 +107,15 @@ if __name__ == '__main__':
             flops = SLM.from_preset('qwen2.5-0.5b').flops_per_token(700)
             name = torch.cuda.get_device_name()
             peak = next((1e12 * tflops for key, tflops in train.PEAK.items() if key in name), float('nan'))
-            print(f'{name}: {speed:,.0f} tokens/s, MFU {speed * flops / peak:.1%} of the data sheet, {speed * flops / PRODUCT:.1%} of {PRODUCT / 1e12:.0f} TFLOP/s; '
-                  f'{GOAL / 1e9} B tokens in {GOAL / speed / 3600:.2f} h')
+            print(f'{name}: {speed:,.0f} tokens/s, MFU {speed * flops / peak:.1%} of the data sheet, '
+                  f'{speed * flops / PRODUCT:.1%} of {PRODUCT / 1e12:.0f} TFLOP/s; {GOAL / 1e9} B tokens in {GOAL / speed / 3600:.2f} h')
             profile(64, 1024, data)
             print(f'{time.time() - begin:.0f} s in all')
         else:
             shape = dict(n_layer=4, n_embd=256, n_head=4, n_kv_head=2, n_ffn=1024)
             utterances = write_data(data, 400_000, 50, 600, 200)
-            flags = ['--init=scratch', *(f'--{key}={value}' for key, value in shape.items()), '--context=1024', '--batch_size=4', '--global_batch=4', '--max_steps=24']
+            flags = ['--init=scratch', *(f'--{key}={value}' for key, value in shape.items())]
+            flags += ['--context=1024', '--batch_size=4', '--global_batch=4', '--max_steps=24']
             for turn in range(2):
                 a = ours(data, *flags)
                 b = plain(utterances, SLMConfig(vocab_size=202, **shape), 12, 24)  # 12 utterances are about as many tokens

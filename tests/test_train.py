@@ -15,6 +15,7 @@ import train
 from model import BOS, OFFSET, SLM, SLMConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ENV = dict(os.environ, OMP_NUM_THREADS='1')
 TINY = '--init=scratch --n_layer=2 --n_embd=32 --n_head=2 --n_kv_head=1 --n_ffn=64 --context=32 --batch_size=4 --global_batch=8 --max_steps=40 ' \
        '--train_hours=9 --warmup_steps=5 --eval_interval=20 --save_interval=20 --grad_clip=1 --device=cpu'.split()
 
@@ -55,7 +56,7 @@ def command(*args, processes=1):
 
 
 def run(*args, processes=1):
-    return subprocess.run(command(*args, processes=processes), cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=120)
+    return subprocess.run(command(*args, processes=processes), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
 
 
 def losses(out):
@@ -258,7 +259,7 @@ def test_a_run_learns_and_leaves_a_checkpoint(forty, data):
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(forty, data, tmp_path):
     out = str(tmp_path / 'slm')
     process = subprocess.Popen(command(f'--data={data}', f'--out_dir={out}'), cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               env=dict(os.environ, OMP_NUM_THREADS='1'))
+                               env=ENV)
     for line in process.stdout:
         if line.startswith('step 25/'):
             process.kill()  # five steps after its checkpoint
@@ -317,8 +318,8 @@ def test_ten_bad_steps_stop_the_run(tmp_path):
 
 def test_sigterm_saves_and_leaves(data, tmp_path):
     out = str(tmp_path / 'slm')
-    process = subprocess.Popen(command(f'--data={data}', f'--out_dir={out}', '--max_steps=100000', '--save_interval=0'), cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    process = subprocess.Popen(command(f'--data={data}', f'--out_dir={out}', '--max_steps=100000', '--save_interval=0'), cwd=ROOT, env=ENV,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith('step 10/'):
             process.send_signal(signal.SIGTERM)
