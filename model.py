@@ -254,12 +254,42 @@ def _sdpa(q, k, v, mask=None, causal=False):
     return F.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), attn_mask=mask, is_causal=causal)
 
 
-def _attend_segments(q, k, v, lengths):
-    """Packed attention as one causal call an utterance: on the CPU the cost is the sum of squares, not the square of the row."""
+def _attend_pieces(q, k, v, pieces):
+    """Packed attention as one call an utterance: on the CPU the cost is the sum of squares, not the square of the row.
+
+    pieces: (prompt, start, stop) in the rows laid end to end: that stretch sees itself causally, and before it the prompt, a slice, if any.
+    """
     B, H, T, D = q.shape
-    q, k, v = (x.transpose(1, 2).reshape(1, B * T, -1, D).transpose(1, 2).split(lengths, dim=2) for x in (q, k, v))
-    out = torch.cat([_sdpa(*one, causal=True) for one in zip(q, k, v)], dim=2)
-    return out.transpose(1, 2).reshape(B, T, H, D).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2).reshape(1, B * T, -1, D).transpose(1, 2) for x in (q, k, v))
+    out = []
+    for prompt, start, stop in pieces:
+        own = [x[:, :, start:stop] for x in (q, k, v)]
+        if prompt is None:
+            out.append(_sdpa(*own, causal=True))
+        else:
+            shared = prompt.stop - prompt.start
+            mask = torch.ones(stop - start, shared + stop - start, dtype=torch.bool).tril(shared)
+            out.append(_sdpa(own[0], *(torch.cat((x[:, :, prompt], part), dim=2) for x, part in zip((k, v), own[1:])), mask=mask))
+    return torch.cat(out, dim=2).transpose(1, 2).reshape(B, T, H, D).transpose(1, 2)
+
+
+def _pieces(doc, branch):
+    """The (prompt, start, stop) of _attend_pieces from doc and branch (B, T); a prompt and its first alternative are one piece."""
+    rows = torch.arange(len(doc)).repeat_interleave(doc.shape[1])
+    kinds = torch.stack((rows, doc.reshape(-1), torch.zeros_like(rows) if branch is None else branch.reshape(-1)))
+    runs, lengths = torch.unique_consecutive(kinds, dim=1, return_counts=True)
+    pieces, start, utterance = [], 0, None
+    for (*this, branch), length in zip(runs.T.tolist(), lengths.tolist()):
+        stop = start + length
+        if this != utterance:  # a new utterance, or the prompt of one
+            utterance, prompt = this, slice(start, stop)
+            pieces.append((None, start, stop))
+        elif pieces[-1] == (None, prompt.start, prompt.stop):
+            pieces[-1] = (None, prompt.start, stop)
+        else:
+            pieces.append((prompt, start, stop))
+        start = stop
+    return pieces
 
 
 @lru_cache(maxsize=1)
@@ -277,9 +307,8 @@ def _attention(doc, branch, device, flex=None):
     if doc is None:
         return partial(_sdpa, causal=True)
     B, T = doc.shape
-    if branch is None and device.type == 'cpu' and not flex and not torch.compiler.is_compiling():
-        rows = torch.arange(B).repeat_interleave(T)
-        return partial(_attend_segments, lengths=torch.unique_consecutive(torch.stack((rows, doc.reshape(-1))), dim=1, return_counts=True)[1].tolist())
+    if device.type == 'cpu' and not flex and not torch.compiler.is_compiling():
+        return partial(_attend_pieces, pieces=_pieces(doc, branch))
 
     def visible(b, h, i, j):
         seen = (doc[b, i] == doc[b, j]) & (j <= i)

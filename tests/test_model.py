@@ -154,16 +154,23 @@ def test_every_attention_path_gives_the_same(monkeypatch):
     tokens, doc = pack([[30, 50, 48], [100, 1, 27]], 128)
     with torch.no_grad():
         expected = ours(tokens, doc=doc)
-        monkeypatch.setattr(slam, '_attention', lambda doc, branch, device: path(doc, torch.zeros_like(doc), device))
+        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)  # the dense mask
         assert (ours(tokens, doc=doc) - expected).abs().max() < 1e-5
+        monkeypatch.undo()
         monkeypatch.setattr(slam, '_flex', lambda: (flex_attention, create_block_mask))
         monkeypatch.setattr(slam, '_attention', lambda doc, branch, device: path(doc, branch, device, flex=True))
         assert (ours(tokens, doc=doc) - expected).abs().max() < 1e-5
 
 
-def test_branches_see_the_prompt_and_themselves():
+def test_branches_see_the_prompt_and_themselves(monkeypatch):
     ours = small()
     prompt, one, two = (torch.randint(OFFSET, V, (n,)) for n in (9, 5, 7))
+    for path in (torch.compiler.is_compiling, lambda: True):  # the CPU's calls, and the dense mask that branches mean
+        monkeypatch.setattr(torch.compiler, 'is_compiling', path)
+        check_branches(ours, prompt, one, two)
+
+
+def check_branches(ours, prompt, one, two):
     tokens = torch.cat((prompt, one, two))[None]
     branch = torch.tensor([[0] * 9 + [1] * 5 + [2] * 7])
     positions = torch.tensor([[*range(9), *range(9, 14), *range(9, 16)]])
