@@ -66,6 +66,7 @@ SAMPLE_RATE = 16000          # model.SAMPLE_RATE, not imported: espeak needs no 
 GRID = 640                   # samples in a 40 ms frame of a 25 Hz encoder
 SILENCE = 0.002              # of full scale; what stays below it is pause
 SHARD = 40                   # items a worker takes at once
+TOTALS = ('items', 'left_out', 'seconds', 'bytes')
 VOICES = dict(kokoro='af_heart,am_fenrir,bf_emma,bm_george',      # as SpokenSwag
               espeak='gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph')  # a path below espeak's lang/ loads ten times as fast as a name (en-us)
 PLAIN = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', ', '…': '.'})
@@ -438,9 +439,9 @@ def load_voices(tts):
 
 
 def do_shard(job):
-    """Speaks and saves some items of a task. Returns dict(shard, rows, skipped, seconds, bytes), what the journal keeps of them."""
+    """Speaks and saves some items of a task. Returns dict(shard, items, left_out, seconds, bytes, rows, skipped), what the journal keeps of them."""
     shard, task, folder, items = job
-    done = dict(shard=shard, items=len(items), rows=[], skipped=[], seconds=0.0, bytes=0)
+    done = dict(shard=shard, items=len(items), left_out=0, seconds=0.0, bytes=0, rows=[], skipped=[])
     for n, item in items:
         files = [dict(file, sentences=sentences(file['text'] or '')) for file in item.get('files', ())]
         rng = random.Random(f'{seed}/{task}/{item.get("alike", n)}')  # pairs that mirror each other have one voice
@@ -451,6 +452,7 @@ def do_shard(job):
             spoken = dict(zip(texts, load_voices(tts)(texts, voice, *how)))
             made = [assemble([spoken[sentence] for sentence in file['sentences']]) for file in files]
         if not files or not all(file['sentences'] for file in files) or not all(len(wave) for wave, _ in made):
+            done['left_out'] += 1
             done['skipped'].append(dict(n=n, reason=item.get('skip', 'nothing to say'), text=item.get('text') or ' | '.join(f['text'] or '' for f in files)))
             continue
         more = {key: value for key, value in item.items() if key not in ('files', 'split', 'alike')} | dict(voice=voice)
@@ -475,6 +477,14 @@ def do_shard(job):
     return done
 
 
+def in_order(pool, jobs, ahead):
+    """map(do_shard, jobs) by the pool, never more than `ahead` of what was taken: a corpus is not drawn into memory."""
+    waiting = deque(pool.submit(do_shard, job) for job in islice(jobs, ahead))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(pool.submit(do_shard, job) for job in islice(jobs, 1))
+
+
 if __name__ == '__main__':
     config = configure(globals())
     from tqdm import tqdm
@@ -492,16 +502,16 @@ if __name__ == '__main__':
     voices = voices or VOICES.get(tts, '0')
     processes = (workers or os.cpu_count()) if tts == 'espeak' else 1
     for name in tasks:
-        folder, began, spoken = os.path.join(out, name), time.time(), 0.0
+        folder, began = os.path.join(out, name), time.time()
         journal, manifest, summary = (os.path.join(folder, file) for file in ('journal.jsonl', 'manifest.jsonl', 'summary.json'))
         settings = {key: value for key, value in config.items() if key not in ('out', 'task', 'workers', 'device')} | dict(
             voices=voices, text_bytes=sum(map(os.path.getsize, glob.glob(text))))
-        earlier = [json.loads(line) for path in (summary, journal) if os.path.exists(path) for line in open(path, 'rb') if line.endswith(b'}\n')]
-        if earlier and earlier[0]['settings'] != settings:
-            changed = [key for key in settings if settings[key] != earlier[0]['settings'].get(key)]
-            fail(f'{folder} holds speech made with other {", ".join(changed)}: choose another --out, or remove it')
+        for path in (summary, journal):
+            old = json.loads(open(path, encoding='utf-8').readline())['settings'] if os.path.exists(path) else settings
+            if changed := [key for key in settings if settings[key] != old.get(key)]:
+                fail(f'{folder} holds speech made with other {", ".join(changed)}: choose another --out, or remove it')
         if os.path.exists(summary):
-            print(f'{name}: already in {folder}: {earlier[0]["items"]} items, {earlier[0]["hours"]:.2f} h; nothing to do')
+            print(f'{name}: already in {folder}, nothing to do')
             continue
         speak = load_voices(tts)
         for voice in voices.split(',') if tts == 'espeak' else ():
@@ -509,44 +519,53 @@ if __name__ == '__main__':
         toy = list(make_items(name)) if text == 'toy' else None
         full = sum(1 for _ in toy or make_items(name)) or fail(f'{text}: no text in it for task {name}')
         items = islice(enumerate(toy or make_items(name)), limit or full)
-        finished = {done['shard']: done for done in earlier[1:]}  # a killed run goes on after the shards that its journal holds
+
         os.makedirs(folder, exist_ok=True)
-        with open(journal + '.tmp', 'w', encoding='utf-8') as file:
-            file.writelines(json.dumps(line) + '\n' for line in (dict(settings=settings), *finished.values()))
-        os.replace(journal + '.tmp', journal)
+        if not os.path.exists(journal):
+            with open(journal + '.tmp', 'w', encoding='utf-8') as file:
+                file.write(json.dumps(dict(settings=settings)) + '\n')
+            os.replace(journal + '.tmp', journal)
+        total = Counter()
+        with open(journal, 'r+b') as file:  # shards are written in order: a killed run goes on after the last whole line
+            file.readline()
+            whole = file.tell()
+            while (line := file.readline()).endswith(b'}\n'):
+                total.update({key: value for key, value in json.loads(line).items() if key in TOTALS}, shards=1)
+                whole = file.tell()
+            file.truncate(whole)
+        before, start, began = total['seconds'], total['shards'], time.time()
+        jobs = ((i, name, folder, shard) for i, shard in enumerate(iter(lambda: list(islice(items, SHARD)), [])) if i >= start)
         pool = ProcessPoolExecutor(processes, multiprocessing.get_context('fork'), in_worker, (os.getpid(),)) if processes > 1 else None
-        jobs = ((i, name, folder, shard) for i, shard in enumerate(iter(lambda: list(islice(items, SHARD)), [])) if i not in finished)
-        bar = tqdm(total=min(limit or full, full), initial=sum(done['items'] for done in finished.values()), desc=name, unit=' items')
+        bar = tqdm(total=min(limit or full, full), initial=total['items'], desc=name, unit=' items')
         with open(journal, 'a', encoding='utf-8') as log, bar, pool or nullcontext():
-            waiting = deque(pool.submit(do_shard, job) for job in islice(jobs, 4 * processes)) if pool else map(do_shard, jobs)
-            while waiting if pool else True:
-                if pool:
-                    done = waiting.popleft().result()
-                    waiting.extend(pool.submit(do_shard, job) for job in islice(jobs, 1))
-                elif (done := next(waiting, None)) is None:
-                    break
+            for done in in_order(pool, jobs, 4 * processes) if pool else map(do_shard, jobs):
                 log.write(json.dumps(done, ensure_ascii=False) + '\n')
                 log.flush()
-                finished[done['shard']], spoken = done, spoken + done['seconds']
+                total.update({key: done[key] for key in TOTALS})
                 bar.update(done['items'])
-                bar.set_postfix_str(f'{sum(d["seconds"] for d in finished.values()) / 3600:.2f} h, {spoken / (time.time() - began):.0f} x real time')
-        shards, seconds = [finished[i] for i in sorted(finished)], time.time() - began
+                bar.set_postfix_str(f'{total["seconds"] / 3600:.2f} h, {(total["seconds"] - before) / (time.time() - began):.0f} x real time')
+
+        with open(manifest + '.tmp', 'w', encoding='utf-8') as rows, open(os.path.join(folder, 'skipped.jsonl'), 'w', encoding='utf-8') as skipped, open(
+                journal, encoding='utf-8') as lines, open(os.path.join(folder, 'gold.csv.tmp'), 'w', encoding='utf-8', newline='') as gold:
+            csv.writer(gold).writerow('id filename voice type subtype correct transcription'.split())
+            for done in map(json.loads, islice(lines, 1, None)):
+                rows.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in done['rows'])
+                skipped.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in done['skipped'])
+                if name == 'blimp':
+                    csv.writer(gold).writerows([row['id'], os.path.splitext(os.path.basename(row['path']))[0], row['voice'], row['type'], row['subtype'],
+                                                int(row['correct']), row['text']] for row in done['rows'])
         if name == 'blimp':
-            with open(os.path.join(folder, 'syntactic', 'dev', 'gold.csv'), 'w', encoding='utf-8', newline='') as file:
-                gold = csv.writer(file)
-                gold.writerow('id filename voice type subtype correct transcription'.split())
-                gold.writerows([row['id'], os.path.splitext(os.path.basename(row['path']))[0], row['voice'], row['type'], row['subtype'], int(row['correct']),
-                                row['text']] for done in shards for row in done['rows'])
-        for path, what in ((os.path.join(folder, 'skipped.jsonl'), 'skipped'), (manifest, 'rows')):
-            with open(path + '.tmp', 'w', encoding='utf-8') as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for done in shards for row in done[what])
-            os.replace(path + '.tmp', path)
-        count = {key: sum(done[key] for done in shards) for key in ('items', 'seconds', 'bytes')} | dict(skipped=sum(len(d['skipped']) for d in shards))
-        hours, rate = count.pop('seconds') / 3600, spoken / seconds
-        projected = dict(full_items=full, full_hours=hours * full / count['items'], full_machine_hours=hours * full / count['items'] / max(rate, 1e-9))
+            os.replace(gold.name, os.path.join(folder, 'syntactic', 'dev', 'gold.csv'))
+        else:
+            os.remove(gold.name)
+        os.replace(manifest + '.tmp', manifest)
+        seconds, hours = time.time() - began, total['seconds'] / 3600
+        rate, full_hours = (total['seconds'] - before) / seconds or math.nan, hours * full / total['items']
+        report = dict(items=total['items'], skipped=total['left_out'], bytes=total['bytes'], hours=hours, seconds=seconds, x_real_time=rate, full_items=full,
+                      full_hours=full_hours, full_machine_hours=full_hours / rate, settings=settings)
         with open(summary + '.tmp', 'w', encoding='utf-8') as file:
-            file.write(json.dumps(dict(settings=settings, **count, hours=hours, seconds=seconds, x_real_time=rate, **projected)) + '\n')
+            file.write(json.dumps(report) + '\n')
         os.replace(summary + '.tmp', summary)
         os.remove(journal)
-        print(f'{name}: {count["items"]} items, {hours:.2f} h, {count["skipped"]} skipped, {count["bytes"] / 1e6:.0f} MB in {seconds:.1f} s, {rate:.0f} x real time; '
-              f'the full set, {full} items, {projected["full_hours"]:.2f} h of speech, takes {projected["full_machine_hours"]:.3f} h')
+        print(f'{name}: {total["items"]} items, {hours:.2f} h, {total["left_out"]} skipped, {total["bytes"] / 1e6:.0f} MB in {seconds:.1f} s, {rate:.0f} x real '
+              f'time; the full set, {full} items, {full_hours:.2f} h of speech, takes {full_hours / rate:.3f} h')
