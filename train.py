@@ -391,8 +391,8 @@ if __name__ == '__main__':
         fail('--wandb needs a package: pip install wandb')
     run = wandb and rank == 0 and __import__('wandb').init(project='slam', name=os.path.basename(out_dir), config=config)
     finish = time.strftime('%a %H:%M', time.localtime(time.time() + budget - elapsed))
-    say(f'{init}: {n_params:,} parameters, {world} x {device}, {dtype}; {data}: {loader.ends[-1]:,} tokens an epoch; {global_batch * context:,} tokens a step, '
-        f'{max_steps:,} steps or {train_hours:.3g} h, {finish} at the latest' + (f'; going on at step {step}' if step else ''), flush=True)
+    say(f'{init}: {n_params:,} parameters, {world} x {device}, {dtype}; {data}: {loader.ends[-1]:,} tokens an epoch; {max_steps:,} steps '
+        f'of {global_batch * context:,} or {train_hours:.3g} h, {finish} at the latest' + (f'; going on at step {step}' if step else ''), flush=True)
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))

@@ -46,30 +46,44 @@ def ours(data, *flags):
         return float(np.median([row['tokens_per_s'] for row in rows[len(rows) // 3:]]))
 
 
-def plain(utterances, config, rows, steps):
-    """The loop that one would write: shuffle, pad, transformers' model, AdamW."""
+def side_by_side(data, utterances, config, rows, steps):
+    """Useful tokens/s of train.py's step and of the loop that one would write (shuffle, pad, transformers' model, AdamW), in turns."""
     from transformers import AutoModelForCausalLM
+    model = SLM(config)
     with tempfile.TemporaryDirectory() as folder:
-        SLM(config).save_pretrained(folder, {})
-        model = AutoModelForCausalLM.from_pretrained(folder)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    order, spent, useful = np.random.default_rng(0).permutation(len(utterances)), [], []
-    for step in range(steps):
-        begin = time.perf_counter()
+        model.save_pretrained(folder, {})
+        theirs = AutoModelForCausalLM.from_pretrained(folder).train()
+    optimizer, = train.make_optimizers(model, 'adamw', 1e-3, (0.9, 0.999), 1e-8, 0.0)
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3)
+    batches, order = train.Loader(train.open_data(data), 1024, 0).batches(2, 2), np.random.default_rng(0).permutation(len(utterances))
+
+    def packed(step):
+        batch = next(batches)
+        tokens, targets, doc = batch['micro'][0]
+        model(tokens, targets, doc=doc)[1].backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.5, norm)
+        optimizer.step()
+        model.zero_grad()
+        return tokens.numel()
+
+    def padded(step):
         batch = [torch.from_numpy(utterances[i].astype(np.int64)) for i in order[step * rows:(step + 1) * rows]]
         tokens = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in batch], batch_first=True)
-        loss = model(input_ids=tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-        spent.append(time.perf_counter() - begin)
-        useful.append(int(mask.sum()))
-    keep = slice(steps // 3, None)
-    return float(np.median(np.array(useful[keep]) / np.array(spent[keep])))
+        theirs(input_ids=tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        their_optimizer.step()
+        their_optimizer.zero_grad()
+        return int(mask.sum())
+
+    speeds = {packed: [], padded: []}
+    for step in range(steps):
+        for way in speeds:
+            begin = time.perf_counter()
+            useful = way(step)
+            speeds[way].append(useful / (time.perf_counter() - begin))
+    return [float(np.median(speed[2:])) for speed in speeds.values()]
 
 
 def profile(batch_size, context, data):
@@ -112,11 +126,7 @@ if __name__ == '__main__':
             profile(64, 1024, data)
             print(f'{time.time() - begin:.0f} s in all')
         else:
-            shape = dict(n_layer=4, n_embd=256, n_head=4, n_kv_head=2, n_ffn=1024)
             utterances = write_data(data, 400_000, 50, 600, 200)
-            flags = ['--init=scratch', *(f'--{key}={value}' for key, value in shape.items())]
-            flags += ['--context=1024', '--batch_size=4', '--global_batch=4', '--max_steps=24']
-            for turn in range(2):
-                a = ours(data, *flags)
-                b = plain(utterances, SLMConfig(vocab_size=202, **shape), 12, 24)  # 12 utterances are about as many tokens
-                print(f'turn {turn}: ours {a:,.0f} useful tokens/s, plain loop {b:,.0f}, ratio {a / b:.2f}', flush=True)
+            config = SLMConfig(vocab_size=202, n_layer=4, n_embd=256, n_head=4, n_kv_head=2, n_ffn=1024)
+            a, b = side_by_side(data, utterances, config, 6, 24)  # 6 utterances are about as many tokens as 2 rows of 1,024
+            print(f'packed {a:,.0f} useful tokens/s, plain loop {b:,.0f}, ratio {a / b:.2f} (medians of 22 steps in turns)')

@@ -15,6 +15,7 @@ import train
 from model import BOS, OFFSET, SLM, SLMConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+torch.set_num_threads(1)
 ENV = dict(os.environ, OMP_NUM_THREADS='1')
 TINY = '--init=scratch --n_layer=2 --n_embd=32 --n_head=2 --n_kv_head=1 --n_ffn=64 --context=32 --batch_size=4 --global_batch=8 --max_steps=40 ' \
        '--train_hours=9 --warmup_steps=5 --eval_interval=20 --save_interval=20 --grad_clip=1 --device=cpu'.split()
