@@ -1,7 +1,8 @@
 """The demo's model: 0.8 M parameters from scratch, 3 to 4 minutes on two cores.
 
 On a quiet machine max_steps ends the run, and then the loss curve depends on the seed alone; train_hours bounds it on a slower one.
-At equal CPU time small steps and a small model win: 128 wide beats 192, one row a step beats four, and Muon's products in bf16 are slow here.
+Validation loss after 60 s of one core on the demo's units: width 192, 4 rows a step 2.62, 2 rows 2.41; width 128, 4 rows 2.40, 1 row at
+lr 4e-3 (the others 3e-3) 2.20. torch's Muon runs its products in bf16, which is slow on this CPU: 50 steps against 191.
 """
 out_dir = 'out/demo/slm'
 data = 'out/demo/units'
