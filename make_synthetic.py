@@ -184,6 +184,7 @@ def make_items(task):
 
 def clean(document):
     """Only what a voice can say: letters, digits, plain punctuation; typographic signs become plain ones, links and everything else a space."""
+    document = re.sub('â€[œ\x9d]?', '"', re.sub('â€[˜™]', "'", document))  # quotes that were read in a wrong encoding, as in TinyStories
     document = unicodedata.normalize('NFKC', document.translate(PLAIN))
     document = re.sub(r'https?://\S+|www\.\S+|<[^<>]*>', ' ', document)
     document = ''.join(c if unicodedata.category(c)[0] in 'LNM' or c in '.,!?;:\'"()-%&$€£+@/。！？،؟।' else ' ' for c in document)

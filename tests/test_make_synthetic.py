@@ -195,6 +195,7 @@ def test_resample_keeps_what_fits_and_nothing_else(rate):
 
 def test_clean_and_sentences():
     assert ms.clean('“Hi” — she\u00a0said…  *so* <b>it</b> goes \U0001f600 http://x.y/z !') == '"Hi", she said. so it goes!'
+    assert ms.clean('â€œItâ€™s me,â€\x9d') == '"It\'s me,"'
     assert ms.sentences('Mr. Fox ran. "Stop!" he said. J. Doe left') == ['Mr. Fox ran.', '"Stop!"', 'he said.', 'J. Doe left']
     assert ms.sentences('***') == [] and ms.sentences('') == []
     long = ' '.join(f'word{i}' + ',' * (i % 7 == 0) for i in range(400))
