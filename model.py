@@ -996,6 +996,8 @@ class UnitEncoder:
     def _load_net(self):
         """Load the net and cut it after `layer`: what lies above is not computed."""
         from transformers import AutoModel
+        from transformers.utils.logging import disable_progress_bar
+        disable_progress_bar()
         c = self.config
         where = cache_path(c['name']) if c['name'] in ENCODERS and os.path.isdir(cache_path(c['name'])) else c['model']
         try:

@@ -48,6 +48,7 @@ layer = None               # whose hidden states are taken
 kmeans = ''                # .safetensors with `centroids`, or a joblib dump of scikit-learn's KMeans
 fit_kmeans = 0             # fit this many clusters on the speech itself instead
 fit_frames = 300_000       # on so many frames of training speech, drawn evenly
+switch = 1.0               # mfcc: the price of a change of unit, in mean distortions; 0: the nearest cluster of each frame
 fit_vocoder = False        # also fit the table vocoder, a voice for any encoder
 vocoder_hours = 0.5        # on so much speech, drawn evenly
 # how it is cut and split
@@ -95,9 +96,8 @@ def list_items(path):
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                    kind = 'pair' if 'prompt_path' in row else 'row'
-                    assert kind == 'pair' or isinstance(row['path'], str)
-                except (ValueError, KeyError, TypeError, AssertionError):
+                    kind = 'pair' if 'prompt_path' in row else 'row' if row['path'] else ''
+                except (ValueError, KeyError, TypeError):
                     raise InputError(f'{path}, line {number}: expected a JSON object with `path` (or prompt_path, chosen_path, rejected_path)') from None
                 yield Item(kind, path, at, int(row.get('seconds', 10) * 20000), row.get('split') or '')
                 at += len(line)
@@ -203,6 +203,8 @@ def read_item(item, plan):
         pieces.append((piece, [wave[start:end]]))
     return pieces
 
+
+# The jobs: what an encoder does with the pieces of one chunk.
 
 def features(encoder, pieces):
     return [x.cpu().numpy() for x in encoder.features([wave for row, waves in pieces if row['split'] != 'val' for wave in waves])]
@@ -357,8 +359,10 @@ def pack(rows, folder, vocab_size, frame_rate, val_folders='', val_fraction=0.01
         unit_usage=dict(used=len(share), perplexity=round(float(np.exp(-(share * np.log(share)).sum())), 1)))
 
 
-def say(meta):
-    done = (f'{meta["pairs"]:,} pairs, {meta["failed"]:,} files failed, {meta["x_real_time"]:,} x real time' if 'pairs' in meta else 'packed')
+def finish(meta):
+    """Write meta.json and say what is in it."""
+    write_json(os.path.join(out, 'meta.json'), meta)
+    done = f'{meta["pairs"]:,} pairs, {meta["failed"]:,} files failed, {meta["x_real_time"]:,} x real time' if 'pairs' in meta else 'packed'
     print(f'{out}: {sum(meta["utterances"].values()):,} utterances, {sum(meta["hours"].values()):.2f} h, {sum(meta["tokens"].values()):,} tokens '
           f'({meta["tokens_per_second"]} units a second), {meta["unit_usage"]["used"]} of {meta["n_units"]} units used, perplexity '
           f'{meta["unit_usage"]["perplexity"]}, {done}')
@@ -378,8 +382,7 @@ if __name__ == '__main__':
                     yield row
             meta = pack(tqdm(copied(), unit=' rows'), out, n_units + OFFSET, 50.0 if encoder == 'hubert50' else 25.0, val_folders, val_fraction)
         os.replace(here('units.jsonl.tmp'), here('units.jsonl'))
-        write_json(here('meta.json'), meta | dict(encoder=encoder, vocoder='hifigan25' if encoder == 'mhubert25' else None, recipe=config))
-        say(meta)
+        finish(meta | dict(encoder=encoder, vocoder='hifigan25' if encoder == 'mhubert25' else None, recipe=config))
         sys.exit()
 
     # ----- what there is to do, and what of it is done
@@ -396,7 +399,7 @@ if __name__ == '__main__':
     root, items = list_audio(audio)
     chunks = make_chunks(items)
     mine = chunks[len(chunks) * part // of:len(chunks) * (part + 1) // of]
-    recipe = {key: config[key] for key in ('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'max_seconds', 'val_folders', 'val_fraction', 'seed')}
+    recipe = {key: config[key] for key in ('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch', 'max_seconds', 'val_folders', 'val_fraction', 'seed')}
     recipe['listing'] = hashlib.sha1(repr([(i.kind, os.path.relpath(i.path, root), i.offset, i.size) for i in items]).encode()).hexdigest()
     fresh = dict(recipe=recipe, chunks=0, of=len(mine), bytes=dict(units=0, pairs=0, failed=0), failed=0, audio_seconds=0.0, seconds=0.0)
     states = []
@@ -412,7 +415,7 @@ if __name__ == '__main__':
         print(f'{out}: {"shard " + suffix[1:] if of > 1 else "everything"} is already there; nothing to do (delete the folder to make it again)')
         sys.exit()
 
-    n_workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else workers or os.cpu_count()
+    n_workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     pool = ProcessPoolExecutor(n_workers, get_context('fork'), begin_worker)
     pool.submit(int).result()  # they fork now, before there is a net on a GPU or a thread
     plan = dict(root=root, max_seconds=max_seconds, val_folders=val_folders, val_fraction=val_fraction)
@@ -420,20 +423,25 @@ if __name__ == '__main__':
     sample = [sample[i] for i in random.Random(seed).sample(range(len(sample)), min(len(sample), 50_000))]
     sample = [sample[i:i + 16] for i in range(0, len(sample), 16)]
 
+    def drawn(job, what, enough, encoder, where):
+        """Do the job on speech drawn evenly from all, until the caller's count on the bar is enough."""
+        with tqdm(total=round(enough), desc=what, unit='', unit_scale=True, leave=False) as bar:
+            for result, _, _ in in_order(pool, n_workers + 2, job, sample, plan, encoder, where):
+                yield result, bar
+                if bar.n >= enough:
+                    return
+
     # ----- the encoder: nets run here, mfcc in the workers
     own = bool(fit_kmeans or kmeans or layer is not None or encoder not in ENCODERS)
     if fit_kmeans and not os.path.exists(here('encoder', 'encoder.json')) and part == 0:
         net = UnitEncoder.from_pretrained(encoder, layer, '', device, dtype)
         frames = []
-        with tqdm(total=fit_frames, desc='frames to fit on', unit='', unit_scale=True, leave=False) as bar:
-            for result, _, _ in in_order(pool, n_workers + 2, features, sample, plan, net, 'mfcc' if encoder == 'mfcc' else None):
-                frames.extend(result)
-                bar.update(sum(map(len, result)))
-                if bar.n >= fit_frames:
-                    break
+        for got, bar in drawn(features, 'frames to fit on', fit_frames, net, 'mfcc' if encoder == 'mfcc' else None):
+            frames.extend(got)
+            bar.update(sum(map(len, got)))
         frames = np.concatenate(frames or [np.zeros((0, 1), 'float32')])[:fit_frames]
         net.centroids, net.config['distortion'] = fit(torch.from_numpy(frames).to(net.device), fit_kmeans, seed)
-        net.config['vocoder'] = 'vocoder'
+        net.config |= dict(vocoder='vocoder') | (dict(switch=switch) if encoder == 'mfcc' else {})
         net.save_pretrained(here('encoder'))
         del frames, net
     while fit_kmeans and not os.path.exists(here('encoder', 'encoder.json')):
@@ -498,12 +506,9 @@ if __name__ == '__main__':
                 os.replace(here(kind + '.jsonl.tmp'), here(kind + '.jsonl'))
     if fit_vocoder and not os.path.exists(here('vocoder', 'vocoder.json')):
         table = None
-        with tqdm(total=round(vocoder_hours * 3600), desc='vocoder', unit=' s', leave=False) as bar:
-            for (more, seconds), _, _ in in_order(pool, n_workers + 2, tabulate, sample, plan, net, where):
-                table = table + more if table else more
-                bar.update(round(seconds))
-                if bar.n >= vocoder_hours * 3600:
-                    break
+        for (more, seconds), bar in drawn(tabulate, 'vocoder, seconds', vocoder_hours * 3600, net, where):
+            table = table + more if table else more
+            bar.update(round(seconds))
         table.finish().save_pretrained(here('vocoder'))
     elif own and net.vocoder and os.path.isdir(net.vocoder) and not os.path.exists(here('vocoder')):
         shutil.copytree(net.vocoder, here('vocoder'))  # the folder holds all that its units need
@@ -514,5 +519,4 @@ if __name__ == '__main__':
                  pairs=sum(1 for _ in open(here('pairs.jsonl'), 'rb')) if os.path.exists(here('pairs.jsonl')) else 0, files=total, failed=failed,
                  audio_hours=round(sum(state['audio_seconds'] for state in states) / 3600, 4),
                  x_real_time=round(sum(state['audio_seconds'] for state in states) / seconds), recipe=config)
-    write_json(here('meta.json'), meta)
-    say(meta)
+    finish(meta)
