@@ -51,8 +51,8 @@ n_suite = 500                # and minimal pairs in each of grammar, sstory, tst
 tts = 'espeak'               # espeak, vits, fastspeech2, kokoro
 tts_model = ''               # folder or hub name; empty: facebook/mms-tts-eng (vits), espnet/fastspeech2_conformer_with_hifigan (fastspeech2)
 voices = ''                  # comma-separated, one is drawn for each item (blimp: every pair in each); espeak: languages with variants, en-us+f2,de
-speed = '1.0-1.0'            # 1 is the voice's own; drawn evenly from this range for each item
-pitch = '50-50'              # espeak: 0 to 99
+speed = '1.0-1.0'            # 1 is the voice's usual pace; every voice has its own, drawn from this range
+pitch = '50-50'              # espeak: 0 to 99; likewise
 pause = 0.2                  # seconds of silence after each sentence
 audio_format = 'flac'        # flac or wav, 16-bit
 # the machine
@@ -447,7 +447,8 @@ def do_shard(job):
         files = [dict(file, sentences=sentences(file['text'] or '')) for file in item.get('files', ())]
         rng = random.Random(f'{seed}/{task}/{item.get("alike", n)}')  # pairs that mirror each other have one voice
         voice = item.get('voice') or rng.choice(voices.split(','))
-        how = [rng.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
+        own = random.Random(f'{seed}/{voice}')  # a voice has a pace and a pitch of its own
+        how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
         if all(file['sentences'] for file in files) and files:
             texts = list(dict.fromkeys(sentence for file in files for sentence in file['sentences']))  # what they share is spoken once
             spoken = dict(zip(texts, load_voices(tts)(texts, voice, *how)))
