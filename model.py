@@ -868,7 +868,8 @@ ENCODERS = {  # name: hub model, layer, samples of silence added at each end, vo
         'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
         '03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad')),
     'hubert50': ('facebook/hubert-base-ls960', 9, 0, None, ('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None))}
-MFCC = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, steady=False, distortion=0.0, vocoder='vocoder')
+MFCC = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, steady=False,
+            distortion=0.0, vocoder='vocoder')
 
 
 def cache_path(name):
@@ -938,7 +939,7 @@ class KMeansReader(pickle._Unpickler):
                 reader.file = file
                 return torch.from_numpy(vars(reader.load())['cluster_centers_'].astype('float32'))
         except Exception as error:
-            raise InputError(f'{path} is no k-means file (.safetensors with `centroids`, or an uncompressed joblib dump of KMeans): {error}') from None
+            raise InputError(f'{path} is no k-means file (.safetensors with `centroids`, or a plain joblib dump of KMeans): {error}') from None
 
 
 class UnitEncoder:
@@ -953,7 +954,7 @@ class UnitEncoder:
     def __init__(self, config, centroids=None, device='cpu', dtype='auto'):
         self.config, self.device, self.dtype = dict(config), pick_device(device), pick_dtype(dtype, pick_device(device))
         self.centroids = None if centroids is None else centroids.to(self.device)  # (n_units, D); None: to be fitted
-        self.batch_seconds = 300 if self.device.type == 'cuda' else 0  # of padded audio a batch; on a CPU one by one: padding costs more than it gains
+        self.batch_seconds = 300 if self.device.type == 'cuda' else 0  # of padded audio a batch; a CPU gains nothing from batches
         if self.config['kind'] == 'mfcc':
             at = torch.outer(torch.arange(N_MELS) + 0.5, torch.arange(self.config['n_cep'])) * math.pi / N_MELS
             weight = torch.arange(self.config['n_cep']).clamp(min=1) ** self.config['lifter']
@@ -984,7 +985,7 @@ class UnitEncoder:
             model = folder if os.path.isdir(folder) else where
             config = dict(kind='hubert', name=os.path.basename(model), model=model, layer=layer, pad=0, vocoder='vocoder')
         else:
-            raise InputError(f'no encoder {where!r}: expected {", ".join(ENCODERS)}, mfcc, a folder with encoder.json, or a HuBERT-like model and --layer')
+            raise InputError(f'no encoder {where!r}: expected {", ".join(ENCODERS)}, mfcc, a folder with encoder.json, or a HuBERT and --layer')
         encoder = cls(config, None, device, dtype)
         encoder.vocoder = vocoder or encoder.vocoder
         if kmeans is None and where in ENCODERS and layer in (None, its_layer):

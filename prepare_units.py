@@ -99,7 +99,7 @@ def list_items(path):
                     row = json.loads(line)
                     kind = 'pair' if 'prompt_path' in row else 'row' if row['path'] else ''
                 except (ValueError, KeyError, TypeError):
-                    raise InputError(f'{path}, line {number}: expected a JSON object with `path` (or prompt_path, chosen_path, rejected_path)') from None
+                    raise InputError(f'{path}, line {number}: expected JSON with `path` (or prompt_path, chosen_path, rejected_path)') from None
                 yield Item(kind, path, at, int(row.get('seconds', 10) * 20000), row.get('split') or '')
                 at += len(line)
     elif path.endswith('.tar'):
@@ -130,7 +130,7 @@ def list_audio(where):
             items.extend(list_items(path))
             folders.append(os.path.abspath(path if os.path.isdir(path) else os.path.dirname(path)))
         if len(items) == before:
-            raise InputError(f'--audio={source}: {"no audio in it" if found else "there is no such file or folder"} (looked for {" ".join(AUDIO)} .tar)')
+            raise InputError(f'--audio={source}: {"no audio in it" if found else "no such file or folder"} (looked for {" ".join(AUDIO)} .tar)')
     if not items:
         raise InputError('--audio names nothing: give folders, files, globs, a manifest.jsonl, a list of paths (.txt) or .tar shards')
     return os.path.commonpath(folders), items
@@ -251,7 +251,8 @@ def work(job, items, plan, where):
         try:
             pieces += read_item(item, plan)
         except Exception as error:  # whatever is wrong with one file of millions must not end the run
-            failures.append((item.name or f'{item.path}{f", byte {item.offset}" if item.offset else ""}', ' '.join(str(error).split()) or repr(error)))
+            name = item.name or f'{item.path}{f", byte {item.offset}" if item.offset else ""}'
+            failures.append((name, ' '.join(str(error).split()) or repr(error)))
     return (pieces if where is None else job(worker_encoder(where), pieces)), failures
 
 
@@ -356,7 +357,8 @@ def pack(rows, folder, vocab_size, frame_rate, val_folders='', val_fraction=0.01
     return dict(
         vocab_size=vocab_size, n_units=len(usage), offset=OFFSET, dtype=np.dtype(dtype).name, dedup=True, frame_rate=frame_rate,
         tokens={split: total['tokens'] for split, total in count.items()}, utterances={split: total['utterances'] for split, total in count.items()},
-        hours={split: round(total['seconds'] / 3600, 4) for split, total in count.items()}, tokens_per_second=round(usage.sum() / max(seconds, 1e-9), 2),
+        hours={split: round(total['seconds'] / 3600, 4) for split, total in count.items()},
+        tokens_per_second=round(usage.sum() / max(seconds, 1e-9), 2),
         unit_usage=dict(used=len(share), perplexity=round(float(np.exp(-(share * np.log(share)).sum())), 1)))
 
 
@@ -400,7 +402,8 @@ if __name__ == '__main__':
     root, items = list_audio(audio)
     chunks = make_chunks(items)
     mine = chunks[len(chunks) * part // of:len(chunks) * (part + 1) // of]
-    recipe = {key: config[key] for key in ('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch', 'steady', 'max_seconds', 'val_folders', 'val_fraction', 'seed')}
+    decides = ('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch', 'steady', 'max_seconds', 'val_folders', 'val_fraction', 'seed')
+    recipe = {key: config[key] for key in decides}
     recipe['listing'] = hashlib.sha1(repr([(i.kind, os.path.relpath(i.path, root), i.offset, i.size) for i in items]).encode()).hexdigest()
     fresh = dict(recipe=recipe, chunks=0, of=len(mine), bytes=dict(units=0, pairs=0, failed=0), failed=0, audio_seconds=0.0, seconds=0.0)
     states = []
@@ -482,7 +485,7 @@ if __name__ == '__main__':
             bar.update(len(chunk))
             bar.set_postfix_str(f'{state["audio_seconds"] / state["seconds"]:.0f} x real time, {state["failed"]} failed')
             if state['failed'] > max_failed:
-                raise InputError(f'{state["failed"]} files failed, the last: {name}: {reason}. All are in {paths["failed"]}; --max_failed={max_failed}')
+                raise InputError(f'{state["failed"]} files failed, the last: {name}: {reason}. See {paths["failed"]}; --max_failed={max_failed}')
         bar.close()
         for kind, file in files.items():
             file.close()

@@ -2,6 +2,6 @@
 audio = 'out/demo/audio/stories,out/demo/audio/pairs'
 out = 'out/demo/units'
 encoder = 'mfcc'
-fit_kmeans = 200
+fit_kmeans = 100
 fit_frames = 100_000
 fit_vocoder = True

@@ -13,8 +13,8 @@ import re
 HEROES = dict(he='boy boys|man men|king kings|brother brothers|uncle uncles|farmer farmers|father fathers|prince princes',
               she='girl girls|woman women|queen queens|sister sisters|aunt aunts|lady ladies|mother mothers|nurse nurses')
 NAMES = dict(he='Tom Ben Max Jack Peter David Simon Oscar'.split(), she='Anna Lucy Mary Emma Kate Susan Laura Nina'.split())
-ADJECTIVES = ('old young small tall little big kind clever funny brave quiet busy shy proud polite famous lazy hungry sleepy noisy gentle rich poor strong '
-              'careful friendly curious thin quick slow calm tired lucky wise bold honest cheerful lonely elegant').split()
+ADJECTIVES = ('old young small tall little big kind clever funny brave quiet busy shy proud polite famous lazy hungry sleepy noisy gentle rich '
+              'poor strong careful friendly curious thin quick slow calm tired lucky wise bold honest cheerful lonely elegant').split()
 COLOURS = 'red blue green yellow white black brown purple orange silver golden grey pink heavy tiny huge'.split()
 NUMBERS = 'two three four five six seven eight nine'.split()
 TIMES = 'today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|before dinner|in winter|in summer|every spring'.split('|')
@@ -25,11 +25,14 @@ PRONOUNS = dict(he=dict(he='he', his='his'), she=dict(he='she', his='her'), they
 TOPICS = {name: [part.split('|') for part in rest.split(' / ')] for name, rest in (line.split(': ') for line in """\
 kitchen: in the kitchen|at the oven|in the bakery / cake cakes|soup soups|pie pies / warm|sweet / eat|taste / burnt|sour / throw away|spill
 garden: in the garden|by the fence|under the tree / flower flowers|rose roses|carrot carrots / fresh|juicy / water|pick / dead|dry / dig out|bury
-school: at school|in the classroom|beside the teacher / book books|pencil pencils|lesson lessons / easy|useful / study|learn / boring|difficult / forget|hate
+school: at school|in the classroom|beside the teacher / book books|pencil pencils|lesson lessons / easy|useful / study|learn / \
+boring|difficult / forget|hate
 football: on the field|in the stadium|at the game / ball balls|goal goals|trophy trophies / round|winning / kick|celebrate / flat|missing / lose|miss
 sea: on the boat|at the beach|by the river / fish fish|net nets|shell shells / shiny|full / catch|pull up / empty|rotten / let go|drop
-train: at the station|on the platform|in the train / ticket tickets|suitcase suitcases|map maps / cheap|valid / show|carry / expensive|stolen / search for|report
-doctor: in the hospital|beside the doctor|at the clinic / pill pills|bandage bandages|medicine medicines / helpful|mild / take|use / bitter|painful / refuse|fear
+train: at the station|on the platform|in the train / ticket tickets|suitcase suitcases|map maps / cheap|valid / show|carry / \
+expensive|stolen / search for|report
+doctor: in the hospital|beside the doctor|at the clinic / pill pills|bandage bandages|medicine medicines / helpful|mild / take|use / \
+bitter|painful / refuse|fear
 music: on the stage|at the concert|in the choir / song songs|drum drums|violin violins / loud|famous / play|practise / silent|false / stop|ignore
 """.strip().split('\n'))}
 

@@ -10,3 +10,5 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
 fi
 # --no-compile: Python compiles what is used, not all of it; quick when everything is there already
 python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
+# threads that wait for each other give way soon: on a busy machine endless spinning costs most of the time
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-100000}

@@ -80,4 +80,4 @@ if __name__ == '__main__':
     print(f'the plain loop, each utterance alone: {100 * agreement(alone, units[:len(few)]):.2f} % of the units as ours')
     if device.type == 'cuda':
         rate = total / bf16
-        print(f'{rate / 3600:.2f} h of speech a second; LibriSpeech (960 h) {960 * 3600 / rate / 60:.1f} min, Libri-Light (50,000 h) {5e4 / rate:.1f} h')
+        print(f'{rate / 3600:.2f} h of speech a second; LibriSpeech (960 h) {960 * 60 / rate:.1f} min, Libri-Light (50,000 h) {5e4 / rate:.1f} h')

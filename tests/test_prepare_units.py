@@ -319,7 +319,8 @@ def whole(corpus, tmp_path_factory):
 
 def test_a_run_reports_everything(corpus, whole):
     units, meta = rows(f'{whole}/units.jsonl'), json.load(open(f'{whole}/meta.json'))
-    assert len({row['file_name'] for row in units}) == 30 + 1 + 1 + 3 and {'shard/in/0.flac', 'dev/00.flac', 'train/b.mp3'} <= {r['file_name'] for r in units}
+    assert len({row['file_name'] for row in units}) == 30 + 1 + 1 + 3
+    assert {'shard/in/0.flac', 'dev/00.flac', 'train/b.mp3'} <= {r['file_name'] for r in units}
     pieces = [row for row in units if row['file_name'] == 'train/long.wav']
     assert len(pieces) == 3 and sum(sum(row['duration']) for row in pieces) == 9 * 25 and pieces[1]['start'] == pieces[0]['seconds']
     assert sorted(row['file_name'] for row in rows(f'{whole}/failed.jsonl')) == [f'{corpus}/train/bad{i}.wav' for i in range(5)]
