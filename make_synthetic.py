@@ -144,7 +144,7 @@ def preference(row, where):
 def make_items(task):
     """Yields a task's items, dict(files=[dict(name, text, ...), ...], ...), or dict(skip=reason, text). role: three files share a manifest row."""
     def minimal_pair(right, wrong, name='{n:06d}', **more):
-        return dict(more, files=[dict(name=f'{name}_{side}', text=what, correct=side == 'correct') for side, what in (('correct', right), ('incorrect', wrong))])
+        return dict(more, files=[dict(name=f'{name}_correct', text=right, correct=True), dict(name=f'{name}_incorrect', text=wrong, correct=False)])
 
     cloze = [f'InputSentence{i}' for i in (1, 2, 3, 4)] + ['RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2', 'AnswerRightEnding']
     expected = dict(stories=[text_field], prompts=[text_field], blimp=['sentence_good', 'sentence_bad', 'linguistics_term', 'UID', 'pairID'],
@@ -455,15 +455,16 @@ def do_shard(job):
             made = [assemble([spoken[sentence] for sentence in file['sentences']]) for file in files]
         if not files or not all(file['sentences'] for file in files) or not all(len(wave) for wave, _ in made):
             done['left_out'] += 1
-            done['skipped'].append(dict(n=n, reason=item.get('skip', 'nothing to say'), text=item.get('text') or ' | '.join(f['text'] or '' for f in files)))
+            said = item.get('text') or ' | '.join(file['text'] or '' for file in files)
+            done['skipped'].append(dict(n=n, reason=item.get('skip', 'nothing to say'), text=said))
             continue
         more = {key: value for key, value in item.items() if key not in ('files', 'split', 'alike')} | dict(voice=voice)
         if item.get('split'):
             more['split'] = 'val' if random.Random(f'{seed}/{task}/{n}/split').random() < val_share else 'train'
         rows = []
         for file, (wave, words) in zip(files, made):
-            name = f'syntactic/dev/{file["name"]}.{audio_format}' if task == 'blimp' else f'{n // (1000 // len(files)):03d}/{file["name"]}.{audio_format}'
-            row = dict(path=name.format(n=n), text=' '.join(file['sentences']))
+            place = 'syntactic/dev' if task == 'blimp' else f'{n // (1000 // len(files)):03d}'  # at most 1,000 files a folder
+            row = dict(path=f'{place}/{file["name"].format(n=n)}.{audio_format}', text=' '.join(file['sentences']))
             if task == 'prompts':
                 wave = wave[:round(prompt_seconds * SAMPLE_RATE)]
                 if words:
@@ -491,10 +492,10 @@ if __name__ == '__main__':
     config = configure(globals())
     from tqdm import tqdm
     tasks = [name for one in task.split(',') for name in (('sstorycloze', 'tstorycloze') if one == 'storycloze' else (one,))]
-    known = ('stories', 'pairs', 'grammar', 'sstory', 'tstory') if text == 'toy' else ('stories', 'prompts', 'pairs', 'blimp', 'sstorycloze', 'tstorycloze')
+    known = 'stories pairs grammar sstory tstory' if text == 'toy' else 'stories prompts pairs blimp sstorycloze tstorycloze'
     for name in tasks:
-        if name not in known:
-            fail(f'no task {name!r} for --text={text}; there are {", ".join(known).replace("sstorycloze, tstorycloze", "storycloze")}')
+        if name not in known.split():
+            fail(f'no task {name!r} for --text={text}; there are {known.replace(" sstorycloze t", " ").replace(" ", ", ")}')
     for knob, choices in (('tts', ('espeak', 'vits', 'fastspeech2', 'kokoro')), ('audio_format', ('flac', 'wav'))):
         if config[knob] not in choices:
             fail(f'--{knob}={config[knob]}: expected {", ".join(choices)}')
@@ -547,15 +548,18 @@ if __name__ == '__main__':
                 bar.update(done['items'])
                 bar.set_postfix_str(f'{total["seconds"] / 3600:.2f} h, {(total["seconds"] - before) / (time.time() - began):.0f} x real time')
 
-        with open(manifest + '.tmp', 'w', encoding='utf-8') as rows, open(os.path.join(folder, 'skipped.jsonl'), 'w', encoding='utf-8') as skipped, open(
-                journal, encoding='utf-8') as lines, open(os.path.join(folder, 'gold.csv.tmp'), 'w', encoding='utf-8', newline='') as gold:
+        def write(path):
+            return open(os.path.join(folder, path), 'w', encoding='utf-8', newline='')
+
+        with (write('manifest.jsonl.tmp') as rows, write('skipped.jsonl') as skipped, write('gold.csv.tmp') as gold,
+              open(journal, encoding='utf-8') as lines):
             csv.writer(gold).writerow('id filename voice type subtype correct transcription'.split())
             for done in map(json.loads, islice(lines, 1, None)):
                 rows.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in done['rows'])
                 skipped.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in done['skipped'])
-                if name == 'blimp':
-                    csv.writer(gold).writerows([row['id'], os.path.splitext(os.path.basename(row['path']))[0], row['voice'], row['type'], row['subtype'],
-                                                int(row['correct']), row['text']] for row in done['rows'])
+                for row in done['rows'] if name == 'blimp' else ():
+                    csv.writer(gold).writerow([row['id'], os.path.splitext(os.path.basename(row['path']))[0], row['voice'], row['type'],
+                                               row['subtype'], int(row['correct']), row['text']])
         if name == 'blimp':
             os.replace(gold.name, os.path.join(folder, 'syntactic', 'dev', 'gold.csv'))
         else:
@@ -563,11 +567,11 @@ if __name__ == '__main__':
         os.replace(manifest + '.tmp', manifest)
         seconds, hours = time.time() - began, total['seconds'] / 3600
         rate, full_hours = (total['seconds'] - before) / seconds or math.nan, hours * full / total['items']
-        report = dict(items=total['items'], skipped=total['left_out'], bytes=total['bytes'], hours=hours, seconds=seconds, x_real_time=rate, full_items=full,
-                      full_hours=full_hours, full_machine_hours=full_hours / rate, settings=settings)
-        with open(summary + '.tmp', 'w', encoding='utf-8') as file:
+        report = dict(items=total['items'], skipped=total['left_out'], bytes=total['bytes'], hours=hours, seconds=seconds, x_real_time=rate,
+                      full_items=full, full_hours=full_hours, full_machine_hours=full_hours / rate, settings=settings)
+        with write('summary.json.tmp') as file:
             file.write(json.dumps(report) + '\n')
         os.replace(summary + '.tmp', summary)
         os.remove(journal)
-        print(f'{name}: {total["items"]} items, {hours:.2f} h, {total["left_out"]} skipped, {total["bytes"] / 1e6:.0f} MB in {seconds:.1f} s, {rate:.0f} x real '
-              f'time; the full set, {full} items, {full_hours:.2f} h of speech, takes {full_hours / rate:.3f} h')
+        print(f'{name}: {total["items"]} items, {hours:.2f} h, {total["left_out"]} skipped, {total["bytes"] / 1e6:.0f} MB in {seconds:.1f} s, '
+              f'{rate:.0f} x real time; the full set, {full} items, {full_hours:.2f} h of speech, takes {full_hours / rate:.3f} h')

@@ -37,11 +37,12 @@ music: on the stage|at the concert|in the choir / song songs|drum drums|violin v
 """.strip().split('\n'))}
 
 SINGLE = ('this {one} is {place} with {his} {thing}', 'one {one} is {place} with {his} {thing}', 'there is one {one} {place} with {his} {thing}',
-          'this {one} has {his} {thing} {place}', '{name} is {place} with {his} {thing}', 'the {adjective} {one} is {place} with {his} {colour} {thing}',
-          'this {one} is {place} with one {thing} {time}')
-SEVERAL = ('these {many} are {place} with their {thing}', '{number} {many} are {place} with their {thing}', 'there are {number} {many} {place} with their {thing}',
-           'these {many} have their {thing} {place}', '{name} and {other} are {place} with their {thing}',
-           'the {adjective} {many} are {place} with their {colour} {thing}', 'these {many} are {place} with one {thing} {time}')
+          'this {one} has {his} {thing} {place}', '{name} is {place} with {his} {thing}',
+          'the {adjective} {one} is {place} with {his} {colour} {thing}', 'this {one} is {place} with one {thing} {time}')
+SEVERAL = ('these {many} are {place} with their {thing}', '{number} {many} are {place} with their {thing}',
+           'there are {number} {many} {place} with their {thing}', 'these {many} have their {thing} {place}',
+           '{name} and {other} are {place} with their {thing}', 'the {adjective} {many} are {place} with their {colour} {thing}',
+           'these {many} are {place} with one {thing} {time}')
 MINIMAL = dict(  # right, wrong, and their mirror image, right and wrong: what is right in one pair is wrong in the other
     this=('this {one} is {there}', 'these {one} is {there}', 'these {many} are {there}', 'this {many} are {there}'),
     be=('this {one} is {there}', 'this {one} are {there}', 'these {many} are {there}', 'these {many} is {there}'),
@@ -58,12 +59,17 @@ def finish(sentence):
     return sentence[0].upper() + sentence[1:] + '.'
 
 
+def swap_number(ending):
+    """'He is ...' -> 'He are ...' and back"""
+    return ending.replace(' is ', ' are ', 1) if ' is ' in ending else ending.replace(' are ', ' is ', 1)
+
+
 def cast(rng, topic, he):
     """What the sentences about heroes are filled with: their noun, what they have, where they are."""
     (one, many), (thing, _) = (rng.choice(words).split() for words in (HEROES[he].split('|'), TOPICS[topic][1]))
     (name, other), his, place = rng.sample(NAMES[he], 2), PRONOUNS[he]['his'], rng.choice(TOPICS[topic][0])
-    return dict(one=one, many=many, thing=thing, name=name, other=other, place=place, his=his, adjective=rng.choice(ADJECTIVES), time=rng.choice(TIMES),
-                colour=rng.choice(COLOURS), number=rng.choice(NUMBERS), man=rng.choice(HEROES['he'].split('|')).split()[0],
+    return dict(one=one, many=many, thing=thing, name=name, other=other, place=place, his=his, adjective=rng.choice(ADJECTIVES),
+                time=rng.choice(TIMES), colour=rng.choice(COLOURS), number=rng.choice(NUMBERS), man=rng.choice(HEROES['he'].split('|')).split()[0],
                 woman=rng.choice(HEROES['she'].split('|')).split()[0])
 
 
@@ -76,7 +82,8 @@ def toy_story(rng, topic, outcome, who, mood):
         verb += 'es' if re.search('(s|sh|ch)$', verb) else 's'
         verb = re.sub('([^aeiou])ys$', r'\1ies', verb)
     second = f'the {words["thing"]} is {rng.choice(QUALITIES[outcome])} and {rng.choice(qualities)}'
-    ending = f'{PRONOUNS[who]["he"]} {"are" if who == "they" else "is"} {MOODS[outcome][mood]} and {verb} {rest + " " * bool(rest)}the {words["thing"]}'
+    feels = f'{PRONOUNS[who]["he"]} {"are" if who == "they" else "is"} {MOODS[outcome][mood]}'
+    ending = f'{feels} and {verb} {rest + " " * bool(rest)}the {words["thing"]}'
     return dict(prompt=f'{finish(first)} {finish(second)}', ending=finish(ending), topic=topic)
 
 
@@ -116,12 +123,11 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
         if kind == 'pronoun':  # the ending of a story: he is, he are; they are, they is
             topic, outcome, who, mood = anything()
             stories = [fresh(topic, outcome, who, mood) for who in (rng.choice(('he', 'she')), 'they')]
-            couple = [[f'{story["prompt"]} {ending}' for ending in (story['ending'], re.sub(r' (is|are) ', lambda m: {"is": " are ", "are": " is "}[m[1]],
-                                                                                           story['ending'], count=1))] for story in stories]
+            couple = [(f'{story["prompt"]} {story["ending"]}', f'{story["prompt"]} {swap_number(story["ending"])}') for story in stories]
         else:
             words = cast(rng, rng.choice(list(TOPICS)), he := rng.choice(('he', 'she')))
-            right, wrong, right2, wrong2 = (finish(frame.format(**words, there=f'{words["place"]} with {his} {words["thing"]}')) for frame, his in zip(
-                MINIMAL[kind], 2 * [PRONOUNS[he]['his']] + 2 * ['their']))
+            there = [f'{words["place"]} with {his} {words["thing"]}' for his in (PRONOUNS[he]['his'], 'their')]
+            right, wrong, right2, wrong2 = (finish(frame.format(**words, there=there[i // 2])) for i, frame in enumerate(MINIMAL[kind]))
             couple = (right, wrong), (right2, wrong2)
         if not used & {right for right, _ in couple}:
             used |= {right for right, _ in couple}

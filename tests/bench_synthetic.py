@@ -32,17 +32,17 @@ with tempfile.TemporaryDirectory() as folder:
         if program:
             subprocess.run([program, '-v', 'en+m3', '-s', '175', '-w', path, text], check=True)
         else:
-            subprocess.run([sys.executable, '-c', 'import sys, make_synthetic as ms, soundfile; wave, rate, _ = ms.Espeak()([sys.argv[1]], "gmw/en+m3")[0]; '
-                            'soundfile.write(sys.argv[2], wave, rate)', text, path], check=True, cwd=ROOT)
+            subprocess.run([sys.executable, '-c', 'import sys, make_synthetic as ms, soundfile\nwave, rate, _ = ms.Espeak()([sys.argv[1]], '
+                            '"gmw/en+m3")[0]\nsoundfile.write(sys.argv[2], wave, rate)', text, path], check=True, cwd=ROOT)
         wave, rate = soundfile.read(path, dtype='float32')
         soundfile.write(path.replace('.wav', '.flac'), torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000).numpy(), 16000)
         seconds += len(wave) / rate
     alone = seconds / (time.time() - began)
     print(f'one process an utterance, one at a time      {alone:7.0f} x real time')
     for workers in (1, os.cpu_count()):
-        n = round(hours * 450 * workers)
-        subprocess.run([sys.executable, 'make_synthetic.py', f'--out={folder}/{workers}', f'--n_stories={n}', '--n_pairs=0', '--n_suite=0', '--voices=gmw/en+m3',
-                        f'--workers={workers}'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        n = round(hours * 600 * workers)
+        subprocess.run([sys.executable, 'make_synthetic.py', f'--out={folder}/{workers}', f'--n_stories={n}', '--n_pairs=0', '--n_suite=0',
+                        '--voices=gmw/en+m3', f'--workers={workers}'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         summary = json.load(open(f'{folder}/{workers}/stories/summary.json'))
         print(f'make_synthetic.py, {workers} worker{"s" * (workers > 1)}, {summary["hours"]:.2f} h      {summary["x_real_time"]:7.0f} x real time, '
               f'{summary["x_real_time"] / alone / workers:.1f} times as fast a core')
