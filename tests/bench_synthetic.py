@@ -1,4 +1,4 @@
-"""espeak in process against one espeak-ng process an utterance, and against the whole of make_synthetic.py.   python tests/bench_synthetic.py [hours]
+"""make_synthetic.py, espeak in process, against one espeak-ng process an utterance.   python tests/bench_synthetic.py [hours]
 
 The alternative is what a shell loop does: `espeak-ng -w file.wav TEXT` and then a resampler (torchaudio's). Its program is in the Debian package
 espeak-ng (apt-get install espeak-ng); without it the bench starts this Python's own library once a process instead, and says so.
@@ -44,5 +44,5 @@ with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, 'make_synthetic.py', f'--out={folder}/{workers}', f'--n_stories={n}', '--n_pairs=0', '--n_suite=0',
                         '--voices=gmw/en+m3', f'--workers={workers}'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         summary = json.load(open(f'{folder}/{workers}/stories/summary.json'))
-        print(f'make_synthetic.py, {workers} worker{"s" * (workers > 1)}, {summary["hours"]:.2f} h      {summary["x_real_time"]:7.0f} x real time, '
-              f'{summary["x_real_time"] / alone / workers:.1f} times as fast a core')
+        ratio = summary['x_real_time'] / alone
+        print(f'make_synthetic.py, {workers} worker{"s" * (workers > 1)}, {summary["hours"]:.2f} h      {summary["x_real_time"]:7.0f} x real time, {ratio:.1f} x')
