@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from functools import lru_cache
 from itertools import chain, islice
 
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # each worker has one core
+os.environ['OPENBLAS_NUM_THREADS'] = '1'  # before numpy: a worker has one core, and the last bit of a sum depends on the number of threads
 import numpy as np
 import soundfile
 
