@@ -34,7 +34,7 @@ seconds = {name: int(spent) for name, spent in (line.split(',') for line in open
 read = lambda path: json.load(open('out/demo/' + path))
 meta, scores = read('units/meta.json'), read('eval.json')['metrics']
 summary = dict(seconds=seconds, hours=sum(meta['hours'].values()), tokens=meta['tokens'], val_loss=read('slm/slam.json')['scores']['val_loss'],
-               metrics={model: {suite: score['score'] for suite, score in suites.items()} for model, suites in scores.items()})
+               metrics={model: {suite: round(score['score'], 2) for suite, score in suites.items()} for model, suites in scores.items()})
 json.dump(summary, open('out/demo/summary.json', 'w'), indent=2)
 line = lambda model: '  '.join(f'{suite} {score:.1f}' for suite, score in summary['metrics'][model].items())
 results = {'synthetic': f'{summary["hours"]:.1f} h of speech', 'units': f'{sum(meta["tokens"].values()):,} tokens of {meta["n_units"]} units',
