@@ -222,9 +222,9 @@ def encode(encoder, pieces):
 
 
 def tabulate(encoder, pieces):
-    """-> what the table vocoder needs to know of these utterances."""
+    """-> what the table vocoder needs to know of these utterances, held-out ones left aside."""
     table = UnitVocoder.empty(encoder.n_units, encoder.frame_rate)
-    waves = [wave for _, waves in pieces for wave in waves]
+    waves = [wave for row, waves in pieces if row['split'] != 'val' for wave in waves]
     for wave, units in zip(waves, encoder.encode(waves)):
         table.add(wave, units)
     return table, sum(map(len, waves)) / SAMPLE_RATE
