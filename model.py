@@ -337,11 +337,6 @@ def _draw(logits, noise, top_k, top_p):
     return ids.gather(1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
 
 
-@lru_cache(maxsize=2)
-def _compiled_next(model):
-    return torch.compile(model._next, dynamic=False, fullgraph=True, mode='reduce-overhead' if model.embed.weight.is_cuda else None)
-
-
 class SLM(nn.Module):
     """A decoder-only transformer over speech units: the same function as transformers' model of its family.
 
@@ -452,12 +447,11 @@ class SLM(nn.Module):
     # ------------------------------------------------------------------ generation
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, repetition_penalty=1.1, seed=None, compile=False):
+    def generate(self, prompts, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, repetition_penalty=1.1, seed=None):
         """Continue prompts (defaults: Table 6 of the paper).
 
         prompts: list of 1-D int64 tensors, `<S>` + units + OFFSET, of any lengths >= 1. temperature: 0 takes the likeliest. top_k: 0 is off.
         repetition_penalty: over prompt and continuation, as transformers defines it. seed: of a generator of its own, None: torch's.
-        compile: pays when many batches of one shape follow (longest prompt and number of prompts alike); a minute at the first.
         Returns: list of 1-D int64 tensors on the CPU, the new tokens alone, without the final `<S>`.
         Raises: InputError if learned positions do not reach prompt + continuation.
         """
@@ -478,20 +472,18 @@ class SLM(nn.Module):
         cut = temperature, min(top_k or c.vocab_size, c.vocab_size), top_p, repetition_penalty
         noise = torch.empty(B, cut[1], device=device)
         ended = torch.zeros(B, dtype=torch.bool, device=device)
-        step, columns = self._next, torch.arange(total, device=device)
+        columns = torch.arange(total, device=device)
         now, at = tokens[:, :longest], (columns[:longest] - pad[:, None]).clamp(min=0)
         for t in range(longest, total):
             noise.exponential_(generator=generator)
             where = columns[t - now.shape[1]:t]
-            new = torch.where(ended, PAD, step(now, at, where, keep, cache, total if compile else t, seen, noise, *cut))
+            new = torch.where(ended, PAD, self._next(now, at, where, keep, cache, t, seen, noise, *cut))
             tokens[:, t] = new
             seen.scatter_(1, new[:, None], True)
             ended |= new == EOS
             if (device.type == 'cpu' or t % 16 == 0) and ended.all():  # reading the flag waits for the GPU: not every token
                 break
             now, at = new[:, None], at[:, -1:] + 1
-            if compile:
-                step = _compiled_next(self)
         rows, ends = tokens[:, longest:].cpu(), (tokens[:, longest:].cpu() < OFFSET)
         return [row[:int(end.float().argmax())] if end.any() else row for row, end in zip(rows, ends)]
 

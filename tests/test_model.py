@@ -354,7 +354,6 @@ def test_same_seed_same_weights_and_samples():
     first, again, other = (ours.generate(prompts, 30, seed=seed) for seed in (1, 1, 2))
     assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
     assert all(len(new) <= 30 and (len(new) == 0 or new.min() >= OFFSET) for new in first)
-    assert all(map(torch.equal, first, ours.generate(prompts, 30, seed=1, compile=True)))
 
 
 @pytest.mark.parametrize('options', [dict(top_k=0), dict(top_k=5), dict(top_k=0, top_p=0.7), dict(top_k=8, top_p=0.9)])
