@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -346,6 +347,7 @@ class SLM(nn.Module):
     def __init__(self, config, seed=0):
         super().__init__()
         c = self.config = config
+        self._step = None  # the compiled step of generate
         self.slam = {}  # what slam.json knew: encoder, vocoder, n_units, frame_rate, recipe, scores ...
         # _weight: nn.Embedding's own initialisation would import the whole compiler for a model on the meta device
         self.embed = nn.Embedding(c.vocab_size, c.embed_dim, _weight=torch.empty(c.vocab_size, c.embed_dim))
@@ -447,11 +449,13 @@ class SLM(nn.Module):
     # ------------------------------------------------------------------ generation
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, repetition_penalty=1.1, seed=None):
+    def generate(self, prompts, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, repetition_penalty=1.1, seed=None, compile=False):
         """Continue prompts (defaults: Table 6 of the paper).
 
         prompts: list of 1-D int64 tensors, `<S>` + units + OFFSET, of any lengths >= 1. temperature: 0 takes the likeliest. top_k: 0 is off.
         repetition_penalty: over prompt and continuation, as transformers defines it. seed: of a generator of its own, None: torch's.
+        compile: torch.compile the step of one token; half a minute the first time, then two to three times as fast where launching small
+        operations is what costs. Pays for many tokens in batches of one size.
         Returns: list of 1-D int64 tensors on the CPU, the new tokens alone, without the final `<S>`.
         Raises: InputError if learned positions do not reach prompt + continuation.
         """
@@ -460,35 +464,35 @@ class SLM(nn.Module):
         total = longest + max_new_tokens
         if c.learned_positions and total > c.context:
             raise InputError(f'{longest} prompt + {max_new_tokens} new tokens are more than the {c.context} learned positions of this model')
+        if compile and self._step is None:  # on a CPU no Python between the kernels, and small ones in one thread
+            options = {'cpp_wrapper': True, 'cpp.min_chunk_size': 8192} if device.type == 'cpu' else None
+            self._step = torch.compile(self._next, fullgraph=True, dynamic=True, options=options)
         pad = torch.tensor([longest - len(p) for p in prompts])
         tokens, seen = torch.full((B, total), PAD), torch.zeros(B, c.vocab_size, dtype=torch.bool)
         for i, prompt in enumerate(prompts):
             tokens[i, pad[i]:longest] = prompt  # left-padded: all rows continue at the same column
             seen[i, prompt] = True
         pad, tokens, seen = pad.to(device), tokens.to(device), seen.to(device)
-        keep = torch.arange(total, device=device) >= pad[:, None]  # (B, total)
+        columns = torch.arange(total, device=device)
+        keep = columns >= pad[:, None]  # (B, total)
         cache = [[torch.zeros(B, c.n_kv_head, total, c.head_dim, device=device, dtype=dtype) for _ in 'kv'] for _ in range(c.n_layer)]
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         cut = temperature, min(top_k or c.vocab_size, c.vocab_size), top_p, repetition_penalty
-        noise = torch.empty(B, cut[1], device=device)
+        noise = torch.empty(max_new_tokens, B, cut[1], device=device).exponential_(generator=generator)
         ended = torch.zeros(B, dtype=torch.bool, device=device)
-        columns = torch.arange(total, device=device)
         now, at = tokens[:, :longest], (columns[:longest] - pad[:, None]).clamp(min=0)
         for t in range(longest, total):
-            noise.exponential_(generator=generator)
-            where = columns[t - now.shape[1]:t]
-            new = torch.where(ended, PAD, self._next(now, at, where, keep, cache, t, seen, noise, *cut))
-            tokens[:, t] = new
-            seen.scatter_(1, new[:, None], True)
-            ended |= new == EOS
+            step = self._step if compile and t > longest else self._next
+            now = step(now, at, columns[t - now.shape[1]:t], keep, cache, t, seen, ended, noise[t - longest], *cut)
+            tokens[:, t] = now[:, 0]
             if (device.type == 'cpu' or t % 16 == 0) and ended.all():  # reading the flag waits for the GPU: not every token
                 break
-            now, at = new[:, None], at[:, -1:] + 1
+            at = at[:, -1:] + 1
         rows, ends = tokens[:, longest:].cpu(), (tokens[:, longest:].cpu() < OFFSET)
         return [row[:int(end.float().argmax())] if end.any() else row for row, end in zip(rows, ends)]
 
-    def _next(self, tokens, positions, where, keep, cache, end, seen, noise, temperature, top_k, top_p, repetition_penalty):
-        """One round of generation: tokens (B, T) enter the cache at columns `where`, the next ones (B,) leave.
+    def _next(self, tokens, positions, where, keep, cache, end, seen, ended, noise, temperature, top_k, top_p, repetition_penalty):
+        """One round of generation: tokens (B, T) enter the cache at columns `where`, the next ones (B, 1) leave; seen and ended are updated.
 
         keep: (B, total), False on padding. cache: a layer's keys and values, (B, n_kv_head, total, head_dim); the first `end` columns are read.
         seen: (B, V) tokens under repetition penalty. noise: (B, top_k) of Exp(1), whose race against the probabilities draws the token.
@@ -512,8 +516,12 @@ class SLM(nn.Module):
         logits = self.head(self.hidden(tokens, positions=positions, attend=attend)[:, -1]).float()  # (B, V)
         if repetition_penalty != 1.0:
             logits = torch.where(seen, torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty), logits)
-        logits[:, PAD] = -torch.inf  # padding is no speech
-        return logits.argmax(-1) if temperature == 0 else _draw(logits / temperature, noise, top_k, top_p)
+        logits = logits.masked_fill(torch.arange(c.vocab_size, device=where.device) == PAD, -torch.inf)  # padding is no speech
+        new = logits.argmax(-1) if temperature == 0 else _draw(logits / temperature, noise, top_k, top_p)
+        new = torch.where(ended, PAD, new)[:, None]
+        seen.scatter_(1, new, True)
+        ended |= new[:, 0] == EOS
+        return new
 
     # ------------------------------------------------------------------ loading and saving
 
@@ -1019,24 +1027,63 @@ class UnitEncoder:
         if self.device.type == 'cuda':
             self._hidden = torch.compile(self._hidden, dynamic=True)
 
+    def _convolve(self, x, lengths):
+        """The net's convolutions: waves (B, samples) -> (B, T, C), and the frames (B,) of each utterance."""
+        layers, samples, norm = self.net.feature_extractor.conv_layers, lengths, getattr(self.net.feature_extractor.conv_layers[0], 'layer_norm', None)
+        for layer in layers:
+            lengths = (lengths - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
+        scale = shift = None
+        if isinstance(norm, nn.GroupNorm):  # a group a channel: mean and variance, over the utterance's own time, of what is linear in k samples
+            conv = layers[0].conv
+            windows = x.float().unfold(1, conv.kernel_size[0], conv.stride[0])  # (B, T, k)
+            n = ((samples - conv.kernel_size[0]) // conv.stride[0] + 1)[:, None]
+            real = (torch.arange(windows.shape[1], device=x.device) < n)[..., None]
+            mean = (windows * real).sum(1) / n  # (B, k)
+            windows = (windows - mean[:, None]) * real
+            weight = conv.weight[:, 0].float()  # (C, k)
+            scale = norm.weight * ((weight @ (windows.mT @ windows / n[..., None]) * weight).sum(-1) + norm.eps).rsqrt()  # (B, C)
+            shift = norm.bias - scale * (mean @ weight.T)  # a bias of the convolution would cancel
+        if x.device.type == 'cpu' and len(x) == 1:
+            return self._convolve_in_pieces(x[0].to(self.dtype), int(lengths), scale, shift)[None], lengths
+        x = x.to(self.dtype)[:, None]
+        for layer in layers:
+            x = F.conv1d(x, layer.conv.weight, None if scale is not None and layer is layers[0] else layer.conv.bias, layer.conv.stride)  # (B, C, T)
+            if scale is not None and layer is layers[0]:
+                x = (x * scale[..., None] + shift[..., None]).to(self.dtype)
+            elif getattr(layer, 'layer_norm', None) is not None:
+                x = layer.layer_norm(x.transpose(1, 2)).transpose(1, 2)
+            x = layer.activation(x)
+        return x.transpose(1, 2), lengths
+
+    def _convolve_in_pieces(self, wave, frames, scale, shift, at_once=128):
+        """The same for one wave (samples,) on the CPU -> (frames, C): a stretch at a time, so that it stays in the cache, as matrix products."""
+        layers, out, hop, reach = self.net.feature_extractor.conv_layers, [], 1, 1
+        for layer in layers:
+            reach, hop = reach + (layer.conv.kernel_size[0] - 1) * hop, hop * layer.conv.stride[0]
+        for start in range(0, frames, at_once):
+            x = wave[start * hop:(min(start + at_once, frames) - 1) * hop + reach, None]  # (T, C)
+            for layer in layers:
+                k, stride, weight, bias = layer.conv.kernel_size[0], layer.conv.stride[0], layer.conv.weight, layer.conv.bias
+                if scale is not None and layer is layers[0]:
+                    weight, bias = (weight * scale[0, :, None, None]).to(x.dtype), shift[0].to(x.dtype)
+                T, weight = (len(x) - k) // stride + 1, weight.permute(2, 1, 0)  # (k, C, C_out)
+                taps = [(j, min(stride, k - j)) for j in range(0, k, stride)]  # first tap and number of neighbours that one product takes
+                y = None if bias is None else bias
+                for j, width in taps:
+                    part = x.as_strided((T, width * x.shape[1]), (stride * x.shape[1], 1), x.storage_offset() + j * x.shape[1])
+                    w = weight[j:j + width].flatten(0, 1)
+                    y = part @ w if y is None else torch.addmm(y, part, w)
+                if getattr(layer, 'layer_norm', None) is not None and not (scale is not None and layer is layers[0]):
+                    y = layer.layer_norm(y)
+                x = layer.activation(y)
+            out.append(x)
+        return torch.cat(out)
+
     def _hidden(self, x, lengths):
         """Waves (B, samples), `lengths` (B,) samples of them real -> features (B, T, D) and frames (B,). What lies past an utterance's end
         changes nothing: it is left out of the first layer's group norm and of attention, and is zero where the position convolution looks."""
         net, alone = self.net, len(x) == 1
-        x = x.to(self.dtype)[:, None]
-        for layer in net.feature_extractor.conv_layers:
-            x = layer.conv(x)  # (B, C, T)
-            lengths = (lengths - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
-            norm = getattr(layer, 'layer_norm', None)
-            if isinstance(norm, nn.GroupNorm) and not alone:  # a group a channel: mean and variance over the utterance's own time
-                real, n = (torch.arange(x.shape[-1], device=x.device) < lengths[:, None])[:, None], lengths[:, None, None]
-                mean = (x * real).sum(-1, keepdim=True, dtype=torch.float32) / n
-                var = ((x - mean) * real).square().sum(-1, keepdim=True, dtype=torch.float32) / n
-                x = ((x - mean) * (var + norm.eps).rsqrt() * norm.weight[:, None] + norm.bias[:, None]).to(self.dtype)
-            elif norm is not None:
-                x = norm(x) if isinstance(norm, nn.GroupNorm) else norm(x.transpose(1, 2)).transpose(1, 2)
-            x = layer.activation(x)
-        x = x.transpose(1, 2)
+        x, lengths = self._convolve(x, lengths)
         project, encoder = net.feature_projection, net.encoder
         x = project.projection(project.layer_norm(x) if hasattr(project, 'layer_norm') else x)  # (B, T, D)
         real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T)
@@ -1077,16 +1124,26 @@ class UnitEncoder:
             waves = [(wave - wave.mean()) * (wave.var(unbiased=False) + 1e-7).rsqrt() for wave in waves]
         waves = [F.pad(wave, (self.config['pad'],) * 2) for wave in waves]
         waves = [F.pad(wave, (0, max(0, self.shortest - len(wave)))) for wave in waves]
-        out, batch = [None] * len(waves), []
         order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
-        for i, after in zip(order, order[1:] + [None]):
-            batch.append(i)
-            if after is None or len(waves[batch[0]]) * (len(batch) + 1) > self.batch_seconds * SAMPLE_RATE:
-                x = nn.utils.rnn.pad_sequence([waves[j] for j in batch], batch_first=True)
-                x, lengths = self._hidden(x, torch.tensor([len(waves[j]) for j in batch], device=self.device))
-                for j, row, n in zip(batch, x, lengths.tolist()):
-                    out[j] = row[:n].float()
-                batch = []
+        out, batches = [None] * len(waves), []
+        for i in order:
+            if not batches or len(waves[batches[-1][0]]) * (len(batches[-1]) + 1) > self.batch_seconds * SAMPLE_RATE:
+                batches.append([])
+            batches[-1].append(i)
+
+        @torch.inference_mode()
+        def compute(batch):
+            x = nn.utils.rnn.pad_sequence([waves[i] for i in batch], batch_first=True)
+            x, lengths = self._hidden(x, torch.tensor([len(waves[i]) for i in batch], device=self.device))
+            for i, row, n in zip(batch, x, lengths.tolist()):
+                out[i] = row[:n].float()
+
+        if self.device.type == 'cpu':  # a core an utterance: threads that share one wait for each other, and round otherwise with their number
+            with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(compute, batches))
+        else:
+            for batch in batches:
+                compute(batch)
         return out
 
     @torch.inference_mode()
