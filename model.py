@@ -1235,9 +1235,21 @@ class UnitTable:
         self.frames += torch.bincount(units[inside], minlength=self.n_units)
         self.runs += torch.bincount(dedup(units)[0], minlength=self.n_units)
 
-    def __add__(self, other):
-        total = UnitTable(self.n_units, self.frame_rate)
-        total.mels, total.frames, total.runs = self.mels + other.mels, self.frames + other.frames, self.runs + other.runs
+    def to_bytes(self):
+        """The counts as bytes, all tables of one encoder equally many: appended to each other they add up."""
+        return torch.cat((self.mels, self.frames[:, None], self.runs[:, None]), dim=1).numpy().tobytes()
+
+    @classmethod
+    def from_bytes(cls, path, n_units, frame_rate):
+        """The sum of the tables in a file."""
+        total = cls(n_units, frame_rate)
+        size = n_units * (total.mels.shape[1] + 2) * 8
+        with open(path, 'rb') as file:
+            while part := file.read(size):
+                part = torch.frombuffer(bytearray(part), dtype=torch.float64).view(n_units, -1)
+                total.mels += part[:, :-2]
+                total.frames += part[:, -2].long()
+                total.runs += part[:, -1].long()
         return total
 
     def finish(self):

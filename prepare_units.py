@@ -2,7 +2,8 @@
 
     python prepare_units.py config/demo_units.py                                                  the demo, offline, on a CPU
     python prepare_units.py --audio=LibriSpeech --encoder=mhubert25 --val_folders=dev-clean,dev-other --out=data/librispeech
-    torchrun --nproc_per_node=8 prepare_units.py --audio=librilight ... && python prepare_units.py --audio=librilight ... --only_pack
+    torchrun --nproc_per_node=8 prepare_units.py --audio=librilight ...                           a GPU a shard; the first merges them all
+    python prepare_units.py --audio=librilight ... --shard=3/64     one of 64 jobs; after the last: the same with --only_pack in place of --shard
     python prepare_units.py --audio=speech --encoder=facebook/hubert-base-ls960 --layer=9 --fit_kmeans=500 --fit_vocoder    your own language
     python prepare_units.py --from_units=features.jsonl --out=data/theirs                         units of the public toolkit, no audio
 
@@ -35,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 from config import configure
-from model import BOS, ENCODERS, EOS, OFFSET, SAMPLE_RATE, InputError, UnitEncoder, UnitVocoder, dedup, load_audio
+from model import BOS, ENCODERS, EOS, OFFSET, SAMPLE_RATE, InputError, UnitEncoder, UnitTable, dedup, load_audio
 
 # -----------------------------------------------------------------------------
 audio = ''                 # folders, files, globs, manifest.jsonl, lists (.txt), .tar; comma-separated
@@ -211,23 +212,21 @@ def features(encoder, pieces):
     return [x.cpu().numpy() for x in encoder.features([wave for row, waves in pieces if row['split'] != 'val' for wave in waves])]
 
 
-def encode(encoder, pieces):
-    """-> list of (file, line of JSON), seconds."""
-    units, lines = iter(encoder.encode([wave for _, waves in pieces for wave in waves])), []
+def encode(encoder, pieces, table_seconds=0):
+    """-> list of (file, line), seconds. Of the first table_seconds of training speech also what the table vocoder needs to know of it."""
+    units, lines, table = iter(encoder.encode([wave for _, waves in pieces for wave in waves])), [], None
     for row, waves in pieces:
-        for said in [row] if len(waves) == 1 else [row[part] for part in PARTS]:
-            said['units'], said['duration'] = (x.tolist() for x in dedup(next(units)))
-        lines.append(('units' if len(waves) == 1 else 'pairs', json.dumps(row, ensure_ascii=False, separators=(',', ':'))))
+        for said, wave in zip([row] if len(waves) == 1 else [row[part] for part in PARTS], waves):
+            frames = next(units)
+            said['units'], said['duration'] = (x.tolist() for x in dedup(frames))
+            if table_seconds > 0 and row['split'] != 'val':
+                table = table or UnitTable(encoder.n_units, encoder.frame_rate)
+                table.add(wave, frames)
+                table_seconds -= len(wave) / SAMPLE_RATE
+        lines.append(('units' if len(waves) == 1 else 'pairs', json.dumps(row, ensure_ascii=False, separators=(',', ':')).encode() + b'\n'))
+    if table:
+        lines.append(('table', table.to_bytes()))
     return lines, sum(len(wave) for _, waves in pieces for wave in waves) / SAMPLE_RATE
-
-
-def tabulate(encoder, pieces):
-    """-> what the table vocoder needs to know of these utterances, held-out ones left aside."""
-    table = UnitVocoder.empty(encoder.n_units, encoder.frame_rate)
-    waves = [wave for row, waves in pieces if row['split'] != 'val' for wave in waves]
-    for wave, units in zip(waves, encoder.encode(waves)):
-        table.add(wave, units)
-    return table, sum(map(len, waves)) / SAMPLE_RATE
 
 
 def begin_worker():
@@ -256,56 +255,64 @@ def work(job, items, plan, where):
     return (pieces if where is None else job(worker_encoder(where), pieces)), failures
 
 
-def in_order(pool, ahead, job, chunks, plan, encoder, where):
-    """Yield (result, failures, chunk) of each chunk in turn, workers reading at most `ahead` of them in advance."""
-    waiting, chunks = deque(), iter(chunks)
+def in_order(pool, ahead, jobs, plan, encoder, where):
+    """Yield (result, failures, chunk) of each (job, chunk) in turn, workers reading at most `ahead` of them in advance."""
+    waiting, jobs = deque(), iter(jobs)
     try:
         while True:
-            while len(waiting) < ahead and (chunk := next(chunks, None)) is not None:
-                waiting.append((pool.submit(work, job, chunk, plan, where), chunk))
+            while len(waiting) < ahead and (job := next(jobs, None)) is not None:
+                waiting.append((pool.submit(work, *job, plan, where), *job))
             if not waiting:
                 return
-            future, chunk = waiting.popleft()
+            future, job, chunk = waiting.popleft()
             result, failures = future.result()
             yield (result if where else job(encoder, result)), failures, chunk
     except BrokenProcessPool:
         raise InputError('a worker died, most likely for want of memory: use fewer --workers; the same command continues') from None
     finally:
-        for future, _ in waiting:
+        for future, *_ in waiting:
             future.cancel()
 
 
 def fit(x, k, seed):
-    """k-means of (frames, D): a k-means++ start on a part, Lloyd's rounds on every 4th frame, then on all. An empty cluster is moved to the
-    frame that is worst served. -> centroids (k, D), mean squared distance."""
+    """k-means of (frames, D): a k-means++ start on a part, five epochs of mini-batches (Sculley 2010), three rounds of Lloyd on all. An empty
+    cluster is moved to the frame that is worst served. -> centroids (k, D), mean squared distance."""
     generator = torch.Generator().manual_seed(seed)
     if len(x) < k:
         raise InputError(f'{len(x)} frames are too few for {k} clusters: give more speech, or lower --fit_kmeans')
-    some = x[torch.randperm(len(x), generator=generator)[:max(20_000, 30 * k)].to(x.device)]
+    shuffled = lambda: x[torch.randperm(len(x), generator=generator).to(x.device)]
+    some = shuffled()[:max(20_000, 30 * k)]
     centroids = some[:1]
     nearest = (some - centroids).square().sum(1)
     for _ in range(k - 1):
         i = torch.multinomial(nearest.cpu().double().clamp(min=1e-12), 1, generator=generator).to(x.device)
         centroids = torch.cat((centroids, some[i]))
         nearest = torch.minimum(nearest, (some - some[i]).square().sum(1))
-    bar = tqdm(total=20, desc='k-means', unit='round', leave=False)
-    for part, rounds in ((x[::4], 14), (x, 6)):
-        for _ in range(rounds):
-            sums, counts, far = torch.zeros_like(centroids, dtype=torch.float64), torch.zeros(k, device=x.device), []
-            for block in part.split(1 << 15):
-                cost = centroids.square().sum(1) / 2 - block @ centroids.T
-                best, unit = cost.min(1)
-                one = (unit[:, None] == torch.arange(k, device=x.device)).to(x.dtype)  # a product: CUDA's index_add is not deterministic
-                sums += (one.T @ block).double()
-                counts += one.sum(0)
-                far.append(best * 2 + block.square().sum(1))
-            far = torch.cat(far)
+
+    def assign(block):  # sums (k, D), counts (k,), squared distances (frames,)
+        best, unit = (centroids.square().sum(1) / 2 - block @ centroids.T).min(1)
+        one = (unit[:, None] == torch.arange(k, device=x.device)).to(x.dtype)  # a product: CUDA's index_add is not deterministic
+        return one.T @ block, one.sum(0), best * 2 + block.square().sum(1)
+
+    seen = torch.zeros(k, device=x.device)  # frames that a centroid is the mean of
+    with tqdm(total=8 * len(x), desc='k-means, frames', unit='', unit_scale=True, leave=False) as bar:
+        for _ in range(5):
+            seen *= 0.25  # what was assigned to a worse centroid weighs less
+            for block in shuffled().split(1 << 12):
+                sums, counts, far = assign(block)
+                seen += counts
+                centroids = centroids + (sums - counts[:, None] * centroids) / seen.clamp(min=1)[:, None]
+                if empty := min(int((seen == 0).sum()), len(block)):
+                    centroids[(seen == 0).nonzero()[:empty, 0]] = block[far.topk(empty).indices]
+                bar.update(len(block))
+            bar.set_postfix_str(f'mean squared distance {float(far.mean()):.4g}')
+        for _ in range(3):
+            sums, counts, far = zip(*map(assign, x.split(1 << 15)))
+            sums, counts, far = sum(part.double() for part in sums), sum(counts), torch.cat(far)
             centroids = (sums / counts.clamp(min=1)[:, None]).to(x.dtype)
             if empty := int((counts == 0).sum()):
-                centroids[counts == 0] = part[far.topk(empty).indices]
-            bar.update()
-            bar.set_postfix_str(f'mean squared distance {float(far.mean()):.4g}')
-    bar.close()
+                centroids[counts == 0] = x[far.topk(empty).indices]
+            bar.update(len(x))
     return centroids.cpu(), float(far.mean())
 
 
@@ -402,10 +409,11 @@ if __name__ == '__main__':
     root, items = list_audio(audio)
     chunks = make_chunks(items)
     mine = chunks[len(chunks) * part // of:len(chunks) * (part + 1) // of]
-    decides = ('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch', 'steady', 'max_seconds', 'val_folders', 'val_fraction', 'seed')
+    decides = ('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch', 'steady', 'fit_vocoder', 'vocoder_hours', 'max_seconds',
+               'val_folders', 'val_fraction', 'seed')
     recipe = {key: config[key] for key in decides}
     recipe['listing'] = hashlib.sha1(repr([(i.kind, os.path.relpath(i.path, root), i.offset, i.size) for i in items]).encode()).hexdigest()
-    fresh = dict(recipe=recipe, chunks=0, of=len(mine), bytes=dict(units=0, pairs=0, failed=0), failed=0, audio_seconds=0.0, seconds=0.0)
+    fresh = dict(recipe=recipe, chunks=0, of=len(mine), bytes=dict(failed=0, pairs=0, table=0, units=0), failed=0, audio_seconds=0.0, seconds=0.0)
     states = []
     for path in shards:
         state = json.load(open(path)) if os.path.exists(path) else fresh
@@ -415,7 +423,7 @@ if __name__ == '__main__':
     if only_pack and (not shards or len(shards) != int(shards[0][-10:-5]) or any(state['chunks'] < state['of'] for state in states)):
         raise InputError(f'{out}: {sum(state["chunks"] == state["of"] for state in states)} finished shards of '
                          f'{int(shards[0][-10:-5]) if shards else "?"}; run the others first')
-    if not only_pack and states[0]['chunks'] == len(mine) and os.path.exists(here('meta.json') if of == 1 else here(f'units{suffix}.jsonl')):
+    if not only_pack and states[0]['chunks'] == len(mine) and os.path.exists(here(f'units{suffix}.jsonl' if shard or part else 'meta.json')):
         print(f'{out}: {"shard " + suffix[1:] if of > 1 else "everything"} is already there; nothing to do (delete the folder to make it again)')
         sys.exit()
 
@@ -427,14 +435,6 @@ if __name__ == '__main__':
     sample = [sample[i] for i in random.Random(seed).sample(range(len(sample)), min(len(sample), 50_000))]
     sample = [sample[i:i + 16] for i in range(0, len(sample), 16)]
 
-    def drawn(job, what, enough, encoder, where):
-        """Do the job on speech drawn evenly from all, until the caller's count on the bar is enough."""
-        with tqdm(total=round(enough), desc=what, unit='', unit_scale=True, leave=False) as bar:
-            for result, _, _ in in_order(pool, n_workers + 2, job, sample, plan, encoder, where):
-                yield result, bar
-                if bar.n >= enough:
-                    return
-
     # ----- the encoder: nets run here, mfcc in the workers
     own = bool(fit_kmeans or kmeans or layer is not None or encoder not in ENCODERS)
     if fit_kmeans and not os.path.exists(here('encoder', 'encoder.json')) and part == 0:
@@ -442,9 +442,13 @@ if __name__ == '__main__':
         frames = []
         if encoder == 'mfcc':
             net.config |= dict(switch=switch, steady=steady)
-        for got, bar in drawn(features, 'frames to fit on', fit_frames, net, json.dumps(net.config) if encoder == 'mfcc' else None):
-            frames.extend(got)
-            bar.update(sum(map(len, got)))
+        with tqdm(total=fit_frames, desc='frames to fit on', unit='', unit_scale=True, leave=False) as bar:
+            fitted = json.dumps(net.config) if encoder == 'mfcc' else None
+            for got, _, _ in in_order(pool, n_workers + 2, ((features, chunk) for chunk in sample), plan, net, fitted):
+                frames.extend(got)
+                bar.update(sum(map(len, got)))
+                if bar.n >= fit_frames:
+                    break
         frames = np.concatenate(frames or [np.zeros((0, 1), 'float32')])[:fit_frames]
         net.centroids, net.config['distortion'] = fit(torch.from_numpy(frames).to(net.device), fit_kmeans, seed)
         net.config['vocoder'] = 'vocoder'
@@ -463,15 +467,25 @@ if __name__ == '__main__':
     # ----- encode: what is on disk is always the first `chunks` chunks, whole
     for state in [] if only_pack else states:
         paths = {kind: here(f'{kind}{suffix}.jsonl.part') for kind in state['bytes']}
+        if os.path.exists(here('vocoder', 'vocoder.json')):
+            state['bytes']['table'] = 0  # has done its work
+        for kind, path in paths.items():
+            if not os.path.exists(path) and os.path.exists(here(f'{kind}{suffix}.jsonl')):  # killed between the last chunk and meta.json
+                os.replace(here(f'{kind}{suffix}.jsonl'), path)
+            if state['bytes'][kind] and not os.path.exists(path):
+                raise InputError(f'{path} is gone, of which {shards[0]} knows: delete the folder to make it again')
         files = {kind: open(path, 'r+b' if os.path.exists(path) else 'w+b') for kind, path in paths.items()}
         for kind, file in files.items():
             file.truncate(state['bytes'][kind])
             file.seek(0, os.SEEK_END)
-        todo = mine[state['chunks']:]
+        step = -(-len(chunks) // 32)  # the vocoder is fitted on equal parts of so many chunks, evenly spread
+        share = fit_vocoder * vocoder_hours * 3600 / len(range(0, len(chunks), step))
+        first = len(chunks) * part // of
+        todo = ((partial(encode, table_seconds=0 if (first + i) % step else share), mine[i]) for i in range(state['chunks'], len(mine)))
         bar = tqdm(total=sum(map(len, mine)), initial=sum(map(len, mine[:state['chunks']])), desc='encode', unit=' files')
-        for (lines, seconds), failures, chunk in in_order(pool, n_workers + 2, encode, todo, plan, net, where):
+        for (lines, seconds), failures, chunk in in_order(pool, n_workers + 2, todo, plan, net, where):
             for kind, line in lines:
-                files[kind].write(line.encode() + b'\n')
+                files[kind].write(line)
             for name, reason in failures:
                 files['failed'].write(json.dumps(dict(file_name=name, reason=reason), ensure_ascii=False).encode() + b'\n')
             for kind, file in files.items():
@@ -489,33 +503,33 @@ if __name__ == '__main__':
         bar.close()
         for kind, file in files.items():
             file.close()
-            if state['bytes'][kind] or kind == 'units':
+            if state['bytes'][kind] or kind == 'units':  # units last: they say that the shard is whole
                 os.replace(file.name, here(f'{kind}{suffix}.jsonl'))
             else:
                 os.remove(file.name)
         if of > 1:
-            print(f'{out}: shard {part} of {of}, {sum(map(len, mine)):,} files, {state["audio_seconds"] / 3600:.2f} h, {state["failed"]} failed; '
-                  f'when all are done: the same command with --only_pack')
-            sys.exit()
+            print(f'{out}: shard {part} of {of}, {sum(map(len, mine)):,} files, {state["audio_seconds"] / 3600:.2f} h, {state["failed"]} failed'
+                  + ('; when all are done: the same command with --only_pack' if shard else ''))
+            if shard or part:
+                sys.exit()
+            while len(glob.glob(here(f'units-*-of-{of:05d}.jsonl'))) < of:
+                time.sleep(1)
+            only_pack, states = True, [json.load(open(path)) for path in sorted(glob.glob(here(f'progress-*-of-{of:05d}.json')))]
 
     # ----- the vocoder, the token files, the report
     failed, total = sum(state['failed'] for state in states), sum(map(len, chunks))
     if failed == total:
         raise InputError(f'none of the {total} files could be used; see {here("failed.jsonl")}')
     if only_pack:
-        for kind in ('units', 'pairs', 'failed'):
+        for kind in ('units', 'pairs', 'failed', 'table'):
             if parts := sorted(glob.glob(here(f'{kind}-*-of-*.jsonl'))):
                 with open(here(kind + '.jsonl.tmp'), 'wb') as whole:
                     for path in parts:
                         with open(path, 'rb') as file:
                             shutil.copyfileobj(file, whole)
                 os.replace(here(kind + '.jsonl.tmp'), here(kind + '.jsonl'))
-    if fit_vocoder and not os.path.exists(here('vocoder', 'vocoder.json')):
-        table = None
-        for (more, seconds), bar in drawn(tabulate, 'vocoder, seconds', vocoder_hours * 3600, net, where):
-            table = table + more if table else more
-            bar.update(round(seconds))
-        table.finish().save_pretrained(here('vocoder'))
+    if os.path.exists(here('table.jsonl')):
+        UnitTable.from_bytes(here('table.jsonl'), net.n_units, net.frame_rate).finish().save_pretrained(here('vocoder'))
     elif own and net.vocoder and os.path.isdir(net.vocoder) and not os.path.exists(here('vocoder')):
         shutil.copytree(net.vocoder, here('vocoder'))  # the folder holds all that its units need
     with open(here('units.jsonl'), encoding='utf-8') as file:
@@ -526,3 +540,5 @@ if __name__ == '__main__':
                  audio_hours=round(sum(state['audio_seconds'] for state in states) / 3600, 4),
                  x_real_time=round(sum(state['audio_seconds'] for state in states) / seconds), recipe=config)
     finish(meta)
+    if os.path.exists(here('table.jsonl')):  # not before meta.json says that all is done
+        os.remove(here('table.jsonl'))

@@ -50,6 +50,7 @@ vocoder = ''              # in place of the checkpoint's own: 'hifigan25', a fol
 speaker = 0               # row of the vocoder's speaker table, if it has one
 style = 0                 # row of its style table
 batch_size = 16           # continuations at a time
+compile = False           # compile the model's step: half a minute once, then faster; for hundreds of continuations
 seed = 1234
 device = 'auto'           # auto, cuda, mps or cpu
 dtype = 'auto'            # of the model: auto (bfloat16 on cuda), float32, bfloat16
@@ -329,7 +330,7 @@ if __name__ == '__main__':
         if model:
             tokens = [torch.cat((torch.tensor([BOS]), p['units'] + OFFSET)) for p, _ in batch]
             new = model.generate(tokens, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                 repetition_penalty=repetition_penalty, seed=seed + start)
+                                 repetition_penalty=repetition_penalty, seed=seed + start, compile=compile)
             new = [row - OFFSET for row in new]
         for (p, k), more, predicted in zip(batch, new, voc.durations(new)):  # spoken one by one, so that the first is heard soon
             units, duration = torch.cat((p['units'], more)), torch.cat((p['duration'], predicted))

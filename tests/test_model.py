@@ -356,6 +356,19 @@ def test_same_seed_same_weights_and_samples():
     assert all(len(new) <= 30 and (len(new) == 0 or new.min() >= OFFSET) for new in first)
 
 
+def test_compiled_generation_gives_the_same_tokens_and_compiles_once():
+    """Whatever the batch, the prompts and the number of tokens: prompts of unequal lengths, ends, a repetition penalty."""
+    ours = small()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for lengths, n in (((3, 9, 2), 20), ((1, 4, 17, 5, 5), 30), ((8, 8, 8, 30, 1, 2, 3), 25)):
+        prompts = [torch.cat((torch.tensor([BOS]), torch.randint(OFFSET, V, (length - 1,)))) for length in lengths]
+        for options in (dict(temperature=0), dict(top_k=5, top_p=0.9, seed=n)):
+            assert all(map(torch.equal, ours.generate(prompts, n, **options), ours.generate(prompts, n, **options, compile=True)))
+    counters = torch._dynamo.utils.counters
+    assert counters['stats']['unique_graphs'] == 2 and not counters['graph_break']  # one a way of choosing the token
+
+
 @pytest.mark.parametrize('options', [dict(top_k=0), dict(top_k=5), dict(top_k=0, top_p=0.7), dict(top_k=8, top_p=0.9)])
 def test_sampled_distribution(options):
     """Chi-square of 20,000 draws against the distribution that transformers' own warpers leave."""

@@ -348,17 +348,20 @@ def test_a_run_reports_everything(corpus, whole):
 
 def test_shards_and_workers_change_nothing_and_a_second_run_does_nothing(corpus, whole, tmp_path):
     env = dict(os.environ, OMP_NUM_THREADS='1')
-    args = [f'--audio={corpus}', f'--out={tmp_path}', *SETTINGS]
-    shards = [subprocess.Popen([sys.executable, 'prepare_units.py', *args, f'--shard={i}/3', '--workers=1'], cwd=ROOT, env=env,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for i in range(3)]
-    for process in shards:
+    args = [f'--audio={corpus}', *SETTINGS, '--fit_vocoder']
+    begin = lambda env, *more: subprocess.Popen([sys.executable, 'prepare_units.py', *args, *more, '--workers=1'], cwd=ROOT, env=env,
+                                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    shards = [begin(env, f'--out={tmp_path}/shards', f'--shard={i}/3') for i in range(3)]
+    ranks = [begin(env | dict(RANK=str(i), WORLD_SIZE='2'), f'--out={tmp_path}/ranks') for i in range(2)]  # as torchrun says it; they merge alone
+    for process in shards + ranks:
         assert process.wait(200) == 0, process.stderr.read()[-2000:]
-    run(*args, '--only_pack')
-    same_files(tmp_path, whole, ['units.jsonl', 'failed.jsonl', 'train.bin', 'val.bin', 'encoder/encoder.safetensors'])
+    run(*args, f'--out={tmp_path}/shards', '--only_pack')
+    for out in (tmp_path / 'shards', tmp_path / 'ranks'):
+        same_files(out, whole, ['units.jsonl', 'failed.jsonl', 'train.bin', 'val.bin', 'encoder/encoder.safetensors', 'vocoder/vocoder.safetensors'])
     before = os.stat(f'{whole}/meta.json').st_mtime_ns
     assert 'nothing to do' in run(f'--audio={corpus}', f'--out={whole}', *SETTINGS, '--fit_vocoder')
     assert os.stat(f'{whole}/meta.json').st_mtime_ns == before
-    assert 'begun with another max_seconds' in run(f'--audio={corpus}', f'--out={whole}', *SETTINGS, '--max_seconds=5', check=2)
+    assert 'begun with another max_seconds' in run(f'--audio={corpus}', f'--out={whole}', *SETTINGS, '--fit_vocoder', '--max_seconds=5', check=2)
 
 
 def test_a_killed_run_continues_to_the_same_bytes(whole, tmp_path):
@@ -368,7 +371,7 @@ def test_a_killed_run_continues_to_the_same_bytes(whole, tmp_path):
         soundfile.write(tmp_path / f'{i:03d}.wav', np.roll(wave, i * 10), 16000)
     paths = tmp_path / 'list.txt'
     paths.write_text(''.join(f'{i % 100:03d}.wav\n' for i in range(4000)))
-    args = [f'--audio={paths}', f'--encoder={whole}/encoder', '--workers=2']
+    args = [f'--audio={paths}', f'--encoder={whole}/encoder', '--fit_vocoder', '--workers=2']
     run(*args, f'--out={tmp_path}/a')
     process = subprocess.Popen([sys.executable, 'prepare_units.py', *args, f'--out={tmp_path}/b'], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS='1'))
@@ -383,6 +386,15 @@ def test_a_killed_run_continues_to_the_same_bytes(whole, tmp_path):
     run(*args, f'--out={tmp_path}/b')
     same_files(tmp_path / 'a', tmp_path / 'b', ['units.jsonl', 'train.bin', 'val.bin', 'encoder/encoder.safetensors', 'vocoder/vocoder.safetensors'])
     assert len(rows(tmp_path / 'b' / 'units.jsonl')) == 4000
+    voice = (tmp_path / 'b' / 'vocoder' / 'vocoder.safetensors').read_bytes()
+    assert voice != open(f'{whole}/vocoder/vocoder.safetensors', 'rb').read()  # fitted on this speech, not taken along with the encoder
+    (tmp_path / 'b' / 'meta.json').unlink()  # killed after the last chunk
+    (tmp_path / 'b' / 'train.bin').unlink()
+    run(*args, f'--out={tmp_path}/b')
+    same_files(tmp_path / 'a', tmp_path / 'b', ['units.jsonl', 'train.bin', 'vocoder/vocoder.safetensors'])
+    (tmp_path / 'b' / 'meta.json').unlink()
+    (tmp_path / 'b' / 'units.jsonl').unlink()
+    assert 'units.jsonl.part is gone' in run(*args, f'--out={tmp_path}/b', check=2)
 
 
 def test_manifests_pairs_and_public_unit_files(corpus, whole, tmp_path):

@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -198,10 +199,13 @@ def fit_table(n_units=40, frame_rate=25.0, parts=1):
     for wave in waves:
         mel = M.log_mel(wave)[::round(100 / frame_rate)]
         units.append(((mel.mean(1) + 16) / 16 * 10).long().clamp(0, 9) * 4 + ((mel[:, :20].mean(1) - mel[:, 40:].mean(1)) / 3 + 2).long().clamp(0, 3))
-    tables = [M.UnitVocoder.empty(n_units, frame_rate) for _ in range(parts)]
+    tables = [M.UnitTable(n_units, frame_rate) for _ in range(parts)]
     for i, (wave, u) in enumerate(zip(waves, units)):
         tables[i % parts].add(wave.numpy() if i % 2 else wave, u[:len(wave) // round(16000 / frame_rate)])
-    return sum(tables[1:], tables[0]).finish(), units
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b''.join(table.to_bytes() for table in tables))
+        file.flush()
+        return M.UnitTable.from_bytes(file.name, n_units, frame_rate).finish(), units
 
 
 @pytest.mark.parametrize('frame_rate', (25.0, 50.0))
