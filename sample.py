@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import torch
 
@@ -302,11 +303,17 @@ if __name__ == '__main__':
         if seconds and p.get('words'):
             p['text'] = ' '.join(word for word, _, end in p['words'] if end <= seconds + 0.02)
         if 'path' in p:
-            wave = load_audio(p['path'])
+            try:
+                wave = load_audio(p['path'])
+                if len(wave) < SAMPLE_RATE / frame_rate:
+                    raise InputError(f'{p["path"]}: too short to hold a unit ({len(wave) / SAMPLE_RATE:.3f} s)')
+            except InputError as error:
+                if len(prompts) == 1:
+                    raise
+                print(f'sample.py: left out: {error}', file=sys.stderr)
+                continue
             p['wave'] = wave[:round(seconds * SAMPLE_RATE)] if seconds else wave
             p['units'], p['duration'] = dedup(enc.encode([p['wave']])[0])
-            if not len(p['units']):
-                raise InputError(f'{p["path"]}: too short to hold a unit ({len(wave) / SAMPLE_RATE:.3f} s)')
         elif len(p['units']):
             if int(p['units'].max()) >= voc.n_units:
                 raise InputError(f'{prompt}: {p["name"]} has unit {int(p["units"].max())}, the model knows {voc.n_units}: another encoder made it')
@@ -317,6 +324,13 @@ if __name__ == '__main__':
             p['units'], p['duration'] = p['units'][:max(1, n)], p['duration'][:max(1, n)]
         else:
             p['duration'] = p['units']
+
+    prompts = [p for p in prompts if p.get('duration') is not None]
+    if not prompts:
+        raise InputError(f'--prompt={prompt}: none of the files could be used')
+    longest = 1 + max_new_tokens + max(len(p['units']) for p in prompts)
+    if model and longest > model.config.context:
+        print(f'sample.py: {longest} units with the prompt are more than the {model.config.context} this model was trained on', file=sys.stderr)
 
     # units -> more units -> sound
     if keep_prompt and any('wave' not in p for p in prompts):

@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
-# Figure 5 in small: the share of a fixed budget that preference tuning gets, five points on the demo's data (after runs/demo.sh).
-#     bash runs/figure5.sh [minutes]      out/figure5/share-*.json, figure5.csv and a table; about 5 x minutes in all
+# Figure 5 in small: the share of a fixed budget that preference tuning gets, five points on the demo's data (after runs/demo.sh), side by side, a
+# thread each, so that whatever else the machine does falls on all alike.
+#     bash runs/figure5.sh [minutes, 10]      out/figure5/share-*.json, figure5.csv and a table
 # Each point has the same minutes in total: pre-training takes what DPO leaves, and the schedule of each follows its own part. The clock
 # of DPO includes its reference pass.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-MINUTES=${1:-4}
+export OMP_NUM_THREADS=1
+MINUTES=${1:-10}
 DATA=out/demo/units
 [ -e "$DATA/pairs.jsonl" ] || { echo "figure5.sh: no $DATA/pairs.jsonl: run bash runs/demo.sh first" >&2; exit 2; }
 hours() { awk "BEGIN {print $MINUTES / 60 * $1 / 100}"; }
-for share in 0 5 12 25 50; do  # percent for DPO; the paper's best point, 30 minutes of a day, is 2
-    out=out/figure5/share-$share
-    python train.py config/demo.py --data=$DATA --out_dir=$out/slm --save_init=False --max_steps=1000000 --warmup_fraction=0 --warmup_steps=50 \
-        --train_hours="$(hours $((100 - share)))" | tail -n 1
-    model=$out/slm
-    if [ $share -gt 0 ]; then
-        python dpo.py config/demo_dpo.py --init=$out/slm --data=$DATA/pairs.jsonl --out_dir=$out/dpo --max_steps=0 \
-            --train_hours="$(hours $share)" | tail -n 1
+point() {
+    local out=out/figure5/share-$1 model=out/figure5/share-$1/slm
+    python train.py config/demo.py --data=$DATA --out_dir="$model" --save_init=False --max_steps=1000000 --warmup_fraction=0 --warmup_steps=50 \
+        --eval_interval=1000000 --train_hours="$(hours $((100 - $1)))"
+    if [ "$1" -gt 0 ]; then
+        python dpo.py config/demo_dpo.py --init="$model" --data=$DATA/pairs.jsonl --out_dir="$out/dpo" --max_steps=0 --train_hours="$(hours "$1")"
         model=$out/dpo
     fi
-    python eval_slm.py config/demo_eval.py --init=$model --out=out/figure5/share-$share.json --html= | tail -n 1
+    python eval_slm.py config/demo_eval.py --init="$model" --out="$out.json" --html=
+}
+mkdir -p out/figure5
+for share in 0 5 12 25 50; do  # percent for DPO; the paper's best point, 30 minutes of a day, is 2
+    point $share > out/figure5/share-$share.txt 2>&1 &
 done
+wait
 python - <<'EOF'
 import glob, json
 read = lambda path: (int(path[:-5].rpartition('-')[2]), list(json.load(open(path))['metrics'].values())[0])

@@ -399,6 +399,10 @@ def test_recordings_without_a_manifest_and_none(data, tmp_path, monkeypatch, cap
     real, full = M.load_audio(tmp_path / 'o/phone/prompt.wav'), M.load_audio(tmp_path / 'o/phone/full.wav')
     assert len(real) == 48000 and len(full) > 48000
     assert np.corrcoef(real[1000:40000], full[1000:40000])[0, 1] > 0.999  # the recording itself, at the voice's level
+    (tmp_path / 'text.wav').write_text('no sound')
+    soundfile.write(tmp_path / 'tiny.wav', wave[8000:8200].numpy(), 16000)
+    lines = run(monkeypatch, capsys, *args, f'--prompt={tmp_path}/text.wav,{tmp_path}/tiny.wav,{tmp_path}/phone.wav')
+    assert '1 continuations of 1 prompts' in lines[-1]  # the others are left out, with a word each on stderr
     lines = run(monkeypatch, capsys, *args, '--num_samples=2')
     assert '2 continuations of no prompts' in lines[-1] and (tmp_path / 'o/unprompted/full-2.wav').exists()
     lines = run(monkeypatch, capsys, *args, '--temperature=0', '--repetition_penalty=1.0', '--max_new_tokens=120', f'--prompt={tmp_path}/phone.wav')
