@@ -1,9 +1,8 @@
 """Direct preference optimisation of a speech language model: the thirty minutes after pre-training (Slam, arXiv 2502.15814, Table 5).
 
-Notable: there is no second model. Before the first step the policy is the reference, so its log-probabilities of the completions that the
-run will meet are computed once and kept beside the pairs; a step costs the policy alone. Pairs are packed into rows of one fixed width,
-chosen and rejected sharing one computation of their prompt. A batch is always the same number of pairs, dealt so that all have about as
-many tokens. Nothing in a step waits for the GPU. A run that is killed, at any moment, goes on exactly.
+Notable: no second model. Before the first step the policy is the reference, so its log-probabilities of the completions that the run will
+meet are computed once and kept beside the pairs. Pairs are packed into rows of one fixed width, chosen and rejected sharing one computation
+of their prompt, and dealt so that batches have about as many tokens. No step waits for the GPU; a run killed at any moment goes on exactly.
 
     python dpo.py --init=out/slam                        # Table 5, as config/slam_dpo.py spells it
     python dpo.py config/demo_dpo.py                     # the offline demo, under a minute on a CPU
@@ -20,9 +19,9 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
-from functools import partial
 
 import numpy as np
 import torch
@@ -43,24 +42,21 @@ sft_weight = 0.0              # of a next-token loss on the chosen completions, 
 max_auto_bleu = 0.3           # pairs whose prompt + chosen repeat as much of their bigrams, or more, are dropped; 1.1: keep all
 context = 1024                # tokens of prompt + completion: longer prompts lose their beginning, completions their end
 rope_theta = 10000.0          # of the pre-training; 0: what init says
-# the optimizer: AdamW without weight decay; inverse square root after the warmup
 batch_size = 4                # rows of at most `context` tokens in one pass of one device
 accumulation = 16             # a step takes batch_size x accumulation pairs over all devices; packed, they fit in fewer passes
-lr = 5e-5
+lr = 5e-5                     # of AdamW without weight decay; inverse square root after the warmup
 warmup_steps = 100            # 0: none, and a time scale of 10,000 steps
 grad_clip = 0.5               # norm; 0: none
 max_steps = 813               # the run ends at this many steps (0: no limit),
 epochs = 0.0                  # or passes over the pairs (0: no limit),
 train_hours = 0.5             # or hours, the reference pass included, validation not (0: no limit), whichever is first
-# validation, checkpoints, log
 eval_interval = 100           # steps; 0: never
 val_pairs = 512               # held out at most: those with split 'val', or where none has, 5 % at most, by a hash of their tokens
 save_interval = 200           # steps; 0: at the end
 warn_drop = 0.5               # nats a token that held-out chosen completions may fall below the reference before a warning
 resume = True                 # go on from out_dir/train_state.pt; False: start over
 log_interval = 10
-wandb = False                 # WANDB_PROJECT and its other variables say where to
-# the machine
+wandb = False                 # pip install wandb; WANDB_PROJECT and its other variables say where to
 compile = None                # None: on CUDA
 seed = 1234
 device = 'auto'               # auto, cuda, mps, cpu
@@ -76,8 +72,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
     -log sigmoid(beta * [(policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)])
     Each argument: (n,) log-probabilities in nats of whole completions with their EOS given the prompt, summed over tokens.
     label_smoothing: probability e < 0.5 that a label is wrong; the loss is (1 - e) of the above and e of that of the swapped pair
-    (cDPO, Mitchell 2023). Returns: losses (n,), and the implicit rewards, beta * log-ratio, of chosen (n,) and rejected (n,).
-    """
+    (cDPO, Mitchell 2023). Returns: losses (n,), and the implicit rewards, beta * log-ratio, of chosen (n,) and rejected (n,)."""
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     losses = -(1 - label_smoothing) * F.logsigmoid(chosen - rejected) - label_smoothing * F.logsigmoid(rejected - chosen)
     return losses, chosen.detach(), rejected.detach()
@@ -85,10 +80,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
 
 def measure(policy, reference, sizes, beta, label_smoothing=0.0):
     """What NAMES lists, (7,), means over pairs. Arguments: (n, 2) for chosen and rejected, sizes in tokens.
-
     accuracy: pairs with a positive margin of rewards. preferred: pairs whose chosen has the higher log-probability per token, as the
-    StoryCloze metrics count (ties are one half in both). drift: change of the chosen against the reference in nats a token.
-    """
+    StoryCloze metrics count (ties are one half in both). drift: change of the chosen against the reference in nats a token."""
     losses, chosen, rejected = dpo_loss(*policy.T, *reference.T, beta, label_smoothing)
     won = torch.stack((chosen - rejected, -(policy / sizes).diff()[:, 0])).sign().mul(0.5).add(0.5).mean(1)
     drift = (policy - reference)[:, 0].sum() / sizes[:, 0].sum()
@@ -99,10 +92,6 @@ def learning_rate(step, peak, warmup):
     """The rate of step (from 0): linear warmup, then peak * sqrt(timescale / (step + timescale - warmup)), timescale = warmup or 10,000."""
     timescale = warmup or 10_000
     return peak * min((step + 1) / max(1, warmup), math.sqrt(timescale / (max(step, warmup) + timescale - warmup)))
-
-
-# -----------------------------------------------------------------------------
-# The data: pairs -> filtered, truncated, dealt to batches, packed into rows
 
 
 def auto_bleu(words):
@@ -163,10 +152,8 @@ def load_pairs(paths, n_units, context, max_auto_bleu, val_pairs):
 
 
 def deal(lengths, n, seed, epoch):
-    """The batches of an epoch, (len(lengths) // n, n) indices: of the pairs sorted by length each batch gets one, at random, of every n-th part.
-
-    So all batches hold about as many tokens, and fill rows of one fixed width equally well. The remainder sits this epoch out.
-    """
+    """The batches of an epoch, (len(lengths) // n, n) indices: of the pairs sorted by length each batch gets one, at random, of every n-th part,
+    so that all hold about as many tokens. The remainder sits this epoch out."""
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))[:len(lengths) // n * n]
     return rng.permuted(order[np.argsort(lengths[order], kind='stable')].reshape(n, -1), axis=1).T
@@ -187,11 +174,9 @@ def pack(lengths, width):
 
 def lay_out(pairs, width, batch_size):
     """The forward passes of a batch of pairs, rows of `width` tokens without padding between pairs.
-
     Returns: (passes, 6, batch_size, width) int64: tokens, mask, doc, positions, branch and segments of SLM.logps. A pair is one document:
     prompt (branch 0), then chosen (1) and rejected (2), both of which follow the prompt; pair i counts in segments 2 i and 2 i + 1. What is
-    left of a row is filler: document 0, masked out.
-    """
+    left of a row is filler: document 0, masked out."""
     rows = pack(np.array([sum(map(len, pair)) for pair in pairs]), width)
     laid = np.zeros((-(-len(rows) // batch_size), 6, batch_size, width), np.int64)
     for r, row in enumerate(rows):
@@ -206,7 +191,7 @@ def lay_out(pairs, width, batch_size):
 
 
 def choose_width(lengths, batches, context, batch_size):
-    """The width of rows, at most context (more only if one pair needs it), whose passes these batches fill best, and the share they fill."""
+    """The width of rows, at most context (more only if one pair of all needs it), whose passes these batches fill best, and the share they fill."""
     best, longest = (0.0, 0), -(-int(lengths.max()) // 8) * 8
     for width in range(longest, max(context, longest) + 1, 8):
         passes = sum(-(-len(pack(lengths[batch], width)) // batch_size) for batch in batches)
@@ -220,12 +205,30 @@ if __name__ == '__main__':
     rank, local, world = (int(os.environ.get(key, default)) for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     device = pick_device(device)
     dtype, cuda, compile = pick_dtype(dtype, device), device.type == 'cuda', device.type == 'cuda' if compile is None else compile
+
+    def say(text):
+        try:
+            _ = rank or print(text, flush=True)
+        except BrokenPipeError:  # a reader that left (`| head`) ends the lines, not the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def hook(kind, error, trace, before=sys.excepthook):
+        if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            fail(f'out of memory: lower --batch_size={batch_size} (and raise --accumulation={accumulation} as much) or --context={context}')
+        if issubclass(kind, (OSError, ImportError)):
+            fail(f'{error}; what was finished is kept, mend it and run the same command to continue')
+        before(kind, error, trace)
+    sys.excepthook = hook
+
+    least = dict(context=4, batch_size=1, accumulation=1, log_interval=1, lr=1e-12, beta=1e-12, max_auto_bleu=1e-12, warn_drop=-math.inf)
+    for knob, value in config.items():
+        if type(value) in (int, float) and not least.get(knob, 0) <= value < (0.5 if knob == 'label_smoothing' else math.inf):
+            fail(f'--{knob}={value} is out of range: it begins at {least.get(knob, 0)}' + ' and ends before 0.5' * (knob == 'label_smoothing'))
     if cuda:
         torch.cuda.set_device(device := torch.device('cuda', local))
         torch.set_float32_matmul_precision('high')
     if world > 1:
-        dist.init_process_group('nccl' if cuda else 'gloo')
-    say = partial(print, flush=True) if rank == 0 else lambda *_: None
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')  # gloo for the clock, so that no step waits for the device
     if os.path.abspath(init) == os.path.abspath(out_dir):
         fail(f'init and out_dir are both {init}: the pre-trained model would be overwritten, choose another --out_dir')
 
@@ -239,10 +242,11 @@ if __name__ == '__main__':
         f'and {count["unusable"]} empty or equal; {count["truncated"]} truncated; {len(val)} held out, {len(train)} to train on')
     if len(train) < n:
         fail(f'{data} leaves {len(train)} pairs to train on, fewer than a batch of {n}: lower --batch_size or --accumulation')
-    lengths = np.array([sum(map(len, pair)) for pair in train])
+    all_lengths = np.array([sum(map(len, pair)) for pair in pairs])
+    lengths = all_lengths[:len(train)]
     sizes = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])  # (pairs, 2) tokens
     total_steps = min([limit for limit in (max_steps, round(epochs * per_epoch)) if limit], default=0 if train_hours else per_epoch)
-    width, filled = choose_width(lengths, deal(lengths, n, seed, 0)[:8], context, batch_size)
+    width, filled = choose_width(all_lengths, deal(lengths, n, seed, 0)[:8], context, batch_size)
     digest = hashlib.sha256(json.dumps([model.config.to_hf(), str(dtype)], sort_keys=True).encode())
     for array in [p.detach().numpy() for p in model.parameters()] + [part for pair in pairs for part in pair]:
         digest.update(str(array.shape).encode() + array.data)
@@ -251,9 +255,12 @@ if __name__ == '__main__':
     # --- where a former run of this command stopped
     state_path, log_path, state = os.path.join(out_dir, 'train_state.pt'), os.path.join(out_dir, 'log.jsonl'), {}
     if resume and os.path.exists(state_path):
-        state = torch.load(state_path, map_location='cpu', mmap=True, weights_only=True)
+        try:
+            state = torch.load(state_path, map_location='cpu', mmap=True, weights_only=True)
+        except Exception as error:
+            fail(f'{state_path} cannot be read ({str(error)[:100]}): --resume=False starts over')
         other = [f'{k}={v!r}, now {config[k]!r}' for k, v in state['config'].items() if k in config and k not in FREE.split() and config[k] != v]
-        if other or state['key'] != key:
+        if other or state.get('key') != key:
             fail(f'{out_dir} holds a run with {", ".join(other) or "other weights in init or other pairs"}: choose another --out_dir, or '
                  f'--resume=False to start over')
     step, elapsed, best, scores, warned = (state.get(k, v) for k, v in dict(step=0, elapsed=0.0, best=-1.0, scores={}, warned=None).items())
@@ -262,7 +269,6 @@ if __name__ == '__main__':
         say(f'{out_dir}: finished before, {step} steps in {elapsed:.0f} s, {scores}; nothing to do (--resume=False starts over)')
         raise SystemExit
 
-    # --- the policy's passes
     model.to(device)
     logps = torch.compile(model.logps, dynamic=False) if compile else model.logps
 
@@ -302,10 +308,12 @@ if __name__ == '__main__':
         begun = time.perf_counter()
         known[missing] = score([pairs[i] for i in missing], 'reference').cpu().numpy()
         seconds += time.perf_counter() - begun
+        if not np.isfinite(known[missing]).all():
+            fail(f'{init} gives some of the pairs no finite log-probability: are its weights whole?')
         if rank == 0:
-            with open(cache + '.tmp', 'wb') as file:
+            with open(aside := f'{cache}.{os.getpid()}.tmp', 'wb') as file:  # other runs may write the same
                 np.savez(file, logps=known, seconds=seconds)
-            os.replace(cache + '.tmp', cache)
+            os.replace(aside, cache)
     say(f'reference: log-probabilities of {needed.sum()} pairs in {seconds:.1f} s, {len(missing)} of them now, kept in {cache}')
     known, params = torch.from_numpy(known), list(model.parameters())  # known (pairs, 2)
     adamw = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
@@ -316,22 +324,24 @@ if __name__ == '__main__':
 
     # --- what happens between steps
     def save(folder, to_resume=True):
-        """A checkpoint folder; before its model, in one file complete in itself, what a killed run goes on from."""
+        """A checkpoint folder; after its model, in one file complete in itself, what a killed run goes on from."""
         if rank:
             return
-        if to_resume:
-            torch.save(dict(step=step, elapsed=elapsed, best=best, scores=scores, warned=warned, key=key, config=config, model=model.state_dict(),
-                            optimizer=adamw.state_dict()), state_path + '.tmp')
-            os.replace(state_path + '.tmp', state_path)
-        model.save_pretrained(folder, dict(model.slam, recipe=dict(config, pretraining=model.slam.get('recipe')), scores=dict(scores, step=step),
-                                           git_commit=subprocess.getoutput('git rev-parse HEAD')))
+        slam = dict(model.slam, recipe=dict(config, pretraining=model.slam.get('recipe')), scores=dict(scores, step=step),
+                    git_commit=subprocess.getoutput('git rev-parse HEAD 2>/dev/null') or None)
+        try:
+            model.save_pretrained(folder, slam)
+            if to_resume:
+                torch.save(dict(step=step, elapsed=elapsed, best=best, scores=scores, warned=warned, key=key, config=config,
+                                model=model.state_dict(), optimizer=adamw.state_dict()), state_path + '.tmp')
+                os.replace(state_path + '.tmp', state_path)
+        except Exception as error:
+            fail(f'cannot write {folder} ({error}): the checkpoint before it is kept; make room and run the same command to continue')
 
     def note(record):
         if rank == 0:
             log.write(json.dumps(record) + '\n')
-            log.flush()
-            if wandb_run:
-                wandb_run.log(record, step=record['step'])
+            _ = wandb_run and wandb_run.log(record, step=record['step'])
 
     def validate():
         """Score the held-out pairs, keep the best checkpoint (the loss decides between equals), warn when the chosen ones sink."""
@@ -351,8 +361,10 @@ if __name__ == '__main__':
     # --- start
     if rank == 0:
         lines = open(log_path).readlines() if state and os.path.exists(log_path) else []
-        log = open(log_path, 'w')
-        log.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step)
+        with open(log_path + '.tmp', 'w') as file:
+            file.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step)
+        os.replace(log_path + '.tmp', log_path)
+        log = open(log_path, 'a', buffering=1)
         wandb_run = __import__('wandb').init(name=os.path.basename(out_dir), config=config, resume='allow') if wandb else None
     say(f'{init}: {model.num_params():,} parameters on {world} x {device}, {dtype}; {n} pairs a step, {per_epoch:,} steps an epoch, rows of {width}, '
         f'{filled:.1%} filled; ' + ' or '.join(f'{x:,.4g} {what}' for x, what in ((total_steps, 'steps'), (train_hours, 'hours')) if x)
@@ -380,7 +392,7 @@ if __name__ == '__main__':
             policy += part.detach()
         shared = torch.tensor([elapsed * (rank == 0), float(len(stopping))], dtype=torch.float64)
         if world > 1:  # sums over processes; all take the clock of the first
-            for x in (shared := shared.to(device), policy, *(p.grad for p in params)):
+            for x in (shared, policy, *(p.grad for p in params)):
                 dist.all_reduce(x)
         norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
         adamw.found_inf = bad = 1 - norm.isfinite().float()  # the fused kernel reads it on the device, and does nothing if it is 1
@@ -396,13 +408,13 @@ if __name__ == '__main__':
         evaluate, keep = (interval and step % interval == 0 for interval in (eval_interval, save_interval))
         if evaluate or keep or halt or over() or step % log_interval == 0:
             *means, skipped, steps = totals.tolist()  # here the host waits for the device
-            means = {name: round(total / max(1, steps - skipped), 5) for name, total in zip(NAMES + ['norm'], means)}
+            means = {name: round(total / (steps - skipped), 5) for name, total in zip(NAMES + ['norm'], means) if steps > skipped}
             totals.zero_()
             note(dict(step=step, **means, lr=rate, skipped=int(skipped), elapsed=round(elapsed, 2)))
             pace = (time.perf_counter() - began) / (step - first_step)
             left = min(((total_steps or math.inf) - step) * pace, (3600 * train_hours or math.inf) - elapsed)
-            say(f'step {step}/{total_steps} | ' + ' | '.join(f'{name} {mean:.3f}' for name, mean in means.items()) + f' | lr {rate:.1e} | '
-                f'{n / pace:.1f} pairs/s | {max(0, left):.0f} s left' + f' | {skipped:.0f} not finite, skipped' * (skipped > 0))
+            say(f'step {step}/{total_steps} | ' + (' | '.join(f'{name} {mean:.3f}' for name, mean in means.items()) or 'skipped') +
+                f' | lr {rate:.1e} | {n / pace:.1f} pairs/s | {max(0, left):.0f} s left' + f' | {skipped:.0f} not finite, skipped' * (skipped > 0))
             in_a_row = in_a_row + steps if skipped == steps else 0
             if in_a_row >= 10:
                 fail(f'{in_a_row:.0f} steps in a row were not finite: lower --lr; {out_dir} keeps the last checkpoint')

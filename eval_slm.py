@@ -5,8 +5,8 @@
 
 A pair counts 1 if its correct utterance has the higher log-likelihood, 1/2 on a tie: that of `<S>` units `<S>`, the mean over every token but the
 first (the public toolkit's convention), in packed rows without padding. ZeroSpeech is read as unpacked, paired by gold.csv, averaged officially:
-over voices within a pair, then over pairs. Intervals: 95 %, bootstrap over pairs; models are compared on the same pairs. What cannot run is
-'not run', with the reason, and the exit code is 2.
+over voices within a pair, then over pairs. Intervals: 95 %, bootstrap over pairs; models are compared on the same pairs. A task that cannot run
+is 'not run', with the reason, and the exit code is 2; a checkpoint that cannot be loaded ends the run before it begins.
 """
 import base64
 import csv
@@ -23,7 +23,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import torch
@@ -81,11 +81,12 @@ def audio_files(folder):
 
 
 def read_jsonl(path):
+    """A file's JSON objects, one a line; NaN and Infinity, which JSON proper and so the page lacks, are None."""
     try:
         with open(path, encoding='utf-8') as file:
-            return [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f'{path}: {error}') from None
+            return [dict(json.loads(line, parse_constant=lambda _: None)) for line in file if line.strip()]
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f'{path}: expected a JSON object a line ({error})') from None
 
 
 def list_folder(folder):
@@ -111,22 +112,26 @@ def list_folder(folder):
 def list_zerospeech(root, kind, split, blind=False):
     """Pairs and {file name without suffix: path} of ZeroSpeech 2021's `syntactic` or `lexical`. blind: without gold.csv there are no pairs."""
     folder = next((f for f in (os.path.join(root, kind, split), os.path.join(root, split), root) if os.path.isdir(f)), root)
-    files = {os.path.splitext(os.path.basename(file))[0]: os.path.join(folder, file) for file in audio_files(folder)}
+    files = {os.path.splitext(file)[0]: os.path.join(folder, file) for file in audio_files(folder)}
     gold, sides, pairs = os.path.join(folder, 'gold.csv'), defaultdict(lambda: ([], [])), []
-    if blind and not os.path.exists(gold):
+    if blind and not os.path.exists(gold) and not any(os.path.dirname(file) for file in files):
         return [], files
     try:
-        rows = list(csv.DictReader(open(gold, newline='', encoding='utf-8-sig')))
-    except OSError:
-        raise InputError(f'no {gold}: expected ZeroSpeech 2021 as unpacked, {kind}/{split}/gold.csv with its .wav files') from None
+        with open(gold, newline='', encoding='utf-8-sig') as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        why = getattr(error, 'strerror', None) or error
+        raise InputError(f'{gold}: {why}; expected ZeroSpeech 2021 as unpacked, {kind}/{split}/gold.csv with its .wav files') from None
     wanted = ('id', 'filename', 'voice', 'correct', *(('type', 'subtype') if kind == 'syntactic' else ('frequency', 'length')))
     for row in rows or [{}]:
-        if not set(wanted) <= set(row):
+        if any(row.get(key) is None for key in wanted):
             raise InputError(f'{gold} is not that of the {kind} task: expected the columns {", ".join(wanted)}')
         if row['filename'] not in files:
             raise InputError(f'{os.path.join(folder, row["filename"])}.wav is missing: gold.csv names it')
         key = '/'.join((row['type'], row['subtype'], row['id'])) if kind == 'syntactic' else row['id']  # as the official tool groups
         sides[key, row['voice']][row['correct'].strip() != '1'].append(row)
+    if unknown := sorted(files.keys() - {row['filename'] for row in rows}):
+        print(f'eval_slm.py: {files[unknown[0]]}: unknown file, gold.csv does not name it; {len(unknown)} such are left out', file=sys.stderr)
     for (key, voice), (correct, wrong) in sides.items():
         one = (correct + wrong)[0]
         if not correct or not wrong:
@@ -162,10 +167,14 @@ def list_task(name, path, split='dev', blind=False):
     rows, pairs = list(enumerate(read_jsonl(path), 1)), []
     for i, row in [(i, row) for i, row in rows if row.get('split', 'train') != 'train'] or rows:
         try:
-            pos, neg = (list(row['prompt']['units']) + list(row[side]['units']) for side in ('chosen', 'rejected'))
-        except (KeyError, TypeError):
-            raise InputError(f'{path}, line {i}: expected prompt, chosen and rejected, each with units') from None
+            pos, neg = ([*map(int, row['prompt']['units']), *map(int, row[side]['units'])] for side in ('chosen', 'rejected'))
+            if min(pos + neg) < 0:
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f'{path}, line {i}: expected prompt, chosen and rejected, each with units (0, 1, ...)') from None
         pairs.append(dict(id=str(i), voice=str(row.get('voice', '')), types=[], pos=pos, neg=neg))
+    if not pairs:
+        raise InputError(f'{path} holds no pairs')
     return pairs, {}
 
 
@@ -176,9 +185,10 @@ def encode_files(paths, where, folder, device='cpu', seconds=0.0, batch=64):
     added as soon as it is known, so that a killed run continues; a broken line is ignored.
     """
     digest, known, keys = hashlib.sha256(b'' if os.path.isdir(where) else where.encode()), {}, {}
-    for name in sorted(os.listdir(where)) if os.path.isdir(where) else ():
-        with open(os.path.join(where, name), 'rb') as file:
-            digest.update(name.encode() + hashlib.file_digest(file, 'sha256').digest())
+    for part in sorted(os.scandir(where), key=lambda part: part.name) if os.path.isdir(where) else ():
+        if part.is_file():
+            with open(part, 'rb') as file:
+                digest.update(part.name.encode() + hashlib.file_digest(file, 'sha256').digest())
     for path in paths:
         stat = os.stat(path)
         keys[path] = f'{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{seconds:g}'
@@ -238,20 +248,23 @@ def log_likelihoods(model, utterances, progress=False):
                 x[2, r, end - len(sequences[i])] = 0  # nothing predicts the first token
         tokens, doc, mask, segments = torch.from_numpy(x).to(device)
         sums += model.logps(tokens, mask, doc, segments=segments, n=len(sequences)).double().cpu().numpy()
+    if not np.isfinite(sums).all():  # NaN would lose every comparison, and read as a score of 0
+        raise InputError('the model gives likelihoods that are no numbers: its weights hold NaN, or overflow')
     return sums[index], np.array([len(tokens) - 1 for tokens in whole])
 
 
 def interval(a, b=None, transform=PERCENT, draws=2000, seed=1234):
     """Score and percentile bootstrap 95 % interval over items: transform(mean of a), or that less transform(mean of b), paired.
 
-    A resample is a multinomial draw over the distinct values: the same distribution as n draws with replacement, far cheaper.
+    A resample is a multinomial draw over the distinct values: the same distribution as n draws with replacement, far cheaper. One item says
+    nothing of how sure it is: no interval, low and high are None.
     """
     values, counts = np.unique(np.stack([a] if b is None else [a, b], 1).astype(float), axis=0, return_counts=True)
     weights = np.concatenate((counts[None], np.random.default_rng(seed).multinomial(len(a), counts / len(a), size=draws)))
     means = transform((weights[..., None] * values).sum(1) / len(a))  # (1 + draws, 1 or 2)
     scores = means[:, 0] - (0 if b is None else means[:, 1])
-    low, high = np.percentile(scores[1:], (2.5, 97.5))
-    return dict(score=float(scores[0]), low=float(low), high=float(high), n=len(a))
+    low, high = np.percentile(scores[1:], (2.5, 97.5)).tolist() if len(a) > 1 else (None, None)
+    return dict(score=float(scores[0]), low=low, high=high, n=len(a))
 
 
 def summarise(pairs, wins, seed=1234):
@@ -320,8 +333,8 @@ def rate(question, where, device, model_name='', retries=3):
         headers = {'Content-Type': 'application/json', 'Authorization': 'Bearer ' + os.environ.get('OPENAI_API_KEY', '')}
         try:
             with urllib.request.urlopen(urllib.request.Request(where.rstrip('/') + '/chat/completions', body, headers), timeout=120) as reply:
-                answer = json.load(reply)['choices'][0]['message']['content']
-        except (OSError, ValueError, LookupError) as error:
+                answer = json.load(reply)['choices'][0]['message']['content'] or ''
+        except Exception as error:  # the network's, the server's, or an answer of another shape
             if retries and getattr(error, 'code', 500) not in (400, 401, 403, 404):
                 time.sleep(2 ** (3 - retries))
                 return rate(question, where, device, model_name, retries - 1)
@@ -354,9 +367,10 @@ def part(result, *names):
     """A part of the evaluation: if it cannot run, these tasks are reported as not run, and the rest goes on."""
     try:
         yield
-    except (InputError, OSError) as error:
-        print(f'eval_slm.py: {", ".join(names)} not run: {error}', file=sys.stderr)
-        result |= {name: dict(not_run=str(error)) for name in names}
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        reason = ' '.join(str(error).split()) or 'out of memory'
+        print(f'eval_slm.py: {", ".join(names)} not run: {reason}', file=sys.stderr)
+        result |= {name: dict(not_run=reason) for name in names}
 
 
 if __name__ == '__main__':
@@ -365,17 +379,29 @@ if __name__ == '__main__':
     for where in filter(None, map(str.strip, init.split(','))):
         name = os.path.basename(where.rstrip('/'))
         models[f'{name} ({len(models) + 1})' if name in models else name] = where
-    if split not in ('dev', 'test') or likelihood not in ('mean', 'sum') or not models:
-        fail('expected --init=CHECKPOINT[,...], --split=dev or test, --likelihood=mean or sum')
-    # every suite is listed before anything is computed: a wrong folder is told at once
-    for name, _, path in (task.strip().partition('=') for task in tasks.split(',') if task.strip()):
+    wanted = dict.fromkeys(filter(None, map(str.strip, tasks.split(','))))
+    if split not in ('dev', 'test') or likelihood not in ('mean', 'sum') or not (models and wanted and out) or min(seed, n_prompts, prompt_seconds, max_new_tokens, temperature) < 0:
+        fail('expected --init=CHECKPOINT[,...], --tasks=NAME[,...], --out=FILE, --split=dev or test, --likelihood=mean or sum, and no negative number')
+    # what cannot be read or written is told at once, before anything is computed
+    for path in filter(None, (out, html, submission and os.path.join(submission, 'scores'))):
+        try:
+            if os.path.isdir(path):
+                raise IsADirectoryError(0, 'it is a folder')
+            write(path + '.part', '')
+            os.remove(path + '.part')
+        except OSError as error:
+            fail(f'{path} cannot be written: {error.strerror}')
+    precision = pick_dtype(dtype, device)
+    for where in models.values():
+        SLM.from_pretrained(where)
+    for name, _, path in (task.partition('=') for task in wanted):
         generative += [name] * (name in TRANSFORM)
         with part(not_run, name):
             for task, folder in find_task(name, path, data_dir) if name not in TRANSFORM else ():
                 with part(not_run, task):
                     suites[task] = list_task(task, folder, split, bool(submission))
     if not suites and not generative:
-        raise SystemExit(2)  # the reasons are printed
+        fail('nothing can run')
     spoken = {task: [pair['pos'] for pair in pairs if isinstance(pair['pos'], str)] for task, (pairs, _) in suites.items()}
     prompt_files = [*dict.fromkeys(next((spoken[task] for task in ('sstorycloze', 'sstory', *suites) if spoken.get(task)), []))]
     if prompts:
@@ -386,7 +412,7 @@ if __name__ == '__main__':
     for name, where in models.items():
         result = metrics.setdefault(name, dict(not_run))
         with part(result, *suites, *generative):
-            model = SLM.from_pretrained(where).to(device, pick_dtype(dtype, device)).eval()
+            model = SLM.from_pretrained(where).to(device, precision).eval()
             enc, voc = encoder or model.slam.get('encoder'), vocoder or model.slam.get('vocoder') or ''
             if not enc:
                 raise InputError(f'{where} names no encoder (a text LM?): give --encoder and --vocoder')
@@ -413,8 +439,8 @@ if __name__ == '__main__':
                 if not prompt_files:
                     raise InputError('no prompts: give --prompts=FOLDER, or a suite of audio')
                 heads, tails, texts = [*encode_files(prompt_files, enc, cache, device, prompt_seconds).values()], [], []
-                begins = [load_audio(file)[:int(prompt_seconds * SAMPLE_RATE)] for file in prompt_files]
-                voc, encode = UnitVocoder.from_pretrained(voc, device=device), UnitEncoder.from_pretrained(enc, device=device).encode
+                begins = [load_audio(file)[:int(prompt_seconds * SAMPLE_RATE) or None] for file in prompt_files]
+                voc = UnitVocoder.from_pretrained(voc, device=device)
                 for i in tqdm(range(0, len(heads), 32), desc='continuing', leave=False, disable=len(heads) < 64):
                     some = [torch.tensor([BOS, *(x + OFFSET)]) for x in heads[i:i + 32]]
                     tails += [x - OFFSET for x in model.generate(some, max_new_tokens, temperature, seed=seed + i)]
@@ -425,9 +451,10 @@ if __name__ == '__main__':
                         if task == 'gptscore' and not judge:
                             raise InputError('no judge: give --judge=FOLDER or --judge=URL')
                         if task == 'resynth':  # share of frames whose unit changes on the way units -> wave -> units, durations kept
+                            encode = UnitEncoder.from_pretrained(enc, device=device).encode
                             before = encode([load_audio(file) for file in prompt_files[:100]])
                             after = encode(voc.decode(*zip(*map(dedup, before))))
-                            values = [1 - float((a[:len(b)] == b[:len(a)]).sum()) / len(a) for a, b in zip(before, after)]
+                            values = [1 - float((a[:len(b)] == b[:len(a)]).sum()) / max(1, len(a)) for a, b in zip(before, after)]
                         else:
                             texts = texts or transcribe(voc.decode(tails), asr, device)
                         if task == 'autobleu':
@@ -437,7 +464,7 @@ if __name__ == '__main__':
                         elif task == 'gptscore':
                             asked = [JUDGE.format(*both) for both in zip(transcribe(begins, asr, device), texts)]
                             values = [rate(question, judge, device, judge_model) for question in tqdm(asked, desc='judging', leave=False)]
-                        rated = {file: value for file, value in zip(prompt_files, values) if value is not None}
+                        rated = {file: value for file, value in zip(prompt_files, values) if value is not None and np.isfinite(value)}
                         if not rated:
                             raise InputError(f'none of {len(values)} transcripts could be rated')
                         result[task] = interval([*rated.values()], transform=TRANSFORM[task], seed=seed) | dict(left_out=len(values) - len(rated))
@@ -445,14 +472,16 @@ if __name__ == '__main__':
                         scored += [dict(model=name, task=task, id=file, value=value, text=text) for file, value, text in zip(prompt_files, values, texts or values)]
 
     differences, columns = {}, [*dict.fromkeys(task for result in metrics.values() for task in result)]
-    for a, b in combinations(models, 2):
-        differences[f'{b} - {a}'] = {task: interval(*zip(*((items[b, task][key], x) for key, x in items[a, task].items() if key in items[b, task])),
-                                     transform=TRANSFORM.get(task, PERCENT), seed=seed) for task in columns if (a, task) in items and (b, task) in items}
+    for (a, b), task in product(combinations(models, 2), columns):
+        both = [(items[b, task][key], x) for key, x in items.get((a, task), {}).items() if key in items.get((b, task), {})]
+        if both:
+            differences.setdefault(f'{b} - {a}', {})[task] = interval(*zip(*both), transform=TRANSFORM.get(task, PERCENT), seed=seed)
 
     def cells(results, sign=''):
         for task, r in ((task, results.get(task)) for task in columns):
             digits = sign + ('.2f' if task in ('autobleu', 'gptscore') else '.1f')
-            yield '' if r is None else 'not run' if 'not_run' in r else f'{r["score"]:{digits}} [{r["low"]:{digits}}, {r["high"]:{digits}}]'
+            yield ('' if r is None else 'not run' if 'not_run' in r else f'{r["score"]:{digits}} (1 item)' if r['n'] == 1 else
+                   f'{r["score"]:{digits}} [{r["low"]:{digits}}, {r["high"]:{digits}}]')
     head, here = [LABELS.get(task, task) for task in columns], os.path.dirname(os.path.abspath(__file__))
     with open(os.path.join(here, 'config', 'paper.csv'), encoding='utf-8') as file:
         paper = [dict(model=row['model']) | {task: row.get(TOY.get(task, task)) or '' for task in columns} for row in csv.DictReader(file)]
@@ -474,10 +503,13 @@ if __name__ == '__main__':
                 sound = io.BytesIO()
                 soundfile.write(sound, wave.numpy(), SAMPLE_RATE, format='WAV', subtype='PCM_16')
                 clips[label] = 'data:audio/wav;base64,' + base64.b64encode(sound.getvalue()).decode()
-        logs = {name: os.path.join(where, 'log.jsonl') for name, where in models.items()}
+        curves = {}
+        for name, log in ((name, os.path.join(where, 'log.jsonl')) for name, where in models.items()):
+            with part({}, f'the loss curve of {name}'):
+                curves |= {name: read_jsonl(log)} if os.path.exists(log) else {}
         page = dict(metrics=metrics, table=table, changes=changes, tasks=columns, titles=head, paper=paper, note=note.strip('*'), heard=heard, summary=done,
                     percent=[task for task in columns if TRANSFORM.get(task, PERCENT) is PERCENT], lower=[task for task in columns if '↓' in LABELS.get(task, '')],
-                    failed=sorted(failed), curves={name: read_jsonl(log) for name, log in logs.items() if os.path.exists(log)})
+                    failed=sorted(failed), curves=curves)
         with open(os.path.join(here, 'config', 'report.html'), encoding='utf-8') as file:
             data = json.dumps(page).replace('</', '<\\/')
             write(html, file.read().replace('MODELS', ', '.join(models)).replace('>DATA<', f'>{data}<'))

@@ -11,7 +11,9 @@ file and an ending's file laid end to end are the file of the whole. With espeak
 """
 import csv
 import ctypes
+import fcntl
 import glob
+import io
 import json
 import math
 import multiprocessing
@@ -25,7 +27,8 @@ import unicodedata
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import chain, islice
 
@@ -66,10 +69,14 @@ SAMPLE_RATE = 16000          # model.SAMPLE_RATE, not imported: espeak needs no 
 GRID = 640                   # samples in a 40 ms frame of a 25 Hz encoder
 SILENCE = 0.002              # of full scale; what stays below it is pause
 SHARD = 40                   # items a worker takes at once
-TOTALS = ('items', 'left_out', 'seconds', 'bytes')
-VOICES = dict(kokoro='af_heart,am_fenrir,bf_emma,bm_george',      # as SpokenSwag
-              espeak='gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph')  # a path below espeak's lang/ loads ten times as fast as a name (en-us)
-PLAIN = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', ', '…': '.'})
+VOICES = dict(espeak='gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph',  # a path below espeak's lang/ loads ten times as fast as a name (en-us)
+              vits='0', fastspeech2='0', kokoro='af_heart,am_fenrir,bf_emma,bm_george')  # the last as SpokenSwag
+PAIRS = [columns.split() for columns in ('prompt chosen rejected', 'sent1 sent2 gold-source label ending0 ending1 ending2 ending3',  # SWAG
+                                         'ctx_a ctx_b source_id label endings')]  # HellaSwag
+DEV = 'syntactic/dev'        # of ZeroSpeech 2021
+BLIMP = 'sentence_good sentence_bad linguistics_term UID pairID'.split()
+CLOZE = [f'InputSentence{i}' for i in (1, 2, 3, 4)] + ['RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2', 'AnswerRightEnding']
+PLAIN = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', ', '…': '.', '\xad': None})
 ARPABET = dict(pair.split('=') for pair in (  # espeak's IPA for English -> the phones of CMUdict
     'iː=IY i=IY ɪ=IH ᵻ=IH ɛ=EH æ=AE a=AE aa=AE ɑː=AA ɑ=AA ɒ=AA ɔː=AO ɔ=AO oː=AO o=OW ʊ=UH uː=UW u=UW ʌ=AH ə=AH ɐ=AH ɚ=ER ɜː=ER ɜ=ER eɪ=EY e=EH aɪ=AY '
     'ɔɪ=OY aʊ=AW oʊ=OW əʊ=OW tʃ=CH dʒ=JH θ=TH ð=DH ʃ=SH ʒ=ZH ŋ=NG j=Y ɹ=R r=R h=HH ɡ=G x=K ɾ=T ʔ=T b=B d=D f=F k=K l=L m=M n=N p=P s=S t=T v=V w=W '
@@ -78,10 +85,9 @@ ARPABET = dict(pair.split('=') for pair in (  # espeak's IPA for English -> the 
 
 # --- text: rows of files, and items made of rows -----------------------------------------------------------------------------------
 
-def documents(file):
-    """Stories of a text file: what stands between <|endoftext|> lines; if it has none, between blank lines."""
-    marked, document = '<|endoftext|>' in file.read(1 << 20), ''
-    file.seek(0)
+def documents(file, marked):
+    """Stories of a text file: what stands between <|endoftext|> lines; if it is not marked with them, between blank lines."""
+    document = ''
     for line in chain(file, ['']):
         if line and ('<|endoftext|>' not in line if marked else line.strip()):
             document += line
@@ -90,32 +96,55 @@ def documents(file):
             document = ''
 
 
+def text_files():
+    """The files that the knob `text` names; [] for toy and hub."""
+    pattern = glob.escape(text) + '/**' * os.path.isdir(text) if os.path.exists(text) else text
+    return [path for path in sorted(glob.glob(pattern, recursive=True))
+            if path.endswith(('.txt', '.jsonl', '.csv')) and os.path.isfile(path) and os.path.getsize(path)]
+
+
+def read_file(path):
+    """Yields the rows of a text file; a story of a .txt file is a row of text_field."""
+    csv.field_size_limit(1 << 30)
+    with open(path, encoding='utf-8-sig', errors='replace', newline='' if path.endswith('.csv') else None) as file:
+        head = file.read(1 << 20)
+        if '\0' in head or head.count('\ufffd') > len(head) / 1000:  # a few wrong bytes, as in TinyStories, do no harm
+            fail(f'{path}: not text in UTF-8; convert it (iconv -t utf-8)')
+        file.seek(0)
+        if path.endswith('.jsonl'):
+            yield from (dict(json.loads(line)) for line in file if line.strip())
+        elif path.endswith('.csv'):
+            yield from csv.DictReader(file)
+        else:
+            yield from ({text_field: document} for document in documents(file, '<|endoftext|>' in head))
+
+
 def read_rows(task):
-    """Yields (row, where it stands) of the knob `text`; a story of a .txt file is a row of text_field."""
+    """Yields (row, where it stands) of the knob `text`; what is empty is '', a number its digits."""
     if text == 'toy':
         from config.toy_grammar import toy_rows
         yield from ((row, 'toy') for row in toy_rows(task, seed, n_stories, n_pairs, n_suite))
         return
     if text.startswith('hub:'):
+        name, _, split = text[4:].partition(':')
         try:
             from datasets import load_dataset
+            sources = {name: load_dataset(name, split=split or 'train')}
         except ImportError:
             fail('--text=hub:... needs the package datasets: pip install datasets')
-        name, _, split = text[4:].partition(':')
-        yield from ((row, f'{name} row {i}') for i, row in enumerate(load_dataset(name, split=split or 'train'), 1))
-        return
-    files = sorted(glob.glob(os.path.join(text, '**'), recursive=True) if os.path.isdir(text) else glob.glob(text))
-    files = [path for path in files if path.endswith(('.txt', '.jsonl', '.csv')) and os.path.getsize(path)]
-    for path in files or fail(f'{text}: no text there; expected a .txt, .jsonl or .csv file, a folder or glob of such, hub:NAME, or toy'):
-        with open(path, encoding='utf-8-sig', errors='replace', newline='' if path.endswith('.csv') else None) as file:
-            rows = ({text_field: d} for d in documents(file)) if path.endswith('.txt') else csv.DictReader(file) if path.endswith('.csv') else file
-            for i, row in enumerate(rows, 1):
-                try:
-                    row = json.loads(row) if path.endswith('.jsonl') else row
-                    assert isinstance(row, dict)
-                except (ValueError, AssertionError):
-                    fail(f'{path} row {i}: not an object; every line of a .jsonl file is one')
-                yield row, f'{path} row {i}'
+        except Exception as error:  # of many kinds: no such name, no such split, no network
+            fail(f'--text={text}: {error}')
+    else:
+        sources = {path: read_file(path) for path in text_files()} or fail(
+            f'{text}: no text there; expected a .txt, .jsonl or .csv file, a folder or glob of such, hub:NAME, or toy')
+    for name, rows in sources.items():
+        number = 0
+        try:
+            for number, row in enumerate(rows, 1):
+                yield {key: '' if value is None else str(value) if isinstance(value, (int, float)) else value
+                       for key, value in row.items()}, f'{name} row {number}'
+        except (ValueError, TypeError, csv.Error) as error:
+            fail(f'{name} row {number + 1}: {error}; expected an object a line (.jsonl), or columns (.csv)')
 
 
 def auto_bleu(document):
@@ -125,20 +154,20 @@ def auto_bleu(document):
     return sum(n for n in counts.values() if n > 1) / max(1, len(words) - 1)
 
 
-def preference(row, where):
-    """(prompt, chosen, rejected) of a row of SWAG, of HellaSwag, or of one that has them; None for a row that the recipe leaves out (section 4)."""
-    if {'prompt', 'chosen', 'rejected'} <= set(row):
+def preference(row, rng):
+    """(prompt, chosen, rejected) of a row of PAIRS, the rejected ending drawn by rng; None for a row that the recipe leaves out (section 4)."""
+    if 'rejected' in row:
         return row['prompt'], row['chosen'], row['rejected']
-    one, two, source = ('sent1', 'sent2', 'gold-source') if 'sent1' in row else ('ctx_a', 'ctx_b', 'source_id')
-    endings = row['endings'] if 'endings' in row else [row.get(f'ending{i}') for i in range(4)]
-    if not {one, two, source, 'label'} <= set(row) or None in endings:
-        fail(f'{where}: no pair; expected the columns of SWAG or HellaSwag, or prompt, chosen and rejected')
-    if str(row['label']) not in '0123' or row['label'] == '' or (row[source] != 'gold' if source == 'gold-source' else re.search(
-            r'[][(){}<>/\\]|www\.', ' '.join((row[one], row[two], *endings)))):
+    if 'sent1' in row:
+        first, second, endings, good = row['sent1'], row['sent2'], [row[f'ending{i}'] for i in range(4)], row['gold-source'] == 'gold'
+    else:
+        first, second, endings = row['ctx_a'], row['ctx_b'], list(map(str, row['endings']))
+        good = len(endings) > 1 and not re.search(r'[][(){}<>/\\]|www\.', ' '.join((first, second, *endings)))
+    if not good or row['label'] not in map(str, range(len(endings))):
         return None
     right = int(row['label'])
-    wrong = random.Random(f'{seed}/{where}').choice([i for i in range(len(endings)) if i != right])
-    return row[one], *(f'{row[two]} {endings[i]}'.strip() for i in (right, wrong))
+    wrong = rng.choice([i for i in range(len(endings)) if i != right])
+    return first, *(f'{second} {endings[i]}'.strip() for i in (right, wrong))
 
 
 def make_items(task):
@@ -146,19 +175,18 @@ def make_items(task):
     def minimal_pair(right, wrong, name='{n:06d}', **more):
         return dict(more, files=[dict(name=f'{name}_correct', text=right, correct=True), dict(name=f'{name}_incorrect', text=wrong, correct=False)])
 
-    cloze = [f'InputSentence{i}' for i in (1, 2, 3, 4)] + ['RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2', 'AnswerRightEnding']
-    expected = dict(stories=[text_field], prompts=[text_field], blimp=['sentence_good', 'sentence_bad', 'linguistics_term', 'UID', 'pairID'],
-                    sstorycloze=cloze, tstorycloze=cloze).get(task, [])
-    rows = read_rows(task)
+    expected = dict(stories=[[text_field]], prompts=[[text_field]], pairs=PAIRS, blimp=[BLIMP], sstorycloze=[CLOZE], tstorycloze=[CLOZE]).get(task)
     if task == 'tstorycloze':
-        endings = [row.get(f'RandomFifthSentenceQuiz{(row.get("AnswerRightEnding") or "").strip()}') for row, _ in read_rows(task)]
-    for number, (row, where) in enumerate(rows):
-        if missing := [key for key in expected if row.get(key) is None]:
-            fail(f'{where}: no {", ".join(missing)}; task {task} expects {", ".join(expected)} (there are {", ".join(map(str, row))})')
+        endings = [row.get(f'RandomFifthSentenceQuiz{row.get("AnswerRightEnding")}') for row, _ in read_rows(task)]
+    for number, (row, where) in enumerate(read_rows(task)):
+        if expected and not any(all(isinstance(row.get(key), list if key == 'endings' else str) for key in columns) for columns in expected):
+            fail(f'{where}: task {task} expects {"; or ".join(map(", ".join, expected))}; there are '
+                 f'{", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())}')
+        rng = random.Random(f'{seed}/{task}/{number}')
         if task in ('stories', 'prompts'):
             yield dict(files=[dict(name='{n:06d}', text=row[text_field])], split=task == 'stories')
         elif task == 'pairs':
-            texts = preference(row, where)
+            texts = preference(row, rng)
             if texts and (share := auto_bleu(f'{texts[0]} {texts[1]}')) >= max_auto_bleu:
                 yield dict(skip=f'auto-BLEU {share:.2f}', text=f'{texts[0]} {texts[1]}')
             elif texts:
@@ -166,17 +194,17 @@ def make_items(task):
                                               zip(('prompt', 'chosen', 'rejected'), texts)])
         elif task == 'blimp':
             for voice in voices.split(','):
-                name = re.sub('[^A-Za-z0-9_]+', '-', f'{row["UID"]}_{row["pairID"]}_{voice}')
-                yield minimal_pair(row['sentence_good'], row['sentence_bad'], name, voice=voice, type=row['linguistics_term'], subtype=row['UID'],
-                                   id=row['pairID'], alike=f'{row["UID"]}/{row["pairID"]}')
+                name = re.sub('[^A-Za-z0-9_]+', '-', f'_{row["UID"]}_{row["pairID"]}_{voice}')
+                yield minimal_pair(row['sentence_good'], row['sentence_bad'], '{n:06d}' + name, voice=voice, type=row['linguistics_term'],
+                                   subtype=row['UID'], id=row['pairID'])
         elif task in ('sstorycloze', 'tstorycloze'):
-            if (answer := row['AnswerRightEnding'].strip()) not in ('1', '2'):
+            if (answer := row['AnswerRightEnding']) not in ('1', '2'):
                 fail(f'{where}: AnswerRightEnding is {answer!r}, expected 1 or 2 (the test set without answers makes no pairs)')
             right, wrong = (row[f'RandomFifthSentenceQuiz{i}'] for i in (answer, 3 - int(answer)))
             if task == 'tstorycloze':  # another story's right ending
-                other = [i for i in random.Random(f'{seed}/{where}').choices(range(len(endings)), k=20) if endings[i] not in (right, wrong, None)]
+                other = [i for i in rng.choices(range(len(endings)), k=20) if endings[i] not in (right, wrong, None)]
                 wrong = endings[other[0]] if other else fail(f'{text}: too few stories to draw endings from')
-            prompt = ' '.join(row[key] for key in cloze[:4])
+            prompt = ' '.join(row[key] for key in CLOZE[:4])
             yield minimal_pair(f'{prompt} {right}', f'{prompt} {wrong}')
         else:
             yield minimal_pair(**row)
@@ -215,6 +243,10 @@ class Espeak:
     def __init__(self):
         import espeakng_loader
         self.path, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+        lang = os.path.join(self.data, 'lang')
+        files = sorted(path for path in glob.glob(os.path.join(lang, '**'), recursive=True) if os.path.isfile(path))
+        ranks = [(*line.split()[1:], '5', path) for path in files for line in open(path, encoding='utf-8') if line.startswith('language')]
+        self.languages = {name: os.path.relpath(path[-1], lang) for name, rank, *path in sorted(ranks, key=lambda r: -int(r[1]))}  # the best last
         self.library, self.chunks, self.marks = None, [], []
         self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))(self.receive)
 
@@ -236,8 +268,10 @@ class Espeak:
             _ctypes.dlclose(self.library._handle)
         self.library = ctypes.CDLL(self.path)
         rate = self.library.espeak_Initialize(2, 10000, self.data.encode(), 0x8000)  # synchronous, buffers of 10 s, never exit()
-        variant = voice.partition('+')[2]
-        if rate <= 0 or self.library.espeak_ng_SetVoiceByName(voice.encode()) or not os.path.exists(os.path.join(self.data, 'voices', '!v', variant)):
+        language, plus, variant = voice.partition('+')
+        names = voice, self.languages.get(language, language) + plus + variant  # en-gb and fr-fr are names of no file
+        if rate <= 0 or not os.path.exists(os.path.join(self.data, 'voices', '!v', variant)) or all(
+                self.library.espeak_ng_SetVoiceByName(name.encode()) for name in names):
             fail(f'espeak-ng has no voice {voice!r}: name a language (en-us, de, fr-fr ...), with a variant if you like (en-us+f2)')
         self.library.espeak_SetSynthCallback(self.callback)
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
@@ -255,10 +289,10 @@ class Espeak:
         return results
 
     def phones(self, word):
-        """'Cats' -> ['K', 'AE1', 'T', 'S']: the ARPAbet of the voice that is loaded"""
+        """'Cats' -> ['K', 'AE1', 'T', 'S']: the ARPAbet of the voice that is loaded; [] of a lone dash, which espeak would call by its name."""
         translate, pointer, stress, found = self.library.espeak_TextToPhonemes, ctypes.c_char_p(word.encode()), '0', []
         translate.restype = ctypes.c_char_p
-        ipa = (translate(ctypes.byref(pointer), 1, 2) or b'').decode()
+        ipa = (translate(ctypes.byref(pointer), 1, 2) or b'').decode() if any(map(str.isalnum, word)) else ''
         for sign in re.findall('|'.join(sorted(ARPABET, key=len, reverse=True)) + '|[ˈˌ]', ipa):
             if phone := ARPABET.get(sign):
                 vowel = phone[0] in 'AEIOU'
@@ -267,47 +301,53 @@ class Espeak:
         return found
 
 
-def network(load, name):
-    """(model, run): run(seed_text, **inputs) computes without gradients, its noise a function of the text alone."""
+def fix_noise(what):
+    """A network's noise becomes a function of the seed and of what it says alone."""
+    import torch
+    torch.manual_seed(zlib.crc32(f'{seed}/{what}'.encode()))
+
+
+def network(name, *loaders):
+    """(run, what each loader makes of `name`, first the model): run(**inputs) computes without gradients."""
     import torch
     from model import pick_device, pick_dtype
-    where = pick_device(device)
-    kind = pick_dtype(dtype, where)
     try:
-        model = load(name).to(where).eval()
-    except (OSError, ValueError) as error:
-        fail(f'--tts_model={name}: {str(error).splitlines()[0]}')
+        where = pick_device(device)
+        kind = pick_dtype(dtype, where)
+        model, *others = (load(name) for load in loaders)
+        model.to(where).eval()
+    except Exception as error:  # of many kinds: no such name, file or device, no network, another architecture
+        fail(f'--tts_model={name} --device={device}: {str(error).strip().partition(chr(10))[0]}')
 
-    def run(seed_text, **inputs):
-        torch.manual_seed(zlib.crc32(f'{seed}/{seed_text}'.encode()))
+    def run(**inputs):
         with torch.inference_mode(), torch.autocast(where.type, kind, enabled=kind != torch.float32):
             return model(**{key: value.to(where) if torch.is_tensor(value) else value for key, value in inputs.items()})
-    return model, run
+    return run, model, *others
 
 
 def load_vits():
     """transformers' VitsModel (facebook/mms-tts-*); a voice is the number of a speaker; no word times."""
     from transformers import AutoTokenizer, VitsModel
-    model, run = network(VitsModel.from_pretrained, name := tts_model or 'facebook/mms-tts-eng')
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    run, model, tokenizer = network(tts_model or 'facebook/mms-tts-eng', VitsModel.from_pretrained, AutoTokenizer.from_pretrained)
 
     def speak(texts, voice, speed=1.0, pitch=50):
         model.speaking_rate = model.config.speaking_rate * speed
         inputs = tokenizer(list(texts), return_tensors='pt', padding=True)
         if not inputs['attention_mask'].any(1).all():  # a sentence without a letter of its alphabet
             return [part for one in texts for part in speak([one], voice, speed)] if len(texts) > 1 else [(np.zeros(0, np.float32), 16000, None)]
-        made = run(f'{voice} {texts}', **inputs, **(dict(speaker_id=int(voice or 0)) if model.config.num_speakers > 1 else {}))
+        fix_noise(f'{voice} {texts}')
+        made = run(**inputs, **(dict(speaker_id=int(voice)) if model.config.num_speakers > 1 else {}))
         return [(wave[:int(n)].float().cpu().numpy(), model.config.sampling_rate, None) for wave, n in zip(made.waveform, made.sequence_lengths)]
     return speak
 
 
 def load_fastspeech2():
-    """transformers' FastSpeech 2 Conformer + HiFi-GAN; phones are espeak's, times those of its durations."""
+    """transformers' FastSpeech 2 Conformer + HiFi-GAN; phones are espeak's, times those of its durations. Not batched: it masks no padding."""
     import torch
     from transformers import FastSpeech2ConformerWithHifiGan
     from transformers.utils import cached_file
-    model, run = network(FastSpeech2ConformerWithHifiGan.from_pretrained, name := tts_model or 'espnet/fastspeech2_conformer_with_hifigan')
-    vocab = json.load(open(cached_file(name, 'vocab.json'), encoding='utf-8'))
+    run, model, vocab = network(tts_model or 'espnet/fastspeech2_conformer_with_hifigan', FastSpeech2ConformerWithHifiGan.from_pretrained,
+                                lambda name: json.load(open(cached_file(name, 'vocab.json'), encoding='utf-8')))
     rate, hop = getattr(model.config.vocoder_config, 'sampling_rate', 22050), math.prod(model.config.vocoder_config.upsample_rates)
     espeak = Espeak()
     espeak.load('en-us')
@@ -318,8 +358,9 @@ def load_fastspeech2():
             words = [(word, [vocab.get(phone, vocab['<unk>']) for phone in espeak.phones(word)] + [vocab[mark] for mark in (
                 word[-1] if word[-1] not in ';:' else ',') if mark in vocab and not mark.isalnum()]) for word in sentence.split()]
             tokens = torch.tensor([[*(token for _, phones in words for token in phones), vocab['<sos/eos>']]])
-            made = run(f'{voice} {sentence}', input_ids=tokens, return_dict=True, **(
-                dict(speaker_ids=torch.tensor([[int(voice or 0)]])) if model.model.multispeaker_model else {}))
+            fix_noise(f'{voice} {sentence}')
+            made = run(input_ids=tokens, return_dict=True, **(
+                dict(speaker_ids=torch.tensor([[int(voice)]])) if model.model.multispeaker_model else {}))
             durations = made.duration_outputs[0].cpu()
             frames = [0, *np.cumsum(durations if speed == 1 else torch.round(durations.float() / speed).long())]
             ends = np.cumsum([len(phones) for _, phones in words])
@@ -335,18 +376,23 @@ def load_kokoro():
         from kokoro import KPipeline
     except ImportError:
         fail('--tts=kokoro needs its package: pip install "kokoro>=0.9"')
-    pipeline = lru_cache(KPipeline)  # of a language, the first letter of a voice
+    from model import pick_device
+    pipeline = lru_cache(lambda language: KPipeline(language, tts_model or 'hexgrad/Kokoro-82M', device=pick_device(device).type))
 
     def speak(texts, voice, speed=1.0, pitch=50):
         results = []
         for sentence in texts:
-            waves, times = [np.zeros(0, np.float32)], []
-            for part in pipeline(voice[0])(sentence, voice=voice, speed=speed):
-                at = sum(map(len, waves)) / 24000
-                times += [[token.text, at + token.start_ts, at + (token.end_ts or token.start_ts)] for token in part.tokens or ()
-                          if token.start_ts is not None and any(c.isalnum() for c in token.text)]
+            waves, marks, at, end = [np.zeros(0, np.float32)], [], 0, 0
+            fix_noise(f'{voice} {sentence}')
+            for part in pipeline(voice[0])(sentence, voice=voice, speed=speed):  # af_heart: a, American
+                for token in part.tokens or ():  # punctuation is a token of its own
+                    if (found := sentence.find(token.text, at)) >= 0 and token.start_ts is not None:
+                        marks.append((found, end + round(24000 * token.start_ts)))
+                        at = found + len(token.text)
                 waves.append(part.audio.cpu().numpy())
-            results.append((np.concatenate(waves), 24000, times or None))
+                end += len(waves[-1])
+            wave = np.concatenate(waves)
+            results.append((wave, 24000, word_times(sentence, wave, 24000, marks) if marks else None))
         return results
     return speak
 
@@ -402,24 +448,26 @@ def resample(wave, rate):
 
 
 def assemble(spoken):
-    """[(wave, rate, words), ...], one a sentence -> (wave at 16 kHz, words or None): trimmed, joined, each followed by the pause."""
-    waves, words, at = [np.zeros(0, np.float32)], [], 0.0
+    """[(wave, rate, words), ...], one a sentence, none silent -> (wave at 16 kHz, words or None): trimmed, joined, each followed by the pause."""
+    waves, words, at = [], [], 0.0
     for wave, rate, times in spoken:
-        if len(sounding := np.flatnonzero(np.abs(wave) > SILENCE)):
-            piece, start = resample(wave[sounding[0]:sounding[-1] + 1], rate), sounding[0] / rate
-            waves.append(np.pad(piece, (0, -(-(len(piece) + round(pause * SAMPLE_RATE)) // GRID) * GRID - len(piece))))
-            words += [[word, *(round(at + min(max(t - start, 0), len(piece) / SAMPLE_RATE), 3) for t in span)] for word, *span in times or ()]
-            at += len(waves[-1]) / SAMPLE_RATE
+        sounding = np.flatnonzero(np.abs(wave) > SILENCE)
+        piece, start = resample(wave[sounding[0]:sounding[-1] + 1], rate), sounding[0] / rate
+        waves.append(np.pad(piece, (0, -(-(len(piece) + round(pause * SAMPLE_RATE)) // GRID) * GRID - len(piece))))
+        words += [[word, *(round(at + min(max(t - start, 0), len(piece) / SAMPLE_RATE), 3) for t in span)] for word, *span in times or ()]
+        at += len(waves[-1]) / SAMPLE_RATE
     return np.concatenate(waves), words if all(times is not None for _, _, times in spoken) else None
 
 
 def save(path, wave):
     """16-bit audio, whole or not at all; louder than full scale is scaled down, never clipped. Returns its size in bytes."""
     samples = np.round(wave * (32767 / max(1.0, float(np.abs(wave).max())))).astype(np.int16)
-    soundfile.write(path + '.tmp', samples, SAMPLE_RATE, format=audio_format, subtype='PCM_16',
+    soundfile.write(buffer := io.BytesIO(), samples, SAMPLE_RATE, format=audio_format, subtype='PCM_16',  # soundfile names no full disk
                     **(dict(compression_level=0.0) if audio_format == 'flac' else {}))
+    with open(path + '.tmp', 'wb') as file:
+        size = file.write(buffer.getbuffer())
     os.replace(path + '.tmp', path)
-    return os.path.getsize(path)
+    return size
 
 
 # --- the work ----------------------------------------------------------------------------------------------------------------------
@@ -434,37 +482,35 @@ def in_worker(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-@lru_cache
-def load_voices(tts):
-    return dict(espeak=Espeak, vits=load_vits, fastspeech2=load_fastspeech2, kokoro=load_kokoro)[tts]()
-
-
 def do_shard(job):
-    """Speaks and saves some items of a task. Returns dict(shard, items, left_out, seconds, bytes, rows, skipped), what the journal keeps of them."""
+    """Speaks and saves some items of a task. Returns dict(shard, items, seconds, bytes, rows, skipped), what the journal keeps of them."""
     shard, task, folder, items = job
-    done = dict(shard=shard, items=len(items), left_out=0, seconds=0.0, bytes=0, rows=[], skipped=[])
+    done = dict(shard=shard, items=len(items), seconds=0.0, bytes=0, rows=[], skipped=[])
     for n, item in items:
-        files = [dict(file, sentences=sentences(file['text'] or '')) for file in item.get('files', ())]
+        files = item.get('files', [])
+        said = [sentences(file['text']) for file in files]
         rng = random.Random(f'{seed}/{task}/{item.get("alike", n)}')  # pairs that mirror each other have one voice
         voice = item.get('voice') or rng.choice(voices.split(','))
         own = random.Random(f'{seed}/{voice}')  # a voice has a pace and a pitch of its own
         how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
-        if all(file['sentences'] for file in files) and files:
-            texts = list(dict.fromkeys(sentence for file in files for sentence in file['sentences']))  # what they share is spoken once
-            spoken = dict(zip(texts, load_voices(tts)(texts, voice, *how)))
-            made = [assemble([spoken[sentence] for sentence in file['sentences']]) for file in files]
-        if not files or not all(file['sentences'] for file in files) or not all(len(wave) for wave, _ in made):
-            done['left_out'] += 1
-            said = item.get('text') or ' | '.join(file['text'] or '' for file in files)
-            done['skipped'].append(dict(n=n, reason=item.get('skip', 'nothing to say'), text=said))
+        if files and all(said):
+            texts = list(dict.fromkeys(chain(*said)))  # what they share is spoken once
+            spoken = {sentence: one for sentence, one in zip(texts, speak(texts, voice, *how)) if np.abs(one[0]).max(initial=0) > SILENCE}
+            said = [[sentence for sentence in one if sentence in spoken] for one in said]
+        if not files or not all(said):
+            done['skipped'].append(dict(n=n, reason=item.get('skip', 'nothing to say'),
+                                        text=item.get('text') or ' | '.join(file['text'] for file in files)))
             continue
         more = {key: value for key, value in item.items() if key not in ('files', 'split', 'alike')} | dict(voice=voice)
         if item.get('split'):
             more['split'] = 'val' if random.Random(f'{seed}/{task}/{n}/split').random() < val_share else 'train'
         rows = []
-        for file, (wave, words) in zip(files, made):
-            place = 'syntactic/dev' if task == 'blimp' else f'{n // (1000 // len(files)):03d}'  # at most 1,000 files a folder
-            row = dict(path=f'{place}/{file["name"].format(n=n)}.{audio_format}', text=' '.join(file['sentences']))
+        for file, one in zip(files, said):
+            wave, words = assemble([spoken[sentence] for sentence in one])
+            place = f'{n // ((1000 - (task == "blimp")) // len(files)):03d}'  # at most 1,000 files a folder, gold.csv among them
+            if task == 'blimp':  # ZeroSpeech has no sub-folders: as many as may stand beside gold.csv
+                place = os.path.join(DEV, place).removesuffix('/000')
+            row = dict(path=os.path.join(place, f'{file["name"].format(n=n)}.{audio_format}'), text=' '.join(one))
             if task == 'prompts':
                 wave = wave[:round(prompt_seconds * SAMPLE_RATE)]
                 if words:
@@ -484,8 +530,29 @@ def in_order(pool, jobs, ahead):
     """map(do_shard, jobs) by the pool, never more than `ahead` of what was taken: a corpus is not drawn into memory."""
     waiting = deque(pool.submit(do_shard, job) for job in islice(jobs, ahead))
     while waiting:
-        yield waiting.popleft().result()
+        try:
+            yield waiting.popleft().result()
+        except BrokenProcessPool:
+            fail('a worker was killed (no memory left?): run the same command to continue, with fewer --workers')
         waiting.extend(pool.submit(do_shard, job) for job in islice(jobs, 1))
+
+
+def lock(file):
+    """The file is ours as long as this process or a worker lives. Those of a killed run end within a second; another run does not."""
+    for _ in range(30):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+    fail(f'{file.name}: another run is at work here')
+
+
+@contextmanager
+def written(path):
+    """A text file to write, which appears whole."""
+    with open(path + '.tmp', 'w', encoding='utf-8', errors='replace', newline='') as file:
+        yield file
+    os.replace(path + '.tmp', path)
 
 
 if __name__ == '__main__':
@@ -496,82 +563,93 @@ if __name__ == '__main__':
     for name in tasks:
         if name not in known.split():
             fail(f'no task {name!r} for --text={text}; there are {known.replace(" sstorycloze t", " ").replace(" ", ", ")}')
-    for knob, choices in (('tts', ('espeak', 'vits', 'fastspeech2', 'kokoro')), ('audio_format', ('flac', 'wav'))):
-        if config[knob] not in choices:
-            fail(f'--{knob}={config[knob]}: expected {", ".join(choices)}')
-    for knob in ('speed', 'pitch'):
-        if not re.fullmatch(r'\d+(\.\d+)?-\d+(\.\d+)?', config[knob]):
-            fail(f'--{knob}={config[knob]}: expected a range, 0.9-1.1')
-    voices = voices or VOICES.get(tts, '0')
+    for knob, low, high in (('speed', 0.1, 10), ('pitch', 0, 99)):
+        if not re.fullmatch(r'\d+(\.\d+)?-\d+(\.\d+)?', config[knob]) or not all(
+                low <= float(number) <= high for number in config[knob].split('-')):
+            fail(f'--{knob}={config[knob]}: expected a range within {low} and {high}, such as {"0.9-1.1" if knob == "speed" else "40-60"}')
+    for knob, good, expected in (
+            ('tts', tts in VOICES, ', '.join(VOICES)), ('audio_format', audio_format in ('flac', 'wav'), 'flac or wav'),
+            ('val_share', 0 <= val_share <= 1, '0 to 1'), ('prompt_seconds', prompt_seconds > 0, 'more than 0'),
+            *((knob, config[knob] >= 0, '0 or more') for knob in ('limit', 'pause', 'workers'))):
+        if not good:
+            fail(f'--{knob}={config[knob]}: expected {expected}')
+    voices = voices or VOICES[tts]
     processes = (workers or os.cpu_count()) if tts == 'espeak' else 1
+    settings = {key: value for key, value in config.items() if key not in ('out', 'task', 'workers', 'device')} | dict(
+        voices=voices, text_bytes=sum(map(os.path.getsize, text_files())))
+    speak = None
     for name in tasks:
-        folder, began = os.path.join(out, name), time.time()
+        folder = os.path.join(out, name)
         journal, manifest, summary = (os.path.join(folder, file) for file in ('journal.jsonl', 'manifest.jsonl', 'summary.json'))
-        settings = {key: value for key, value in config.items() if key not in ('out', 'task', 'workers', 'device')} | dict(
-            voices=voices, text_bytes=sum(map(os.path.getsize, glob.glob(text))))
-        for path in (summary, journal):
-            old = json.loads(open(path, encoding='utf-8').readline())['settings'] if os.path.exists(path) else settings
-            if changed := [key for key in settings if settings[key] != old.get(key)]:
+
+        def agree(old):
+            if changed := [key for key in settings if settings[key] != old['settings'].get(key)]:
                 fail(f'{folder} holds speech made with other {", ".join(changed)}: choose another --out, or remove it')
+
+        def count(done):
+            total.update({key: done[key] for key in ('items', 'seconds', 'bytes')}, skipped=len(done['skipped']), shards=1)
+
+        def note(line):
+            log.write((json.dumps(line, ensure_ascii=False) + '\n').encode(errors='replace'))
+            log.flush()
+
         if os.path.exists(summary):
+            agree(json.load(open(summary, encoding='utf-8')))
             print(f'{name}: already in {folder}, nothing to do')
             continue
-        speak = load_voices(tts)
-        for voice in voices.split(',') if tts == 'espeak' else ():
-            speak.load(voice)  # a voice that is not there is said now
+        speak = speak or dict(espeak=Espeak, vits=load_vits, fastspeech2=load_fastspeech2, kokoro=load_kokoro)[tts]()  # forked workers have it
+        for voice in voices.split(','):
+            try:
+                speak(['a'], voice)
+            except Exception as error:  # a voice that is not there is said now
+                fail(f'--voices={voice}: {tts} does not speak with it: {error}')
         toy = list(make_items(name)) if text == 'toy' else None
         full = sum(1 for _ in toy or make_items(name)) or fail(f'{text}: no text in it for task {name}')
         items = islice(enumerate(toy or make_items(name)), limit or full)
+        try:
+            os.makedirs(os.path.join(folder, DEV if name == 'blimp' else ''), exist_ok=True)
+        except OSError as error:
+            fail(f'--out={out}: {error.strerror}: {error.filename}')
 
-        os.makedirs(folder, exist_ok=True)
-        if not os.path.exists(journal):
-            with open(journal + '.tmp', 'w', encoding='utf-8') as file:
-                file.write(json.dumps(dict(settings=settings)) + '\n')
-            os.replace(journal + '.tmp', journal)
-        total = Counter()
-        with open(journal, 'r+b') as file:  # shards are written in order: a killed run goes on after the last whole line
-            file.readline()
-            whole = file.tell()
-            while (line := file.readline()).endswith(b'}\n'):
-                total.update({key: value for key, value in json.loads(line).items() if key in TOTALS}, shards=1)
-                whole = file.tell()
-            file.truncate(whole)
-        before, start, began = total['seconds'], total['shards'], time.time()
-        jobs = ((i, name, folder, shard) for i, shard in enumerate(iter(lambda: list(islice(items, SHARD)), [])) if i >= start)
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context('fork'), in_worker, (os.getpid(),)) if processes > 1 else None
-        bar = tqdm(total=min(limit or full, full), initial=total['items'], desc=name, unit=' items')
-        with open(journal, 'a', encoding='utf-8') as log, bar, pool or nullcontext():
-            for done in in_order(pool, jobs, 4 * processes) if pool else map(do_shard, jobs):
-                log.write(json.dumps(done, ensure_ascii=False) + '\n')
-                log.flush()
-                total.update({key: done[key] for key in TOTALS})
-                bar.update(done['items'])
-                bar.set_postfix_str(f'{total["seconds"] / 3600:.2f} h, {(total["seconds"] - before) / (time.time() - began):.0f} x real time')
+        with open(journal, 'a+b') as log:  # shards are written in order: a killed run goes on after the last whole line
+            lock(log)
+            total, whole = Counter(), 0
+            log.seek(0)
+            for line in log:
+                if line.endswith(b'\n'):
+                    (count if whole else agree)(json.loads(line))
+                    whole += len(line)
+            log.truncate(whole)
+            if not whole:
+                note(dict(settings=settings))
+            before, start, began = total['seconds'], total['shards'], time.time()
+            jobs = ((i, name, folder, shard) for i, shard in enumerate(iter(lambda: list(islice(items, SHARD)), [])) if i >= start)
+            pool = ProcessPoolExecutor(processes, multiprocessing.get_context('fork'), in_worker, (os.getpid(),)) if processes > 1 else None
+            with tqdm(total=min(limit or full, full), initial=total['items'], desc=name, unit=' items') as bar, pool or nullcontext():
+                for done in in_order(pool, jobs, 4 * processes) if pool else map(do_shard, jobs):
+                    note(done)
+                    count(done)
+                    bar.update(done['items'])
+                    bar.set_postfix_str(f'{total["seconds"] / 3600:.2f} h, {(total["seconds"] - before) / (time.time() - began):.0f} x real time')
 
-        def write(path):
-            return open(os.path.join(folder, path), 'w', encoding='utf-8', newline='')
-
-        with (write('manifest.jsonl.tmp') as rows, write('skipped.jsonl') as skipped, write('gold.csv.tmp') as gold,
-              open(journal, encoding='utf-8') as lines):
-            csv.writer(gold).writerow('id filename voice type subtype correct transcription'.split())
-            for done in map(json.loads, islice(lines, 1, None)):
-                rows.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in done['rows'])
-                skipped.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in done['skipped'])
-                for row in done['rows'] if name == 'blimp' else ():
-                    csv.writer(gold).writerow([row['id'], os.path.splitext(os.path.basename(row['path']))[0], row['voice'], row['type'],
-                                               row['subtype'], int(row['correct']), row['text']])
-        if name == 'blimp':
-            os.replace(gold.name, os.path.join(folder, 'syntactic', 'dev', 'gold.csv'))
-        else:
-            os.remove(gold.name)
-        os.replace(manifest + '.tmp', manifest)
-        seconds, hours = time.time() - began, total['seconds'] / 3600
-        rate, full_hours = (total['seconds'] - before) / seconds or math.nan, hours * full / total['items']
-        report = dict(items=total['items'], skipped=total['left_out'], bytes=total['bytes'], hours=hours, seconds=seconds, x_real_time=rate,
-                      full_items=full, full_hours=full_hours, full_machine_hours=full_hours / rate, settings=settings)
-        with write('summary.json.tmp') as file:
-            file.write(json.dumps(report) + '\n')
-        os.replace(summary + '.tmp', summary)
-        os.remove(journal)
-        print(f'{name}: {total["items"]} items, {hours:.2f} h, {total["left_out"]} skipped, {total["bytes"] / 1e6:.0f} MB in {seconds:.1f} s, '
-              f'{rate:.0f} x real time; the full set, {full} items, {full_hours:.2f} h of speech, takes {full_hours / rate:.3f} h')
+            log.seek(0)
+            with written(manifest) as rows, written(os.path.join(folder, 'skipped.jsonl')) as skipped:
+                for done in map(json.loads, islice(log, 1, None)):
+                    rows.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in done['rows'])
+                    skipped.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in done['skipped'])
+            if name == 'blimp':
+                with written(os.path.join(folder, DEV, 'gold.csv')) as file, open(manifest, encoding='utf-8') as lines:
+                    gold = csv.writer(file)
+                    gold.writerow('id filename voice type subtype correct transcription'.split())
+                    gold.writerows([row['id'], os.path.relpath(os.path.splitext(row['path'])[0], DEV), row['voice'], row['type'], row['subtype'],
+                                    int(row['correct']), row['text']] for row in map(json.loads, lines))
+            seconds, hours = time.time() - began, total['seconds'] / 3600
+            rate, full_hours = (total['seconds'] - before) / seconds, hours * full / total['items']
+            takes = full_hours / rate if rate else None  # nothing was left to speak: no rate
+            with written(summary) as file:
+                file.write(json.dumps(dict(
+                    items=total['items'], skipped=total['skipped'], bytes=total['bytes'], hours=hours, seconds=seconds, x_real_time=rate,
+                    full_items=full, full_hours=full_hours, full_machine_hours=takes, settings=settings)) + '\n')
+            os.remove(journal)
+        print(f'{name}: {total["items"]} items, {hours:.2f} h, {total["skipped"]} skipped, {total["bytes"] / 1e6:.0f} MB in {seconds:.1f} s, '
+              f'{rate:.0f} x real time; the full set, {full} items, {full_hours:.2f} h of speech' + (f', takes {takes:.3f} h' if rate else ''))

@@ -4,6 +4,7 @@
     UnitEncoder   wave  -> units         HuBERT-like features, or MFCC offline, and k-means
     UnitVocoder   units -> wave          the unit HiFi-GAN, or offline a table of spectra and Griffin-Lim
 """
+import contextlib
 import json
 import math
 import os
@@ -26,10 +27,13 @@ class InputError(ValueError):
 
 
 def pick_device(device='auto'):
-    """'auto' -> cuda, else mps, else cpu; anything else as torch.device reads it."""
+    """'auto' -> cuda, else mps, else cpu; anything else as torch.device reads it. Raises InputError if it is unknown or not there."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f'device {device!r} cannot be used here: {str(error).splitlines()[0]}') from None
 
 
 def pick_dtype(dtype, device):
@@ -610,12 +614,18 @@ class SLM(nn.Module):
                 slam[key] = key
         tensors = _to_hf(self.state_dict() if state is None else state, self.config)
         write = dict([('config.json', self.config.to_hf()), ('slam.json', slam)])
-        save_file(tensors, os.path.join(folder, 'model.safetensors.tmp'), metadata={'format': 'pt'})
-        for name, content in write.items():
-            with open(os.path.join(folder, name + '.tmp'), 'w', encoding='utf-8') as file:
-                json.dump(content, file, indent=2)
-        for name in ('model.safetensors', *write):
-            os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
+        names = ('model.safetensors', *write)
+        try:
+            save_file(tensors, os.path.join(folder, 'model.safetensors.tmp'), metadata={'format': 'pt'})
+            for name, content in write.items():
+                with open(os.path.join(folder, name + '.tmp'), 'w', encoding='utf-8') as file:
+                    json.dump(content, file, indent=2)
+            for name in names:
+                os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
+        finally:  # of a full disk nothing half-written stays
+            for name in names:
+                with contextlib.suppress(OSError):
+                    os.remove(os.path.join(folder, name + '.tmp'))
 
     def num_params(self):
         """Parameters, tied ones once: what Table 7 counts."""

@@ -103,9 +103,12 @@ def open_data(names, data_dir='data'):
         folder = name if os.path.isdir(name) else os.path.join(data_dir, name)
         try:
             with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
-                sets.append((folder, float(weight or 1), json.load(file)))
-        except (OSError, ValueError) as error:
-            raise InputError(f'data {name!r}: {error}; name folders that prepare_units.py made, NAME or NAME:WEIGHT') from None
+                meta, weight = json.load(file), float(weight or 1)
+            if not 0 < weight < math.inf or min(np.dtype(meta['dtype']).itemsize, meta['vocab_size'], meta['tokens']['train']) < 1:
+                raise ValueError(f'weight {weight:g}, or nothing to train on')
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f'data {name!r}: {type(error).__name__} {error}; name folders that prepare_units.py made, NAME or NAME:WEIGHT') from None
+        sets.append((folder, weight, meta))
         for key in ('vocab_size', 'offset', 'dedup', 'frame_rate'):
             if sets[-1][2].get(key) != sets[0][2].get(key):
                 raise InputError(f'{folder} and {sets[0][0]} differ in {key}: units of one kind only can be mixed')
@@ -133,12 +136,10 @@ def find_chunks(tokens, context):
 
 class Loader:
     """Rows of `context` tokens: chunks in a new random order each epoch, laid end to end, cut at every row's end. No padding.
-
     A cut chunk goes on in the next row as a document of its own, and its first token there is the target of its last token here: so an
     epoch shows each token once and predicts each once, but for the first of a chunk. A set of weight w gives w times its chunks to an
     epoch, in shuffled passes of its own: none comes twice before all have come. whole: chunks are not cut, rows are padded (validation).
-    State: epoch, offset in the epoch's stream of tokens. Memory: 32 bytes a chunk.
-    """
+    State: epoch, offset in the epoch's stream of tokens. Memory: 32 bytes a chunk."""
 
     def __init__(self, sets, context, seed, split='train', whole=False, at=(0, 0)):
         self.T, self.seed, self.sets, self.whole = context, seed, sets, whole
@@ -148,6 +149,8 @@ class Loader:
             if not os.path.exists(path) or not 0 < os.path.getsize(path) == kind.itemsize * meta['tokens'][split]:
                 raise InputError(f'{path} is missing, empty or truncated: run prepare_units.py again')
             self.tokens.append(np.memmap(path, kind, 'r'))
+            if (most := self.tokens[-1].max()) >= meta['vocab_size']:
+                raise InputError(f'{path} has token {most}, meta.json a vocabulary of {meta["vocab_size"]}: run prepare_units.py again')
         tables = [find_chunks(tokens, context) for tokens in self.tokens]
         self.first = np.cumsum([0] + [len(begins) for begins, _ in tables])  # set s has the chunks first[s] to first[s + 1]
         self.begins, self.lengths = (np.concatenate(column) for column in zip(*tables))
@@ -163,6 +166,8 @@ class Loader:
                 turn, into = divmod(at, n)
                 picks.append(self.first[s] + np.random.default_rng((self.seed, s + 1, turn + 1)).permutation(n)[into:into + stop - at])
                 at += len(picks[-1])
+        if not picks:
+            raise InputError('the weights of data leave nothing to an epoch: raise them')
         self.order = np.concatenate(picks)
         if len(picks) > 1:
             np.random.default_rng((self.seed, 0, epoch + 1)).shuffle(self.order)
@@ -240,6 +245,10 @@ def make_optimizers(model, name, lr, betas, eps, weight_decay):
     return [one]
 
 
+def from_now(seconds):
+    return time.strftime('%a %H:%M', time.localtime(time.time() + seconds))
+
+
 def duration(seconds):
     return f'{seconds / 3600:.1f} h' if seconds >= 5400 else f'{seconds / 60:.1f} min' if seconds >= 90 else f'{seconds:.0f} s'
 
@@ -248,7 +257,28 @@ if __name__ == '__main__':
     config = configure(globals())
     # --- processes and device: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
     rank, local, world = (int(os.environ.get(key, default)) for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-    say, budget, device = (print if rank == 0 else lambda *_, **__: None), 3600 * train_hours, pick_device(device)
+
+    def say(text):
+        try:
+            _ = rank or print(text, flush=True)
+        except BrokenPipeError:  # a reader that left (`| head`) ends the lines, not the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def hook(kind, error, trace, before=sys.excepthook):
+        if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            fail(f'out of memory: lower --batch_size={batch_size} (the global batch stays as it is), --context={context} or the size of the model')
+        if issubclass(kind, OSError):
+            fail(f'{error}; what was finished is kept, mend it and run the same command to continue')
+        before(kind, error, trace)
+    sys.excepthook = hook
+
+    least = dict(context=2, batch_size=1, global_batch=1, max_steps=1, log_interval=1, lr=1e-9, rope_theta=1, train_hours=1e-9, decay_fraction=1e-9)
+    for key, value in config.items():
+        low, high = least.get(key, int(key.startswith('n_'))), 1 if key in ('dropout', 'beta1', 'beta2') else math.inf
+        if type(value) in (int, float) and not low <= value < high:
+            fail(f'--{key}={value} is out of range: at least {low}, less than {high}')
+    learning_rate(0, 0, lr, min_lr, schedule, warmup_steps, warmup_fraction, max_steps, decay_fraction)  # an unknown schedule fails here
+    budget, device = 3600 * train_hours, pick_device(device)
     cuda, dtype = device.type == 'cuda', pick_dtype(dtype, device)
     if cuda:
         device = torch.device('cuda', local)
@@ -259,20 +289,17 @@ if __name__ == '__main__':
     if global_batch % (batch_size * world) or shard_model and optimizer != 'adamw':
         fail(f'global_batch {global_batch} must be a multiple of batch_size {batch_size} x {world} processes, and shard_model needs optimizer=adamw')
 
-    def hook(kind, error, trace, before=sys.excepthook):
-        if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            fail(f'out of memory: lower --batch_size={batch_size} (the global batch stays as it is), --context={context} or the size of the model')
-        before(kind, error, trace)
-    sys.excepthook = hook
-
     # --- where this run stopped before
     state_path, log_path, state = os.path.join(out_dir, 'train_state.pt'), os.path.join(out_dir, 'log.jsonl'), {}
     if resume and os.path.exists(state_path):
-        state = torch.load(state_path, map_location='cpu', mmap=True, weights_only=True)
+        try:
+            state = torch.load(state_path, map_location='cpu', mmap=True, weights_only=True)
+        except Exception as error:
+            fail(f'{state_path} cannot be read ({str(error)[:100]}): --resume=False starts over')
         for key, value in state['config'].items():
-            if key not in FREE and config[key] != value:
-                fail(f'{out_dir} is a run with {key}={value!r}, not {config[key]!r}: choose another --out_dir, or --resume=False')
-    start = dict(step=0, elapsed=0.0, skipped=0, position=(0, 0), val_loss=None, best=math.inf) | state
+            if key not in FREE and config.get(key) != value:
+                fail(f'{out_dir} is a run with {key}={value!r}, not {config.get(key)!r}: choose another --out_dir, or --resume=False')
+    start = dict(step=0, elapsed=0.0, skipped=0, position=(0, 0), val_loss=None, best=math.inf, tokens=None) | state
     step, elapsed, skipped, position, val_loss, best = (start[key] for key in ('step', 'elapsed', 'skipped', 'position', 'val_loss', 'best'))
     if step >= max_steps or elapsed >= budget:
         say(f'{out_dir}: finished before, {step} steps in {duration(elapsed)}, val loss {val_loss}; nothing to do (--resume=False starts over)')
@@ -280,7 +307,9 @@ if __name__ == '__main__':
 
     # --- data and model
     sets = open_data(data, data_dir)
-    folder, _, meta = sets[0]
+    (folder, _, meta), tokens_of_sets = sets[0], [one[2]['tokens'] for one in sets]
+    if start['tokens'] not in (None, tokens_of_sets):
+        fail(f'{data} holds other data than when {out_dir} began ({start["tokens"]} tokens): choose another --out_dir, or --resume=False')
     loader, val_batches = Loader(sets, context, seed, at=position), []
     val_sets = [one for one in sets if eval_interval and one[2]['tokens'].get('val')]
     val = val_sets and Loader(val_sets, context, 0, 'val', whole=True)
@@ -295,7 +324,8 @@ if __name__ == '__main__':
         raw = SLM.from_pretrained(init, embed_init=embed_init, seed=seed, **shape)
     slam = {key: meta.get(key) for key in ('encoder', 'vocoder', 'n_units', 'frame_rate', 'dedup')}
     slam |= {key: os.path.join(folder, slam[key]) for key in ('encoder', 'vocoder') if os.path.isdir(os.path.join(folder, str(slam[key])))}
-    slam |= dict(recipe=config, git_commit=subprocess.getoutput('git rev-parse HEAD').splitlines()[0])
+    slam |= dict(recipe=config, git_commit=subprocess.getoutput('git rev-parse HEAD 2>/dev/null') or None)
+    os.makedirs(out_dir, exist_ok=True)
     if save_init and not state and rank == 0:
         raw.save_pretrained(os.path.join(os.path.dirname(os.path.normpath(out_dir)), 'untrained'), slam)
     n_params, flops = raw.num_params(), raw.flops_per_token(float(loader.lengths.mean()))
@@ -322,19 +352,18 @@ if __name__ == '__main__':
     peak = next((1e12 * world * tflops for name, tflops in PEAK.items() if cuda and name in torch.cuda.get_device_name(device)), None)
 
     def save(folder, to_resume=True):
-        """Write a checkpoint; first, in one file complete in itself, what a killed run goes on from."""
+        """Write a checkpoint; last, in one file complete in itself, what a killed run goes on from: a run that calls itself finished is whole."""
         states = raw.state_dict(), [one.state_dict() for one in optimizers]
         if shard_model:
             states = shards.get_state_dict(raw, optimizers, options=whole)
         if rank:
             return
         try:
-            os.makedirs(folder, exist_ok=True)
+            raw.save_pretrained(folder, dict(slam, scores=dict(val_loss=val_loss, step=step, tokens=step * global_batch * context)), states[0])
             if to_resume:
                 torch.save(dict(step=step, elapsed=elapsed, skipped=skipped, best=best, val_loss=val_loss, position=position, config=config,
-                                model=states[0], optimizers=states[1]), state_path + '.tmp')
+                                tokens=tokens_of_sets, model=states[0], optimizers=states[1]), state_path + '.tmp')
                 os.replace(state_path + '.tmp', state_path)
-            raw.save_pretrained(folder, dict(slam, scores=dict(val_loss=val_loss, step=step, tokens=step * global_batch * context)), states[0])
         except Exception as error:
             with contextlib.suppress(OSError):
                 os.remove(state_path + '.tmp')
@@ -348,7 +377,7 @@ if __name__ == '__main__':
             tokens, targets, doc = batch.to(device)
             with torch.no_grad(), autocast:
                 loss, n = model(tokens, targets, doc=doc)[1], (targets >= 0).sum()
-            total += torch.stack((loss * n, n))
+            total += torch.stack((torch.where(n > 0, loss * n, 0), n))
         model.train()
         return float(total[0] / total[1])
 
@@ -363,6 +392,9 @@ if __name__ == '__main__':
             past['event'].synchronize()
         loss, seconds, halt, norm, bad = past['stats'].tolist()
         in_a_row, skipped, speed = (in_a_row + 1 if bad else 0), skipped + int(bad), global_batch * context / past['took']
+        if past['step'] == first_step + 10 < max_steps:  # seconds: without the first of them, which compiles, and the last
+            left = min((max_steps - past['step']) * (seconds - start['elapsed']) / 8, budget - seconds)
+            say(f'estimated finish {from_now(left)}, in {duration(left)}; validation and checkpoints come on top')
         if bad:  # named are the utterances whose logits are not finite
             again, places = Loader(sets, context, seed, at=past['at']), set()
             for tokens, _, doc in next(again.batches(batch_size, global_batch))['micro'].to(device):
@@ -370,11 +402,11 @@ if __name__ == '__main__':
                     places |= set(doc[~raw(tokens, doc=doc).isfinite().all(-1)].tolist())
             names = Loader(sets, context, seed, at=past['at']).names(global_batch, places)
             message = f'loss {loss}, gradient norm {norm} with {", ".join(names[:3])}' + f' and {len(names) - 3} more' * (len(names) > 3)
-            say(f'step {past["step"]} skipped: {message}', flush=True)
+            say(f'step {past["step"]} skipped: {message}')
         elif past['step'] % log_interval == 0:
             left = duration(max(0, min((max_steps - past['step']) * past['took'], budget - seconds)))
             say(f'step {past["step"]}/{max_steps} | loss {loss:.4f} | lr {past["lr"]:.2e} | norm {norm:.2f} | {speed:,.0f} tok/s'
-                f'{f" | mfu {speed * flops / peak:.1%}" if peak else ""}{f" | val {val_loss:.4f}" if val_loss else ""} | {left} left', flush=True)
+                f'{f" | mfu {speed * flops / peak:.1%}" if peak else ""}{f" | val {val_loss:.4f}" if val_loss else ""} | {left} left')
         log(step=past['step'], lr=past['lr'], tokens_per_s=round(speed), elapsed=round(seconds, 2),
             **(dict(loss=None, skipped=names) if bad else dict(loss=loss, norm=norm)))
         if in_a_row == 10:
@@ -383,16 +415,18 @@ if __name__ == '__main__':
         return seconds, halt
 
     # --- start
-    os.makedirs(out_dir, exist_ok=True)
-    lines = [line for line in open(log_path) if json.loads(line)['step'] <= step] if state and os.path.exists(log_path) else []
-    log_file = open(log_path if rank == 0 else os.devnull, 'w', buffering=1)
-    log_file.writelines(lines)
+    if rank == 0:  # what a killed run logged past its checkpoint goes
+        with open(log_path + '.tmp', 'w') as file:
+            lines = open(log_path) if state and os.path.exists(log_path) else ()
+            file.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step)
+        os.replace(log_path + '.tmp', log_path)
+    log_file = open(log_path if rank == 0 else os.devnull, 'a', buffering=1)
     if wandb and not importlib.util.find_spec('wandb'):
         fail('--wandb needs a package: pip install wandb')
     run = wandb and rank == 0 and __import__('wandb').init(project='slam', name=os.path.basename(out_dir), config=config)
-    finish = time.strftime('%a %H:%M', time.localtime(time.time() + budget - elapsed))
     say(f'{init}: {n_params:,} parameters, {world} x {device}, {dtype}; {data}: {loader.ends[-1]:,} tokens an epoch; {max_steps:,} steps '
-        f'of {global_batch * context:,} or {train_hours:.3g} h, {finish} at the latest' + (f'; going on at step {step}' if step else ''), flush=True)
+        f'of {global_batch * context:,} or {train_hours:.3g} h, {from_now(budget - elapsed)} at the latest'
+        + f'; going on at step {step}' * bool(step))
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -411,7 +445,7 @@ if __name__ == '__main__':
         loss = torch.zeros((), device=device)
         for i, micro in enumerate(batch['micro'], 1):
             tokens, targets, doc = micro.to(device, non_blocking=True)  # (batch_size, context) each
-            weight = float((micro[1] >= 0).sum()) / batch['total']  # a mean over the predictions of the global batch
+            weight = float((micro[1] >= 0).sum()) / max(1, batch['total'])  # a mean over the predictions of the global batch
             last = i == len(batch['micro'])
             raw.set_requires_gradient_sync(last) if shard_model else setattr(model, 'require_backward_grad_sync', last)  # the latter is DDP's
             with autocast:
@@ -430,7 +464,7 @@ if __name__ == '__main__':
             for group in one.param_groups:
                 group['lr'] = rate
             one.found_inf = bad  # fused AdamW reads it on the device and, where it is 1, leaves everything as it is
-            if optimizer == 'adamw' or not bad:  # the others know no such switch: the host waits for it
+            if optimizer == 'adamw' or not bad:  # the others know no such switch, and zero gradients would still move them: the host waits
                 one.step()
         raw.zero_grad()
         stats, event = torch.cat((shared, torch.stack((norm, bad)))), None
@@ -470,6 +504,6 @@ if __name__ == '__main__':
         dist.destroy_process_group()
     result = f'{out_dir}: {step} steps, {step * global_batch * context:,} tokens, {duration(elapsed)}' + f', {skipped} steps skipped' * bool(skipped)
     if not over:
-        say(f'{result}; stopped and saved, the same command continues', file=sys.stderr)
+        _ = rank or print(f'{result}; stopped and saved, the same command continues', file=sys.stderr)
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    say(result + (f', val loss {val_loss:.4f} (best {best:.4f}: {out_dir}/best)' if val_loss else ''))
+    say(result + (f', val loss {val_loss:.4f} (best {best:.4f}: {out_dir}/best)' if best < math.inf else ''))

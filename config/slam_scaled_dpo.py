@@ -1,7 +1,7 @@
-# Slam (scaled) and Slam (large): two passes over SpokenSwag, 9 M tokens (section 6 of the paper), on 2 x A100.
+# Slam (scaled), and with --init=out/slam_large Slam (large): two passes over SpokenSwag, 9 M tokens (section 6 of the paper), on 2 x A100.
 #   torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
-init = 'out/slam-scaled'
-out_dir = 'out/slam-scaled-dpo'
+init = 'out/slam_scaled'
+out_dir = 'out/slam_scaled-dpo'
 beta = 0.1
 context = 1024
 rope_theta = 10000.0

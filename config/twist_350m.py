@@ -1,4 +1,4 @@
-"""TWIST-350M by its own recipe, in Slam's budget of one A5000 day: the baseline row of Table 3.
+"""TWIST-350M by its own recipe, in Slam's budget of one A5000 day: the baseline that Slam is compared with.
 
 OPT-350M, context 512, inverse square root, 100 warmup steps, dropout as in OPT, no synthetic data.
 """

@@ -5,12 +5,12 @@
 #     GPUS=1 bash runs/slam_a5000.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-CONFIG=${CONFIG:-config/slam_a5000.py} OUT=${OUT:-out/slam} GPUS=${GPUS:-1}
-train() { if [ "$GPUS" -gt 1 ]; then torchrun --nproc_per_node="$GPUS" train.py "$@"; else python train.py "$@"; fi; }
+CONFIG=${CONFIG:-config/slam_a5000.py} DPO=${DPO:-config/slam_dpo.py} OUT=${OUT:-out/slam} GPUS=${GPUS:-1}
+launch() { if [ "$GPUS" -gt 1 ]; then torchrun --nproc_per_node="$GPUS" "$@"; else python "$@"; fi; }
 
 for set in librilight librispeech stinystories spokenswag; do
     python prepare_units.py --audio="data/audio/$set" --out="data/$set" --encoder=mhubert25
 done
-train "$CONFIG" --out_dir="$OUT"
-python dpo.py --init="$OUT" --data=data/spokenswag/pairs.jsonl --out_dir="$OUT-dpo" ${DPO:-}
+launch train.py "$CONFIG" --out_dir="$OUT"
+launch dpo.py "$DPO" --init="$OUT" --data=data/spokenswag/pairs.jsonl --out_dir="$OUT-dpo"
 python eval_slm.py --init="$OUT,$OUT-dpo" --out="$OUT-dpo/eval.json"

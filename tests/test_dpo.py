@@ -2,6 +2,9 @@
 import json
 import math
 import os
+import resource
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +74,20 @@ def command(place, out, **knobs):
 def run(place, out, **knobs):
     env = dict(os.environ, OMP_NUM_THREADS='1')
     return subprocess.run([sys.executable, *command(place, out, **knobs)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def inside(monkeypatch, capsys, *args, **knobs):
+    """The program in this process, for runs that end in an error: exit code, stdout and lines of stderr."""
+    monkeypatch.setattr(sys, 'argv', command(*args, **knobs))
+    monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        try:
+            runpy.run_path(os.path.join(ROOT, 'dpo.py'), run_name='__main__')
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+    said = capsys.readouterr()
+    return end.value.code, said.out, [line for line in said.err.splitlines() if line.startswith('dpo.py: ') or 'Error' in line]
 
 
 def read_log(folder):
@@ -317,6 +334,78 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, number):
     assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
     if number == signal.SIGKILL:
         assert [r for r in read_log(place / out) if 'loss' in r] == [r for r in read_log(place / 'whole') if 'loss' in r]
+
+
+def test_the_options_of_the_loss_against_its_closed_form(place, monkeypatch, capsys):
+    """The gradient of the first step, where the policy is the reference: of -beta / 2 (1 - 2 e) (chosen - rejected), pair by pair, and of the
+    mean negative log-likelihood of a chosen token times sft_weight. The loss: ln 2 whatever e, and sft_weight is no part of it."""
+    train, _, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 512)
+    pairs = [train[i] for i in dpo.deal(np.array([sum(map(len, pair)) for pair in train]), 8, 1234, 0)[0]]
+    model, norms = SLM.from_pretrained(str(place / 'init')).double(), []
+    logps = [model.logps(torch.from_numpy(np.concatenate((prompt, one)))[None], torch.tensor([[0] * len(prompt) + [1] * len(one)]))
+             for prompt, *both in pairs for one in both]
+    margin, likelihood = sum(logps[::2]) - sum(logps[1::2]), sum(logps[::2]) / sum(len(chosen) for _, chosen, _ in pairs)
+    for i, (e, weight) in enumerate(((0, 0), (0.2, 0), (0.2, 0.5))):
+        gradient = torch.autograd.grad(-0.1 / 2 * (1 - 2 * e) * margin / 8 - weight * likelihood, list(model.parameters()), retain_graph=True)
+        norms.append(math.sqrt(sum(float((g ** 2).sum()) for g in gradient)))
+        code, out, _ = inside(monkeypatch, capsys, place, f'options{i}', max_steps=1, log_interval=1, label_smoothing=e, sft_weight=weight)
+        assert code == 0, out
+        [row] = [row for row in read_log(place / f'options{i}') if 'loss' in row]
+        assert row['norm'] == pytest.approx(norms[-1], rel=1e-3, abs=1e-5) and row['loss'] == pytest.approx(math.log(2), abs=2e-5)
+    assert norms[1] == pytest.approx(0.6 * norms[0]) and abs(norms[2] / norms[1] - 1) > 0.1  # so that each option shows
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run(place, monkeypatch, capsys):
+    code, out, errors = inside(monkeypatch, capsys, place, 'wild', lr=1e30, warmup_steps=0, max_steps=40, eval_interval=0, save_interval=0)
+    assert code == 2 and len(errors) == 1 and 'steps in a row were not finite' in errors[0]
+    lines = [line for line in out.splitlines() if '2 not finite, skipped' in line]
+    assert lines and all(' | skipped | ' in line and '0.000' not in line for line in lines)
+    assert all(('loss' in row) == (row['skipped'] < 2) for row in read_log(place / 'wild'))
+
+
+def test_a_model_that_is_not_finite_is_one_line(place, tmp_path, monkeypatch, capsys):
+    model = SLM.from_pretrained(str(place / 'init'))
+    model.embed.weight.data[5] = math.nan
+    model.save_pretrained(tmp_path / 'init')
+    code, _, errors = inside(monkeypatch, capsys, place, 'broken', init=tmp_path / 'init')
+    assert code == 2 and len(errors) == 1 and 'no finite log-probability' in errors[0]
+
+
+def test_memory_that_is_not_there_is_one_line(place, tmp_path, monkeypatch, capsys):
+    def logps(*_, **__):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+    monkeypatch.setattr(SLM, 'logps', logps)
+    code, _, errors = inside(monkeypatch, capsys, place, tmp_path / 'out', seed=7, data=shutil.copy(place / 'pairs.jsonl', tmp_path))
+    assert code == 2 and len(errors) == 1 and all(word in errors[0] for word in ('out of memory', '--batch_size=2', '--context=128'))
+
+
+@pytest.mark.parametrize('knob, value', [('lr', -1), ('beta', 0), ('context', 0), ('batch_size', 0), ('accumulation', 0), ('log_interval', 0),
+                                         ('seed', -1), ('label_smoothing', 0.5), ('sft_weight', -1), ('train_hours', -1)])
+def test_a_knob_out_of_range_is_one_line(knob, value, place, monkeypatch, capsys):
+    code, _, errors = inside(monkeypatch, capsys, place, 'wrong', **{knob: value})
+    assert code == 2 and len(errors) == 1 and f'--{knob}=' in errors[0] and 'out of range' in errors[0]
+
+
+def test_a_held_out_pair_may_be_the_longest_and_a_full_disk_loses_nothing(place, tmp_path):
+    lines = [json.loads(line) for line in open(place / 'pairs.jsonl')]
+    long = dict(prompt=[1, 2, 3] * 20, chosen=list(range(40)), rejected=list(range(39, -1, -1)), chosen_text='a b', split='val')
+    (tmp_path / 'pairs.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in [*lines, long]))
+    knobs = dict(init=place / 'init', data=tmp_path / 'pairs.jsonl', context=128, max_steps=4)
+    done = run(tmp_path, 'out', **knobs)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / 'out' / 'log.jsonl', 'a') as file:
+        file.write('{"step": 4')  # torn
+    names, knobs['max_steps'] = ('train_state.pt', 'model.safetensors'), 6
+    before = [(tmp_path / 'out' / name).read_bytes() for name in names]
+    full = subprocess.run([sys.executable, *command(tmp_path, 'out', **knobs)], cwd=ROOT, capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS='1'), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000,) * 2))
+    assert full.returncode == 2 and 'make room' in full.stderr.splitlines()[-1] and 'Traceback' not in full.stderr, full.stderr
+    assert before == [(tmp_path / 'out' / name).read_bytes() for name in names]
+    process = subprocess.Popen([sys.executable, *command(tmp_path, 'out', **knobs)], cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()  # a reader that leaves does not stop the run
+    assert 'Error' not in process.stderr.read() and process.wait() == 0 and read_log(tmp_path / 'out')[-1]['step'] == 6
 
 
 def test_two_processes_are_one(place):

@@ -1,5 +1,6 @@
 """make_synthetic.py: what is said, how it sounds, and that it is the same whoever makes it and however often it is interrupted."""
 import csv
+import fcntl
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +185,12 @@ def test_espeak_does_not_remember_what_it_said(espeak):
     assert 1.6 < slow / fast < 2.4
 
 
+def test_espeak_knows_languages_that_name_no_file(espeak):
+    for language, file in (('fr-fr', 'roa/fr'), ('en-gb+f2', 'gmw/en+f2'), ('de', 'gmw/de')):
+        (one, rate, words), (two, *_) = (espeak(['Salut, Jörg là-bas.'], voice)[0] for voice in (language, file))
+        assert np.array_equal(one, two) and len(one) > rate / 2 and [word for word, _, _ in words] == ['Salut,', 'Jörg', 'là-bas.']
+
+
 def test_word_times_share_what_espeak_does_not_mark():
     wave = np.ones(1000, np.float32)
     assert ms.word_times('of the dog', wave, 1000, [(0, 0), (7, 500)]) == [['of', 0, 0.2], ['the', 0.2, 0.5], ['dog', 0.5, 1.0]]
@@ -245,10 +253,11 @@ def test_swag_hellaswag_and_plain_pairs(tmp_path, monkeypatch):
     texts = {file['role']: file['text'] for file in one['files']}
     assert texts['prompt'] == 'A man sits.' and texts['chosen'] == 'He swims.' and texts['rejected'] in ('He eats.', 'He flies.', 'He melts.')
     assert two['skip'].startswith('auto-BLEU') and two['text'] == 'the cat the cat the cat the cat.'
-    assert items_of(monkeypatch, 'pairs', swag) == [one, two]
+    os.rename(swag, tmp_path / 'moved.csv')  # what is drawn depends on the row, not on where the file lies
+    assert items_of(monkeypatch, 'pairs', tmp_path / 'moved.csv') == [one, two]
     hella = tmp_path / 'hella.jsonl'
     row = dict(ctx_a='A cook stirs.', ctx_b='she', endings=['tastes it.', 'leaves.', 'sings.', 'falls.'], label=0, source_id='x')
-    left_out = dict(row, ctx_a='[header] How to stir'), dict(row, endings=['a/b', 'b', 'c', 'd']), dict(row, label='')
+    left_out = dict(row, ctx_a='[header] How to stir'), dict(row, endings=['a/b', 'b', 'c', 'd']), dict(row, label=''), dict(row, label='12')
     hella.write_text('\n'.join(json.dumps(r) for r in (row, *left_out)))
     (one,) = items_of(monkeypatch, 'pairs', hella)
     texts = {file['role']: file['text'] for file in one['files']}
@@ -281,15 +290,61 @@ def test_text_files(tmp_path, monkeypatch):
     assert len(items_of(monkeypatch, 'stories', tmp_path)) == 5
 
 
+@pytest.mark.parametrize('name, content, task, says', [
+    ('a.txt', bytes(range(256)), 'stories', 'UTF-8'), ('a.txt', 'Hello there.'.encode('utf-16'), 'stories', 'UTF-8'),
+    ('a.txt', 'Grüße aus Köln.'.encode('latin-1'), 'stories', 'UTF-8'), ('a.csv', b'a,b\n1,2\n', 'stories', 'a.csv row 1'),
+    ('a.csv', b'a,b\n1,2\n', 'pairs', 'gold-source'), ('a.csv', b'a,b\n1,2\n', 'blimp', 'sentence_good'),
+    ('a.jsonl', b'{"text": "A."}\n[1]\n', 'stories', 'a.jsonl row 2'), ('a.jsonl', b'{"text": "A."}\n\n{"te', 'stories', 'a.jsonl row 2'),
+    ('a.jsonl', b'{"text": ["A."]}', 'stories', 'text (list)'), ('a.txt', b'', 'stories', 'no text there')])
+def test_bad_text_is_one_line(name, content, task, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as error:
+        items_of(monkeypatch, task, tmp_path / name)
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and says in printed and len(printed.splitlines()) == 1
+
+
+def test_odd_text_is_read(tmp_path, monkeypatch):
+    (tmp_path / 'a.jsonl').write_text('{"text": null}\n\n{"text": 5}\n')
+    (tmp_path / 'b[1].csv').write_text('text\n' + 'word ' * 40000 + '\n')  # longer than what csv reads unasked
+    assert [item['files'][0]['text'] for item in items_of(monkeypatch, 'stories', tmp_path / 'a.jsonl')] == ['', '5']
+    assert len(items_of(monkeypatch, 'stories', tmp_path / 'b[1].csv')[0]['files'][0]['text'].split()) == 40000
+    assert len(items_of(monkeypatch, 'stories', tmp_path)) == 3
+    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=lambda name, split: {'train': [dict(story='A.')]}[split]))
+    assert items_of(monkeypatch, 'stories', 'hub:one/two', text_field='story')[0]['files'][0]['text'] == 'A.'
+    with pytest.raises(SystemExit):
+        items_of(monkeypatch, 'stories', 'hub:one/two:nowhere')
+
+
+@pytest.mark.parametrize('task, roles', [('stories', 1), ('pairs', 3), ('sstorycloze', 2), ('blimp', 2)])
+def test_at_most_a_thousand_files_a_folder(task, roles, tmp_path, monkeypatch):
+    monkeypatch.setattr(ms, 'voices', 'a')
+    monkeypatch.setattr(ms, 'speak', lambda texts, *how: [(np.ones(10, np.float32), 16000, None)] * len(texts), raising=False)
+    monkeypatch.setattr(ms, 'save', lambda path, wave: open(path, 'x').close() or 1)  # 'x': no path twice
+    items = [(n, dict(files=[dict(name=f'{{n:06d}}_{i}', text='A.', correct=i == 0) for i in range(roles)])) for n in range(1200)]
+    rows = ms.do_shard((0, task, str(tmp_path), items))['rows']
+    paths = [row['path'] for row in rows]
+    assert len(paths) == 1200 * roles and all(os.path.exists(tmp_path / path) for path in paths)
+    assert max(Counter(map(os.path.dirname, paths)).values()) <= 1000 - (task == 'blimp')
+    if task == 'blimp':  # a small suite is flat, as ZeroSpeech; the evaluation finds the rest too
+        assert {os.path.dirname(path) for path in paths[:998]} == {'syntactic/dev'}
+        write_csv(tmp_path / 'syntactic' / 'dev' / 'gold.csv', 'id filename voice type subtype correct transcription',
+                  *([i // 2, os.path.relpath(path[:-5], 'syntactic/dev'), 'a', 't', 's', 1 - i % 2, 'A.'] for i, path in enumerate(paths)))
+        from eval_slm import list_zerospeech
+        assert len(list_zerospeech(str(tmp_path), 'syntactic', 'dev')[0]) == 1200
+
+
 def test_blimp_is_read_back_by_the_evaluation(tmp_path):
     (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps(dict(
         sentence_good=f'These {noun}s are here.', sentence_bad=f'This {noun}s are here.', field='syntax', linguistics_term='agreement',
-        UID='det_noun', pairID=str(i))) for i, noun in enumerate(('dog', 'cat', 'king'))))
+        UID='det_noun', pairID=str(i))) for i, noun in enumerate(('dog', 'cat', 'king'))) + '\n' + json.dumps(dict(
+            sentence_good='\ud83d', sentence_bad='***', linguistics_term='a', UID='b', pairID='c')))  # half an emoji
     run('--task=blimp', f'--text={tmp_path}/b.jsonl', f'--out={tmp_path}/o', '--voices=gmw/en+m3,en-us+f2', '--audio_format=wav', '--workers=1')
     from eval_slm import list_zerospeech
     pairs = list_zerospeech(f'{tmp_path}/o/blimp', 'syntactic', 'dev')[0]
     assert len(pairs) == 6 and {pair['voice'] for pair in pairs} == {'gmw/en+m3', 'en-us+f2'}
     gold = list(csv.DictReader(open(f'{tmp_path}/o/blimp/syntactic/dev/gold.csv')))
+    assert len(open(f'{tmp_path}/o/blimp/skipped.jsonl').readlines()) == 2 == json.load(open(f'{tmp_path}/o/blimp/summary.json'))['skipped']
     assert len(gold) == 12 and list(gold[0]) == 'id filename voice type subtype correct transcription'.split()
     texts = {row['filename']: (row['correct'], row['transcription']) for row in gold}
     for pair in pairs:
@@ -322,6 +377,31 @@ def test_one_worker_makes_what_four_do_and_a_killed_run_continues(made, tmp_path
     assert other.returncode == 2 and 'pitch' in other.stderr and len(other.stderr.strip().splitlines()) == 1
 
 
+def test_several_workers_killed_go_on_where_they_stopped(tmp_path):
+    args = ('config/demo_synthetic.py', '--n_stories=120', '--n_pairs=0', '--n_suite=0', '--task=stories')
+    journal = tmp_path / 'killed' / 'stories' / 'journal.jsonl'
+    process = subprocess.Popen([sys.executable, 'make_synthetic.py', *args, '--workers=2', f'--out={tmp_path}/killed'], cwd=ROOT,
+                               stderr=subprocess.DEVNULL)
+    while not (journal.exists() and journal.read_bytes().count(b'\n') >= 2):
+        time.sleep(0.005)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in journal.parent.glob('*/*.flac') if int(path.stem) < 40}
+    run(*args, '--workers=3', f'--out={tmp_path}/killed')  # at once, while the workers may still be there
+    assert len(kept) == 40 and all(path.stat().st_mtime_ns == time_ns for path, time_ns in kept.items())
+    run(*args, '--workers=1', f'--out={tmp_path}/whole')
+    assert contents(f'{tmp_path}/killed') == contents(f'{tmp_path}/whole') and len(rows_of(f'{tmp_path}/whole/stories')) == 120
+
+
+def test_two_runs_at_once_do_not_mix(tmp_path):
+    os.makedirs(tmp_path / 'stories')
+    with open(tmp_path / 'stories' / 'journal.jsonl', 'ab') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = run('--n_stories=1', '--workers=1', f'--out={tmp_path}', check=False)
+    assert result.returncode == 2 and 'another run' in result.stderr and os.listdir(tmp_path / 'stories') == ['journal.jsonl']
+
+
 def test_what_cannot_be_said_is_listed_and_limit_projects(tmp_path):
     (tmp_path / 't.txt').write_text(
         'A dog ran.\n<|endoftext|>\n***\n<|endoftext|>\nA cat sat. ' + 'It sat on and on, and sang. ' * 40 + '\n<|endoftext|>\nMore.\n')
@@ -331,6 +411,10 @@ def test_what_cannot_be_said_is_listed_and_limit_projects(tmp_path):
     assert len(rows[1]['words']) == 3 + 7 * 40 and [(row['n'], row['reason']) for row in skipped] == [(1, 'nothing to say')]
     summary = json.load(open(f'{tmp_path}/o/stories/summary.json'))
     assert summary['items'] == 3 and summary['skipped'] == 1 and summary['full_items'] == 4
+    assert summary['bytes'] == sum(os.path.getsize(f'{tmp_path}/o/stories/{row["path"]}') for row in rows)
+    assert summary['hours'] == pytest.approx(sum(row['seconds'] for row in rows) / 3600)
+    assert summary['full_hours'] == pytest.approx(summary['hours'] * 4 / 3)
+    assert summary['full_machine_hours'] == pytest.approx(summary['full_hours'] / summary['x_real_time'])
     run(f'--text={tmp_path}/t.txt', f'--out={tmp_path}/o', '--limit=3', '--workers=1', '--task=prompts')
     prompts = rows_of(f'{tmp_path}/o/prompts')
     assert prompts[1]['seconds'] == 3.0 and prompts[1]['text'].startswith('A cat sat. It sat on')
@@ -338,13 +422,28 @@ def test_what_cannot_be_said_is_listed_and_limit_projects(tmp_path):
 
 @pytest.mark.parametrize('args, says', [
     (['--text=nowhere.txt'], 'nowhere.txt'), (['--task=sing'], 'stories'), (['--voices=xx-nobody', '--n_stories=3', '--workers=1'], 'xx-nobody'),
-    (['--tts=kokoro', '--n_stories=3'], 'pip install'), (['--speed=fast'], '0.9-1.1'), (['--text=hub:a/b'], 'pip install datasets')])
-def test_mistakes_are_one_line(args, says, tmp_path):
-    result = run(*args, f'--out={tmp_path}', check=False)
+    (['--tts=kokoro', '--n_stories=3'], 'pip install'), (['--speed=fast'], '0.9-1.1'), (['--text=hub:a/b'], 'pip install datasets'),
+    (['--speed=0-0'], 'range'), (['--pitch=50-100'], 'range'), (['--limit=-1'], '--limit=-1'), (['--pause=-1'], '--pause=-1'),
+    (['--voises=de'], 'voices'), (['--out=README.md', '--n_stories=1', '--workers=1'], 'README.md')])
+def test_mistakes_are_one_line(args, says, tmp_path, monkeypatch):
+    for package in ('kokoro', 'datasets'):  # not there, whatever this machine has
+        (tmp_path / f'{package}.py').write_text('raise ImportError')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    result = run(f'--out={tmp_path}', *args, check=False)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and says in result.stderr, result.stderr
 
 
 # --- the networks, small and random but of the true shape
+
+@pytest.mark.parametrize('knobs', [dict(tts_model='tests'), dict(device='abacus'), dict(dtype='float3')])
+def test_a_network_that_is_not_there_is_one_line(knobs, monkeypatch, capsys):
+    for key, value in dict(dict(tts_model='tests', device='cpu'), **knobs).items():
+        monkeypatch.setattr(ms, key, value)
+    with pytest.raises(SystemExit) as error:
+        ms.load_vits()
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and list(knobs.values())[0] in printed and len(printed.splitlines()) == 1
+
 
 def test_vits(tmp_path, monkeypatch):
     import torch
@@ -399,3 +498,33 @@ def test_fastspeech2(tmp_path, monkeypatch):
     espeak.load('en-us')
     assert {phone for word in text.split() for phone in espeak.phones(word)} <= set(phones)
     assert espeak.phones('cat') == ['K', 'AE1', 'T'] and espeak.phones('dog') in (['D', 'AO1', 'G'], ['D', 'AA1', 'G'])
+    assert espeak.phones('-') == [] and [word for word, _, _ in speak(['Oh - no.'], '0')[0][2]] == ['Oh', '-', 'no.']
+
+
+def test_kokoro(monkeypatch):
+    """The adapter, against what KPipeline of kokoro 0.9.4 gives: parts with .audio and tokens, punctuation a token of its own, noise from torch."""
+    import torch
+    made = []
+
+    class KPipeline:
+        def __init__(self, language, repo_id, device):
+            made.append((language, repo_id, device))
+
+        def __call__(self, text, voice, speed):
+            for half in (('"', 'Yes', ',', '"'), ('he', 'said', '.')):
+                tokens = [SimpleNamespace(text=token, start_ts=0.1 * i + 0.05, end_ts=0.1 * i + 0.14) for i, token in enumerate(half)]
+                tokens[-1].start_ts = tokens[-1].end_ts = None
+                yield SimpleNamespace(tokens=tokens if language_of(voice) else None, audio=torch.rand(12000) + 0.1)
+
+    def language_of(voice):
+        return voice[0] in 'ab'
+
+    monkeypatch.setitem(sys.modules, 'kokoro', SimpleNamespace(KPipeline=KPipeline))
+    monkeypatch.setattr(ms, 'device', 'cpu')
+    speak, text = ms.load_kokoro(), '"Yes," he said.'
+    ((wave, rate, words),) = speak([text], 'af_heart')
+    assert rate == 24000 and len(wave) == 24000 and [word for word, _, _ in words] == text.split()
+    assert [start for _, start, _ in words] == [0.05, 0.55, 0.65] and all(a < b <= c for (_, a, b), (_, c, _) in zip(words, words[1:]))
+    other = speak(['Another.', text], 'af_heart')
+    assert np.array_equal(other[1][0], wave) and not np.array_equal(other[0][0], wave)  # its noise is a function of the text
+    assert speak([text], 'ff_siwis')[0][2] is None and [language for language, *_ in made] == ['a', 'f'] and made[0][2] == 'cpu'

@@ -2,6 +2,9 @@
 import json
 import math
 import os
+import resource
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +61,19 @@ def command(*args, processes=1):
 
 def run(*args, processes=1):
     return subprocess.run(command(*args, processes=processes), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def inside(monkeypatch, capsys, *args):
+    """The program in this process, for runs that end in an error: exit code and lines of stderr."""
+    monkeypatch.setattr(sys, 'argv', ['train.py', *TINY, *args])
+    monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        try:
+            runpy.run_path(os.path.join(ROOT, 'train.py'), run_name='__main__')
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+    return end.value.code, capsys.readouterr().err.splitlines()
 
 
 def losses(out):
@@ -243,6 +259,9 @@ def test_a_run_learns_and_leaves_a_checkpoint(forty, data):
     curve = losses(out)
     assert len(curve) == 40 and np.mean(curve[-5:]) < curve[0] - 0.2
     assert done.stdout.strip().splitlines()[-1].startswith(f'{out}: 40 steps, 10,240 tokens')
+    [estimate] = [line for line in done.stdout.splitlines() if line.startswith('estimated finish ')]
+    around = {time.strftime('%a %H:%M', time.localtime(os.path.getmtime(out + '/model.safetensors') + s)) for s in range(-120, 121, 30)}
+    assert estimate[17:26] in around and done.stdout.index(estimate) < done.stdout.index('step 12/40'), estimate
     model, slam = SLM.from_pretrained(out), json.load(open(out + '/slam.json'))
     assert os.path.exists(os.path.join(out, slam['encoder'], 'encoder.json')) and slam['vocoder'] == 'hifigan25' and slam['n_units'] == 20
     assert slam['recipe']['max_steps'] == 40 and slam['scores']['val_loss'] < curve[0] and 'git_commit' in slam
@@ -332,6 +351,64 @@ def test_sigterm_saves_and_leaves(data, tmp_path):
     assert SLM.from_pretrained(out).slam['scores']['step'] == state['step']
 
 
+def test_a_reader_that_leaves_does_not_stop_the_run(forty, data, tmp_path):
+    out = str(tmp_path / 'slm')
+    process = subprocess.Popen(command(f'--data={data}', f'--out_dir={out}'), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == '' and process.wait() == 0 and losses(out) == losses(forty[0])
+
+
+def test_a_full_disk_keeps_the_checkpoint_and_a_torn_log_line_is_no_matter(forty, data, tmp_path):
+    out = str(shutil.copytree(forty[0], tmp_path / 'slm'))
+    with open(out + '/log.jsonl', 'a') as file:
+        file.write('{"step": 4')
+    more = command(f'--data={data}', f'--out_dir={out}', '--max_steps=42')
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # bytes a file
+    full = subprocess.run(more, cwd=ROOT, env=ENV, capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 2 and len(full.stderr.splitlines()) == 1 and 'make room' in full.stderr, full.stderr
+    for name in ('train_state.pt', 'model.safetensors'):
+        assert open(f'{out}/{name}', 'rb').read() == open(f'{forty[0]}/{name}', 'rb').read()
+    assert subprocess.run(more, cwd=ROOT, env=ENV).returncode == 0
+    assert len(losses(out)) == 42 and losses(out)[:40] == losses(forty[0])
+    assert not [name for name in os.listdir(out) if name.endswith('.tmp')]
+
+
+def test_memory_that_is_not_there_is_one_line(data, tmp_path, monkeypatch, capsys):
+    def forward(*_, **__):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+    monkeypatch.setattr(SLM, 'forward', forward)
+    code, lines = inside(monkeypatch, capsys, f'--data={data}', f'--out_dir={tmp_path}/slm')
+    assert code == 2 and len(lines) == 1 and all(word in lines[0] for word in ('out of memory', '--batch_size=4', '--context=32'))
+
+
+@pytest.mark.parametrize('flag', ['--lr=-1', '--context=0', '--batch_size=0', '--batch_size=3', '--max_steps=0', '--train_hours=0',
+                                  '--log_interval=0', '--dropout=1', '--decay_fraction=0', '--seed=-1', '--n_kv_head=0',
+                                  '--schedule=linear', '--optimizer=sgd'])
+def test_a_knob_out_of_range_is_one_line(flag, data, tmp_path, monkeypatch, capsys):
+    code, lines = inside(monkeypatch, capsys, f'--data={data}', f'--out_dir={tmp_path}/slm', flag)
+    assert code == 2 and len(lines) == 1 and flag[2:].split('=')[0] in lines[0] and not os.path.exists(f'{tmp_path}/slm/train_state.pt')
+
+
+def test_what_does_not_fit_a_former_run_is_one_line(forty, data, tmp_path, monkeypatch, capsys):
+    out, other = str(shutil.copytree(forty[0], tmp_path / 'slm')), str(shutil.copytree(data, tmp_path / 'units'))
+    state = torch.load(out + '/train_state.pt', weights_only=True)
+    state['config']['data'] = other
+    torch.save(state, out + '/train_state.pt')
+    write_set(other, walks(149, 0), walks(10, 1))  # the same folder, encoded anew
+    code, lines = inside(monkeypatch, capsys, f'--data={other}', f'--out_dir={out}', '--max_steps=42')
+    assert code == 2 and len(lines) == 1 and 'other data' in lines[0]
+    code, lines = inside(monkeypatch, capsys, f'--data={data}', f'--out_dir={out}', '--max_steps=42')
+    assert code == 2 and len(lines) == 1 and 'is a run with data=' in lines[0]
+    with open(out + '/train_state.pt', 'r+b') as file:
+        file.truncate(1000)
+    code, lines = inside(monkeypatch, capsys, f'--data={data}', f'--out_dir={out}', '--max_steps=42')
+    assert code == 2 and len(lines) == 1 and '--resume=False' in lines[0]
+    code, lines = inside(monkeypatch, capsys, f'--data={data}', f'--out_dir={out}/slam.json/below')
+    assert code == 2 and len(lines) == 1 and 'Not a directory' in lines[0]
+
+
 def test_mistakes_are_one_line(data, tmp_path):
     os.makedirs(tmp_path / 'cut')
     for name in ('meta.json', 'train.bin', 'val.bin'):
@@ -341,8 +418,20 @@ def test_mistakes_are_one_line(data, tmp_path):
         train.Loader(train.open_data(str(tmp_path / 'cut')), 32, 0)
     with pytest.raises(train.InputError, match='meta.json'):
         train.open_data('nowhere')
-    with pytest.raises(train.InputError, match='NAME:WEIGHT'):
-        train.open_data(f'{data}:much')
+    for weight in ('much', '0', '-1', 'nan', 'inf'):
+        with pytest.raises(train.InputError, match='NAME:WEIGHT'):
+            train.open_data(f'{data}:{weight}')
+    with pytest.raises(train.InputError, match='weights of data'):
+        train.Loader(train.open_data(f'{data}:0.0001'), 32, 0)
+    for i, change in enumerate((dict(dtype='none'), dict(tokens={}), dict(vocab_size=None), None)):
+        shutil.copytree(data, tmp_path / f'meta{i}')
+        meta = json.load(open(os.path.join(data, 'meta.json')))
+        (tmp_path / f'meta{i}' / 'meta.json').write_text(json.dumps(meta | change if change else []))
+        with pytest.raises(train.InputError, match='prepare_units.py'):
+            train.open_data(str(tmp_path / f'meta{i}'))
+    (tmp_path / 'meta3' / 'meta.json').write_text(json.dumps(meta | dict(vocab_size=15)))
+    with pytest.raises(train.InputError, match='has token 21, meta.json a vocabulary of 15'):
+        train.Loader(train.open_data(str(tmp_path / 'meta3')), 32, 0)
     with pytest.raises(train.InputError, match='differ in vocab_size'):
         train.open_data(f'{data},{write_set(str(tmp_path / "other"), walks(3, 0), units=30)}')
     done = run('--data=nowhere', f'--out_dir={tmp_path}/slm')
