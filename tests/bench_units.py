@@ -62,7 +62,7 @@ if __name__ == '__main__':
     frames = torch.cat(ours.features(waves[:4])).cpu()
     ours.centroids = half.centroids = frames[torch.randperm(len(frames), generator=generator)[:500]].to(device)
     net = net.to(device)
-    few = waves if device.type == 'cuda' else waves[:max(1, count // 20)]  # a CPU without bf16 units takes many times as long
+    few = waves if device.type == 'cuda' else waves[:max(1, count // 40)]  # a CPU without bf16 units takes many times as long
     print(f'{device}, {torch.get_num_threads()} threads; {count} utterances, {total:.0f} s; HuBERT base, layer 9 of 12, 500 clusters')
 
     def report(name, took, some, plain_took, units, wanted):
