@@ -469,7 +469,8 @@ if __name__ == '__main__':
                             raise InputError(f'none of {len(values)} transcripts could be rated')
                         result[task] = interval([*rated.values()], transform=TRANSFORM[task], seed=seed) | dict(left_out=len(values) - len(rated))
                         items[name, task] = rated
-                        scored += [dict(model=name, task=task, id=file, value=value, text=text) for file, value, text in zip(prompt_files, values, texts or values)]
+                        said = [''] * len(values) if task == 'resynth' else texts
+                        scored += [dict(model=name, task=task, id=file, value=value, text=text) for file, value, text in zip(prompt_files, values, said)]
 
     differences, columns = {}, [*dict.fromkeys(task for result in metrics.values() for task in result)]
     for (a, b), task in product(combinations(models, 2), columns):
@@ -502,7 +503,7 @@ if __name__ == '__main__':
             for label, wave in clips.items():
                 sound = io.BytesIO()
                 soundfile.write(sound, wave.numpy(), SAMPLE_RATE, format='WAV', subtype='PCM_16')
-                clips[label] = 'data:audio/wav;base64,' + base64.b64encode(sound.getvalue()).decode()
+                clips[label] = 'data:audio/wav;base64,' + base64.b64encode(sound.getvalue()).decode() if len(wave) else ''
         curves = {}
         for name, log in ((name, os.path.join(where, 'log.jsonl')) for name, where in models.items()):
             with part({}, f'the loss curve of {name}'):

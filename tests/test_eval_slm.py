@@ -105,6 +105,9 @@ def test_likelihoods_against_transformers_one_by_one(tmp_path, family):
     assert sums[-3] == sums[3]  # the same utterance twice ties exactly
     with pytest.raises(M.InputError, match='another encoder'):
         eval_slm.log_likelihoods(slm, [[3, 50]])
+    next(slm.parameters()).data.fill_(math.nan)  # NaN wins no comparison: it would be a score of 0
+    with pytest.raises(M.InputError, match='no numbers'):
+        eval_slm.log_likelihoods(slm, [[3, 4]])
 
 
 def test_rows_hold_every_utterance_once_and_hardly_any_padding():
@@ -205,6 +208,22 @@ def test_zerospeech_mistakes_are_named(tmp_path):
         eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev')
 
 
+def test_zerospeech_unknown_files_and_a_wrong_folder(tmp_path, capsys):
+    zerospeech(str(tmp_path), 'syntactic')
+    pairs, files = eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev')
+    assert capsys.readouterr().err == ''
+    tone(str(tmp_path / 'syntactic' / 'dev' / 'stranger.wav'), 0.3)
+    again, files = eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev')
+    assert again == pairs and 'stranger' in files and 'stranger.wav: unknown file, gold.csv does not name it' in capsys.readouterr().err
+    with pytest.raises(M.InputError, match='expected ZeroSpeech 2021 as unpacked, syntactic/test/gold.csv'):  # there is no test: not all that lies below
+        eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'test', blind=True)
+    gold = tmp_path / 'syntactic' / 'dev' / 'gold.csv'
+    for broken, told in ((b'\xff\xfe', 'gold.csv'), (gold.read_bytes() + b'7,x\n', 'expected the columns')):
+        gold.write_bytes(broken)
+        with pytest.raises(M.InputError, match=told):
+            eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev')
+
+
 def test_storycloze_and_salmon_layouts(tmp_path, monkeypatch):
     for n in (1, 2, 10, 11):
         for side in ('correct', 'incorrect'):
@@ -254,9 +273,16 @@ def test_pairs_file(tmp_path):
     path.write_text(json.dumps(dict(row, split='train')) + '\n' + json.dumps(dict(row, split='val', voice='v')) + '\n')
     pairs, _ = eval_slm.list_task('pairs', str(path))
     assert [(p['pos'], p['neg'], p['voice']) for p in pairs] == [([1, 2, 3], [1, 2, 4, 5], 'v')]
-    path.write_text(json.dumps(dict(prompt=dict(units=[1]))) + '\n')
-    with pytest.raises(M.InputError, match='line 1: expected prompt, chosen and rejected'):
-        eval_slm.list_task('pairs', str(path))
+    for broken in (dict(prompt=dict(units=[1])), dict(row, chosen=dict(units=[-1])), dict(row, chosen=dict(units=['a'])), dict(row, chosen=dict(units=None))):
+        path.write_text(json.dumps(broken) + '\n')
+        with pytest.raises(M.InputError, match='line 1: expected prompt, chosen and rejected'):
+            eval_slm.list_task('pairs', str(path))
+    for broken, told in (('[1]', 'expected a JSON object a line'), ('{"a', 'expected a JSON object a line'), ('', 'holds no pairs')):
+        path.write_text(broken)
+        with pytest.raises(M.InputError, match=told):
+            eval_slm.list_task('pairs', str(path))
+    path.write_text('{"step": 1, "loss": NaN}\n')  # a diverged run's log: what goes into the page must be JSON
+    assert eval_slm.read_jsonl(str(path)) == [dict(step=1, loss=None)]
 
 
 # ----------------------------------------------------------------------------- statistics
@@ -282,6 +308,10 @@ def test_interval_is_the_bootstrap_of_resampled_items():
     r = eval_slm.interval(values, transform=np.exp, draws=20000)
     assert r['score'] == pytest.approx(np.exp(values.mean()))
     assert [r['low'], r['high']] == pytest.approx(np.percentile(naive, (2.5, 97.5)), rel=0.01)
+
+
+def test_one_item_has_no_interval():
+    assert eval_slm.interval([1.0]) == dict(score=100.0, low=None, high=None, n=1)
 
 
 @pytest.mark.parametrize('transform', [eval_slm.PERCENT, np.exp])
@@ -332,6 +362,31 @@ def test_cache(tmp_path, checkpoint):
         file.write(b'no audio')
     with pytest.raises(M.InputError, match=os.path.basename(files[3])):
         eval_slm.encode_files(files, where, cache)
+
+
+def test_killed_while_encoding(tmp_path, checkpoint):
+    """kill -9 in the third batch: the two before it are kept, and the same call completes them."""
+    where, cache = M.SLM.from_pretrained(checkpoint['a']).slam['encoder'], str(tmp_path / 'cache')
+    suite(str(tmp_path / 's'), 5)
+    files = [os.path.join(tmp_path, 's', f) for f in eval_slm.audio_files(str(tmp_path / 's'))]
+    program = f"""import eval_slm, os
+encode, calls = eval_slm.UnitEncoder.encode, []
+def deadly(self, waves):
+    calls.append(len(waves))
+    if len(calls) == 3:
+        os.kill(os.getpid(), 9)
+    return encode(self, waves)
+eval_slm.UnitEncoder.encode = deadly
+eval_slm.encode_files({files!r}, {where!r}, {cache!r}, batch=3)"""
+    assert subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True).returncode == -9
+    path, = (os.path.join(cache, f) for f in os.listdir(cache))
+    kept = open(path, 'rb').read()
+    assert sum(bool(line.strip()) for line in kept.splitlines()) == 6
+    got = eval_slm.encode_files(files, where, cache)
+    after = open(path, 'rb').read()
+    assert after.startswith(kept) and sum(bool(line.strip()) for line in after.splitlines()) == 10
+    alone = eval_slm.encode_files(files, where, str(tmp_path / 'other'))
+    assert all((got[f] == alone[f]).all() for f in files)
 
 
 # ----------------------------------------------------------------------------- judges
@@ -487,6 +542,16 @@ def test_genppl_end_to_end(tmp_path, checkpoint, listeners, endpoint):
     assert got['autobleu']['score'] == pytest.approx(100 * np.mean([eval_slm.auto_bleu(row['text']) for row in rows if row['task'] == 'autobleu']))
     assert 1 <= got['gptscore']['score'] <= 5 and 0 <= got['resynth']['score'] < 100
     assert 'Continuation' in Judge.calls[-1]['messages'][0]['content']
+
+
+def test_mistakes_end_at_once_in_one_line(tmp_path, checkpoint):
+    suite(str(tmp_path / 'sSC'), 2)
+    a, cache = checkpoint['a'], tmp_path / 'eval_cache'
+    for args, told in (((f'--init={a},{tmp_path}/typo,{a}', '--tasks=sSC'), 'typo'), ((f'--init={a}', '--tasks=sSC', f'--html={tmp_path}/sSC'), 'a folder'),
+                       ((f'--init={a}', '--tasks=sSC', '--html=/dev/null/r.html'), 'r.html cannot be written'), ((f'--init={a}', '--tasks='), '--tasks=NAME')):
+        done = run(f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json', *args, ok=False)
+        assert told in done.stderr and done.stderr.count('\n') == 1 and not done.stdout
+        assert not cache.exists() and sorted(os.listdir(tmp_path)) == ['sSC']  # nothing was computed, nothing left behind
 
 
 def test_what_cannot_run_is_told(tmp_path, checkpoint):
