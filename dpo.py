@@ -9,10 +9,11 @@ of their prompt, and dealt so that batches have about as many tokens. No step wa
     torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
 
 data: JSON lines of prepare_units.py or of the public toolkit: prompt, chosen and rejected, each with `units` or `audio_repr` ("<Un12><Un7>").
-out_dir becomes a checkpoint that transformers can load, with train_state.pt to go on from and log.jsonl; out_dir/best is the best by
+out_dir becomes a checkpoint that transformers can load, with train_state.pt to go on from, log.jsonl and curve.png; out_dir/best is the best by
 held-out accuracy. The same command leaves a finished run alone.
 """
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -425,6 +426,14 @@ if __name__ == '__main__':
             clock = time.perf_counter()
 
     # --- the end
+    if rank == 0 and importlib.util.find_spec('matplotlib'):
+        import matplotlib
+        matplotlib.use('agg')
+        from matplotlib import pyplot
+        rows = [json.loads(line) for line in open(log_path)]
+        for key in ('loss', 'val_loss', 'accuracy', 'val_accuracy'):
+            pyplot.plot(*np.array([(row['step'], row[key]) for row in rows if row.get(key) is not None]).reshape(-1, 2).T, label=key)
+        pyplot.xlabel('step'), pyplot.legend(), pyplot.grid(), pyplot.savefig(os.path.join(out_dir, 'curve.png'))
     if world > 1:
         dist.destroy_process_group()
     say(f'{out_dir}: {step} steps of {n} pairs in {elapsed:.0f} s' + ''.join(f', {name} {value:.3f}' for name, value in scores.items())

@@ -124,7 +124,7 @@ def list_zerospeech(root, kind, split, blind=False):
         raise InputError(f'{gold}: {why}; expected ZeroSpeech 2021 as unpacked, {kind}/{split}/gold.csv with its .wav files') from None
     wanted = ('id', 'filename', 'voice', 'correct', *(('type', 'subtype') if kind == 'syntactic' else ('frequency', 'length')))
     for row in rows or [{}]:
-        if any(row.get(key) is None for key in wanted):
+        if any(row.get(key) is None for key in wanted) or not re.fullmatch(r'[\d.]*', row.get('frequency') or ''):
             raise InputError(f'{gold} is not that of the {kind} task: expected the columns {", ".join(wanted)}')
         if row['filename'] not in files:
             raise InputError(f'{os.path.join(folder, row["filename"])}.wav is missing: gold.csv names it')
