@@ -371,20 +371,26 @@ def load_fastspeech2():
 
 
 def load_kokoro():
-    """The package kokoro; 24 kHz; word times for English."""
+    """The package kokoro; 24 kHz; word times for English. --tts_model: a hub name or a folder of its layout (config.json, *.pth, voices/*.pt)."""
     try:
-        from kokoro import KPipeline
+        from kokoro import KModel, KPipeline
     except ImportError:
         fail('--tts=kokoro needs its package: pip install "kokoro>=0.9"')
     from model import pick_device
-    pipeline = lru_cache(lambda language: KPipeline(language, tts_model or 'hexgrad/Kokoro-82M', device=pick_device(device).type))
+    name = tts_model or 'hexgrad/Kokoro-82M'
+    try:
+        files = dict(config=f'{name}/config.json', model=max(glob.glob(f'{glob.escape(name)}/*.pth'), default=f'{name}/kokoro-v1_0.pth')) if os.path.isdir(name) else {}
+        model = KModel(name, **files).to(pick_device(device)).eval()  # one for all languages
+    except Exception as error:  # of many kinds: no such name or file, no network, another architecture
+        fail(f'--tts_model={name} --device={device}: {str(error).strip().partition(chr(10))[0]}')
+    pipeline = lru_cache(lambda language: KPipeline(language, name, model=model))
 
     def speak(texts, voice, speed=1.0, pitch=50):
         results = []
         for sentence in texts:
             waves, marks, at, end = [np.zeros(0, np.float32)], [], 0, 0
             fix_noise(f'{voice} {sentence}')
-            for part in pipeline(voice[0])(sentence, voice=voice, speed=speed):  # af_heart: a, American
+            for part in pipeline(voice[0])(sentence, voice=f'{name}/voices/{voice}.pt' if files else voice, speed=speed):  # af_heart: a, American
                 for token in part.tokens or ():  # punctuation is a token of its own
                     if (found := sentence.find(token.text, at)) >= 0 and token.start_ts is not None:
                         marks.append((found, end + round(24000 * token.start_ts)))

@@ -507,8 +507,8 @@ def test_kokoro(monkeypatch):
     made = []
 
     class KPipeline:
-        def __init__(self, language, repo_id, device):
-            made.append((language, repo_id, device))
+        def __init__(self, language, repo_id, model):
+            made.append((language, repo_id, model))
 
         def __call__(self, text, voice, speed):
             for half in (('"', 'Yes', ',', '"'), ('he', 'said', '.')):
@@ -519,7 +519,7 @@ def test_kokoro(monkeypatch):
     def language_of(voice):
         return voice[0] in 'ab'
 
-    monkeypatch.setitem(sys.modules, 'kokoro', SimpleNamespace(KPipeline=KPipeline))
+    monkeypatch.setitem(sys.modules, 'kokoro', SimpleNamespace(KPipeline=KPipeline, KModel=torch.nn.Identity))
     monkeypatch.setattr(ms, 'device', 'cpu')
     speak, text = ms.load_kokoro(), '"Yes," he said.'
     ((wave, rate, words),) = speak([text], 'af_heart')
@@ -527,4 +527,40 @@ def test_kokoro(monkeypatch):
     assert [start for _, start, _ in words] == [0.05, 0.55, 0.65] and all(a < b <= c for (_, a, b), (_, c, _) in zip(words, words[1:]))
     other = speak(['Another.', text], 'af_heart')
     assert np.array_equal(other[1][0], wave) and not np.array_equal(other[0][0], wave)  # its noise is a function of the text
-    assert speak([text], 'ff_siwis')[0][2] is None and [language for language, *_ in made] == ['a', 'f'] and made[0][2] == 'cpu'
+    assert speak([text], 'ff_siwis')[0][2] is None and [language for language, *_ in made] == ['a', 'f'] and made[0][2] is made[1][2]
+
+
+def test_kokoro_itself(tmp_path, monkeypatch):
+    """The package, where it is installed, on a random checkpoint of Kokoro-82M's layout. Its tagger's model is not on PyPI: a blank one here."""
+    import torch
+    kokoro, spacy = pytest.importorskip('kokoro'), pytest.importorskip('spacy')
+    signs = ';:,.!?—…"()“” \u0303ʣʥʦʨᵝꭧAIOQSTWYᵊabcdefhijklmnopqrstuvwxyzɑɐɒæβɔɕçɖðʤəɚɛɜɟɡɥɨɪʝɯɰŋɳɲɴøɸθœɹɾɻʁɽʂʃʈʧʊʋʌɣɤχʎʒʔˈˌːʰʲ↓→↗↘ᵻ'
+    config = dict(
+        istftnet=dict(upsample_kernel_sizes=[20, 12], upsample_rates=[10, 6], gen_istft_hop_size=5, gen_istft_n_fft=20, upsample_initial_channel=512,
+                      resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]]),
+        hidden_dim=512, max_dur=50, n_layer=3, n_mels=80, n_token=178, style_dim=128, text_encoder_kernel_size=5, dropout=0.2,
+        plbert=dict(hidden_size=16, num_attention_heads=2, intermediate_size=32, max_position_embeddings=512, num_hidden_layers=1, dropout=0.1),
+        vocab={sign: i for i, sign in enumerate(signs, 1)})
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    (tmp_path / 'voices').mkdir()
+    torch.manual_seed(0)
+    torch.save({}, tmp_path / 'kokoro-v1_0.pth')
+    model = kokoro.KModel('hexgrad/Kokoro-82M', config, str(tmp_path / 'kokoro-v1_0.pth'))
+    torch.nn.init.constant_(model.predictor.duration_proj.linear_layer.bias, -2.0)  # sigmoid(-2) * 50 = 6 frames a phone
+    torch.save({name: part.state_dict() for name, part in model.named_children()}, tmp_path / 'kokoro-v1_0.pth')
+    for voice in ('af_heart', 'bm_george', 'ff_siwis'):
+        torch.save(torch.randn(510, 1, 256), tmp_path / 'voices' / f'{voice}.pt')
+    monkeypatch.setattr(spacy.util, 'is_package', lambda name: True)
+    monkeypatch.setattr(spacy, 'load', lambda name, enable: spacy.blank('en'))
+    monkeypatch.setattr(ms, 'tts_model', str(tmp_path))
+    monkeypatch.setattr(ms, 'device', 'cpu')
+    speak, text = ms.load_kokoro(), 'The old dog barks, then it sleeps.'
+    for voice in ('af_heart', 'bm_george'):
+        ((wave, rate, words),) = speak([text], voice)
+        assert rate == 24000 and len(wave) % 600 == 0 and len(wave) > 24000 and np.isfinite(wave).all() and [word for word, _, _ in words] == text.split()
+        assert all(a < b <= c for (_, a, b), (_, c, _) in zip(words, words[1:])) and words[-1][2] <= len(wave) / rate
+        assert np.array_equal(wave, speak(['Another.', text], voice)[1][0])
+    fast = speak([text], 'bm_george', speed=2.0)[0]
+    assert 0.3 < len(fast[0]) / len(wave) < 0.7 and fast[2][-1][2] <= len(fast[0]) / rate
+    wave, _, words = speak(['Le chien dort.'], 'ff_siwis')[0]
+    assert len(wave) > 12000 and words is None
