@@ -379,7 +379,9 @@ def load_kokoro():
     from model import pick_device
     name = tts_model or 'hexgrad/Kokoro-82M'
     try:
-        files = dict(config=f'{name}/config.json', model=max(glob.glob(f'{glob.escape(name)}/*.pth'), default=f'{name}/kokoro-v1_0.pth')) if os.path.isdir(name) else {}
+        files = {}
+        if os.path.isdir(name):
+            files = dict(config=f'{name}/config.json', model=max(glob.glob(f'{glob.escape(name)}/*.pth'), default=f'{name}/kokoro-v1_0.pth'))
         model = KModel(name, **files).to(pick_device(device)).eval()  # one for all languages
     except Exception as error:  # of many kinds: no such name or file, no network, another architecture
         fail(f'--tts_model={name} --device={device}: {str(error).strip().partition(chr(10))[0]}')

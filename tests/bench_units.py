@@ -77,8 +77,8 @@ if __name__ == '__main__':
     report('ours, fp32', fast, waves, slow, units, units)
     short, bf16 = timed(lambda: half.encode(few))
     report('ours, bf16', bf16, few, slow, short, units[:len(few)])
-    alone = [plain(net, [wave], ours.centroids.cpu())[0] for wave in few]
-    print(f'the plain loop, each utterance alone: {100 * agreement(alone, units[:len(few)]):.2f} % of the units as ours')
+    alone = [plain(net, [wave], ours.centroids.cpu())[0] for wave in waves]
+    print(f'the plain loop, each utterance alone: {100 * agreement(alone, units):.3f} % of the units as ours')
     if device.type == 'cuda':
         rate = total / bf16
         print(f'{rate / 3600:.2f} h of speech a second; LibriSpeech (960 h) {960 * 60 / rate:.1f} min, Libri-Light (50,000 h) {5e4 / rate:.1f} h')
