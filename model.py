@@ -1250,7 +1250,7 @@ def finish_wave(wave, level=VOICE_LEVEL):
 
 
 class UnitTable:
-    """What UnitVocoder.fit needs of the data: per unit the sum of its spectra, its frames and its runs. Tables of parts add up."""
+    """What a table vocoder is made of: per unit the sum of its spectra, its frames and its runs. Tables of parts add up."""
 
     def __init__(self, n_units, frame_rate):
         self.n_units, self.frame_rate, self.steps = n_units, frame_rate, max(1, round(SAMPLE_RATE / HOP / frame_rate))
@@ -1302,8 +1302,6 @@ class UnitVocoder:
         self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         self.n_units, self.sample_rate, self.frame_rate = config['n_units'], config['sample_rate'], config['frame_rate']
         self.hop = round(self.sample_rate / self.frame_rate)  # samples a frame
-
-    empty = UnitTable  # UnitVocoder.empty(n_units, frame_rate), then .add(wave, units) an utterance, .finish() -> UnitVocoder
 
     @classmethod
     def from_pretrained(cls, where, device='cpu'):

@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory):
     enc = M.UnitEncoder.from_pretrained('mfcc')
     enc.centroids = torch.cat(enc.features(waves))[7::33][:N_UNITS].clone()
     enc.save_pretrained(str(root / 'encoder'))
-    table = M.UnitVocoder.empty(N_UNITS, 25.0)
+    table = M.UnitTable(N_UNITS, 25.0)
     for wave, units in zip(waves, enc.encode(waves)):
         table.add(wave, units)
     table.finish().save_pretrained(str(root / 'vocoder'))
