@@ -458,10 +458,10 @@ if __name__ == '__main__':
         print('waiting for shard 0 to fit the k-means', flush=True)
         time.sleep(10)
     net = UnitEncoder.from_pretrained(*((here('encoder'), None, None) if fit_kmeans else (encoder, layer, kmeans or None)), device, dtype)
-    if own and not fit_kmeans and part == 0:
-        net.save_pretrained(here('encoder'))
     if net.centroids is None:
         raise InputError(f'{encoder} has no k-means yet: --fit_kmeans=N fits one, --kmeans=FILE or --encoder=FOLDER takes one')
+    if own and not fit_kmeans and part == 0:
+        net.save_pretrained(here('encoder'))
     where = here('encoder') if net.config['kind'] == 'mfcc' else None
 
     # ----- encode: what is on disk is always the first `chunks` chunks, whole

@@ -268,8 +268,10 @@ if __name__ == '__main__':
     device = pick_device(device)
     if resynth and not prompt:
         raise InputError('--resynth needs --prompt: sound files, a folder or a units file')
-    if min(num_samples, max_new_tokens, batch_size) < 1:
-        raise InputError('num_samples, max_new_tokens and batch_size are at least 1')
+    if min(num_samples, max_new_tokens, batch_size) < 1 or min(temperature, top_k, prompt_seconds, max_prompts) < 0 or not (
+            0 < top_p <= 1 and 0 < repetition_penalty < 100):
+        raise InputError('num_samples, max_new_tokens and batch_size are at least 1, top_p and repetition_penalty above 0, top_p at most 1, and no '
+                         'number is negative')
     prompts = find_prompts(prompt, split, max_prompts) if prompt else [dict(name='unprompted', units=torch.zeros(0, dtype=torch.long))]
 
     # the three networks; only those that are needed

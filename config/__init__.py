@@ -29,8 +29,9 @@ def _excepthook(kind, error, trace):
     """What a user can mend is one line; what is our bug keeps its traceback."""
     if kind.__name__ == 'InputError':
         fail(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        fail(f'{error.strerror}: {error.filename or "while writing"}; what was finished is kept, run the same command to continue')
+    if isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        fail(f'{error.strerror}: {error.filename or "while writing"}; what was finished is kept, mend it and run the same command to continue')
     if kind is KeyboardInterrupt:
         print(f'\n{os.path.basename(sys.argv[0])}: interrupted; run the same command to continue', file=sys.stderr, flush=True)
         raise SystemExit(130)
