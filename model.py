@@ -878,8 +878,8 @@ ENCODERS = {  # name: hub model, layer, samples of silence added at each end, vo
         'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
         '03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad')),
     'hubert50': ('facebook/hubert-base-ls960', 9, 0, None, ('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None))}
-MFCC = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, steady=False,
-            distortion=0.0, vocoder='vocoder')
+MFCC = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, distortion=0.0,
+            vocoder='vocoder')
 
 
 def cache_path(name):
@@ -1139,11 +1139,6 @@ class UnitEncoder:
         energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
         level = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # loud speech of this utterance; -7 is silence
         mel = (mel - level + self.config['range']).clamp(min=0)
-        if self.config.get('steady'):  # of each frame its steadiest 10 ms, by the change from the two before to the two after; no blend of two sounds
-            cepstra = mel @ self.basis
-            near = F.pad(cepstra.T[None], (2, 2), mode='replicate')[0].T.unfold(0, 5, 1)  # (10 ms steps, n_cep, 5)
-            steady = (near[..., :2].mean(2) - near[..., 3:].mean(2)).square().sum(1).view(-1, 4).argmin(1)
-            return near[..., 1:4].mean(2).view(len(steady), 4, -1)[torch.arange(len(steady), device=wave.device), steady]
         return (mel.view(-1, 2, 2, N_MELS).mean(2) @ self.basis).flatten(1)
 
     @torch.inference_mode()

@@ -50,7 +50,6 @@ kmeans = ''                # .safetensors with `centroids`, or a joblib dump of 
 fit_kmeans = 0             # fit this many clusters on the speech itself instead
 fit_frames = 300_000       # on so many frames of training speech, drawn evenly
 switch = 1.0               # mfcc: the price of a change of unit, in mean distortions; 0: the nearest cluster of each frame
-steady = False             # mfcc: take of each 40 ms frame the steadiest 10 ms (less noise) in place of its two halves
 fit_vocoder = False        # also fit the table vocoder, a voice for any encoder
 vocoder_hours = 0.5        # on so much speech, drawn evenly
 # how it is cut and split
@@ -409,7 +408,7 @@ if __name__ == '__main__':
     root, items = list_audio(audio)
     chunks = make_chunks(items)
     mine = chunks[len(chunks) * part // of:len(chunks) * (part + 1) // of]
-    decides = ('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch', 'steady', 'fit_vocoder', 'vocoder_hours', 'max_seconds',
+    decides = ('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch', 'fit_vocoder', 'vocoder_hours', 'max_seconds',
                'val_folders', 'val_fraction', 'seed')
     recipe = {key: config[key] for key in decides}
     recipe['listing'] = hashlib.sha1(repr([(i.kind, os.path.relpath(i.path, root), i.offset, i.size) for i in items]).encode()).hexdigest()
@@ -441,7 +440,7 @@ if __name__ == '__main__':
         net = UnitEncoder.from_pretrained(encoder, layer, '', device, dtype)
         frames = []
         if encoder == 'mfcc':
-            net.config |= dict(switch=switch, steady=steady)
+            net.config |= dict(switch=switch)
         with tqdm(total=fit_frames, desc='frames to fit on', unit='', unit_scale=True, leave=False) as bar:
             fitted = json.dumps(net.config) if encoder == 'mfcc' else None
             for got, _, _ in in_order(pool, n_workers + 2, ((features, chunk) for chunk in sample), plan, net, fitted):

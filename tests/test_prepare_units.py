@@ -117,16 +117,6 @@ def test_mfcc_units_need_neither_batch_nor_loudness_nor_the_rest(mfcc):
         UnitEncoder(MFCC).encode(waves)
 
 
-def test_steady_frames_are_blends_of_nothing():
-    """A change of sound in the middle of a frame: its steady feature is that of a sound before or after, not a third."""
-    t = torch.arange(16000) / 16000
-    low, high = (0.1 * sum(torch.sin(2 * torch.pi * f * n * t) for n in (1, 2)) for f in (300.0, 1100.0))
-    wave = torch.cat((low[:640 * 10 + 300], high))
-    x = UnitEncoder(dict(MFCC, steady=True)).features([wave])[0]
-    far = torch.cdist(x[10:11], x)[0]
-    assert x.shape == (len(wave) // 640, 13) and min(far[5], far[15]) < 0.2 * (x[5] - x[15]).norm()
-
-
 def test_segment_is_the_cheapest_path():
     torch.manual_seed(0)
     costs, price = torch.rand(5, 3), 0.3
