@@ -65,6 +65,7 @@ dtype = 'auto'                # of the products: auto is bfloat16 on CUDA, float
 # -----------------------------------------------------------------------------
 
 FREE = 'out_dir max_steps epochs train_hours eval_interval save_interval warn_drop resume log_interval wandb compile device'  # may differ on resuming
+VAL = 'val', 'validation', 'valid', 'dev'  # what a split that is held out is called; test and the like are left alone
 NAMES = 'loss accuracy margin chosen rejected drift preferred'.split()
 
 
@@ -111,7 +112,10 @@ def read_pairs(path):
             row, units, texts = json.loads(line), [], []
             for key in ('prompt', 'chosen', 'rejected'):
                 part = row[key] if isinstance(row[key], dict) else {'audio_repr' if isinstance(row[key], str) else 'units': row[key]}
-                units.append(np.array(part['units'] if 'units' in part else re.findall(r'<Un(\d+)>', part['audio_repr']), np.int64).reshape(-1))
+                units.append(np.array(part['units'] if 'units' in part else [int(u) for u in re.findall(r'<Un(\d+)>', part['audio_repr'])]))
+                if units[-1].size and units[-1].dtype.kind != 'i' or units[-1].ndim != 1:
+                    raise TypeError(f'units of {key} are no list of whole numbers')
+                units[-1] = units[-1].astype(np.int64)
                 texts.append(row.get(key + '_text') or part.get('text') or '')
             words = re.findall(r"[\w']+|[^\w\s]", f'{texts[0]} {texts[1]}') if texts[1] else None
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -138,13 +142,15 @@ def load_pairs(paths, n_units, context, max_auto_bleu, val_pairs):
                 raise InputError(f'{path} has unit {strange[0]}, the model knows 0 to {n_units - 1}: encode the pairs with the encoder of the model')
             if not len(units[1]) or not len(units[2]) or np.array_equal(units[1], units[2]):
                 count['unusable'] += 1
+            elif split not in (None, '', 'train', *VAL):
+                count['others'] += 1
             elif auto_bleu(np.concatenate(units[:2]).tolist() if words is None else words) >= max_auto_bleu:
                 count['repetitive'] += 1
             else:
                 pair = np.append(BOS, units[0] + OFFSET), np.append(units[1] + OFFSET, EOS), np.append(units[2] + OFFSET, EOS)
                 cut = truncate(*pair, context)
                 count['truncated'] += any(len(a) < len(b) for a, b in zip(cut, pair))
-                (val if split in ('val', 'validation', 'dev') else train).append(cut)
+                (val if split in VAL else train).append(cut)
 
     for pairs in (train, val):
         pairs.sort(key=lambda pair: hashlib.sha256(b'|'.join(part.tobytes() for part in pair)).digest())
@@ -240,13 +246,13 @@ if __name__ == '__main__':
     train, val, count = load_pairs(data, model.config.vocab_size - OFFSET, context, max_auto_bleu, val_pairs)
     n, per_epoch, pairs = batch_size * accumulation, len(train) // (batch_size * accumulation), train + val
     say(f'{data}: {count["read"]} pairs; dropped {count["repetitive"]} by auto-BLEU >= {max_auto_bleu} ({count["without_text"]} of units) '
-        f'and {count["unusable"]} empty or equal; {count["truncated"]} truncated; {len(val)} held out, {len(train)} to train on')
+        f'and {count["unusable"]} empty or equal; {count["others"]} of other splits; {count["truncated"]} truncated; {len(val)} held out, {len(train)} to train on')
     if len(train) < n:
         fail(f'{data} leaves {len(train)} pairs to train on, fewer than a batch of {n}: lower --batch_size or --accumulation')
     all_lengths = np.array([sum(map(len, pair)) for pair in pairs])
     lengths = all_lengths[:len(train)]
     sizes = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])  # (pairs, 2) tokens
-    total_steps = min([limit for limit in (max_steps, round(epochs * per_epoch)) if limit], default=0 if train_hours else per_epoch)
+    total_steps = min([limit for limit in (max_steps, epochs and max(1, round(epochs * per_epoch))) if limit], default=0 if train_hours else per_epoch)
     width, filled = choose_width(all_lengths, deal(lengths, n, seed, 0)[:8], context, batch_size)
     digest = hashlib.sha256(json.dumps([model.config.to_hf(), str(dtype)], sort_keys=True).encode())
     for array in [p.detach().numpy() for p in model.parameters()] + [part for pair in pairs for part in pair]:
@@ -299,8 +305,11 @@ if __name__ == '__main__':
     os.makedirs(out_dir, exist_ok=True)
     beside = os.path.dirname(data.split(',')[0]) or '.'
     cache = os.path.join(beside if os.access(beside, os.W_OK) else out_dir, f'reference-{key[:16]}.npz')
-    file = np.load(cache) if os.path.exists(cache) else dict(logps=np.full((len(pairs), 2), np.nan, np.float32), seconds=0.0)
-    known, seconds = file['logps'], float(file['seconds'])
+    try:
+        file = np.load(cache) if os.path.exists(cache) else dict(logps=np.full((len(pairs), 2), np.nan, np.float32), seconds=0.0)
+        known, seconds = file['logps'], float(file['seconds'])
+    except Exception as error:
+        fail(f'{cache} cannot be read ({error}): delete it')
     needed = np.ones(len(pairs), bool)
     if 0 < total_steps < per_epoch:  # pairs that no step will meet need none
         needed[:len(train)] = np.isin(np.arange(len(train)), deal(lengths, n, seed, 0)[:total_steps])

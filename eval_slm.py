@@ -99,7 +99,7 @@ def list_folder(folder):
         if not match or match[2] in sides[match[1]]:
             raise InputError(f'{os.path.join(folder, file)}: {"a second file of this name" if match else "unknown file"}, {wanted}')
         sides[match[1]][match[2]] = file
-    about = {os.path.normpath(row['path']): row for row in read_jsonl(manifest) if 'path' in row} if os.path.exists(manifest) else {}
+    about = {os.path.normpath(row['path']): row for row in read_jsonl(manifest) if isinstance(row.get('path'), str)} if os.path.exists(manifest) else {}
     for key, side in sides.items():
         if len(side) != 2:
             raise InputError(f'{os.path.join(folder, min(side.values()))} {"has no counterpart" if len(side) == 1 else "and more"}: {wanted}')
@@ -416,6 +416,10 @@ if __name__ == '__main__':
             enc, voc = encoder or model.slam.get('encoder'), vocoder or model.slam.get('vocoder') or ''
             if not enc:
                 raise InputError(f'{where} names no encoder (a text LM?): give --encoder and --vocoder')
+            if os.path.exists(about := os.path.join(enc, 'encoder.json')):
+                its, wanted = json.load(open(about)).get('n_units'), model.slam.get('n_units', model.config.vocab_size - OFFSET)
+                if its != wanted:
+                    raise InputError(f'encoder {enc} has {its} units, {where} {wanted}: pass the --encoder with which it was trained')
             for task, (pairs, files) in suites.items():
                 with part(result, task):
                     wanted = [pair[side] for side in ('pos', 'neg') for pair in pairs] + [*files.values()]

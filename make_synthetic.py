@@ -88,12 +88,15 @@ ARPABET = dict(pair.split('=') for pair in (  # espeak's IPA for English -> the 
 def documents(file, marked):
     """Stories of a text file: what stands between <|endoftext|> lines; if it is not marked with them, between blank lines."""
     document = ''
-    for line in chain(file, ['']):
-        if line and ('<|endoftext|>' not in line if marked else line.strip()):
-            document += line
-        elif document.strip() or marked and line:
-            yield document + line.partition('<|endoftext|>')[0]
+    for line in file:
+        *ended, line = line.split('<|endoftext|>') if marked else [line] if line.strip() else ['', '']
+        for part in ended:
+            if marked or document.strip():
+                yield document + part
             document = ''
+        document += line if document or line.strip() else ''
+    if document.strip():
+        yield document
 
 
 def text_files():
@@ -148,8 +151,8 @@ def read_rows(task):
 
 
 def auto_bleu(document):
-    """Share of a text's word bigrams that occur in it more than once; 0 for fewer than two words."""
-    words = re.findall(r"[\w']+", document.lower())
+    """Share of a text's word bigrams that occur in it more than once; 0 for fewer than two words. Punctuation marks are words."""
+    words = re.findall(r"[\w']+|[^\w\s]", document)
     counts = Counter(zip(words, words[1:]))
     return sum(n for n in counts.values() if n > 1) / max(1, len(words) - 1)
 

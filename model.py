@@ -986,6 +986,8 @@ class UnitEncoder:
         if os.path.exists(os.path.join(folder, 'encoder.json')):
             config, kmeans = _read_json(os.path.join(folder, 'encoder.json')), kmeans or os.path.join(folder, 'encoder.safetensors')
             vocoder = os.path.join(os.path.dirname(folder), 'vocoder') if config['vocoder'] == 'vocoder' else config['vocoder']
+            if layer not in (None, config.get('layer')):
+                raise InputError(f'{where} is an encoder of layer {config.get("layer")}, not {layer}: name the net itself')
         elif where == 'mfcc':
             config = MFCC
         elif where in ENCODERS:

@@ -12,6 +12,7 @@
 per utterance <S>, its de-duplicated units + 2, <S>. Work goes by chunks of files in a fixed order, each written when all before it are, so the
 files do not depend on the number of workers or shards, and a killed run goes on after the last whole chunk. Bad files go to failed.jsonl.
 """
+import fcntl
 import glob
 import hashlib
 import io
@@ -70,6 +71,10 @@ CHUNK_FILES, CHUNK_BYTES = 128, 32 << 20  # what a worker reads at a time: the w
 AUDIO = ('.wav', '.flac', '.ogg', '.opus', '.mp3', '.aiff', '.aif')
 GRID = 640                 # samples: 40 ms, where utterances are cut, so that frames fall where they would uncut
 PARTS = ('prompt', 'chosen', 'rejected')
+SPLITS = dict(validation='val', valid='val', dev='val')  # what others call it
+
+
+held = []  # files that stay locked as long as this process lives
 
 
 class Item(NamedTuple):
@@ -87,8 +92,10 @@ def list_items(path):
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, 'manifest.jsonl')):
         for folder, below, names in os.walk(path, followlinks=True):
             below.sort()
+            if 'manifest.jsonl' in names:  # it knows what lies here
+                below[:], names = [], ['manifest.jsonl']
             for name in sorted(names):
-                if name.lower().endswith(AUDIO + ('.tar',)):
+                if name.lower().endswith(AUDIO + ('.tar', 'manifest.jsonl')):
                     yield from list_items(os.path.join(folder, name))
     elif os.path.isdir(path) or path.endswith('.jsonl'):
         path = os.path.join(path, 'manifest.jsonl') if os.path.isdir(path) else path
@@ -97,10 +104,14 @@ def list_items(path):
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                    kind = 'pair' if 'prompt_path' in row else 'row' if row['path'] else ''
-                except (ValueError, KeyError, TypeError):
-                    raise InputError(f'{path}, line {number}: expected JSON with `path` (or prompt_path, chosen_path, rejected_path)') from None
-                yield Item(kind, path, at, int(row.get('seconds', 10) * 20000), row.get('split') or '')
+                    kind, split = 'pair' if 'prompt_path' in row else 'row', row.get('split') or ''
+                    size = int(float(row.get('seconds') or 10) * 20000)
+                    if not all(isinstance(x, str) and x for x in (row[key] for key in ('path', *(f'{p}_path' for p in PARTS)) if key in row)) or (
+                            kind == 'row' and 'path' not in row or not isinstance(split, str)):
+                        raise ValueError
+                except (ValueError, KeyError, TypeError, OverflowError):
+                    raise InputError(f'{path}, line {number}: expected JSON with `path` (or prompt_path, chosen_path, rejected_path) and, if any, seconds, split') from None
+                yield Item(kind, path, at, size, SPLITS.get(split, split))
                 at += len(line)
     elif path.endswith('.tar'):
         try:
@@ -112,7 +123,7 @@ def list_items(path):
         except tarfile.TarError as error:
             raise InputError(f'{path} is no uncompressed tar ({error})') from None
     elif path.endswith('.txt'):
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8', errors='surrogateescape') as file:
             for name in filter(None, (line.split('\t')[0].strip() for line in file)):
                 full = os.path.join(os.path.dirname(path), name)
                 yield Item('file', full, 0, os.path.getsize(full) if os.path.exists(full) else 0)
@@ -125,6 +136,8 @@ def list_audio(where):
     items, folders = [], []
     for source in filter(None, (part.strip() for part in where.split(','))):
         found = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+        if '**' in source and not os.path.exists(source):  # it names folders and what lies in them
+            found = [path for path in found if path.lower().endswith(AUDIO + ('.tar',)) and os.path.isfile(path)]
         before = len(items)
         for path in found:
             items.extend(list_items(path))
@@ -133,7 +146,7 @@ def list_audio(where):
             raise InputError(f'--audio={source}: {"no audio in it" if found else "no such file or folder"} (looked for {" ".join(AUDIO)} .tar)')
     if not items:
         raise InputError('--audio names nothing: give folders, files, globs, a manifest.jsonl, a list of paths (.txt) or .tar shards')
-    return os.path.commonpath(folders), items
+    return os.path.commonpath(folders), list(dict.fromkeys(items))  # what was named twice comes once
 
 
 def make_chunks(items):
@@ -151,8 +164,8 @@ def make_chunks(items):
 def split_of(name, val_folders, val_fraction):
     """'train' or 'val' for a file, by its folders if val_folders (comma-separated) says some, else by a hash of its name."""
     if val_folders:
-        return 'val' if set(os.path.dirname(name).split('/')) & set(val_folders.split(',')) else 'train'
-    return 'val' if int.from_bytes(hashlib.sha1(name.encode()).digest()[:6], 'big') < val_fraction * 2 ** 48 else 'train'
+        return 'val' if set(os.path.dirname(name).split('/')) & {folder.strip(' /') for folder in val_folders.split(',')} else 'train'
+    return 'val' if int.from_bytes(hashlib.sha1(os.fsencode(name)).digest()[:6], 'big') < val_fraction * 2 ** 48 else 'train'
 
 
 def cut(wave, longest):
@@ -196,7 +209,7 @@ def read_item(item, plan):
         piece['seconds'] = round((end - start) / SAMPLE_RATE, 4)
         if len(spans) > 1:
             begin = piece['start'] = start / SAMPLE_RATE  # seconds within the file
-            words = [[word, round(max(0, a - begin), 3), round(min(b - begin, piece['seconds']), 3)] for word, a, b in row.get('words', [])
+            words = [[word, round(max(0, a - begin), 3), round(min(b - begin, piece['seconds']), 3)] for word, a, b in row.get('words') or []
                      if begin <= (a + b) / 2 < end / SAMPLE_RATE]
             piece |= dict(words=words, text=' '.join(word for word, _, _ in words)) if words else {}
             if not words:
@@ -222,7 +235,7 @@ def encode(encoder, pieces, table_seconds=0):
                 table = table or UnitTable(encoder.n_units, encoder.frame_rate)
                 table.add(wave, frames)
                 table_seconds -= len(wave) / SAMPLE_RATE
-        lines.append(('units' if len(waves) == 1 else 'pairs', json.dumps(row, ensure_ascii=False, separators=(',', ':')).encode() + b'\n'))
+        lines.append(('units' if len(waves) == 1 else 'pairs', json.dumps(row, ensure_ascii=False, separators=(',', ':')).encode(errors='backslashreplace') + b'\n'))
     if table:
         lines.append(('table', table.to_bytes()))
     return lines, sum(len(wave) for _, waves in pieces for wave in waves) / SAMPLE_RATE
@@ -322,12 +335,14 @@ def public_rows(path):
             try:
                 row = json.loads(line)
                 units = row['units'] if 'units' in row else [int(u) for u in re.findall(r'<Un(\d+)>', row['audio_repr'])]
+                if not all(type(u) is int and u >= 0 for u in units) or not isinstance(row.get('file_name', ''), str):
+                    raise ValueError
                 units, runs = dedup(units)
                 if 'duration' in row:  # runs that were not collapsed are added up
                     runs = [sum(part) for part in np.split(row['duration'], np.cumsum(runs)[:-1])]
                 yield {'file_name': f'{os.path.basename(path)}:{number}', **row, 'units': units.tolist(), 'duration': [int(d) for d in runs]}
             except (ValueError, KeyError, TypeError, RuntimeError):
-                raise InputError(f'{path}, line {number}: expected a JSON object with `units` or `audio_repr`') from None
+                raise InputError(f'{path}, line {number}: expected a JSON object with `units` (numbers from 0) or `audio_repr`') from None
 
 
 def write_json(path, value):
@@ -344,6 +359,7 @@ def pack(rows, folder, vocab_size, frame_rate, val_folders='', val_fraction=0.01
     files = {split: open(os.path.join(folder, split + '.bin.tmp'), 'wb') for split in count}
     for row in rows:
         split = row.get('split') or split_of(row['file_name'], val_folders, val_fraction)
+        split = SPLITS.get(split, split)
         if split not in count or not row['units']:
             continue  # a test split is in units.jsonl alone
         units = np.array(row['units'])
@@ -368,10 +384,22 @@ def pack(rows, folder, vocab_size, frame_rate, val_folders='', val_fraction=0.01
         unit_usage=dict(used=len(share), perplexity=round(float(np.exp(-(share * np.log(share)).sum())), 1)))
 
 
+def lock(file):
+    """Take the file for this process and its workers. Those of a killed run end within a second; another run does not."""
+    held.append(file)
+    for _ in range(30):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+    raise InputError(f'{file.name}: another run is at work here')
+
+
 def finish(meta):
     """Write meta.json and say what is in it."""
     write_json(os.path.join(out, 'meta.json'), meta)
-    done = f'{meta["pairs"]:,} pairs, {meta["failed"]:,} files failed, {meta["x_real_time"]:,} x real time' if 'pairs' in meta else 'packed'
+    done = (f'{meta["pairs"]:,} pairs, {meta["failed"]:,} of {meta["files"]:,} files failed, {meta["x_real_time"]:,} x real time' if 'pairs' in meta
+            else 'packed') + ', nothing to validate on' * (not meta['tokens']['val'])
     print(f'{out}: {sum(meta["utterances"].values()):,} utterances, {sum(meta["hours"].values()):.2f} h, {sum(meta["tokens"].values()):,} tokens '
           f'({meta["tokens_per_second"]} units a second), {meta["unit_usage"]["used"]} of {meta["n_units"]} units used, perplexity '
           f'{meta["unit_usage"]["perplexity"]}, {done}')
@@ -380,6 +408,8 @@ def finish(meta):
 if __name__ == '__main__':
     config = configure(globals())
     started = time.time()
+    if min(workers, max_failed, fit_kmeans, switch, vocoder_hours) < 0 or min(n_units, fit_frames) < 1 or max_seconds < 1 or not 0 <= val_fraction <= 1:
+        raise InputError('max_seconds, n_units and fit_frames are at least 1, val_fraction is a share, and no other number is negative')
     os.makedirs(out, exist_ok=True)
     here = partial(os.path.join, out)
 
@@ -404,6 +434,7 @@ if __name__ == '__main__':
         if not shard and device == 'auto' and torch.cuda.is_available():
             device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     suffix = f'-{part:05d}-of-{of:05d}' if of > 1 else ''
+    lock(open(here(f'.lock{suffix}'), 'w'))
     shards = sorted(glob.glob(here('progress-*-of-*.json'))) if only_pack else [here(f'progress{suffix}.json')]
     root, items = list_audio(audio)
     chunks = make_chunks(items)
@@ -419,6 +450,8 @@ if __name__ == '__main__':
         if other := [key for key in recipe if key in state['recipe'] and state['recipe'][key] != recipe[key]]:
             raise InputError(f'{path}: begun with another {", ".join(other)}; give the same settings and audio, another --out, or delete it')
         states.append(state)
+    if len({path[-10:-5] for path in shards}) > 1:
+        raise InputError(f'{out} holds shards of several n ({", ".join(map(os.path.basename, shards))}): remove those of all but one')
     if only_pack and (not shards or len(shards) != int(shards[0][-10:-5]) or any(state['chunks'] < state['of'] for state in states)):
         raise InputError(f'{out}: {sum(state["chunks"] == state["of"] for state in states)} finished shards of '
                          f'{int(shards[0][-10:-5]) if shards else "?"}; run the others first')
@@ -486,7 +519,7 @@ if __name__ == '__main__':
             for kind, line in lines:
                 files[kind].write(line)
             for name, reason in failures:
-                files['failed'].write(json.dumps(dict(file_name=name, reason=reason), ensure_ascii=False).encode() + b'\n')
+                files['failed'].write(json.dumps(dict(file_name=name, reason=reason), ensure_ascii=False).encode(errors='backslashreplace') + b'\n')
             for kind, file in files.items():
                 file.flush()
                 state['bytes'][kind] = file.tell()

@@ -395,7 +395,7 @@ def test_manifests_pairs_and_public_unit_files(corpus, whole, tmp_path):
     words = [[str(i), i * 0.5, i * 0.5 + 0.4] for i in range(18)]
     (tmp_path / 'manifest.jsonl').write_text(json.dumps(dict(path=f'{corpus}/train/long.wav', text='all', seconds=9.0, voice='v', split='val',
                                                              words=words)) + '\n')
-    run(f'--audio={tmp_path},{tmp_path}/pairs,{corpus}/dev/*.flac', f'--encoder={whole}/encoder', f'--out={tmp_path}/out', '--max_seconds=4')
+    run(f'--audio={tmp_path},{tmp_path}/pairs,{corpus}/dev/**,{corpus}/dev/*.flac', f'--encoder={whole}/encoder', f'--out={tmp_path}/out', '--max_seconds=4')
     pair, known = rows(tmp_path / 'out/pairs.jsonl')[0], {row['file_name']: row for row in rows(f'{whole}/units.jsonl')}
     for part, name, text in (('prompt', '01', 'a'), ('chosen', '02', 'b'), ('rejected', '03', 'c')):
         assert pair[part]['units'] == known[f'train/{name}.flac']['units'] and pair[part]['text'] == text
