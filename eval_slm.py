@@ -123,9 +123,9 @@ def list_zerospeech(root, kind, split, blind=False):
         why = getattr(error, 'strerror', None) or error
         raise InputError(f'{gold}: {why}; expected ZeroSpeech 2021 as unpacked, {kind}/{split}/gold.csv with its .wav files') from None
     wanted = ('id', 'filename', 'voice', 'correct', *(('type', 'subtype') if kind == 'syntactic' else ('frequency', 'length')))
-    for row in rows or [{}]:
-        if any(row.get(key) is None for key in wanted) or not re.fullmatch(r'[\d.]*', row.get('frequency') or ''):
-            raise InputError(f'{gold} is not that of the {kind} task: expected the columns {", ".join(wanted)}')
+    for number, row in enumerate(rows or [{}], 1):
+        if any(row.get(key) is None for key in wanted) or not re.fullmatch(r'(\d+\.?\d*)?', row.get('frequency') or ''):
+            raise InputError(f'{gold}, row {number}: not that of the {kind} task; expected the columns {", ".join(wanted)}, numbers in frequency')
         if row['filename'] not in files:
             raise InputError(f'{os.path.join(folder, row["filename"])}.wav is missing: gold.csv names it')
         key = '/'.join((row['type'], row['subtype'], row['id'])) if kind == 'syntactic' else row['id']  # as the official tool groups
@@ -496,9 +496,9 @@ if __name__ == '__main__':
     table = [['model', *head], *([name, *cells(result)] for name, result in metrics.items())]
     table += [[note] + [''] * len(head)] * bool(paper) + [[*row.values()] for row in paper]
     changes = [['difference', *head], *([name, *cells(result, '+')] for name, result in differences.items())]
-    print('\n' + markdown(table) + ('\n' + markdown(changes) if differences else ''))
     write(os.path.splitext(out)[0] + '.pairs.jsonl', ''.join(json.dumps(row) + '\n' for row in scored))
     write(out, json.dumps(dict(metrics=metrics, differences=differences, settings=config), indent=1))
+    print('\n' + markdown(table) + ('\n' + markdown(changes) if differences else ''))
     failed = {f'{task} ({r["not_run"]})' for result in metrics.values() for task, r in result.items() if 'not_run' in r}
     done = f'{len(models)} models, {len(columns)} tasks, {len(scored)} scores in {time.time() - began:.0f} s'
     if html:

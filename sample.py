@@ -17,6 +17,7 @@ import glob
 import html as html_text
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -268,10 +269,12 @@ if __name__ == '__main__':
     device = pick_device(device)
     if resynth and not prompt:
         raise InputError('--resynth needs --prompt: sound files, a folder or a units file')
-    if min(num_samples, max_new_tokens, batch_size) < 1 or min(temperature, top_k, prompt_seconds, max_prompts) < 0 or not (
-            0 < top_p <= 1 and 0 < repetition_penalty < 100):
-        raise InputError('num_samples, max_new_tokens and batch_size are at least 1, top_p and repetition_penalty above 0, top_p at most 1, and no '
-                         'number is negative')
+    if min(num_samples, max_new_tokens, batch_size) < 1 or min(temperature, top_k, prompt_seconds, max_prompts, speaker, style) < 0 or not (
+            0 < top_p <= 1 and 0 < repetition_penalty < 100 and temperature + prompt_seconds < math.inf):
+        raise InputError('num_samples, max_new_tokens and batch_size are at least 1, top_p and repetition_penalty above 0, top_p at most 1, no '
+                         'number negative or infinite')
+    if not out or os.path.isfile(out) or os.path.isdir(html):
+        raise InputError(f'--out={out} --html={html}: expected a folder and a file')
     prompts = find_prompts(prompt, split, max_prompts) if prompt else [dict(name='unprompted', units=torch.zeros(0, dtype=torch.long))]
 
     # the three networks; only those that are needed
@@ -332,7 +335,7 @@ if __name__ == '__main__':
         raise InputError(f'--prompt={prompt}: none of the files could be used')
     longest = 1 + max_new_tokens + max(len(p['units']) for p in prompts)
     if model and longest > model.config.context:
-        print(f'sample.py: {longest} units with the prompt are more than the {model.config.context} this model was trained on', file=sys.stderr)
+        print(f'sample.py: warning: {longest} units with the prompt are more than the {model.config.context} this model was trained on', file=sys.stderr)
 
     # units -> more units -> sound
     if keep_prompt and any('wave' not in p for p in prompts):

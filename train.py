@@ -104,6 +104,9 @@ def open_data(names, data_dir='data'):
         try:
             with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
                 meta, weight = json.load(file), float(weight or 1)
+            for part in ('encoder', 'vocoder'):  # a checkpoint without them could not be heard
+                if meta.get(part) == part and not os.path.isdir(os.path.join(folder, part)):
+                    raise ValueError(f'no folder {part}, which meta.json names')
             if not 0 < weight < math.inf or min(np.dtype(meta['dtype']).itemsize, meta['vocab_size'], meta['tokens']['train']) < 1:
                 raise ValueError(f'weight {weight:g}, or nothing to train on')
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -272,9 +275,11 @@ if __name__ == '__main__':
         before(kind, error, trace)
     sys.excepthook = hook
 
+    if wandb and not importlib.util.find_spec('wandb'):
+        fail('--wandb needs a package: pip install wandb')
     least = dict(context=2, batch_size=1, global_batch=1, max_steps=1, log_interval=1, lr=1e-9, rope_theta=1, train_hours=1e-9, decay_fraction=1e-9)
     for key, value in config.items():
-        low, high = least.get(key, int(key.startswith('n_'))), 1 if key in ('dropout', 'beta1', 'beta2') else math.inf
+        low, high = least.get(key, int(key.startswith('n_'))), 1 if key in ('dropout', 'beta1', 'beta2', 'warmup_fraction') else math.inf
         if type(value) in (int, float) and not low <= value < high:
             fail(f'--{key}={value} is out of range: at least {low}, less than {high}')
     learning_rate(0, 0, lr, min_lr, schedule, warmup_steps, warmup_fraction, max_steps, decay_fraction)  # an unknown schedule fails here
@@ -286,14 +291,18 @@ if __name__ == '__main__':
         torch.set_float32_matmul_precision('high')
     if world > 1 or shard_model:
         dist.init_process_group('nccl' if cuda else 'gloo', **({} if world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)))
-    if global_batch % (batch_size * world) or shard_model and optimizer != 'adamw':
-        fail(f'global_batch {global_batch} must be a multiple of batch_size {batch_size} x {world} processes, and shard_model needs optimizer=adamw')
+    if global_batch % (batch_size * world):
+        fail(f'global_batch {global_batch} must be a multiple of batch_size {batch_size} x {world} processes')
+    if shard_model and optimizer != 'adamw':
+        fail(f'shard_model needs optimizer=adamw, not {optimizer}')
 
     # --- where this run stopped before
     state_path, log_path, state = os.path.join(out_dir, 'train_state.pt'), os.path.join(out_dir, 'log.jsonl'), {}
     if resume and os.path.exists(state_path):
         try:
             state = torch.load(state_path, map_location='cpu', mmap=True, weights_only=True)
+            if missing := {'config', 'model', 'optimizers', 'step', 'position', 'tokens'} - set(state):
+                raise ValueError(f'it has no {", ".join(sorted(missing))}')
         except Exception as error:
             fail(f'{state_path} cannot be read ({str(error)[:100]}): --resume=False starts over')
         for key, value in state['config'].items():
@@ -421,8 +430,6 @@ if __name__ == '__main__':
             file.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step)
         os.replace(log_path + '.tmp', log_path)
     log_file = open(log_path if rank == 0 else os.devnull, 'a', buffering=1)
-    if wandb and not importlib.util.find_spec('wandb'):
-        fail('--wandb needs a package: pip install wandb')
     run = wandb and rank == 0 and __import__('wandb').init(project='slam', name=os.path.basename(out_dir), config=config)
     say(f'{init}: {n_params:,} parameters, {world} x {device}, {dtype}; {data}: {loader.ends[-1]:,} tokens an epoch; {max_steps:,} steps '
         f'of {global_batch * context:,} or {train_hours:.3g} h, {from_now(budget - elapsed)} at the latest'
