@@ -9,8 +9,8 @@ of their prompt, and dealt so that batches have about as many tokens. No step wa
     torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
 
 data: JSON lines of prepare_units.py or of the public toolkit: prompt, chosen and rejected, each with `units` or `audio_repr` ("<Un12><Un7>").
-out_dir becomes a checkpoint that transformers can load, with train_state.pt to go on from, log.jsonl and curve.png; out_dir/best is the best by
-held-out accuracy. The same command leaves a finished run alone.
+out_dir becomes a checkpoint that transformers can load, with train_state.pt to go on from, log.jsonl and (given matplotlib) curve.png;
+out_dir/best is the best by held-out accuracy. The same command leaves a finished run alone.
 """
 import hashlib
 import importlib.util
@@ -150,6 +150,9 @@ def load_pairs(paths, n_units, context, max_auto_bleu, val_pairs):
                 pair = np.append(BOS, units[0] + OFFSET), np.append(units[1] + OFFSET, EOS), np.append(units[2] + OFFSET, EOS)
                 cut = truncate(*pair, context)
                 count['truncated'] += any(len(a) < len(b) for a, b in zip(cut, pair))
+                if np.array_equal(*cut[1:]):
+                    count['unusable'] += 1
+                    continue
                 (val if split in VAL else train).append(cut)
 
     for pairs in (train, val):
@@ -246,13 +249,15 @@ if __name__ == '__main__':
     train, val, count = load_pairs(data, model.config.vocab_size - OFFSET, context, max_auto_bleu, val_pairs)
     n, per_epoch, pairs = batch_size * accumulation, len(train) // (batch_size * accumulation), train + val
     say(f'{data}: {count["read"]} pairs; dropped {count["repetitive"]} by auto-BLEU >= {max_auto_bleu} ({count["without_text"]} of units) '
-        f'and {count["unusable"]} empty or equal; {count["others"]} of other splits; {count["truncated"]} truncated; {len(val)} held out, {len(train)} to train on')
+        f'and {count["unusable"]} empty or equal; {count["others"]} of other splits; {count["truncated"]} truncated; {len(val)} held out, '
+        f'{len(train)} to train on')
     if len(train) < n:
         fail(f'{data} leaves {len(train)} pairs to train on, fewer than a batch of {n}: lower --batch_size or --accumulation')
     all_lengths = np.array([sum(map(len, pair)) for pair in pairs])
     lengths = all_lengths[:len(train)]
     sizes = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])  # (pairs, 2) tokens
-    total_steps = min([limit for limit in (max_steps, epochs and max(1, round(epochs * per_epoch))) if limit], default=0 if train_hours else per_epoch)
+    limits = [limit for limit in (max_steps, epochs and max(1, round(epochs * per_epoch))) if limit]
+    total_steps = min(limits, default=0 if train_hours else per_epoch)
     width, filled = choose_width(all_lengths, deal(lengths, n, seed, 0)[:8], context, batch_size)
     digest = hashlib.sha256(json.dumps([model.config.to_hf(), str(dtype)], sort_keys=True).encode())
     for array in [p.detach().numpy() for p in model.parameters()] + [part for pair in pairs for part in pair]:

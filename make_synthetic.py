@@ -158,16 +158,19 @@ def auto_bleu(document):
 
 
 def preference(row, rng):
-    """(prompt, chosen, rejected) of a row of PAIRS, the rejected ending drawn by rng; None for a row that the recipe leaves out (section 4)."""
+    """(prompt, chosen, rejected) of a row of PAIRS, the rejected ending drawn by rng; None for a row that the recipe leaves out (section 4), a
+    str, the reason, for one that is not whole."""
     if 'rejected' in row:
         return row['prompt'], row['chosen'], row['rejected']
     if 'sent1' in row:
         first, second, endings, good = row['sent1'], row['sent2'], [row[f'ending{i}'] for i in range(4)], row['gold-source'] == 'gold'
     else:
-        first, second, endings = row['ctx_a'], row['ctx_b'], list(map(str, row['endings']))
-        good = len(endings) > 1 and not re.search(r'[][(){}<>/\\]|www\.', ' '.join((first, second, *endings)))
-    if not good or row['label'] not in map(str, range(len(endings))):
+        first, second, endings = row['ctx_a'], row['ctx_b'], row['endings']
+        good = len(endings) > 1 and not re.search(r'[][(){}<>/\\]|www\.', ' '.join((first, second, *map(str, endings))))
+    if not good:
         return None
+    if row['label'] not in map(str, range(len(endings))) or not all(isinstance(ending, str) and ending for ending in endings):
+        return f'label {row["label"]!r} of {len(endings)} endings, or one of them empty'
     right = int(row['label'])
     wrong = rng.choice([i for i in range(len(endings)) if i != right])
     return first, *(f'{second} {endings[i]}'.strip() for i in (right, wrong))
@@ -190,7 +193,9 @@ def make_items(task):
             yield dict(files=[dict(name='{n:06d}', text=row[text_field])], split=task == 'stories')
         elif task == 'pairs':
             texts = preference(row, rng)
-            if texts and (share := auto_bleu(f'{texts[0]} {texts[1]}')) >= max_auto_bleu:
+            if isinstance(texts, str):
+                yield dict(skip=texts, text=where)
+            elif texts and (share := auto_bleu(f'{texts[0]} {texts[1]}')) >= max_auto_bleu:
                 yield dict(skip=f'auto-BLEU {share:.2f}', text=f'{texts[0]} {texts[1]}')
             elif texts:
                 yield dict(split=True, files=[dict(name=f'{{n:06d}}_{role}', role=role, text=what) for role, what in

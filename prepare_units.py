@@ -90,8 +90,12 @@ class Item(NamedTuple):
 def list_items(path):
     """The items of one file or folder, in a fixed order."""
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, 'manifest.jsonl')):
+        seen = set()
         for folder, below, names in os.walk(path, followlinks=True):
             below.sort()
+            if (real := os.path.realpath(folder)) in seen:  # links may lead in circles
+                below[:], names = [], []
+            seen.add(real)
             if 'manifest.jsonl' in names:  # it knows what lies here
                 below[:], names = [], ['manifest.jsonl']
             for name in sorted(names):
@@ -110,7 +114,8 @@ def list_items(path):
                             kind == 'row' and 'path' not in row or not isinstance(split, str)):
                         raise ValueError
                 except (ValueError, KeyError, TypeError, OverflowError):
-                    raise InputError(f'{path}, line {number}: expected JSON with `path` (or prompt_path, chosen_path, rejected_path) and, if any, seconds, split') from None
+                    raise InputError(f'{path}, line {number}: expected JSON with `path` (or prompt_path, chosen_path, rejected_path)'
+                                     ' and, if any, seconds and split') from None
                 yield Item(kind, path, at, size, SPLITS.get(split, split))
                 at += len(line)
     elif path.endswith('.tar'):
@@ -128,7 +133,7 @@ def list_items(path):
                 full = os.path.join(os.path.dirname(path), name)
                 yield Item('file', full, 0, os.path.getsize(full) if os.path.exists(full) else 0)
     else:
-        yield Item('file', path, 0, os.path.getsize(path))
+        yield Item('file', path, 0, os.path.getsize(path) if os.path.exists(path) else 0)
 
 
 def list_audio(where):
@@ -221,7 +226,7 @@ def read_item(item, plan):
 # The jobs: what an encoder does with the pieces of one chunk.
 
 def features(encoder, pieces):
-    return [x.cpu().numpy() for x in encoder.features([wave for row, waves in pieces if row['split'] != 'val' for wave in waves])]
+    return [x.cpu().numpy() for x in encoder.features([wave for row, waves in pieces if row['split'] == 'train' for wave in waves])]
 
 
 def encode(encoder, pieces, table_seconds=0):
@@ -231,11 +236,12 @@ def encode(encoder, pieces, table_seconds=0):
         for said, wave in zip([row] if len(waves) == 1 else [row[part] for part in PARTS], waves):
             frames = next(units)
             said['units'], said['duration'] = (x.tolist() for x in dedup(frames))
-            if table_seconds > 0 and row['split'] != 'val':
+            if table_seconds > 0 and row['split'] == 'train':
                 table = table or UnitTable(encoder.n_units, encoder.frame_rate)
                 table.add(wave, frames)
                 table_seconds -= len(wave) / SAMPLE_RATE
-        lines.append(('units' if len(waves) == 1 else 'pairs', json.dumps(row, ensure_ascii=False, separators=(',', ':')).encode(errors='backslashreplace') + b'\n'))
+        line = json.dumps(row, ensure_ascii=False, separators=(',', ':')).encode(errors='backslashreplace')  # names need not be UTF-8
+        lines.append(('units' if len(waves) == 1 else 'pairs', line + b'\n'))
     if table:
         lines.append(('table', table.to_bytes()))
     return lines, sum(len(wave) for _, waves in pieces for wave in waves) / SAMPLE_RATE
@@ -330,12 +336,13 @@ def fit(x, k, seed):
 
 def public_rows(path):
     """The rows of a units file: ours, or the public toolkit's features.jsonl (units, duration) or tokens.jsonl (audio_repr)."""
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
                 units = row['units'] if 'units' in row else [int(u) for u in re.findall(r'<Un(\d+)>', row['audio_repr'])]
-                if not all(type(u) is int and u >= 0 for u in units) or not isinstance(row.get('file_name', ''), str):
+                if not all(type(u) is int and u >= 0 for u in units) or not isinstance(row.get('file_name', ''), str) or len(
+                        row.get('duration', units)) != len(units):
                     raise ValueError
                 units, runs = dedup(units)
                 if 'duration' in row:  # runs that were not collapsed are added up
@@ -408,18 +415,27 @@ def finish(meta):
 if __name__ == '__main__':
     config = configure(globals())
     started = time.time()
-    if min(workers, max_failed, fit_kmeans, switch, vocoder_hours) < 0 or min(n_units, fit_frames) < 1 or max_seconds < 1 or not 0 <= val_fraction <= 1:
+    if min(workers, max_failed, fit_kmeans, switch, vocoder_hours) < 0 or min(n_units, fit_frames, max_seconds) < 1 or not 0 <= val_fraction <= 1:
         raise InputError('max_seconds, n_units and fit_frames are at least 1, val_fraction is a share, and no other number is negative')
     os.makedirs(out, exist_ok=True)
     here = partial(os.path.join, out)
 
     if from_units:  # packed without audio
+        if os.path.exists(here('progress.json')):
+            raise InputError(f'{out} holds units made from audio: choose another --out, or delete it')
         with open(here('units.jsonl.tmp'), 'w', encoding='utf-8') as file:
             def copied():
                 for row in (row for path in from_units.split(',') for row in public_rows(path)):
                     file.write(json.dumps(row, ensure_ascii=False, separators=(',', ':')) + '\n')
                     yield row
-            meta = pack(tqdm(copied(), unit=' rows'), out, n_units + OFFSET, 50.0 if encoder == 'hubert50' else 25.0, val_folders, val_fraction)
+            try:
+                meta = pack(tqdm(copied(), unit=' rows'), out, n_units + OFFSET, 50.0 if encoder == 'hubert50' else 25.0, val_folders, val_fraction)
+                if not sum(meta['utterances'].values()):
+                    raise InputError(f'--from_units={from_units}: no units in it')
+            except BaseException:
+                for name in glob.glob(here('*.tmp')):
+                    os.remove(name)
+                raise
         os.replace(here('units.jsonl.tmp'), here('units.jsonl'))
         finish(meta | dict(encoder=encoder, vocoder='hifigan25' if encoder == 'mhubert25' else None, recipe=config))
         sys.exit()
@@ -448,7 +464,7 @@ if __name__ == '__main__':
     for path in shards:
         state = json.load(open(path)) if os.path.exists(path) else fresh
         if other := [key for key in recipe if key in state['recipe'] and state['recipe'][key] != recipe[key]]:
-            raise InputError(f'{path}: begun with another {", ".join(other)}; give the same settings and audio, another --out, or delete it')
+            raise InputError(f'{path}: begun with another {", ".join(other)}; give the same settings and audio, another --out, or delete the folder')
         states.append(state)
     if len({path[-10:-5] for path in shards}) > 1:
         raise InputError(f'{out} holds shards of several n ({", ".join(map(os.path.basename, shards))}): remove those of all but one')
@@ -468,6 +484,7 @@ if __name__ == '__main__':
     sample = [sample[i:i + 16] for i in range(0, len(sample), 16)]
 
     # ----- the encoder: nets run here, mfcc in the workers
+    fitted_on = {key: recipe[key] for key in 'encoder layer fit_kmeans fit_frames switch val_folders val_fraction seed listing'.split()}
     own = bool(fit_kmeans or kmeans or layer is not None or encoder not in ENCODERS)
     if fit_kmeans and not os.path.exists(here('encoder', 'encoder.json')) and part == 0:
         net = UnitEncoder.from_pretrained(encoder, layer, '', device, dtype)
@@ -475,21 +492,25 @@ if __name__ == '__main__':
         if encoder == 'mfcc':
             net.config |= dict(switch=switch)
         with tqdm(total=fit_frames, desc='frames to fit on', unit='', unit_scale=True, leave=False) as bar:
-            fitted = json.dumps(net.config) if encoder == 'mfcc' else None
-            for got, _, _ in in_order(pool, n_workers + 2, ((features, chunk) for chunk in sample), plan, net, fitted):
+            fitted, failures = json.dumps(net.config) if encoder == 'mfcc' else None, []
+            for got, failures, _ in in_order(pool, n_workers + 2, ((features, chunk) for chunk in sample), plan, net, fitted):
                 frames.extend(got)
                 bar.update(sum(map(len, got)))
                 if bar.n >= fit_frames:
                     break
-        frames = np.concatenate(frames or [np.zeros((0, 1), 'float32')])[:fit_frames]
+        if not frames:
+            raise InputError('no training speech to fit on' + (f': {failures[-1][0]}: {failures[-1][1]}' if failures else ''))
+        frames = np.concatenate(frames)[:fit_frames]
         net.centroids, net.config['distortion'] = fit(torch.from_numpy(frames).to(net.device), fit_kmeans, seed)
-        net.config['vocoder'] = 'vocoder'
+        net.config |= dict(vocoder='vocoder', fitted=fitted_on)
         net.save_pretrained(here('encoder'))
         del frames, net
     while fit_kmeans and not os.path.exists(here('encoder', 'encoder.json')):
         print('waiting for shard 0 to fit the k-means', flush=True)
         time.sleep(10)
     net = UnitEncoder.from_pretrained(*((here('encoder'), None, None) if fit_kmeans else (encoder, layer, kmeans or None)), device, dtype)
+    if fit_kmeans and net.config.get('fitted') != fitted_on:
+        raise InputError(f'{here("encoder")} was fitted with other settings or audio: choose another --out, or delete the folder')
     if net.centroids is None:
         raise InputError(f'{encoder} has no k-means yet: --fit_kmeans=N fits one, --kmeans=FILE or --encoder=FOLDER takes one')
     if own and not fit_kmeans and part == 0:
@@ -514,6 +535,8 @@ if __name__ == '__main__':
         share = fit_vocoder * vocoder_hours * 3600 / len(range(0, len(chunks), step))
         first = len(chunks) * part // of
         todo = ((partial(encode, table_seconds=0 if (first + i) % step else share), mine[i]) for i in range(state['chunks'], len(mine)))
+        last = '', 'those of the run before'
+        write_json(shards[0], state)  # also of a shard with nothing to do
         bar = tqdm(total=sum(map(len, mine)), initial=sum(map(len, mine[:state['chunks']])), desc='encode', unit=' files')
         for (lines, seconds), failures, chunk in in_order(pool, n_workers + 2, todo, plan, net, where):
             for kind, line in lines:
@@ -530,8 +553,9 @@ if __name__ == '__main__':
             write_json(shards[0], state)
             bar.update(len(chunk))
             bar.set_postfix_str(f'{state["audio_seconds"] / state["seconds"]:.0f} x real time, {state["failed"]} failed')
+            last = (failures or [last])[-1]
             if state['failed'] > max_failed:
-                raise InputError(f'{state["failed"]} files failed, the last: {name}: {reason}. See {paths["failed"]}; --max_failed={max_failed}')
+                raise InputError(f'{state["failed"]} files failed, the last: {": ".join(last)}. See {paths["failed"]}; --max_failed={max_failed}')
         bar.close()
         for kind, file in files.items():
             file.close()

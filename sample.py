@@ -335,7 +335,7 @@ if __name__ == '__main__':
         raise InputError(f'--prompt={prompt}: none of the files could be used')
     longest = 1 + max_new_tokens + max(len(p['units']) for p in prompts)
     if model and longest > model.config.context:
-        print(f'sample.py: warning: {longest} units with the prompt are more than the {model.config.context} this model was trained on', file=sys.stderr)
+        print(f'sample.py: warning: {longest} units with the prompt are more than the {model.config.context} it was trained on', file=sys.stderr)
 
     # units -> more units -> sound
     if keep_prompt and any('wave' not in p for p in prompts):

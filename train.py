@@ -8,8 +8,8 @@ fp32 weights under bf16 autocast (small updates survive, products are fast); no 
     torchrun --nproc_per_node=2 train.py config/slam_scaled.py                         # one node or many, the same global batch
 
 out_dir becomes a checkpoint that transformers loads (config.json, model.safetensors, slam.json, and encoder/ and vocoder/ if the units have
-their own) with train_state.pt to go on from, log.jsonl and curve.png; out_dir/best is the best by validation. Killed at any moment, a run
-goes on exactly when the same command is given again.
+their own) with train_state.pt to go on from, log.jsonl and (given matplotlib) curve.png; out_dir/best is the best by validation. Killed at any
+moment, a run goes on exactly when the same command is given again.
 """
 import contextlib
 import importlib.util

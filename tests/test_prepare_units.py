@@ -359,14 +359,16 @@ def test_a_killed_run_continues_to_the_same_bytes(whole, tmp_path):
     wave = speech(0.2, 3).numpy()
     for i in range(100):
         soundfile.write(tmp_path / f'{i:03d}.wav', np.roll(wave, i * 10), 16000)
+    for i in range(4000):
+        os.symlink(f'{i % 100:03d}.wav', tmp_path / f'link{i:04d}.wav')
     paths = tmp_path / 'list.txt'
-    paths.write_text(''.join(f'{i % 100:03d}.wav\n' for i in range(4000)))
+    paths.write_text(''.join(f'link{i:04d}.wav\n' for i in range(4000)) + 'link0000.wav\n')
     args = [f'--audio={paths}', f'--encoder={whole}/encoder', '--fit_vocoder', '--workers=2']
     run(*args, f'--out={tmp_path}/a')
     process = subprocess.Popen([sys.executable, 'prepare_units.py', *args, f'--out={tmp_path}/b'], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS='1'))
     progress = tmp_path / 'b' / 'progress.json'
-    while process.poll() is None and not progress.exists():
+    while process.poll() is None and not (progress.exists() and json.load(open(progress))['chunks']):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
