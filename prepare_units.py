@@ -143,6 +143,7 @@ def list_audio(where):
         found = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
         if '**' in source and not os.path.exists(source):  # it names folders and what lies in them
             found = [path for path in found if path.lower().endswith(AUDIO + ('.tar',)) and os.path.isfile(path)]
+            found = sorted({os.path.realpath(path): path for path in reversed(found)}.values())
         before = len(items)
         for path in found:
             items.extend(list_items(path))
