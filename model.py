@@ -811,7 +811,7 @@ def load_audio(path, sample_rate=SAMPLE_RATE):
         try:
             if hasattr(path, 'seek'):
                 path.seek(0)
-            with soundfile.SoundFile(path) as file:
+            with soundfile.SoundFile(path if hasattr(path, 'seek') else os.fsencode(path)) as file:  # bytes: names need not be UTF-8
                 rate = file.samplerate
                 while len(block := file.read(size, dtype='float32', always_2d=True)):
                     blocks.append(torch.from_numpy(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)))  # hours of stereo stay small

@@ -257,9 +257,11 @@ def test_swag_hellaswag_and_plain_pairs(tmp_path, monkeypatch):
     assert items_of(monkeypatch, 'pairs', tmp_path / 'moved.csv') == [one, two]
     hella = tmp_path / 'hella.jsonl'
     row = dict(ctx_a='A cook stirs.', ctx_b='she', endings=['tastes it.', 'leaves.', 'sings.', 'falls.'], label=0, source_id='x')
-    left_out = dict(row, ctx_a='[header] How to stir'), dict(row, endings=['a/b', 'b', 'c', 'd']), dict(row, label=''), dict(row, label='12')
+    left_out = dict(row, ctx_a='[header] How to stir'), dict(row, endings=['a/b', 'b', 'c', 'd']), dict(row, label=''), dict(row, label='12'), dict(
+        row, endings=['a.', None, 'c.'])
     hella.write_text('\n'.join(json.dumps(r) for r in (row, *left_out)))
-    (one,) = items_of(monkeypatch, 'pairs', hella)
+    one, *odd = items_of(monkeypatch, 'pairs', hella)
+    assert ['label' in item['skip'] and item['text'] for item in odd] == [f'{hella} row {n}' for n in (4, 5, 6)]  # what is not whole is listed
     texts = {file['role']: file['text'] for file in one['files']}
     assert (texts['prompt'], texts['chosen']) == ('A cook stirs.', 'she tastes it.')
     assert texts['rejected'] in ('she leaves.', 'she sings.', 'she falls.')
@@ -283,11 +285,12 @@ def test_storycloze_rows(tmp_path, monkeypatch):
 
 def test_text_files(tmp_path, monkeypatch):
     (tmp_path / 'tiny.txt').write_text('One day.\n\nShe ran.\n<|endoftext|>\nTwo.\n<|endoftext|>\n<|endoftext|>\n')
+    (tmp_path / 'inline.txt').write_text('One.\n<|endoftext|>\nTwo.<|endoftext|>Three.<|endoftext|>Four.\n<|endoftext|>\n')
     (tmp_path / 'plain.txt').write_text('First one\ngoes on.\n\n\nSecond.\n')
-    tiny, plain = ([ms.sentences(item['files'][0]['text']) for item in items_of(monkeypatch, 'stories', tmp_path / name)]
-                   for name in ('tiny.txt', 'plain.txt'))
+    tiny, plain, inline = ([ms.sentences(item['files'][0]['text']) for item in items_of(monkeypatch, 'stories', tmp_path / name)]
+                           for name in ('tiny.txt', 'plain.txt', 'inline.txt'))
     assert tiny == [['One day.', 'She ran.'], ['Two.'], []] and plain == [['First one goes on.'], ['Second.']]
-    assert len(items_of(monkeypatch, 'stories', tmp_path)) == 5
+    assert inline == [['One.'], ['Two.'], ['Three.'], ['Four.']] and len(items_of(monkeypatch, 'stories', tmp_path)) == 9
 
 
 @pytest.mark.parametrize('name, content, task, says', [

@@ -1,9 +1,11 @@
 """prepare_units.py, the audio helpers and the encoders: transformers is the oracle for the nets, an uninterrupted run for all others."""
+import fcntl
 import hashlib
 import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -387,6 +389,30 @@ def test_a_killed_run_continues_to_the_same_bytes(whole, tmp_path):
     (tmp_path / 'b' / 'meta.json').unlink()
     (tmp_path / 'b' / 'units.jsonl').unlink()
     assert 'units.jsonl.part is gone' in run(*args, f'--out={tmp_path}/b', check=2)
+
+
+def test_what_manifests_and_folders_may_hold(corpus, whole, tmp_path):
+    """No words, other names of splits, a manifest below, links in circles, a name that is not UTF-8, a second run, another fit."""
+    (tmp_path / 'in' / 'below').mkdir(parents=True)
+    lines = [dict(path=f'{corpus}/train/long.wav', words=None, seconds=None), dict(path=f'{corpus}/train/01.flac', split='validation'),
+             dict(path=f'{corpus}/train/02.flac', split='test')]
+    (tmp_path / 'in/below/manifest.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    os.symlink('.', tmp_path / 'in/circle')
+    os.symlink(f'{corpus}/train/03.flac', tmp_path / 'in/03.flac')
+    os.symlink(f'{corpus}/train/04.flac', os.fsencode(tmp_path / 'in') + b'/\xff.flac')
+    args = [f'--audio={tmp_path}/in', f'--encoder={whole}/encoder', '--max_seconds=4', f'--out={tmp_path}/out']
+    with open(tmp_path / 'lock', 'w') as file:
+        (tmp_path / 'out').mkdir()
+        os.link(tmp_path / 'lock', tmp_path / 'out/.lock')
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert 'another run is at work here' in run(*args, check=2)
+    run(*args)
+    meta, units = json.load(open(tmp_path / 'out/meta.json')), rows(tmp_path / 'out/units.jsonl')
+    assert meta['files'] == 5 and meta['utterances'] == dict(train=5, val=1) and [row.get('split') for row in units].count('test') == 1
+    assert meta['failed'] == 0 and b'\xff.flac' in [os.fsencode(row['file_name']) for row in units]
+    shutil.copytree(f'{whole}/encoder', tmp_path / 'other/encoder')
+    assert 'fitted with other settings' in run(args[0], *SETTINGS, f'--out={tmp_path}/other', check=2)
+    assert 'holds units made from audio' in run(f'--from_units={whole}/units.jsonl', f'--out={tmp_path}/out', check=2)
 
 
 def test_manifests_pairs_and_public_unit_files(corpus, whole, tmp_path):
