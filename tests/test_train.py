@@ -414,6 +414,10 @@ def test_mistakes_are_one_line(data, tmp_path):
     for name in ('meta.json', 'train.bin', 'val.bin'):
         content = open(os.path.join(data, name), 'rb').read()
         open(tmp_path / 'cut' / name, 'wb').write(content[:-3] if name == 'train.bin' else content)
+    with pytest.raises(train.InputError, match='no folder encoder'):
+        train.open_data(str(tmp_path / 'cut'))
+    for part in ('encoder', 'vocoder'):
+        os.makedirs(tmp_path / 'cut' / part)
     with pytest.raises(train.InputError, match='truncated'):
         train.Loader(train.open_data(str(tmp_path / 'cut')), 32, 0)
     with pytest.raises(train.InputError, match='meta.json'):
