@@ -104,11 +104,11 @@ def open_data(names, data_dir='data'):
         try:
             with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
                 meta, weight = json.load(file), float(weight or 1)
+            if not 0 < weight < math.inf or min(np.dtype(meta['dtype']).itemsize, meta['vocab_size'], meta['tokens']['train']) < 1:
+                raise ValueError(f'weight {weight:g}, or nothing to train on')
             for part in ('encoder', 'vocoder'):  # a checkpoint without them could not be heard
                 if meta.get(part) == part and not os.path.isdir(os.path.join(folder, part)):
                     raise ValueError(f'no folder {part}, which meta.json names')
-            if not 0 < weight < math.inf or min(np.dtype(meta['dtype']).itemsize, meta['vocab_size'], meta['tokens']['train']) < 1:
-                raise ValueError(f'weight {weight:g}, or nothing to train on')
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f'data {name!r}: {type(error).__name__} {error}; name folders that prepare_units.py made, NAME or NAME:WEIGHT') from None
         sets.append((folder, weight, meta))
