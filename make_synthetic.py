@@ -86,7 +86,7 @@ ARPABET = dict(pair.split('=') for pair in (  # espeak's IPA for English -> the 
 # --- text: rows of files, and items made of rows -----------------------------------------------------------------------------------
 
 def documents(file, marked):
-    """Stories of a text file: what stands between <|endoftext|> lines; if it is not marked with them, between blank lines."""
+    """Stories of a text file: what stands between <|endoftext|> marks; if it has none, between blank lines."""
     document = ''
     for line in file:
         *ended, line = line.split('<|endoftext|>') if marked else [line] if line.strip() else ['', '']

@@ -74,9 +74,6 @@ PARTS = ('prompt', 'chosen', 'rejected')
 SPLITS = dict(validation='val', valid='val', dev='val')  # what others call it
 
 
-held = []  # files that stay locked as long as this process lives
-
-
 class Item(NamedTuple):
     """Where an utterance, or a row of a preference manifest, is to be read."""
     kind: str        # file; row or pair of a manifest; member of a tar
@@ -394,7 +391,6 @@ def pack(rows, folder, vocab_size, frame_rate, val_folders='', val_fraction=0.01
 
 def lock(file):
     """Take the file for this process and its workers. Those of a killed run end within a second; another run does not."""
-    held.append(file)
     for _ in range(30):
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -418,6 +414,8 @@ if __name__ == '__main__':
     started = time.time()
     if min(workers, max_failed, fit_kmeans, switch, vocoder_hours) < 0 or min(n_units, fit_frames, max_seconds) < 1 or not 0 <= val_fraction <= 1:
         raise InputError('max_seconds, n_units and fit_frames are at least 1, val_fraction is a share, and no other number is negative')
+    if not out:
+        raise InputError('--out is empty: name a folder')
     os.makedirs(out, exist_ok=True)
     here = partial(os.path.join, out)
 
@@ -451,7 +449,8 @@ if __name__ == '__main__':
         if not shard and device == 'auto' and torch.cuda.is_available():
             device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     suffix = f'-{part:05d}-of-{of:05d}' if of > 1 else ''
-    lock(open(here(f'.lock{suffix}'), 'w'))
+    locked = open(here(f'.lock{suffix}'), 'w')  # kept open to the end
+    lock(locked)
     shards = sorted(glob.glob(here('progress-*-of-*.json'))) if only_pack else [here(f'progress{suffix}.json')]
     root, items = list_audio(audio)
     chunks = make_chunks(items)

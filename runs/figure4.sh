@@ -3,7 +3,7 @@
 # side by side, a thread each. Needs pip install pytorch-optimizer.
 #     bash runs/figure4.sh data/stories.txt [minutes, 20]      out/figure4/*/log.jsonl, curve.png and a line an arm; about 4 x minutes
 # The arms' time is counted in steps, so that nothing else on the machine matters: on the machine of README's figures each of the three optimizers
-# takes 1.25 s a step of 1,024 tokens. AdaLomo's rate is relative to the weights; of 1e-3, 1e-2, 3e-2 and 1e-1 it learns fastest with 1e-2.
+# takes 1.25 s a step of 1,024 tokens. AdaLomo's rate is relative to the weights; of 1e-3, 1e-2, 3e-2 and 1e-1 it learns fastest with 1e-2 (60 steps).
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 TEXT=${1:?a text file of stories} MINUTES=${2:-20}

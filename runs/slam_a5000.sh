@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Slam on one GPU in a day, from audio to the table: 23.5 h of pre-training, 0.5 h of DPO; preparing units and evaluating come on top.
 # Needs, below data/: audio/{librilight,librispeech,stinystories} (sTinyStories can be made: make_synthetic.py --help),
-# audio/spokenswag (make_synthetic.py --task=pairs --out=data/audio/spokenswag), and the evaluation suites below data/eval. A killed run goes on where it stopped.
+# audio/spokenswag (make_synthetic.py --task=pairs --out=data/audio/spokenswag), and the evaluation suites below data/eval.
+# A killed run goes on where it stopped.
 #     GPUS=1 bash runs/slam_a5000.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
