@@ -225,8 +225,8 @@ if __name__ == '__main__':
     def hook(kind, error, trace, before=sys.excepthook):
         if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             fail(f'out of memory: lower --batch_size={batch_size} (and raise --accumulation={accumulation} as much) or --context={context}')
-        if issubclass(kind, (OSError, ImportError)):
-            fail(f'{error}; what was finished is kept, mend it and run the same command to continue')
+        if issubclass(kind, ImportError):
+            fail(error)
         before(kind, error, trace)
     sys.excepthook = hook
 

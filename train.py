@@ -270,8 +270,6 @@ if __name__ == '__main__':
     def hook(kind, error, trace, before=sys.excepthook):
         if issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             fail(f'out of memory: lower --batch_size={batch_size} (the global batch stays as it is), --context={context} or the size of the model')
-        if issubclass(kind, OSError):
-            fail(f'{error}; what was finished is kept, mend it and run the same command to continue')
         before(kind, error, trace)
     sys.excepthook = hook
 

@@ -10,7 +10,6 @@ A mistake of the user's is one line on stderr and exit code 2, never a traceback
 """
 import ast
 import difflib
-import errno
 import os
 import re
 import sys
@@ -29,9 +28,8 @@ def _excepthook(kind, error, trace):
     """What a user can mend is one line; what is our bug keeps its traceback."""
     if kind.__name__ == 'InputError':
         fail(error)
-    if isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
-        fail(f'{error.strerror}: {error.filename or "while writing"}; what was finished is kept, mend it and run the same command to continue')
+    if isinstance(error, OSError) and kind is not BrokenPipeError:  # no room, no right, no such file
+        fail(f'{error.strerror or error}: {error.filename or "while reading or writing"}; what was finished is kept, mend it and run the same command to continue')
     if kind is KeyboardInterrupt:
         print(f'\n{os.path.basename(sys.argv[0])}: interrupted; run the same command to continue', file=sys.stderr, flush=True)
         raise SystemExit(130)
