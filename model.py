@@ -5,6 +5,7 @@
     UnitVocoder   units -> wave          the unit HiFi-GAN, or offline a table of spectra and Griffin-Lim
 """
 import contextlib
+import io
 import json
 import math
 import os
@@ -601,6 +602,7 @@ class SLM(nn.Module):
         slam: dict for slam.json; None: self.slam. Where `encoder` and `vocoder` name folders, these are copied in, so that the checkpoint
         is complete by itself. state: a full state dict in place of self's (a sharded model's).
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
         os.makedirs(folder, exist_ok=True)
         slam = dict(self.slam if slam is None else slam, offset=OFFSET)
@@ -622,7 +624,9 @@ class SLM(nn.Module):
                     json.dump(content, file, indent=2)
             for name in names:
                 os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
-        finally:  # of a full disk nothing half-written stays
+        except SafetensorError as error:  # a full disk
+            raise OSError(f'{folder} cannot be written: {error}') from None
+        finally:  # nothing half-written stays
             for name in names:
                 with contextlib.suppress(OSError):
                     os.remove(os.path.join(folder, name + '.tmp'))
@@ -837,8 +841,15 @@ def save_audio(path, wave, sample_rate=SAMPLE_RATE):
     wave = wave * (0.99 / peak) if peak > 0.99 else wave
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     tmp = f'{path}.{os.getpid()}.tmp'
-    soundfile.write(tmp, wave.numpy(), sample_rate, subtype='PCM_16', format='FLAC' if str(path).endswith('.flac') else 'WAV')
-    os.replace(tmp, path)
+    kind = 'FLAC' if str(path).endswith('.flac') else 'WAV'
+    soundfile.write(buffer := io.BytesIO(), wave.numpy(), sample_rate, subtype='PCM_16', format=kind)  # soundfile itself names no full disk
+    try:
+        with open(tmp, 'wb') as file:
+            file.write(buffer.getbuffer())
+        os.replace(tmp, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(tmp)
 
 
 def dedup(units):

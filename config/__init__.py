@@ -29,7 +29,8 @@ def _excepthook(kind, error, trace):
     if kind.__name__ == 'InputError':
         fail(error)
     if isinstance(error, OSError) and kind is not BrokenPipeError:  # no room, no right, no such file
-        fail(f'{error.strerror or error}: {error.filename or "while reading or writing"}; what was finished is kept, mend it and run the same command to continue')
+        where = f': {error.filename}' if error.filename else ''
+        fail(f'{error.strerror or error}{where}; what was finished is kept, mend it and run the same command to continue')
     if kind is KeyboardInterrupt:
         print(f'\n{os.path.basename(sys.argv[0])}: interrupted; run the same command to continue', file=sys.stderr, flush=True)
         raise SystemExit(130)
