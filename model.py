@@ -1,16 +1,23 @@
 """The three networks and how they load and save.
 
-    SLM           units -> next unit     a transformer over speech units, the same function as transformers' qwen2, llama, opt, gpt-neox
-    UnitEncoder   wave  -> units         HuBERT-like features, or MFCC offline, and k-means
-    UnitVocoder   units -> wave          the unit HiFi-GAN, or offline a table of spectra and Griffin-Lim
+SLM           units -> next unit     a transformer over speech units, the same function as transformers' qwen2, llama, opt, gpt-neox
+UnitEncoder   wave  -> units         HuBERT-like features, or MFCC offline, and k-means
+UnitVocoder   units -> wave          the unit HiFi-GAN, or offline a table of spectra and Griffin-Lim
 """
+
 import contextlib
 import io
 import json
 import math
 import os
 import pickle
+import re
 import shutil
+import signal
+import threading
+import time
+from bisect import bisect_left, insort
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -30,11 +37,19 @@ class InputError(ValueError):
 def pick_device(device='auto'):
     """'auto' -> cuda, else mps, else cpu; anything else as torch.device reads it. Raises InputError if it is unknown or not there."""
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = (
+            'cuda'
+            if torch.cuda.is_available()
+            else 'mps'
+            if torch.backends.mps.is_available()
+            else 'cpu'
+        )
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f'device {device!r} cannot be used here: {str(error).splitlines()[0]}') from None
+        raise InputError(
+            f'device {device!r} cannot be used here: {str(error).splitlines()[0]}'
+        ) from None
 
 
 def pick_dtype(dtype, device):
@@ -52,65 +67,142 @@ def pick_dtype(dtype, device):
 # Where each family's checkpoint keeps the tensors of our modules; several names are joined along the output dimension, so that one
 # matrix product computes them. Biases follow their weights.
 LLAMA_NAMES = dict(
-    prefix='model.', layer='layers', embed='embed_tokens', norm='norm', head='lm_head', norm1='input_layernorm',
-    norm2='post_attention_layernorm', qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), out='self_attn.o_proj',
-    up=('mlp.gate_proj', 'mlp.up_proj'), down='mlp.down_proj')
+    prefix='model.',
+    layer='layers',
+    embed='embed_tokens',
+    norm='norm',
+    head='lm_head',
+    norm1='input_layernorm',
+    norm2='post_attention_layernorm',
+    qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+    out='self_attn.o_proj',
+    up=('mlp.gate_proj', 'mlp.up_proj'),
+    down='mlp.down_proj',
+)
 NAMES = dict(
-    qwen2=LLAMA_NAMES, llama=LLAMA_NAMES,
+    qwen2=LLAMA_NAMES,
+    llama=LLAMA_NAMES,
     opt=dict(
-        prefix='model.decoder.', layer='layers', embed='embed_tokens', embed_positions='embed_positions', project_in='project_in',
-        project_out='project_out', norm='final_layer_norm', head='lm_head', norm1='self_attn_layer_norm', norm2='final_layer_norm',
-        qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), out='self_attn.out_proj', up='fc1', down='fc2'),
+        prefix='model.decoder.',
+        layer='layers',
+        embed='embed_tokens',
+        embed_positions='embed_positions',
+        project_in='project_in',
+        project_out='project_out',
+        norm='final_layer_norm',
+        head='lm_head',
+        norm1='self_attn_layer_norm',
+        norm2='final_layer_norm',
+        qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+        out='self_attn.out_proj',
+        up='fc1',
+        down='fc2',
+    ),
     gpt_neox=dict(
-        prefix='gpt_neox.', layer='layers', embed='embed_in', norm='final_layer_norm', head='embed_out', norm1='input_layernorm',
-        norm2='post_attention_layernorm', qkv='attention.query_key_value', out='attention.dense', up='mlp.dense_h_to_4h',
-        down='mlp.dense_4h_to_h'))
-_KEYS = dict(vocab_size='vocab_size', n_layer='num_hidden_layers', n_embd='hidden_size', n_head='num_attention_heads',
-             context='max_position_embeddings', tied='tie_word_embeddings')
-_LLAMA_KEYS = _KEYS | dict(n_kv_head='num_key_value_heads', n_ffn='intermediate_size', norm_eps='rms_norm_eps', act='hidden_act')
+        prefix='gpt_neox.',
+        layer='layers',
+        embed='embed_in',
+        norm='final_layer_norm',
+        head='embed_out',
+        norm1='input_layernorm',
+        norm2='post_attention_layernorm',
+        qkv='attention.query_key_value',
+        out='attention.dense',
+        up='mlp.dense_h_to_4h',
+        down='mlp.dense_4h_to_h',
+    ),
+)
+_KEYS = dict(
+    vocab_size='vocab_size',
+    n_layer='num_hidden_layers',
+    n_embd='hidden_size',
+    n_head='num_attention_heads',
+    context='max_position_embeddings',
+    tied='tie_word_embeddings',
+)
+_LLAMA_KEYS = _KEYS | dict(
+    n_kv_head='num_key_value_heads',
+    n_ffn='intermediate_size',
+    norm_eps='rms_norm_eps',
+    act='hidden_act',
+)
 HF_KEYS = dict(  # our names of the dimensions -> those of a transformers config.json
-    qwen2=_LLAMA_KEYS, llama=_LLAMA_KEYS | dict(head_dim='head_dim', mlp_bias='mlp_bias'),
-    opt=_KEYS | dict(n_ffn='ffn_dim', embed_dim='word_embed_proj_dim', pre_norm='do_layer_norm_before', act='activation_function'),
-    gpt_neox=_KEYS | dict(n_ffn='intermediate_size', norm_eps='layer_norm_eps', rotary_pct='rotary_pct', act='hidden_act',
-                          parallel='use_parallel_residual'))
+    qwen2=_LLAMA_KEYS,
+    llama=_LLAMA_KEYS | dict(head_dim='head_dim', mlp_bias='mlp_bias'),
+    opt=_KEYS
+    | dict(
+        n_ffn='ffn_dim',
+        embed_dim='word_embed_proj_dim',
+        pre_norm='do_layer_norm_before',
+        act='activation_function',
+    ),
+    gpt_neox=_KEYS
+    | dict(
+        n_ffn='intermediate_size',
+        norm_eps='layer_norm_eps',
+        rotary_pct='rotary_pct',
+        act='hidden_act',
+        parallel='use_parallel_residual',
+    ),
+)
 HF_DEFAULTS = dict(  # what a config.json may leave out
-    qwen2=dict(tied=False), llama=dict(tied=False), opt=dict(tied=True, norm_eps=1e-5, act='relu'),
-    gpt_neox=dict(tied=False, rotary_pct=0.25, norm_eps=1e-5, act='gelu'))
-ARCHITECTURES = dict(qwen2='Qwen2ForCausalLM', llama='LlamaForCausalLM', opt='OPTForCausalLM', gpt_neox='GPTNeoXForCausalLM')
-OBSOLETE = ('rotary_emb.inv_freq', 'attention.bias', 'attention.masked_bias', 'decoder.version')  # buffers that old files carry
+    qwen2=dict(tied=False),
+    llama=dict(tied=False),
+    opt=dict(tied=True, norm_eps=1e-5, act='relu'),
+    gpt_neox=dict(tied=False, rotary_pct=0.25, norm_eps=1e-5, act='gelu'),
+)
+ARCHITECTURES = dict(
+    qwen2='Qwen2ForCausalLM',
+    llama='LlamaForCausalLM',
+    opt='OPTForCausalLM',
+    gpt_neox='GPTNeoXForCausalLM',
+)
+OBSOLETE = (
+    'rotary_emb.inv_freq',
+    'attention.bias',
+    'attention.masked_bias',
+    'decoder.version',
+)  # buffers that old files carry
 POSITION_OFFSET = 2  # OPT's learned positions begin at row 2
-ACTIVATIONS = dict(relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=lambda x: F.gelu(x, approximate='tanh'))
+ACTIVATIONS = dict(
+    relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=lambda x: F.gelu(x, approximate='tanh')
+)
 
 
 @dataclass
 class SLMConfig:
     """The dimensions of an SLM; `family` spells the rest (norms, activation, biases, positions) as transformers' model does."""
-    family: str = 'qwen2'        # qwen2, llama, opt or gpt_neox
-    vocab_size: int = 502        # n_units + OFFSET
+
+    family: str = 'qwen2'  # qwen2, llama, opt or gpt_neox
+    vocab_size: int = 502  # n_units + OFFSET
     n_layer: int = 24
     n_embd: int = 896
     n_head: int = 14
-    n_kv_head: int = 2           # grouped-query attention: fewer heads for keys and values
+    n_kv_head: int = 2  # grouped-query attention: fewer heads for keys and values
     n_ffn: int = 4864
-    head_dim: int = 0            # 0: n_embd / n_head
-    context: int = 1024          # tokens; with learned positions (opt) a hard limit
+    head_dim: int = 0  # 0: n_embd / n_head
+    context: int = 1024  # tokens; with learned positions (opt) a hard limit
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3's, or linear, as in its config.json
-    rotary_pct: float = 1.0      # share of each head that RoPE turns (gpt_neox: 0.25)
-    tied: bool = True            # the head is the embedding
-    embed_dim: int = 0           # 0: n_embd; OPT-350M projects 512 -> 1024 -> 512
-    pre_norm: bool = True        # False: OPT-350M normalises after each residual
-    parallel: bool = True        # gpt_neox: attention and MLP read the same input
-    qkv_bias: bool = True        # llama may have none; qwen2 has it on q, k, v alone; opt and gpt_neox on every layer
-    out_bias: bool = False       # llama's attention_bias puts one on the output projection too
+    rotary_pct: float = 1.0  # share of each head that RoPE turns (gpt_neox: 0.25)
+    tied: bool = True  # the head is the embedding
+    embed_dim: int = 0  # 0: n_embd; OPT-350M projects 512 -> 1024 -> 512
+    pre_norm: bool = True  # False: OPT-350M normalises after each residual
+    parallel: bool = True  # gpt_neox: attention and MLP read the same input
+    qkv_bias: bool = (
+        True  # llama may have none; qwen2 has it on q, k, v alone; opt and gpt_neox on every layer
+    )
+    out_bias: bool = False  # llama's attention_bias puts one on the output projection too
     mlp_bias: bool = False
     norm_eps: float = 1e-6
     act: str = 'silu'
-    dropout: float = 0.0         # on the residual branches, as OPT has it
+    dropout: float = 0.0  # on the residual branches, as OPT has it
 
     def __post_init__(self):
         if self.family not in NAMES:
-            raise InputError(f'model family {self.family!r} is not supported: use one of {", ".join(NAMES)} (MobileLLM loads as llama)')
+            raise InputError(
+                f'model family {self.family!r} is not supported: use one of {", ".join(NAMES)} (MobileLLM loads as llama)'
+            )
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.embed_dim = self.embed_dim or self.n_embd
         self.parallel = self.parallel and self.family == 'gpt_neox'
@@ -119,32 +211,54 @@ class SLMConfig:
         if self.family in ('opt', 'gpt_neox'):
             self.qkv_bias = self.out_bias = self.mlp_bias = True
         if self.act not in ACTIVATIONS:
-            raise InputError(f'activation {self.act!r} is not supported: use one of {", ".join(ACTIVATIONS)}')
-        if self.n_embd % self.n_head and self.head_dim * self.n_head != self.n_embd or self.n_head % self.n_kv_head:
-            raise InputError(f'{self.n_head} heads do not divide width {self.n_embd} or are no multiple of {self.n_kv_head} kv heads')
+            raise InputError(
+                f'activation {self.act!r} is not supported: use one of {", ".join(ACTIVATIONS)}'
+            )
+        if (
+            self.n_embd % self.n_head
+            and self.head_dim * self.n_head != self.n_embd
+            or self.n_head % self.n_kv_head
+        ):
+            raise InputError(
+                f'{self.n_head} heads do not divide width {self.n_embd} or are no multiple of {self.n_kv_head} kv heads'
+            )
 
     @classmethod
     def from_hf(cls, hf):
         """From the dict of a transformers config.json. Raises InputError for a family or a feature that SLM does not have."""
         family = {'mobilellm': 'llama'}.get(hf.get('model_type'), hf.get('model_type'))
-        rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # transformers 5 writes the former, 4 the latter
+        rope = (
+            hf.get('rope_parameters') or hf.get('rope_scaling') or {}
+        )  # transformers 5 writes the former, 4 the latter
         kind = rope.get('rope_type', rope.get('type', 'default'))
         if kind not in ('default', 'linear', 'llama3'):
-            raise InputError(f'RoPE scaling {kind!r} is not supported: use default, linear or llama3')
+            raise InputError(
+                f'RoPE scaling {kind!r} is not supported: use default, linear or llama3'
+            )
         for key in ('use_sliding_window', 'layer_sharing', '_remove_final_layer_norm'):
             if hf.get(key):
                 raise InputError(f'{key}={hf[key]} in config.json is not supported')
         if family not in NAMES:
             return cls(family=family)  # raises: names the families there are
-        fields = {ours: hf[theirs] for ours, theirs in HF_KEYS[family].items() if hf.get(theirs) is not None}
+        fields = {
+            ours: hf[theirs]
+            for ours, theirs in HF_KEYS[family].items()
+            if hf.get(theirs) is not None
+        }
         fields.setdefault('n_kv_head', fields['n_head'])
-        fields['rope_theta'] = float(rope.get('rope_theta') or hf.get('rope_theta') or hf.get('rotary_emb_base') or 10000.0)
+        fields['rope_theta'] = float(
+            rope.get('rope_theta') or hf.get('rope_theta') or hf.get('rotary_emb_base') or 10000.0
+        )
         if kind != 'default':
-            fields['rope_scaling'] = {key: value for key, value in rope.items() if key != 'rope_theta'}
+            fields['rope_scaling'] = {
+                key: value for key, value in rope.items() if key != 'rope_theta'
+            }
         if family in ('qwen2', 'llama'):
             fields['qkv_bias'] = family == 'qwen2' or hf.get('attention_bias', False)
             fields['out_bias'] = fields['qkv_bias'] and family == 'llama'
-            fields['tied'] = bool(fields.get('tied') or hf.get('share_embedding'))  # MobileLLM's word for it
+            fields['tied'] = bool(
+                fields.get('tied') or hf.get('share_embedding')
+            )  # MobileLLM's word for it
         if family == 'gpt_neox' and 'partial_rotary_factor' in rope:
             fields['rotary_pct'] = rope['partial_rotary_factor']
         return cls(family=family, **dict(HF_DEFAULTS[family], **fields))
@@ -152,9 +266,20 @@ class SLMConfig:
     def to_hf(self):
         """The dict of a config.json that transformers opens (4.x and 5.x read these keys)."""
         hf = {theirs: getattr(self, ours) for ours, theirs in HF_KEYS[self.family].items()}
-        hf |= dict(architectures=[ARCHITECTURES[self.family]], model_type=self.family, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+        hf |= dict(
+            architectures=[ARCHITECTURES[self.family]],
+            model_type=self.family,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )
         if self.family == 'opt':
-            return hf | dict(dropout=self.dropout, attention_dropout=0.0, enable_bias=True, _remove_final_layer_norm=False)
+            return hf | dict(
+                dropout=self.dropout,
+                attention_dropout=0.0,
+                enable_bias=True,
+                _remove_final_layer_norm=False,
+            )
         hf |= dict(rope_theta=self.rope_theta, rope_scaling=self.rope_scaling)
         if self.family == 'llama':
             hf |= dict(attention_bias=self.qkv_bias)
@@ -162,30 +287,76 @@ class SLMConfig:
 
 
 def _qwen2(n_layer, n_embd, n_head, n_kv_head, n_ffn):
-    return dict(family='qwen2', n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, n_ffn=n_ffn, rope_theta=1e6, context=32768)
+    return dict(
+        family='qwen2',
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_kv_head=n_kv_head,
+        n_ffn=n_ffn,
+        rope_theta=1e6,
+        context=32768,
+    )
 
 
 def _llama(n_layer, n_embd, n_head, n_kv_head, n_ffn, rope_theta, context):
-    return dict(family='llama', n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, n_ffn=n_ffn, rope_theta=rope_theta,
-                context=context, qkv_bias=False, norm_eps=1e-5)
+    return dict(
+        family='llama',
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_kv_head=n_kv_head,
+        n_ffn=n_ffn,
+        rope_theta=rope_theta,
+        context=context,
+        qkv_bias=False,
+        norm_eps=1e-5,
+    )
 
 
 def _opt(n_layer, n_embd, n_head, n_ffn, **odd):
-    return dict(family='opt', n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head, n_ffn=n_ffn, context=2048, act='relu',
-                norm_eps=1e-5, **odd)
+    return dict(
+        family='opt',
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_kv_head=n_head,
+        n_ffn=n_ffn,
+        context=2048,
+        act='relu',
+        norm_eps=1e-5,
+        **odd,
+    )
 
 
 def _pythia(n_layer, n_embd, n_head, n_ffn):
-    return dict(family='gpt_neox', n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head, n_ffn=n_ffn, context=2048, act='gelu',
-                rotary_pct=0.25, tied=False, norm_eps=1e-5)
+    return dict(
+        family='gpt_neox',
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_kv_head=n_head,
+        n_ffn=n_ffn,
+        context=2048,
+        act='gelu',
+        rotary_pct=0.25,
+        tied=False,
+        norm_eps=1e-5,
+    )
 
 
 PRESETS = {  # Table 7 of the paper, and Slam (large)'s base
-    'qwen2.5-0.5b': _qwen2(24, 896, 14, 2, 4864), 'qwen2.5-1.5b': _qwen2(28, 1536, 12, 2, 8960),
-    'smollm2-135m': _llama(30, 576, 9, 3, 1536, 1e5, 8192), 'mobilellm-125m': _llama(30, 576, 9, 3, 1536, 1e4, 2048),
-    'smollm2-360m': _llama(32, 960, 15, 5, 2560, 1e5, 8192), 'mobilellm-350m': _llama(32, 960, 15, 5, 2560, 1e4, 2048),
-    'opt-125m': _opt(12, 768, 12, 3072), 'opt-350m': _opt(24, 1024, 16, 4096, embed_dim=512, pre_norm=False),
-    'pythia-160m': _pythia(12, 768, 12, 3072), 'pythia-410m': _pythia(24, 1024, 16, 4096)}
+    'qwen2.5-0.5b': _qwen2(24, 896, 14, 2, 4864),
+    'qwen2.5-1.5b': _qwen2(28, 1536, 12, 2, 8960),
+    'smollm2-135m': _llama(30, 576, 9, 3, 1536, 1e5, 8192),
+    'mobilellm-125m': _llama(30, 576, 9, 3, 1536, 1e4, 2048),
+    'smollm2-360m': _llama(32, 960, 15, 5, 2560, 1e5, 8192),
+    'mobilellm-350m': _llama(32, 960, 15, 5, 2560, 1e4, 2048),
+    'opt-125m': _opt(12, 768, 12, 3072),
+    'opt-350m': _opt(24, 1024, 16, 4096, embed_dim=512, pre_norm=False),
+    'pythia-160m': _pythia(12, 768, 12, 3072),
+    'pythia-410m': _pythia(24, 1024, 16, 4096),
+}
 
 
 class Norm(nn.Module):
@@ -199,8 +370,12 @@ class Norm(nn.Module):
 
     def forward(self, x):
         if self.bias is None:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(
+                x.dtype
+            )
+        return F.layer_norm(
+            x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps
+        ).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -213,19 +388,23 @@ class Block(nn.Module):
         self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
         self.norm2 = Norm(c)
-        self.up = nn.Linear(c.n_embd, c.n_ffn * (2 if c.gated else 1), bias=c.mlp_bias)  # gated: gate and up in one product
+        self.up = nn.Linear(
+            c.n_embd, c.n_ffn * (2 if c.gated else 1), bias=c.mlp_bias
+        )  # gated: gate and up in one product
         self.down = nn.Linear(c.n_ffn, c.n_embd, bias=c.mlp_bias)
         self.act = ACTIVATIONS[c.act]
 
     def attention(self, x, rope, attend):
         c, (B, T, _) = self.config, x.shape
-        qkv = self.qkv(x).view(B, T, c.n_head + 2 * c.n_kv_head, c.head_dim).transpose(1, 2)  # (B, heads, T, D)
+        qkv = (
+            self.qkv(x).view(B, T, c.n_head + 2 * c.n_kv_head, c.head_dim).transpose(1, 2)
+        )  # (B, heads, T, D)
         qk, v = qkv.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
         if rope is not None:
             cos, sin = rope  # (B, 1, T, R): the first R of the D features of each head turn
             R = cos.shape[-1]
             turned = qk[..., :R]
-            half = torch.cat((-turned[..., R // 2:], turned[..., :R // 2]), dim=-1)
+            half = torch.cat((-turned[..., R // 2 :], turned[..., : R // 2]), dim=-1)
             turned = turned * cos + half * sin
             qk = turned if R == c.head_dim else torch.cat((turned, qk[..., R:]), dim=-1)
         q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
@@ -240,9 +419,17 @@ class Block(nn.Module):
 
     def forward(self, x, rope, attend):  # x (B, T, C)
         c = self.config
-        drop = partial(F.dropout, p=c.dropout, training=self.training) if c.dropout else lambda branch: branch
+        drop = (
+            partial(F.dropout, p=c.dropout, training=self.training)
+            if c.dropout
+            else lambda branch: branch
+        )
         if c.parallel:
-            return x + drop(self.attention(self.norm1(x), rope, attend)) + drop(self.mlp(self.norm2(x)))
+            return (
+                x
+                + drop(self.attention(self.norm1(x), rope, attend))
+                + drop(self.mlp(self.norm2(x)))
+            )
         if c.pre_norm:
             x = x + drop(self.attention(self.norm1(x), rope, attend))
             return x + drop(self.mlp(self.norm2(x)))
@@ -255,9 +442,17 @@ def _sdpa(q, k, v, mask=None, causal=False):
     if q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+        )
     groups = q.shape[1] // k.shape[1]  # the CPU's fused kernel wants equal heads
-    return F.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), attn_mask=mask, is_causal=causal)
+    return F.scaled_dot_product_attention(
+        q,
+        k.repeat_interleave(groups, 1),
+        v.repeat_interleave(groups, 1),
+        attn_mask=mask,
+        is_causal=causal,
+    )
 
 
 def _attend_pieces(q, k, v, pieces):
@@ -275,14 +470,25 @@ def _attend_pieces(q, k, v, pieces):
         else:
             shared = prompt.stop - prompt.start
             mask = torch.ones(stop - start, shared + stop - start, dtype=torch.bool).tril(shared)
-            out.append(_sdpa(own[0], *(torch.cat((x[:, :, prompt], part), dim=2) for x, part in zip((k, v), own[1:])), mask=mask))
+            out.append(
+                _sdpa(
+                    own[0],
+                    *(
+                        torch.cat((x[:, :, prompt], part), dim=2)
+                        for x, part in zip((k, v), own[1:])
+                    ),
+                    mask=mask,
+                )
+            )
     return torch.cat(out, dim=2).transpose(1, 2).reshape(B, T, H, D).transpose(1, 2)
 
 
 def _pieces(doc, branch):
     """The (prompt, start, stop) of _attend_pieces from doc and branch (B, T); a prompt and its first alternative are one piece."""
     rows = torch.arange(len(doc)).repeat_interleave(doc.shape[1])
-    kinds = torch.stack((rows, doc.reshape(-1), torch.zeros_like(rows) if branch is None else branch.reshape(-1)))
+    kinds = torch.stack(
+        (rows, doc.reshape(-1), torch.zeros_like(rows) if branch is None else branch.reshape(-1))
+    )
     runs, lengths = torch.unique_consecutive(kinds, dim=1, return_counts=True)
     pieces, start, utterance = [], 0, None
     for (*this, branch), length in zip(runs.T.tolist(), lengths.tolist()):
@@ -302,7 +508,10 @@ def _pieces(doc, branch):
 def _flex():
     """flex_attention and create_block_mask, compiled for callers that are not: the plain ones materialise the (T, T) scores."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+
+    return torch.compile(flex_attention, dynamic=False), torch.compile(
+        create_block_mask, dynamic=False
+    )
 
 
 def _attention(doc, branch, device, flex=None):
@@ -318,7 +527,11 @@ def _attention(doc, branch, device, flex=None):
 
     def visible(b, h, i, j):
         seen = (doc[b, i] == doc[b, j]) & (j <= i)
-        return seen if branch is None else seen & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
+        return (
+            seen
+            if branch is None
+            else seen & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
+        )
 
     if device.type == 'cuda' if flex is None else flex:
         if torch.compiler.is_compiling():
@@ -326,7 +539,9 @@ def _attention(doc, branch, device, flex=None):
         else:
             flex_attention, create_block_mask = _flex()
         mask = create_block_mask(visible, B, None, T, T, device=device)
-        return lambda q, k, v: flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return lambda q, k, v: flex_attention(
+            q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+        )
     row, i = torch.arange(B, device=device)[:, None, None], torch.arange(T, device=device)
     return partial(_sdpa, mask=visible(row, None, i[:, None], i[None, :])[:, None])  # (B, 1, T, T)
 
@@ -355,12 +570,17 @@ class SLM(nn.Module):
         self._step = None  # the compiled step of generate
         self.slam = {}  # what slam.json knew: encoder, vocoder, n_units, frame_rate, recipe, scores ...
         # _weight: nn.Embedding's own initialisation would import the whole compiler for a model on the meta device
-        self.embed = nn.Embedding(c.vocab_size, c.embed_dim, _weight=torch.empty(c.vocab_size, c.embed_dim))
+        self.embed = nn.Embedding(
+            c.vocab_size, c.embed_dim, _weight=torch.empty(c.vocab_size, c.embed_dim)
+        )
         if c.learned_positions:
             rows = c.context + POSITION_OFFSET
             self.embed_positions = nn.Embedding(rows, c.n_embd, _weight=torch.empty(rows, c.n_embd))
         if c.embed_dim != c.n_embd:
-            self.project_in, self.project_out = nn.Linear(c.embed_dim, c.n_embd, bias=False), nn.Linear(c.n_embd, c.embed_dim, bias=False)
+            self.project_in, self.project_out = (
+                nn.Linear(c.embed_dim, c.n_embd, bias=False),
+                nn.Linear(c.n_embd, c.embed_dim, bias=False),
+            )
         self.blocks = nn.ModuleList([Block(c) for _ in range(c.n_layer)])
         if c.pre_norm:
             self.norm = Norm(c)
@@ -368,7 +588,9 @@ class SLM(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         R = int(c.head_dim * c.rotary_pct)
-        self.inv_freq = _rope_frequencies(c, R)  # (R / 2,) fp32: no buffer, because .to(bfloat16) would round it
+        self.inv_freq = _rope_frequencies(
+            c, R
+        )  # (R / 2,) fp32: no buffer, because .to(bfloat16) would round it
         if not self.embed.weight.is_meta:
             generator = torch.Generator().manual_seed(seed)
             for module in self.modules():  # transformers' cold start: normal(0, 0.02), biases 0
@@ -379,7 +601,9 @@ class SLM(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.inv_freq = self.inv_freq.to('cpu' if self.embed.weight.is_meta else self.embed.weight.device)
+        self.inv_freq = self.inv_freq.to(
+            'cpu' if self.embed.weight.is_meta else self.embed.weight.device
+        )
         return self
 
     # ------------------------------------------------------------------ forward
@@ -389,14 +613,27 @@ class SLM(nn.Module):
         c, (B, T) = self.config, tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-            if doc is not None:  # restart at each utterance: subtract the index at which the present one began
-                first = torch.cat((torch.ones_like(doc[:, :1]), (doc[:, 1:] != doc[:, :-1])), dim=1).bool()
+            if (
+                doc is not None
+            ):  # restart at each utterance: subtract the index at which the present one began
+                first = torch.cat(
+                    (torch.ones_like(doc[:, :1]), (doc[:, 1:] != doc[:, :-1])), dim=1
+                ).bool()
                 positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
-        if c.learned_positions and T > c.context and not torch.compiler.is_compiling() and positions.max() >= c.context:
-            raise InputError(f'{int(positions.max()) + 1} tokens are more than the {c.context} learned positions of this {c.family} model')
+        if (
+            c.learned_positions
+            and T > c.context
+            and not torch.compiler.is_compiling()
+            and positions.max() >= c.context
+        ):
+            raise InputError(
+                f'{int(positions.max()) + 1} tokens are more than the {c.context} learned positions of this {c.family} model'
+            )
         x = self.embed(tokens)  # (B, T, embed_dim)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream in bf16, as a bf16 model has it
+            x = x.to(
+                torch.get_autocast_dtype(x.device.type)
+            )  # the residual stream in bf16, as a bf16 model has it
         if c.embed_dim != c.n_embd:
             x = self.project_in(x)
         if c.learned_positions:
@@ -427,9 +664,13 @@ class SLM(nn.Module):
         logits = self.head(self.hidden(tokens, doc, positions, branch))
         if targets is None:
             return logits
-        return logits, F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100)
+        return logits, F.cross_entropy(
+            logits.float().view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100
+        )
 
-    def logps(self, tokens, mask, doc=None, positions=None, branch=None, segments=None, n=None, mean=False):
+    def logps(
+        self, tokens, mask, doc=None, positions=None, branch=None, segments=None, n=None, mean=False
+    ):
         """Log-probabilities in nats of the tokens where mask is 1, each given what it may see before it; differentiable, fp32.
 
         tokens, doc, positions, branch: as in forward. mask: (B, T), 0 on the first token of every utterance, which nothing predicts.
@@ -438,23 +679,45 @@ class SLM(nn.Module):
         """
         B, T = tokens.shape
         before = torch.arange(T, device=tokens.device).expand(B, T) - 1
-        if branch is not None:  # an alternative's first token follows the prompt's last, not the alternative laid before it
+        if (
+            branch is not None
+        ):  # an alternative's first token follows the prompt's last, not the alternative laid before it
             prompt_end = torch.where(branch == 0, before + 1, 0).cummax(dim=1).values
-            begins = torch.cat((torch.zeros_like(branch[:, :1]), branch[:, 1:] != branch[:, :-1]), dim=1).bool() & (branch > 0)
+            begins = torch.cat(
+                (torch.zeros_like(branch[:, :1]), branch[:, 1:] != branch[:, :-1]), dim=1
+            ).bool() & (branch > 0)
             before = torch.where(begins, prompt_end, before)
         x = self.hidden(tokens, doc, positions, branch)
         x = x.gather(1, before.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[-1]))
-        token_logps = -F.cross_entropy(self.head(x).float().flatten(0, 1), tokens.flatten(), reduction='none')  # (B * T,)
+        token_logps = -F.cross_entropy(
+            self.head(x).float().flatten(0, 1), tokens.flatten(), reduction='none'
+        )  # (B * T,)
         mask = mask.flatten().to(token_logps.dtype)
         if segments is None:
             segments, n = torch.arange(B, device=tokens.device).repeat_interleave(T), B
-        sums = torch.zeros(n, device=tokens.device).index_add(0, segments.flatten(), token_logps * mask)
-        return sums / torch.zeros_like(sums).index_add(0, segments.flatten(), mask).clamp(min=1) if mean else sums
+        sums = torch.zeros(n, device=tokens.device).index_add(
+            0, segments.flatten(), token_logps * mask
+        )
+        return (
+            sums / torch.zeros_like(sums).index_add(0, segments.flatten(), mask).clamp(min=1)
+            if mean
+            else sums
+        )
 
     # ------------------------------------------------------------------ generation
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, repetition_penalty=1.1, seed=None, compile=False):
+    def generate(
+        self,
+        prompts,
+        max_new_tokens=150,
+        temperature=0.8,
+        top_k=25,
+        top_p=1.0,
+        repetition_penalty=1.1,
+        seed=None,
+        compile=False,
+    ):
         """Continue prompts (defaults: Table 6 of the paper).
 
         prompts: list of 1-D int64 tensors, `<S>` + units + OFFSET, of any lengths >= 1. temperature: 0 takes the likeliest. top_k: 0 is off.
@@ -468,44 +731,94 @@ class SLM(nn.Module):
         B, longest = len(prompts), max(len(p) for p in prompts)
         total = longest + max_new_tokens
         if c.learned_positions and total > c.context:
-            raise InputError(f'{longest} prompt + {max_new_tokens} new tokens are more than the {c.context} learned positions of this model')
-        if compile and self._step is None:  # on a CPU no Python between the kernels, and small ones in one thread
-            options = {'cpp_wrapper': True, 'cpp.min_chunk_size': 8192} if device.type == 'cpu' else None
+            raise InputError(
+                f'{longest} prompt + {max_new_tokens} new tokens are more than the {c.context} learned positions of this model'
+            )
+        if (
+            compile and self._step is None
+        ):  # on a CPU no Python between the kernels, and small ones in one thread
+            options = (
+                {'cpp_wrapper': True, 'cpp.min_chunk_size': 8192} if device.type == 'cpu' else None
+            )
             self._step = torch.compile(self._next, fullgraph=True, dynamic=True, options=options)
         pad = torch.tensor([longest - len(p) for p in prompts])
         tokens, seen = torch.full((B, total), PAD), torch.zeros(B, c.vocab_size, dtype=torch.bool)
         for i, prompt in enumerate(prompts):
-            tokens[i, pad[i]:longest] = prompt  # left-padded: all rows continue at the same column
+            tokens[i, pad[i] : longest] = (
+                prompt  # left-padded: all rows continue at the same column
+            )
             seen[i, prompt] = True
         pad, tokens, seen = pad.to(device), tokens.to(device), seen.to(device)
         columns = torch.arange(total, device=device)
         keep = columns >= pad[:, None]  # (B, total)
-        cache = [[torch.zeros(B, c.n_kv_head, total, c.head_dim, device=device, dtype=dtype) for _ in 'kv'] for _ in range(c.n_layer)]
+        cache = [
+            [
+                torch.zeros(B, c.n_kv_head, total, c.head_dim, device=device, dtype=dtype)
+                for _ in 'kv'
+            ]
+            for _ in range(c.n_layer)
+        ]
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         cut = temperature, min(top_k or c.vocab_size, c.vocab_size), top_p, repetition_penalty
-        noise = torch.empty(max_new_tokens, B, cut[1], device=device).exponential_(generator=generator)
+        noise = torch.empty(max_new_tokens, B, cut[1], device=device).exponential_(
+            generator=generator
+        )
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         now, at = tokens[:, :longest], (columns[:longest] - pad[:, None]).clamp(min=0)
         for t in range(longest, total):
             step = self._step if compile and t > longest else self._next
-            now = step(now, at, columns[t - now.shape[1]:t], keep, cache, t, seen, ended, noise[t - longest], *cut)
+            now = step(
+                now,
+                at,
+                columns[t - now.shape[1] : t],
+                keep,
+                cache,
+                t,
+                seen,
+                ended,
+                noise[t - longest],
+                *cut,
+            )
             tokens[:, t] = now[:, 0]
-            if (device.type == 'cpu' or t % 16 == 0) and ended.all():  # reading the flag waits for the GPU: not every token
+            if (
+                device.type == 'cpu' or t % 16 == 0
+            ) and ended.all():  # reading the flag waits for the GPU: not every token
                 break
             at = at[:, -1:] + 1
         rows, ends = tokens[:, longest:].cpu(), (tokens[:, longest:].cpu() < OFFSET)
-        return [row[:int(end.float().argmax())] if end.any() else row for row, end in zip(rows, ends)]
+        return [
+            row[: int(end.float().argmax())] if end.any() else row for row, end in zip(rows, ends)
+        ]
 
-    def _next(self, tokens, positions, where, keep, cache, end, seen, ended, noise, temperature, top_k, top_p, repetition_penalty):
+    def _next(
+        self,
+        tokens,
+        positions,
+        where,
+        keep,
+        cache,
+        end,
+        seen,
+        ended,
+        noise,
+        temperature,
+        top_k,
+        top_p,
+        repetition_penalty,
+    ):
         """One round of generation: tokens (B, T) enter the cache at columns `where`, the next ones (B, 1) leave; seen and ended are updated.
 
         keep: (B, total), False on padding. cache: a layer's keys and values, (B, n_kv_head, total, head_dim); the first `end` columns are read.
         seen: (B, V) tokens under repetition penalty. noise: (B, top_k) of Exp(1), whose race against the probabilities draws the token.
         """
         c, (B, T), layers = self.config, tokens.shape, iter(cache)
-        visible = keep[:, None, None, :end] & (torch.arange(end, device=where.device) <= where[:, None])  # (B, 1, T, end)
+        visible = keep[:, None, None, :end] & (
+            torch.arange(end, device=where.device) <= where[:, None]
+        )  # (B, 1, T, end)
         if T > 1:
-            visible = visible | torch.eye(T, end, dtype=torch.bool, device=where.device)  # padding sees itself: no NaN
+            visible = visible | torch.eye(
+                T, end, dtype=torch.bool, device=where.device
+            )  # padding sees itself: no NaN
 
         def attend(q, k, v):
             keys, values = next(layers)
@@ -516,13 +829,27 @@ class SLM(nn.Module):
                 return _sdpa(q, keys, values, mask=visible)
             # one new token: the query heads of a key's group as that many queries, so that no key is copied
             q = q.view(B, c.n_kv_head, -1, c.head_dim)
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).view(B, c.n_head, 1, c.head_dim)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).view(
+                B, c.n_head, 1, c.head_dim
+            )
 
-        logits = self.head(self.hidden(tokens, positions=positions, attend=attend)[:, -1]).float()  # (B, V)
+        logits = self.head(
+            self.hidden(tokens, positions=positions, attend=attend)[:, -1]
+        ).float()  # (B, V)
         if repetition_penalty != 1.0:
-            logits = torch.where(seen, torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty), logits)
-        logits = logits.masked_fill(torch.arange(c.vocab_size, device=where.device) == PAD, -torch.inf)  # padding is no speech
-        new = logits.argmax(-1) if temperature == 0 else _draw(logits / temperature, noise, top_k, top_p)
+            logits = torch.where(
+                seen,
+                torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty),
+                logits,
+            )
+        logits = logits.masked_fill(
+            torch.arange(c.vocab_size, device=where.device) == PAD, -torch.inf
+        )  # padding is no speech
+        new = (
+            logits.argmax(-1)
+            if temperature == 0
+            else _draw(logits / temperature, noise, top_k, top_p)
+        )
         new = torch.where(ended, PAD, new)[:, None]
         seen.scatter_(1, new, True)
         ended |= new[:, 0] == EOS
@@ -540,8 +867,17 @@ class SLM(nn.Module):
         return cls(config, seed)
 
     @classmethod
-    def from_pretrained(cls, where, vocab_size=None, embed_init='first_rows', context=None, rope_theta=None, dropout=0.0, seed=0,
-                        dtype=torch.float32):
+    def from_pretrained(
+        cls,
+        where,
+        vocab_size=None,
+        embed_init='first_rows',
+        context=None,
+        rope_theta=None,
+        dropout=0.0,
+        seed=0,
+        dtype=torch.float32,
+    ):
         """Load a folder or a hub name; no code of the checkpoint is ever run.
 
         (a) A text LM of a supported family: TWIST, everything but the embedding (and head) stays; the new vocabulary of vocab_size
@@ -560,23 +896,35 @@ class SLM(nn.Module):
         public, prefix = hf.get('model_type') == 'speech_language_model', ''
         if public:
             if not isinstance(hf.get('base_config'), dict):
-                raise InputError(f'{where}: config.json has no base_config, the text LM\'s own config')
+                raise InputError(
+                    f"{where}: config.json has no base_config, the text LM's own config"
+                )
             hf, prefix = hf['base_config'] | {'vocab_size': hf['vocab_size']}, 'lm.'
         units_lm = bool(slam) or public or 'offset' in hf
         config = SLMConfig.from_hf(hf)
         config.dropout = dropout
         _set(config, context, rope_theta)
         state = _to_ours(_read_tensors(folder), config, prefix, where)
-        if units_lm and not slam and not public:  # TWIST: unit u is token u + offset; ours is u + OFFSET
+        if (
+            units_lm and not slam and not public
+        ):  # TWIST: unit u is token u + offset; ours is u + OFFSET
             bos = hf.get('bos_token_id')
             bos = bos if isinstance(bos, int) and bos < hf['offset'] else 0
-            rows = torch.cat((torch.tensor([hf.get('pad_token_id') or 0, bos]).clamp(max=config.vocab_size - 1),
-                              torch.arange(hf['offset'], config.vocab_size)))
+            rows = torch.cat(
+                (
+                    torch.tensor([hf.get('pad_token_id') or 0, bos]).clamp(
+                        max=config.vocab_size - 1
+                    ),
+                    torch.arange(hf['offset'], config.vocab_size),
+                )
+            )
             state |= {name: state[name][rows] for name in ('embed.weight', 'head.weight')}
             config.vocab_size = len(rows)
         if units_lm:
             if vocab_size is not None and vocab_size > config.vocab_size:
-                raise InputError(f'{where} has a vocabulary of {config.vocab_size}, which cannot hold the {vocab_size - OFFSET} units of the data')
+                raise InputError(
+                    f'{where} has a vocabulary of {config.vocab_size}, which cannot hold the {vocab_size - OFFSET} units of the data'
+                )
         else:
             config.vocab_size = 502 if vocab_size is None else vocab_size
             for name in ('embed.weight', 'head.weight'):
@@ -585,7 +933,9 @@ class SLM(nn.Module):
             state['head.weight'] = state['embed.weight']
         with torch.device('meta'):
             model = cls(config)
-        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+        model.load_state_dict(
+            {name: tensor.to(dtype) for name, tensor in state.items()}, assign=True
+        )
         if config.tied:
             model.head.weight = model.embed.weight
         model._apply(lambda tensor: tensor)
@@ -593,7 +943,16 @@ class SLM(nn.Module):
             path = os.path.join(folder, str(slam.get(key) or '?'))
             if os.path.isdir(path):
                 slam[key] = os.path.abspath(path)
-        model.slam = slam or (dict(encoder='mhubert25', vocoder='hifigan25', n_units=config.vocab_size - OFFSET, frame_rate=25.0) if units_lm else {})
+        model.slam = slam or (
+            dict(
+                encoder='mhubert25',
+                vocoder='hifigan25',
+                n_units=config.vocab_size - OFFSET,
+                frame_rate=25.0,
+            )
+            if units_lm
+            else {}
+        )
         return model
 
     def save_pretrained(self, folder, slam=None, state=None):
@@ -604,6 +963,7 @@ class SLM(nn.Module):
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
+
         os.makedirs(folder, exist_ok=True)
         slam = dict(self.slam if slam is None else slam, offset=OFFSET)
         for key in ('encoder', 'vocoder'):
@@ -618,7 +978,9 @@ class SLM(nn.Module):
         write = dict([('config.json', self.config.to_hf()), ('slam.json', slam)])
         names = ('model.safetensors', *write)
         try:
-            save_file(tensors, os.path.join(folder, 'model.safetensors.tmp'), metadata={'format': 'pt'})
+            save_file(
+                tensors, os.path.join(folder, 'model.safetensors.tmp'), metadata={'format': 'pt'}
+            )
             for name, content in write.items():
                 with open(os.path.join(folder, name + '.tmp'), 'w', encoding='utf-8') as file:
                     json.dump(content, file, indent=2)
@@ -641,14 +1003,18 @@ class SLM(nn.Module):
         span: mean tokens of an utterance (attention reaches half of it); None: the context.
         """
         c = self.config
-        weights = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and 'embed' not in name) + (c.vocab_size * c.embed_dim if c.tied else 0)
+        weights = sum(
+            p.numel() for name, p in self.named_parameters() if p.ndim == 2 and 'embed' not in name
+        ) + (c.vocab_size * c.embed_dim if c.tied else 0)
         return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * (span or c.context)
 
 
 def _set(config, context, rope_theta):
     if context is not None:
         if config.learned_positions and context > config.context:
-            raise InputError(f'context {context} is longer than the {config.context} learned positions of this {config.family} model')
+            raise InputError(
+                f'context {context} is longer than the {config.context} learned positions of this {config.family} model'
+            )
         config.context = config.context if config.learned_positions else context
     if rope_theta is not None:
         config.rope_theta = float(rope_theta)
@@ -662,7 +1028,9 @@ def _rope_frequencies(config, R):
         return freq
     if scaling.get('rope_type', scaling.get('type')) == 'linear':
         return freq / scaling['factor']
-    turns = scaling['original_max_position_embeddings'] * freq / (2 * math.pi)  # full turns within the original context
+    turns = (
+        scaling['original_max_position_embeddings'] * freq / (2 * math.pi)
+    )  # full turns within the original context
     low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
     smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow enough to be stretched, 1: kept
     return freq * (smooth + (1 - smooth) / scaling['factor'])
@@ -673,7 +1041,9 @@ def _read_json(path):
         with open(path, encoding='utf-8') as file:
             return json.load(file)
     except FileNotFoundError:
-        raise InputError(f'{path} is missing: a checkpoint is a folder with config.json and model.safetensors') from None
+        raise InputError(
+            f'{path} is missing: a checkpoint is a folder with config.json and model.safetensors'
+        ) from None
     except ValueError as error:
         raise InputError(f'{path} is not JSON: {error}') from None
 
@@ -685,23 +1055,33 @@ def _find_checkpoint(where):
     if where.count('/') != 1 or where.startswith(('.', '/', 'out/')):
         raise InputError(f'no checkpoint folder {where!r}')
     from huggingface_hub import snapshot_download
+
     try:
         folder = snapshot_download(where, allow_patterns=['*.json', '*.safetensors'])
         if not any(name.endswith('.safetensors') for name in os.listdir(folder)):
             folder = snapshot_download(where, allow_patterns=['*.json', 'pytorch_model*.bin'])
         return folder
     except Exception as error:
-        raise InputError(f'{where!r} is no folder, and the hub did not give it ({type(error).__name__}): download it elsewhere '
-                         f'and pass the folder') from None
+        raise InputError(
+            f'{where!r} is no folder, and the hub did not give it ({type(error).__name__}): download it elsewhere '
+            f'and pass the folder'
+        ) from None
 
 
 def _read_tensors(folder):
     """All tensors of a checkpoint: one file or shards, safetensors or (weights_only) pickles."""
     from safetensors.torch import load_file
-    for name, load in (('model.safetensors', load_file), ('pytorch_model.bin', partial(torch.load, map_location='cpu', weights_only=True))):
+
+    for name, load in (
+        ('model.safetensors', load_file),
+        ('pytorch_model.bin', partial(torch.load, map_location='cpu', weights_only=True)),
+    ):
         path, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
         if os.path.exists(index):
-            paths = [os.path.join(folder, os.path.basename(shard)) for shard in sorted(set(_read_json(index)['weight_map'].values()))]
+            paths = [
+                os.path.join(folder, os.path.basename(shard))
+                for shard in sorted(set(_read_json(index)['weight_map'].values()))
+            ]
         elif os.path.exists(path):
             paths = [path]
         else:
@@ -711,9 +1091,13 @@ def _read_tensors(folder):
             try:
                 state |= load(path)
             except Exception as error:
-                raise InputError(f'{path} cannot be read: {" ".join(str(error).split())[:200]}') from None
+                raise InputError(
+                    f'{path} cannot be read: {" ".join(str(error).split())[:200]}'
+                ) from None
         return state
-    raise InputError(f'{folder} has no model.safetensors (or pytorch_model.bin): is it a checkpoint?')
+    raise InputError(
+        f'{folder} has no model.safetensors (or pytorch_model.bin): is it a checkpoint?'
+    )
 
 
 def _their_names(name, config):
@@ -723,7 +1107,10 @@ def _their_names(name, config):
     if path[-1] == 'head':
         return [f'{theirs}.{kind}']
     layer = f'{names["layer"]}.{path[1]}.' if path[0] == 'blocks' else ''
-    return [f'{names["prefix"]}{layer}{one}.{kind}' for one in ([theirs] if isinstance(theirs, str) else theirs)]
+    return [
+        f'{names["prefix"]}{layer}{one}.{kind}'
+        for one in ([theirs] if isinstance(theirs, str) else theirs)
+    ]
 
 
 def _regroup_neox(tensor, config, to_theirs):
@@ -736,24 +1123,50 @@ def _to_ours(state, config, prefix, where):
     """Rename and join the tensors of a transformers checkpoint. Raises InputError naming what is missing, left over or of wrong shape."""
     with torch.device('meta'):
         shapes = {name: tensor.shape for name, tensor in SLM(config).state_dict().items()}
-    state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if not name.endswith(OBSOLETE)}
+    state = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if not name.endswith(OBSOLETE)
+    }
     if config.family == 'opt':  # some files were saved without the outer module
-        state = {('model.' + name if name.startswith('decoder.') else name): tensor for name, tensor in state.items()}
+        state = {
+            ('model.' + name if name.startswith('decoder.') else name): tensor
+            for name, tensor in state.items()
+        }
     if config.family == 'gpt_neox' and 'lm_head.weight' in state:  # transformers 5's name for it
         state['embed_out.weight'] = state.pop('lm_head.weight')
-    wanted = {name: _their_names(name, config) for name in shapes if not (config.tied and name == 'head.weight')}
+    wanted = {
+        name: _their_names(name, config)
+        for name in shapes
+        if not (config.tied and name == 'head.weight')
+    }
     missing = [their for theirs in wanted.values() for their in theirs if their not in state]
-    extra = set(state).difference(*wanted.values(), _their_names('head.weight', config) if config.tied else [])
+    extra = set(state).difference(
+        *wanted.values(), _their_names('head.weight', config) if config.tied else []
+    )
     if missing or extra:
-        what = [f'{word} {len(names)} ({", ".join(sorted(names)[:4])}{", ..." if len(names) > 4 else ""})' for word, names in
-                (('misses', missing), ('has unknown', extra)) if names]
-        raise InputError(f'{where}: the checkpoint {" and ".join(what)} tensors of a {config.family} model')
+        what = [
+            f'{word} {len(names)} ({", ".join(sorted(names)[:4])}{", ..." if len(names) > 4 else ""})'
+            for word, names in (('misses', missing), ('has unknown', extra))
+            if names
+        ]
+        raise InputError(
+            f'{where}: the checkpoint {" and ".join(what)} tensors of a {config.family} model'
+        )
     ours = {}
     for name, theirs in wanted.items():
-        tensor = torch.cat([state[their] for their in theirs]) if len(theirs) > 1 else state[theirs[0]]
+        tensor = (
+            torch.cat([state[their] for their in theirs]) if len(theirs) > 1 else state[theirs[0]]
+        )
         if tensor.shape != shapes[name]:
-            raise InputError(f'{where}: {theirs[0]} has shape {tuple(tensor.shape)}, config.json says {tuple(shapes[name])}')
-        ours[name] = _regroup_neox(tensor, config, False) if config.family == 'gpt_neox' and '.qkv.' in name else tensor
+            raise InputError(
+                f'{where}: {theirs[0]} has shape {tuple(tensor.shape)}, config.json says {tuple(shapes[name])}'
+            )
+        ours[name] = (
+            _regroup_neox(tensor, config, False)
+            if config.family == 'gpt_neox' and '.qkv.' in name
+            else tensor
+        )
     ours.setdefault('head.weight', ours['embed.weight'])
     return ours
 
@@ -769,7 +1182,11 @@ def _to_hf(state, config):
             tensor = _regroup_neox(tensor, config, True)
         sizes = [len(tensor)]
         if len(theirs) == 3:
-            sizes = [config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.n_kv_head * config.head_dim]
+            sizes = [
+                config.n_head * config.head_dim,
+                config.n_kv_head * config.head_dim,
+                config.n_kv_head * config.head_dim,
+            ]
         elif len(theirs) == 2:
             sizes = [config.n_ffn, config.n_ffn]
         out |= {their: part.contiguous() for their, part in zip(theirs, tensor.split(sizes))}
@@ -780,24 +1197,34 @@ def _twist_rows(old, vocab_size, embed_init, seed, where):
     """The rows (vocab_size, C) with which a unit embedding begins, out of the text embedding (V, C)."""
     if embed_init == 'first_rows':
         if vocab_size > len(old):
-            raise InputError(f'{where} has {len(old)} embedding rows, too few for {vocab_size}: use embed_init=random or mean')
+            raise InputError(
+                f'{where} has {len(old)} embedding rows, too few for {vocab_size}: use embed_init=random or mean'
+            )
         return old[:vocab_size].clone()
     if embed_init == 'mean':
         return old.float().mean(0, keepdim=True).repeat(vocab_size, 1)
     if embed_init == 'random':
-        return torch.empty(vocab_size, old.shape[1]).normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
+        return torch.empty(vocab_size, old.shape[1]).normal_(
+            std=0.02, generator=torch.Generator().manual_seed(seed)
+        )
     raise InputError(f'embed_init {embed_init!r} is unknown: use first_rows, random or mean')
 
 
 # -----------------------------------------------------------------------------
 # Audio
 
-HOP, WINDOW, N_FFT, N_MELS = 160, 400, 512, 64  # samples at 16 kHz: 10 ms, 25 ms; 64 bands is the most that 31 Hz bins fill without gaps
+HOP, WINDOW, N_FFT, N_MELS = (
+    160,
+    400,
+    512,
+    64,
+)  # samples at 16 kHz: 10 ms, 25 ms; 64 bands is the most that 31 Hz bins fill without gaps
 
 
 @lru_cache
 def _resampler(rate, sample_rate):
     from torchaudio.transforms import Resample
+
     return Resample(rate, sample_rate)
 
 
@@ -807,20 +1234,32 @@ def load_audio(path, sample_rate=SAMPLE_RATE):
     Returns: (samples,) float32 in [-1, 1]. Of a truncated file, what decodes. Raises InputError naming the file if nothing does.
     """
     import soundfile
+
     name = getattr(path, 'name', path)
     if isinstance(path, (str, os.PathLike)) and not os.path.isfile(path):
         raise InputError(f'{name}: no such audio file')
-    for size in (1 << 20, 1 << 10):  # of a truncated flac, a large read gives nothing: then by small ones up to the break
+    for size in (
+        1 << 20,
+        1 << 10,
+    ):  # of a truncated flac, a large read gives nothing: then by small ones up to the break
         blocks, error = [], None
         try:
             if hasattr(path, 'seek'):
                 path.seek(0)
-            with soundfile.SoundFile(path if hasattr(path, 'seek') else os.fsencode(path)) as file:  # bytes: names need not be UTF-8
+            with soundfile.SoundFile(
+                path if hasattr(path, 'seek') else os.fsencode(path)
+            ) as file:  # bytes: names need not be UTF-8
                 rate = file.samplerate
                 while len(block := file.read(size, dtype='float32', always_2d=True)):
-                    blocks.append(torch.from_numpy(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)))  # hours of stereo stay small
+                    blocks.append(
+                        torch.from_numpy(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+                    )  # hours of stereo stay small
             break
-        except (RuntimeError, OSError, TypeError) as caught:  # libsndfile's errors are RuntimeErrors; TypeError: .raw asks for a rate
+        except (
+            RuntimeError,
+            OSError,
+            TypeError,
+        ) as caught:  # libsndfile's errors are RuntimeErrors; TypeError: .raw asks for a rate
             error = str(caught).rsplit(': ', 1)[-1].rstrip('.')
     if error and not blocks:
         raise InputError(f'{name}: not readable audio ({error})')
@@ -830,19 +1269,26 @@ def load_audio(path, sample_rate=SAMPLE_RATE):
     if not float(wave.abs().max()) < 1e6:  # NaN fails too
         raise InputError(f'{name}: holds NaN or infinite samples, or such as are no sound')
     # An odd rate such as 11,127 Hz would need a filter of gigabytes; the nearest 50 Hz is at most 0.3 % off.
-    return wave if rate == sample_rate else _resampler(max(50, 50 * round(rate / 50)), sample_rate)(wave)
+    return (
+        wave
+        if rate == sample_rate
+        else _resampler(max(50, 50 * round(rate / 50)), sample_rate)(wave)
+    )
 
 
 def save_audio(path, wave, sample_rate=SAMPLE_RATE):
     """Write (samples,) float as 16-bit wav or flac, whole or not at all; a wave that would clip is turned down."""
     import soundfile
+
     wave = torch.as_tensor(wave).detach().float().cpu()
     peak = float(wave.abs().max()) if len(wave) else 0.0
     wave = wave * (0.99 / peak) if peak > 0.99 else wave
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     tmp = f'{path}.{os.getpid()}.tmp'
     kind = 'FLAC' if str(path).endswith('.flac') else 'WAV'
-    soundfile.write(buffer := io.BytesIO(), wave.numpy(), sample_rate, subtype='PCM_16', format=kind)  # soundfile itself names no full disk
+    soundfile.write(
+        buffer := io.BytesIO(), wave.numpy(), sample_rate, subtype='PCM_16', format=kind
+    )  # soundfile itself names no full disk
     try:
         with open(tmp, 'wb') as file:
             file.write(buffer.getbuffer())
@@ -860,10 +1306,15 @@ def dedup(units):
 @lru_cache
 def mel_filters():
     """Triangles (N_FFT // 2 + 1, N_MELS) evenly spaced on the mel scale from 0 to 8,000 Hz, peak 1."""
-    edges = torch.linspace(0, 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700), N_MELS + 2, dtype=torch.float64)
+    edges = torch.linspace(
+        0, 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700), N_MELS + 2, dtype=torch.float64
+    )
     edges = 700 * (10 ** (edges / 2595) - 1)  # Hz
     bins = torch.arange(N_FFT // 2 + 1, dtype=torch.float64)[:, None] * SAMPLE_RATE / N_FFT
-    rise, fall = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2]), (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    rise, fall = (
+        (bins - edges[:-2]) / (edges[1:-1] - edges[:-2]),
+        (edges[2:] - bins) / (edges[2:] - edges[1:-1]),
+    )
     return torch.minimum(rise, fall).clamp(min=0).float()
 
 
@@ -875,22 +1326,53 @@ def log_mel(wave):
     frames = max(1, len(wave) // HOP)
     left = (WINDOW - HOP) // 2
     wave = F.pad(wave, (left, max(0, (frames - 1) * HOP + WINDOW - left - len(wave))))
-    windows = wave.new_zeros(frames, N_FFT)  # whole rows, because the FFT is three times as fast on them
-    torch.mul(wave.unfold(0, WINDOW, HOP)[:frames], torch.hann_window(WINDOW, device=wave.device), out=windows[:, :WINDOW])
+    windows = wave.new_zeros(
+        frames, N_FFT
+    )  # whole rows, because the FFT is three times as fast on them
+    torch.mul(
+        wave.unfold(0, WINDOW, HOP)[:frames],
+        torch.hann_window(WINDOW, device=wave.device),
+        out=windows[:, :WINDOW],
+    )
     spectrum = torch.fft.rfft(windows)
     power = spectrum.real.square() + spectrum.imag.square()
     return (power @ mel_filters().to(wave.device)).clamp(min=1e-7).log()
+
 
 # -----------------------------------------------------------------------------
 # UnitEncoder: wave -> units
 
 ENCODERS = {  # name: hub model, layer, samples of silence added at each end, vocoder, k-means file and its sha256 (None: not known)
-    'mhubert25': ('slprl/mhubert-base-25hz', 11, 40, 'hifigan25', (
-        'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
-        '03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad')),
-    'hubert50': ('facebook/hubert-base-ls960', 9, 0, None, ('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None))}
-MFCC = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, distortion=0.0,
-            vocoder='vocoder')
+    'mhubert25': (
+        'slprl/mhubert-base-25hz',
+        11,
+        40,
+        'hifigan25',
+        (
+            'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
+            '03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad',
+        ),
+    ),
+    'hubert50': (
+        'facebook/hubert-base-ls960',
+        9,
+        0,
+        None,
+        ('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None),
+    ),
+}
+MFCC = dict(
+    kind='mfcc',
+    name='mfcc',
+    frame_rate=25.0,
+    n_cep=13,
+    lifter=0.3,
+    c0=0.4,
+    range=9.0,
+    switch=1.0,
+    distortion=0.0,
+    vocoder='vocoder',
+)
 
 
 def cache_path(name):
@@ -902,6 +1384,7 @@ def fetch(url, sha256=None):
     """The local copy of a public file, downloaded on first use and checked. Raises InputError offline, or if the file differs."""
     import hashlib
     import urllib.request
+
     path = cache_path(url.rsplit('/', 1)[-1])
     new = path if os.path.exists(path) else f'{path}.{os.getpid()}.tmp'
     if new != path:
@@ -910,10 +1393,14 @@ def fetch(url, sha256=None):
             with urllib.request.urlopen(url, timeout=60) as remote, open(new, 'wb') as file:
                 shutil.copyfileobj(remote, file)
         except OSError as error:
-            raise InputError(f'{url} cannot be downloaded ({error}): put it at {path} (SLAM_CACHE sets the folder)') from None
+            raise InputError(
+                f'{url} cannot be downloaded ({error}): put it at {path} (SLAM_CACHE sets the folder)'
+            ) from None
     with open(new, 'rb') as file:
         if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
-            raise InputError(f'{new} is not the published {os.path.basename(path)} (its sha256 differs): delete it')
+            raise InputError(
+                f'{new} is not the published {os.path.basename(path)} (its sha256 differs): delete it'
+            )
     os.replace(new, path)
     return path
 
@@ -921,17 +1408,22 @@ def fetch(url, sha256=None):
 class KMeansReader(pickle._Unpickler):
     """Reads a joblib dump of scikit-learn's KMeans and can execute nothing: each class such a file names becomes an inert stand-in, any
     other is refused. joblib writes an array as a wrapper that says dtype, shape and order, and its bytes after the BUILD of the wrapper."""
+
     Inert = type('Inert', (), dict(__init__=lambda self, *args, **kwargs: None))
     Array = type('Array', (Inert,), {})
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module, name):
         import numpy
+
         if (module, name) == ('numpy', 'dtype'):
             return numpy.dtype
         if (module, name) == ('joblib.numpy_pickle', 'NumpyArrayWrapper'):
             return self.Array
-        if module.startswith(('sklearn.cluster.', 'numpy.random.')) or (module.split('.')[0], name) in (('numpy', 'ndarray'), ('numpy', 'scalar')):
+        if module.startswith(('sklearn.cluster.', 'numpy.random.')) or (
+            module.split('.')[0],
+            name,
+        ) in (('numpy', 'ndarray'), ('numpy', 'scalar')):
             return self.Inert
         raise InputError(f'it asks to run {module}.{name}; refused')
 
@@ -940,18 +1432,23 @@ class KMeansReader(pickle._Unpickler):
         array = self.stack[-1]
         if isinstance(array, self.Array):
             import numpy
+
             if array.dtype.hasobject:
                 raise InputError('it holds an array of objects; refused')
             if 'numpy_array_alignment_bytes' in vars(array):
                 self.file.read(self.file.read(1)[0])
-            flat = numpy.frombuffer(self.file.read(math.prod(array.shape) * array.dtype.itemsize), array.dtype)
+            flat = numpy.frombuffer(
+                self.file.read(math.prod(array.shape) * array.dtype.itemsize), array.dtype
+            )
             self.stack[-1] = flat.reshape(array.shape, order=array.order)
+
     dispatch[pickle.BUILD[0]] = load_build
 
     @classmethod
     def centroids(cls, path):
         """The cluster centres (n_units, D), float32, of a joblib dump, or of a .safetensors with a tensor `centroids`."""
         from safetensors.torch import load_file
+
         try:
             if path.endswith('.safetensors'):
                 return load_file(path)['centroids'].float()
@@ -960,7 +1457,9 @@ class KMeansReader(pickle._Unpickler):
                 reader.file = file
                 return torch.from_numpy(vars(reader.load())['cluster_centers_'].astype('float32'))
         except Exception as error:
-            raise InputError(f'{path} is no k-means file (.safetensors with `centroids`, or a plain joblib dump of KMeans): {error}') from None
+            raise InputError(
+                f'{path} is no k-means file (.safetensors with `centroids`, or a plain joblib dump of KMeans): {error}'
+            ) from None
 
 
 class UnitEncoder:
@@ -973,17 +1472,33 @@ class UnitEncoder:
     """
 
     def __init__(self, config, centroids=None, device='cpu', dtype='auto'):
-        self.config, self.device, self.dtype = dict(config), pick_device(device), pick_dtype(dtype, pick_device(device))
-        self.centroids = None if centroids is None else centroids.to(self.device)  # (n_units, D); None: to be fitted
-        self.batch_seconds = 300 if self.device.type == 'cuda' else 0  # of padded audio a batch; a CPU gains nothing from batches
+        self.config, self.device, self.dtype = (
+            dict(config),
+            pick_device(device),
+            pick_dtype(dtype, pick_device(device)),
+        )
+        self.centroids = (
+            None if centroids is None else centroids.to(self.device)
+        )  # (n_units, D); None: to be fitted
+        self.batch_seconds = (
+            300 if self.device.type == 'cuda' else 0
+        )  # of padded audio a batch; a CPU gains nothing from batches
         if self.config['kind'] == 'mfcc':
-            at = torch.outer(torch.arange(N_MELS) + 0.5, torch.arange(self.config['n_cep'])) * math.pi / N_MELS
+            at = (
+                torch.outer(torch.arange(N_MELS) + 0.5, torch.arange(self.config['n_cep']))
+                * math.pi
+                / N_MELS
+            )
             weight = torch.arange(self.config['n_cep']).clamp(min=1) ** self.config['lifter']
             weight[0] = self.config['c0']
-            self.basis = (at.cos() * (2 / N_MELS) ** 0.5 * weight / 2 ** 0.5).to(self.device)  # (N_MELS, n_cep)
+            self.basis = (at.cos() * (2 / N_MELS) ** 0.5 * weight / 2**0.5).to(
+                self.device
+            )  # (N_MELS, n_cep)
         else:
             self._load_net()
-        self.name, self.frame_rate, self.vocoder = (self.config[key] for key in ('name', 'frame_rate', 'vocoder'))
+        self.name, self.frame_rate, self.vocoder = (
+            self.config[key] for key in ('name', 'frame_rate', 'vocoder')
+        )
 
     @property
     def n_units(self):
@@ -995,20 +1510,45 @@ class UnitEncoder:
         WavLM with `layer` and `kmeans` ('': to be fitted); or 'mfcc' (to be fitted). Raises InputError naming what is missing."""
         folder, vocoder = os.path.abspath(where), None
         if os.path.exists(os.path.join(folder, 'encoder.json')):
-            config, kmeans = _read_json(os.path.join(folder, 'encoder.json')), kmeans or os.path.join(folder, 'encoder.safetensors')
-            vocoder = os.path.join(os.path.dirname(folder), 'vocoder') if config['vocoder'] == 'vocoder' else config['vocoder']
+            config, kmeans = (
+                _read_json(os.path.join(folder, 'encoder.json')),
+                kmeans or os.path.join(folder, 'encoder.safetensors'),
+            )
+            vocoder = (
+                os.path.join(os.path.dirname(folder), 'vocoder')
+                if config['vocoder'] == 'vocoder'
+                else config['vocoder']
+            )
             if layer not in (None, config.get('layer')):
-                raise InputError(f'{where} is an encoder of layer {config.get("layer")}, not {layer}: name the net itself')
+                raise InputError(
+                    f'{where} is an encoder of layer {config.get("layer")}, not {layer}: name the net itself'
+                )
         elif where == 'mfcc':
             config = MFCC
         elif where in ENCODERS:
             model, its_layer, pad, vocoder, public = ENCODERS[where]
-            config = dict(kind='hubert', name=where, model=model, layer=its_layer if layer is None else layer, pad=pad, vocoder=vocoder)
+            config = dict(
+                kind='hubert',
+                name=where,
+                model=model,
+                layer=its_layer if layer is None else layer,
+                pad=pad,
+                vocoder=vocoder,
+            )
         elif layer is not None:
             model = folder if os.path.isdir(folder) else where
-            config = dict(kind='hubert', name=os.path.basename(model), model=model, layer=layer, pad=0, vocoder='vocoder')
+            config = dict(
+                kind='hubert',
+                name=os.path.basename(model),
+                model=model,
+                layer=layer,
+                pad=0,
+                vocoder='vocoder',
+            )
         else:
-            raise InputError(f'no encoder {where!r}: expected {", ".join(ENCODERS)}, mfcc, a folder with encoder.json, or a HuBERT and --layer')
+            raise InputError(
+                f'no encoder {where!r}: expected {", ".join(ENCODERS)}, mfcc, a folder with encoder.json, or a HuBERT and --layer'
+            )
         encoder = cls(config, None, device, dtype)
         encoder.vocoder = vocoder or encoder.vocoder
         if kmeans is None and where in ENCODERS and layer in (None, its_layer):
@@ -1021,32 +1561,45 @@ class UnitEncoder:
         """Load the net and cut it after `layer`: what lies above is not computed."""
         from transformers import AutoModel
         from transformers.utils.logging import disable_progress_bar
+
         disable_progress_bar()
         c = self.config
-        where = cache_path(c['name']) if c['name'] in ENCODERS and os.path.isdir(cache_path(c['name'])) else c['model']
+        where = (
+            cache_path(c['name'])
+            if c['name'] in ENCODERS and os.path.isdir(cache_path(c['name']))
+            else c['model']
+        )
         try:
             where = _find_checkpoint(where)
             its = _read_json(os.path.join(where, 'config.json'))
             if its.get('model_type') not in ('hubert', 'wav2vec2', 'wavlm'):
-                raise InputError(f'{where}: model_type {its.get("model_type")!r} is no hubert, wav2vec2 or wavlm')
-            self.net = AutoModel.from_pretrained(where, attn_implementation='eager' if its['model_type'] == 'wavlm' else 'sdpa')
+                raise InputError(
+                    f'{where}: model_type {its.get("model_type")!r} is no hubert, wav2vec2 or wavlm'
+                )
+            self.net = AutoModel.from_pretrained(
+                where, attn_implementation='eager' if its['model_type'] == 'wavlm' else 'sdpa'
+            )
         except (InputError, OSError) as error:
             if c['name'] not in ENCODERS:
                 raise InputError(error) from None
             url = ENCODERS[c['name']][4][0]
-            raise InputError(f'{c["name"]} is not on this machine ({error}). It needs three files: config.json and model.safetensors of '
-                             f'https://huggingface.co/{c["model"]} in {cache_path(c["name"])}, and {url} in {cache_path("")}') from None
+            raise InputError(
+                f'{c["name"]} is not on this machine ({error}). It needs three files: config.json and model.safetensors of '
+                f'https://huggingface.co/{c["model"]} in {cache_path(c["name"])}, and {url} in {cache_path("")}'
+            ) from None
         hf, layers = self.net.config, self.net.encoder.layers
         if not 0 <= c['layer'] <= len(layers):
             raise InputError(f'layer {c["layer"]} of {c["model"]}: it has {len(layers)}')
-        self.net.encoder.layers = layers[:c['layer']]
+        self.net.encoder.layers = layers[: c['layer']]
         self.net = self.net.to(self.device, self.dtype).eval().requires_grad_(False)
         c['frame_rate'] = SAMPLE_RATE / math.prod(hf.conv_stride)
         self.shortest = 1  # samples that give one frame
         for kernel, stride in reversed(list(zip(hf.conv_kernel, hf.conv_stride))):
             self.shortest = (self.shortest - 1) * stride + kernel
         preprocessor = os.path.join(where, 'preprocessor_config.json')
-        self.normalize = os.path.exists(preprocessor) and _read_json(preprocessor).get('do_normalize', False)
+        self.normalize = os.path.exists(preprocessor) and _read_json(preprocessor).get(
+            'do_normalize', False
+        )
         conv = self.net.encoder.pos_conv_embed.conv
         if nn.utils.parametrize.is_parametrized(conv):  # weight norm, folded
             nn.utils.parametrize.remove_parametrizations(conv, 'weight')
@@ -1054,19 +1607,35 @@ class UnitEncoder:
         if self.device.type == 'cuda':
             self._hidden = torch.compile(self._hidden, dynamic=True)
         elif self.device.type == 'cpu':
-            for layer in self.net.feature_extractor.conv_layers:  # laid out as _convolve_in_pieces multiplies by it
-                layer.conv.weight.data = layer.conv.weight.data.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+            for layer in (
+                self.net.feature_extractor.conv_layers
+            ):  # laid out as _convolve_in_pieces multiplies by it
+                layer.conv.weight.data = (
+                    layer.conv.weight.data.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+                )
             if self.dtype == torch.float32:
-                spectra = torch.fft.rfft(conv.weight, 3 * conv.kernel_size[0]).conj().unflatten(0, (conv.groups, -1))  # (groups, out, in, bins)
-                self.spectra = spectra.permute(3, 0, 2, 1).contiguous().flatten(0, 1)  # (bins * groups, in, out)
+                spectra = (
+                    torch.fft.rfft(conv.weight, 3 * conv.kernel_size[0])
+                    .conj()
+                    .unflatten(0, (conv.groups, -1))
+                )  # (groups, out, in, bins)
+                self.spectra = (
+                    spectra.permute(3, 0, 2, 1).contiguous().flatten(0, 1)
+                )  # (bins * groups, in, out)
 
     def _convolve(self, x, lengths):
         """The net's convolutions: waves (B, samples) -> (B, T, C), and the frames (B,) of each utterance."""
-        layers, samples, norm = self.net.feature_extractor.conv_layers, lengths, getattr(self.net.feature_extractor.conv_layers[0], 'layer_norm', None)
+        layers, samples, norm = (
+            self.net.feature_extractor.conv_layers,
+            lengths,
+            getattr(self.net.feature_extractor.conv_layers[0], 'layer_norm', None),
+        )
         for layer in layers:
             lengths = (lengths - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
         scale = shift = None
-        if isinstance(norm, nn.GroupNorm):  # a group a channel: mean and variance, over the utterance's own time, of what is linear in k samples
+        if isinstance(
+            norm, nn.GroupNorm
+        ):  # a group a channel: mean and variance, over the utterance's own time, of what is linear in k samples
             conv = layers[0].conv
             windows = x.float().unfold(1, conv.kernel_size[0], conv.stride[0])  # (B, T, k)
             n = ((samples - conv.kernel_size[0]) // conv.stride[0] + 1)[:, None]
@@ -1074,13 +1643,25 @@ class UnitEncoder:
             mean = (windows * real).sum(1) / n  # (B, k)
             windows = (windows - mean[:, None]) * real
             weight = conv.weight[:, 0].float()  # (C, k)
-            scale = norm.weight * ((weight @ (windows.mT @ windows / n[..., None]) * weight).sum(-1) + norm.eps).rsqrt()  # (B, C)
+            scale = (
+                norm.weight
+                * (
+                    (weight @ (windows.mT @ windows / n[..., None]) * weight).sum(-1) + norm.eps
+                ).rsqrt()
+            )  # (B, C)
             shift = norm.bias - scale * (mean @ weight.T)  # a bias of the convolution would cancel
         if x.device.type == 'cpu' and len(x) == 1:
-            return self._convolve_in_pieces(x[0].to(self.dtype), int(lengths), scale, shift)[None], lengths
+            return self._convolve_in_pieces(x[0].to(self.dtype), int(lengths), scale, shift)[
+                None
+            ], lengths
         x = x.to(self.dtype)[:, None]
         for layer in layers:
-            x = F.conv1d(x, layer.conv.weight, None if scale is not None and layer is layers[0] else layer.conv.bias, layer.conv.stride)  # (B, C, T)
+            x = F.conv1d(
+                x,
+                layer.conv.weight,
+                None if scale is not None and layer is layers[0] else layer.conv.bias,
+                layer.conv.stride,
+            )  # (B, C, T)
             if scale is not None and layer is layers[0]:
                 x = (x * scale[..., None] + shift[..., None]).to(self.dtype)
             elif getattr(layer, 'layer_norm', None) is not None:
@@ -1094,19 +1675,35 @@ class UnitEncoder:
         for layer in layers:
             reach, hop = reach + (layer.conv.kernel_size[0] - 1) * hop, hop * layer.conv.stride[0]
         for start in range(0, frames, at_once):
-            x = wave[start * hop:(min(start + at_once, frames) - 1) * hop + reach, None]  # (T, C)
+            x = wave[start * hop : (min(start + at_once, frames) - 1) * hop + reach, None]  # (T, C)
             for layer in layers:
-                k, stride, weight, bias = layer.conv.kernel_size[0], layer.conv.stride[0], layer.conv.weight, layer.conv.bias
+                k, stride, weight, bias = (
+                    layer.conv.kernel_size[0],
+                    layer.conv.stride[0],
+                    layer.conv.weight,
+                    layer.conv.bias,
+                )
                 if scale is not None and layer is layers[0]:
-                    weight, bias = (weight * scale[0, :, None, None]).to(x.dtype), shift[0].to(x.dtype)
+                    weight, bias = (
+                        (weight * scale[0, :, None, None]).to(x.dtype),
+                        shift[0].to(x.dtype),
+                    )
                 T, weight = (len(x) - k) // stride + 1, weight.permute(2, 1, 0)  # (k, C, C_out)
-                taps = [(j, min(stride, k - j)) for j in range(0, k, stride)]  # first tap and number of neighbours that one product takes
+                taps = [
+                    (j, min(stride, k - j)) for j in range(0, k, stride)
+                ]  # first tap and number of neighbours that one product takes
                 y = None if bias is None else bias
                 for j, width in taps:
-                    part = x.as_strided((T, width * x.shape[1]), (stride * x.shape[1], 1), x.storage_offset() + j * x.shape[1])
-                    w = weight[j:j + width].flatten(0, 1)
+                    part = x.as_strided(
+                        (T, width * x.shape[1]),
+                        (stride * x.shape[1], 1),
+                        x.storage_offset() + j * x.shape[1],
+                    )
+                    w = weight[j : j + width].flatten(0, 1)
                     y = part @ w if y is None else torch.addmm(y, part, w)
-                if getattr(layer, 'layer_norm', None) is not None and not (scale is not None and layer is layers[0]):
+                if getattr(layer, 'layer_norm', None) is not None and not (
+                    scale is not None and layer is layers[0]
+                ):
                     y = layer.layer_norm(y)
                 x = layer.activation(y)
             out.append(x)
@@ -1114,14 +1711,22 @@ class UnitEncoder:
 
     def _position(self, x):
         """The position convolution, (B, C, T) -> (B, C, T + 1 for an even kernel); on the CPU in blocks by FFT, 5 to 13 times as fast there."""
-        conv, (B, C, T), (k,) = self.net.encoder.pos_conv_embed.conv, x.shape, self.net.encoder.pos_conv_embed.conv.kernel_size
+        conv, (B, C, T), (k,) = (
+            self.net.encoder.pos_conv_embed.conv,
+            x.shape,
+            self.net.encoder.pos_conv_embed.conv.kernel_size,
+        )
         if self.spectra is None:
             return conv(x)
         n, hop, out, pad = 3 * k, 2 * k + 1, T + 2 * conv.padding[0] - k + 1, conv.padding[0]
         blocks = -(-out // hop)
         x = F.pad(x, (pad, blocks * hop + k - 1 - pad - T)).unfold(2, n, hop)  # (B, C, blocks, n)
-        x = torch.fft.rfft(x).unflatten(1, (conv.groups, -1)).permute(4, 1, 0, 3, 2)  # (bins, groups, B, blocks, C / groups)
-        y = (x.flatten(2, 3).flatten(0, 1) @ self.spectra).view(x.shape).permute(2, 1, 4, 3, 0)  # (B, groups, C / groups, blocks, bins)
+        x = (
+            torch.fft.rfft(x).unflatten(1, (conv.groups, -1)).permute(4, 1, 0, 3, 2)
+        )  # (bins, groups, B, blocks, C / groups)
+        y = (
+            (x.flatten(2, 3).flatten(0, 1) @ self.spectra).view(x.shape).permute(2, 1, 4, 3, 0)
+        )  # (B, groups, C / groups, blocks, bins)
         return torch.fft.irfft(y, n)[..., :hop].reshape(B, C, -1)[..., :out] + conv.bias[:, None]
 
     def _hidden(self, x, lengths):
@@ -1130,10 +1735,16 @@ class UnitEncoder:
         net, alone = self.net, len(x) == 1
         x, lengths = self._convolve(x, lengths)
         project, encoder = net.feature_projection, net.encoder
-        x = project.projection(project.layer_norm(x) if hasattr(project, 'layer_norm') else x)  # (B, T, D)
+        x = project.projection(
+            project.layer_norm(x) if hasattr(project, 'layer_norm') else x
+        )  # (B, T, D)
         real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T)
         conv = encoder.pos_conv_embed
-        y = (conv.batch_norm(x.transpose(1, 2)) if getattr(conv, 'batch_norm', None) else x.transpose(1, 2)) * real[:, None]
+        y = (
+            conv.batch_norm(x.transpose(1, 2))
+            if getattr(conv, 'batch_norm', None)
+            else x.transpose(1, 2)
+        ) * real[:, None]
         x = x + conv.activation(conv.padding(self._position(y))).transpose(1, 2)
         x = x if net.config.do_stable_layer_norm else encoder.layer_norm(x)
         wavlm, bias = net.config.model_type == 'wavlm', None
@@ -1148,9 +1759,11 @@ class UnitEncoder:
 
     def _mfcc(self, wave):
         wave = F.pad(wave, (0, max(0, 4 * HOP - len(wave))))
-        mel = log_mel(wave)[:len(wave) // (4 * HOP) * 4]
+        mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4]
         energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
-        level = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # loud speech of this utterance; -7 is silence
+        level = (
+            energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)
+        )  # loud speech of this utterance; -7 is silence
         mel = (mel - level + self.config['range']).clamp(min=0)
         return (mel.view(-1, 2, 2, N_MELS).mean(2) @ self.basis).flatten(1)
 
@@ -1161,25 +1774,37 @@ class UnitEncoder:
         if self.config['kind'] == 'mfcc':
             return [self._mfcc(wave) for wave in waves]
         if self.normalize:
-            waves = [(wave - wave.mean()) * (wave.var(unbiased=False) + 1e-7).rsqrt() for wave in waves]
+            waves = [
+                (wave - wave.mean()) * (wave.var(unbiased=False) + 1e-7).rsqrt() for wave in waves
+            ]
         waves = [F.pad(wave, (self.config['pad'],) * 2) for wave in waves]
         waves = [F.pad(wave, (0, max(0, self.shortest - len(wave)))) for wave in waves]
         order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
         out, batches = [None] * len(waves), []
         for i in order:
-            if not batches or len(waves[batches[-1][0]]) * (len(batches[-1]) + 1) > self.batch_seconds * SAMPLE_RATE:
+            if (
+                not batches
+                or len(waves[batches[-1][0]]) * (len(batches[-1]) + 1)
+                > self.batch_seconds * SAMPLE_RATE
+            ):
                 batches.append([])
             batches[-1].append(i)
 
         @torch.inference_mode()
         def compute(batch):
             x = nn.utils.rnn.pad_sequence([waves[i] for i in batch], batch_first=True)
-            x, lengths = self._hidden(x, torch.tensor([len(waves[i]) for i in batch], device=self.device))
+            x, lengths = self._hidden(
+                x, torch.tensor([len(waves[i]) for i in batch], device=self.device)
+            )
             for i, row, n in zip(batch, x, lengths.tolist()):
                 out[i] = row[:n].float()
 
-        if self.device.type == 'cpu':  # a core an utterance: threads that share one wait for each other, and round otherwise with their number
-            with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        if (
+            self.device.type == 'cpu'
+        ):  # a core an utterance: threads that share one wait for each other, and round otherwise with their number
+            with ThreadPoolExecutor(
+                torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
                 list(pool.map(compute, batches))
         else:
             for batch in batches:
@@ -1194,19 +1819,29 @@ class UnitEncoder:
     def assign(self, features):
         """List of (frames, D) -> list of (frames,) long units. Raises InputError if the k-means is not fitted, or of another width."""
         if self.centroids is None or features and features[0].shape[1] != self.centroids.shape[1]:
-            raise InputError(f'{self.name} has no k-means' if self.centroids is None else
-                             f'the k-means is for {self.centroids.shape[1]} features, {self.name} gives {features[0].shape[1]}')
+            raise InputError(
+                f'{self.name} has no k-means'
+                if self.centroids is None
+                else f'the k-means is for {self.centroids.shape[1]} features, {self.name} gives {features[0].shape[1]}'
+            )
         half = self.centroids.square().sum(1) / 2
-        costs = [half - f @ self.centroids.T for f in features]  # half the squared distance, less what all centroids share
+        costs = [
+            half - f @ self.centroids.T for f in features
+        ]  # half the squared distance, less what all centroids share
         price = self.config.get('switch', 0) * self.config.get('distortion', 0) / 2
         if not price:
             units = [cost.argmin(1) for cost in costs]
             return list(torch.cat(units).cpu().split([len(u) for u in units])) if units else []
-        return [row[:len(cost)] for i in range(0, len(costs), 32) for row, cost in zip(_segment(costs[i:i + 32], price), costs[i:i + 32])]
+        return [
+            row[: len(cost)]
+            for i in range(0, len(costs), 32)
+            for row, cost in zip(_segment(costs[i : i + 32], price), costs[i : i + 32])
+        ]
 
     def save_pretrained(self, folder):
         """Write encoder.json and encoder.safetensors, each whole or not at all. The net itself stays where it is, by name or path."""
         from safetensors.torch import save_file
+
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, 'encoder')
         save_file(dict(centroids=self.centroids.cpu().contiguous()), path + '.safetensors.tmp')
@@ -1218,8 +1853,14 @@ class UnitEncoder:
 
 def _segment(costs, price):
     """The units (B, T) that minimise the sum of their costs, list of (frames, n_units), plus `price` a change (Viterbi, in step for all)."""
-    costs = nn.utils.rnn.pad_sequence(costs, batch_first=True).cpu()  # past an utterance's end all costs are 0: its path stays
-    total, change, source = costs[:, 0], torch.zeros(costs.shape, dtype=torch.bool), torch.zeros(costs.shape[:2], dtype=torch.long)
+    costs = nn.utils.rnn.pad_sequence(
+        costs, batch_first=True
+    ).cpu()  # past an utterance's end all costs are 0: its path stays
+    total, change, source = (
+        costs[:, 0],
+        torch.zeros(costs.shape, dtype=torch.bool),
+        torch.zeros(costs.shape[:2], dtype=torch.long),
+    )
     for t in range(1, costs.shape[1]):
         best, source[:, t] = total.min(1)
         total = total - best[:, None]
@@ -1227,22 +1868,35 @@ def _segment(costs, price):
         total = total.clamp(max=price) + costs[:, t]
     path = [total.argmin(1)]
     for t in range(costs.shape[1] - 1, 0, -1):
-        path.append(torch.where(change[:, t].gather(1, path[-1][:, None])[:, 0], source[:, t], path[-1]))
+        path.append(
+            torch.where(change[:, t].gather(1, path[-1][:, None])[:, 0], source[:, t], path[-1])
+        )
     return torch.stack(path[::-1], dim=1)
+
 
 # -----------------------------------------------------------------------------
 # UnitVocoder: units -> wave
 
 _LJ = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/hifigan_lj_mhubert_base_25hz'
-HIFIGAN = {'hifigan25': (  # mhubert25's, trained on LJSpeech: generator and config, each with its sha256
-    (_LJ + '.pt', 'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79'),
-    (_LJ + '_config.json', '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7'))}
-VOICE_LEVEL, VOICE_PEAK = 0.08, 0.95  # root mean square of the spoken parts (-22 dB), and the highest sample allowed
+HIFIGAN = {
+    'hifigan25': (  # mhubert25's, trained on LJSpeech: generator and config, each with its sha256
+        (_LJ + '.pt', 'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79'),
+        (_LJ + '_config.json', '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7'),
+    )
+}
+VOICE_LEVEL, VOICE_PEAK = (
+    0.08,
+    0.95,
+)  # root mean square of the spoken parts (-22 dB), and the highest sample allowed
 
 
 def speech_level(wave):
     """Root mean square of the spoken parts of (samples,): of the 25 ms blocks less than 13 dB below the loud ones."""
-    power = wave[:len(wave) // WINDOW * WINDOW].view(-1, WINDOW).square().mean(1) if len(wave) >= WINDOW else wave.square().mean()[None]
+    power = (
+        wave[: len(wave) // WINDOW * WINDOW].view(-1, WINDOW).square().mean(1)
+        if len(wave) >= WINDOW
+        else wave.square().mean()[None]
+    )
     loud = power.sort().values[int(0.95 * (len(power) - 1))]
     return float(power[power >= 0.05 * loud].mean().sqrt())
 
@@ -1250,10 +1904,12 @@ def speech_level(wave):
 def finish_wave(wave, level=VOICE_LEVEL):
     """What a listener expects of (samples,), at least one: no DC, speech at `level`, peaks below VOICE_PEAK, 5 ms fades so that no end clicks."""
     wave = wave - wave.mean()
-    wave = wave * min(level / max(speech_level(wave), 1e-6), VOICE_PEAK / max(float(wave.abs().max()), 1e-6))
+    wave = wave * min(
+        level / max(speech_level(wave), 1e-6), VOICE_PEAK / max(float(wave.abs().max()), 1e-6)
+    )
     fade = torch.linspace(0, 1, min(80, len(wave)), device=wave.device)
-    wave[:len(fade)] *= fade
-    wave[-len(fade):] *= fade.flip(0)
+    wave[: len(fade)] *= fade
+    wave[-len(fade) :] *= fade.flip(0)
     return wave
 
 
@@ -1261,15 +1917,24 @@ class UnitTable:
     """What a table vocoder is made of: per unit the sum of its spectra, its frames and its runs. Tables of parts add up."""
 
     def __init__(self, n_units, frame_rate):
-        self.n_units, self.frame_rate, self.steps = n_units, frame_rate, max(1, round(SAMPLE_RATE / HOP / frame_rate))
+        self.n_units, self.frame_rate, self.steps = (
+            n_units,
+            frame_rate,
+            max(1, round(SAMPLE_RATE / HOP / frame_rate)),
+        )
         self.mels = torch.zeros(n_units, self.steps * N_MELS, dtype=torch.float64)
-        self.frames, self.runs = torch.zeros(n_units, dtype=torch.long), torch.zeros(n_units, dtype=torch.long)
+        self.frames, self.runs = (
+            torch.zeros(n_units, dtype=torch.long),
+            torch.zeros(n_units, dtype=torch.long),
+        )
 
     def add(self, wave, units):
         """Count in one utterance: wave (samples,) at 16 kHz, units (frames,), one a frame, not de-duplicated."""
         wave, units = torch.as_tensor(wave), torch.as_tensor(units, dtype=torch.long)
         mel = log_mel(wave * (VOICE_LEVEL / max(speech_level(wave), 1e-5)))
-        at = (torch.arange(len(units)) * (SAMPLE_RATE / HOP / self.frame_rate)).round().long()[:, None] + torch.arange(self.steps)
+        at = (torch.arange(len(units)) * (SAMPLE_RATE / HOP / self.frame_rate)).round().long()[
+            :, None
+        ] + torch.arange(self.steps)
         inside = at[:, -1] < len(mel)
         self.mels.index_add_(0, units[inside], mel[at[inside]].flatten(1).double())
         self.frames += torch.bincount(units[inside], minlength=self.n_units)
@@ -1277,7 +1942,11 @@ class UnitTable:
 
     def to_bytes(self):
         """The counts as bytes, all tables of one encoder equally many: appended to each other they add up."""
-        return torch.cat((self.mels, self.frames[:, None], self.runs[:, None]), dim=1).numpy().tobytes()
+        return (
+            torch.cat((self.mels, self.frames[:, None], self.runs[:, None]), dim=1)
+            .numpy()
+            .tobytes()
+        )
 
     @classmethod
     def from_bytes(cls, path, n_units, frame_rate):
@@ -1295,10 +1964,21 @@ class UnitTable:
     def finish(self):
         """The vocoder of the mean spectra and mean durations; a unit never seen sounds as the mean of all."""
         seen = self.frames[:, None] > 0
-        mel = torch.where(seen, self.mels, self.mels.sum(0)) / torch.where(seen, self.frames[:, None], self.frames.sum()).clamp(min=1)
+        mel = torch.where(seen, self.mels, self.mels.sum(0)) / torch.where(
+            seen, self.frames[:, None], self.frames.sum()
+        ).clamp(min=1)
         durations = (self.frames / self.runs.clamp(min=1)).clamp(min=1)
-        return UnitVocoder(dict(kind='table', n_units=self.n_units, frame_rate=self.frame_rate, sample_rate=SAMPLE_RATE),
-                           dict(mel=mel.float().view(self.n_units, self.steps, N_MELS), durations=durations.float()))
+        return UnitVocoder(
+            dict(
+                kind='table',
+                n_units=self.n_units,
+                frame_rate=self.frame_rate,
+                sample_rate=SAMPLE_RATE,
+            ),
+            dict(
+                mel=mel.float().view(self.n_units, self.steps, N_MELS), durations=durations.float()
+            ),
+        )
 
 
 class UnitVocoder:
@@ -1308,7 +1988,11 @@ class UnitVocoder:
     def __init__(self, config, tensors, device='cpu'):
         self.config, self.device = config, torch.device(device)
         self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        self.n_units, self.sample_rate, self.frame_rate = config['n_units'], config['sample_rate'], config['frame_rate']
+        self.n_units, self.sample_rate, self.frame_rate = (
+            config['n_units'],
+            config['sample_rate'],
+            config['frame_rate'],
+        )
         self.hop = round(self.sample_rate / self.frame_rate)  # samples a frame
 
     @classmethod
@@ -1317,42 +2001,78 @@ class UnitVocoder:
         Raises: InputError if there is none, the download fails or differs, or tensors are missing."""
         if os.path.exists(os.path.join(where, 'vocoder.json')):
             from safetensors.torch import load_file
-            config, path = _read_json(os.path.join(where, 'vocoder.json')), os.path.join(where, 'vocoder.safetensors')
+
+            config, path = (
+                _read_json(os.path.join(where, 'vocoder.json')),
+                os.path.join(where, 'vocoder.safetensors'),
+            )
             try:
                 return cls(config, load_file(path), device)
             except Exception as error:
-                raise InputError(f'{path} cannot be read: {" ".join(str(error).split())[:200]}') from None
+                raise InputError(
+                    f'{path} cannot be read: {" ".join(str(error).split())[:200]}'
+                ) from None
         if where in HIFIGAN:
             path, config = (fetch(*file) for file in HIFIGAN[where])
         elif where.endswith('.pt') and os.path.exists(where):
-            beside = [where[:-3] + '_config.json', where[:-3] + '.json', os.path.join(os.path.dirname(where), 'config.json')]
+            beside = [
+                where[:-3] + '_config.json',
+                where[:-3] + '.json',
+                os.path.join(os.path.dirname(where), 'config.json'),
+            ]
             path, config = where, next(filter(os.path.exists, beside), None)
             if not config:
                 raise InputError(f'{where} needs its config beside it: {beside[0]}')
         else:
-            raise InputError(f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt, or one of {", ".join(HIFIGAN)}')
+            raise InputError(
+                f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt, or one of {", ".join(HIFIGAN)}'
+            )
         c = _read_json(config)
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)['generator']
-            state = {name.replace('parametrizations.weight.original', 'weight_').replace('weight_0', 'weight_g').replace('weight_1', 'weight_v'):
-                     tensor.float() for name, tensor in state.items()}
-            for name in [name[:-2] for name in state if name.endswith('.weight_g')]:  # fold weight norm: w = g v / |v| (Salimans & Kingma 2016)
+            state = {
+                name.replace('parametrizations.weight.original', 'weight_')
+                .replace('weight_0', 'weight_g')
+                .replace('weight_1', 'weight_v'): tensor.float()
+                for name, tensor in state.items()
+            }
+            for name in [
+                name[:-2] for name in state if name.endswith('.weight_g')
+            ]:  # fold weight norm: w = g v / |v| (Salimans & Kingma 2016)
                 g, v = state.pop(name + '_g'), state.pop(name + '_v')
                 state[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))
             rate = c.get('sampling_rate', SAMPLE_RATE)
-            config = dict(c, kind='hifigan', n_units=len(state['dict.weight']), sample_rate=rate, frame_rate=rate / math.prod(c['upsample_rates']))
-            wide = sum(state[name].shape[1] for name in ('dict.weight', 'spkr.weight', 'style.weight') if name in state)
-            assert state['conv_pre.weight'].shape[1] == wide, f'its embeddings give {wide} channels, conv_pre takes another number'
+            config = dict(
+                c,
+                kind='hifigan',
+                n_units=len(state['dict.weight']),
+                sample_rate=rate,
+                frame_rate=rate / math.prod(c['upsample_rates']),
+            )
+            wide = sum(
+                state[name].shape[1]
+                for name in ('dict.weight', 'spkr.weight', 'style.weight')
+                if name in state
+            )
+            assert state['conv_pre.weight'].shape[1] == wide, (
+                f'its embeddings give {wide} channels, conv_pre takes another number'
+            )
         except Exception as error:  # unpickling raises anything
-            raise InputError(f'{path} is no unit HiFi-GAN generator: {" ".join(repr(error).split())[:200]}') from None
+            raise InputError(
+                f'{path} is no unit HiFi-GAN generator: {" ".join(repr(error).split())[:200]}'
+            ) from None
         return cls(config, state, device)
 
     def save_pretrained(self, folder):
         """Write a table vocoder as vocoder.json and vocoder.safetensors, each whole or not at all."""
         from safetensors.torch import save_file
+
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, 'vocoder')
-        save_file({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, path + '.safetensors.tmp')
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()},
+            path + '.safetensors.tmp',
+        )
         with open(path + '.json.tmp', 'w', encoding='utf-8') as file:
             json.dump(self.config, file, indent=2)
         for end in ('.safetensors', '.json'):
@@ -1361,16 +2081,31 @@ class UnitVocoder:
     @torch.inference_mode()
     def durations(self, units):
         """Frames of each unit, at least 1: list of de-duplicated units (n,) -> list of (n,) long."""
-        if self.config['kind'] == 'table':  # each unit's mean; what rounding takes from one the next gains, so that the tempo is right
-            beyond = [(self.tensors['durations'].cpu()[u] - 1).cumsum(0).add(0.5).floor().long() for u in units]
+        if (
+            self.config['kind'] == 'table'
+        ):  # each unit's mean; what rounding takes from one the next gains, so that the tempo is right
+            beyond = [
+                (self.tensors['durations'].cpu()[u] - 1).cumsum(0).add(0.5).floor().long()
+                for u in units
+            ]
             return [1 + torch.diff(x, prepend=x.new_zeros(1)) for x in beyond]
-        out, t, name = [torch.ones(len(u), dtype=torch.long) for u in units], self.tensors, 'dur_predictor.'
-        for row, u in [pair for pair in zip(out, units) if name + 'proj.weight' in t and len(pair[1])]:
+        out, t, name = (
+            [torch.ones(len(u), dtype=torch.long) for u in units],
+            self.tensors,
+            'dur_predictor.',
+        )
+        for row, u in [
+            pair for pair in zip(out, units) if name + 'proj.weight' in t and len(pair[1])
+        ]:
             x = t['dict.weight'][u.to(self.device)][None]  # (1, n, C)
             for i in (1, 2):
                 x = F.relu(self._conv(f'{name}conv{i}.0', x.transpose(1, 2))).transpose(1, 2)
                 x = F.layer_norm(x, x.shape[-1:], t[f'{name}ln{i}.weight'], t[f'{name}ln{i}.bias'])
-            row[:] = (F.linear(x, t[name + 'proj.weight'], t[name + 'proj.bias'])[0, :, 0].exp() - 1).round().clamp(min=1)
+            row[:] = (
+                (F.linear(x, t[name + 'proj.weight'], t[name + 'proj.bias'])[0, :, 0].exp() - 1)
+                .round()
+                .clamp(min=1)
+            )
         return out
 
     @torch.inference_mode()
@@ -1384,14 +2119,22 @@ class UnitVocoder:
         units = [torch.as_tensor(u, dtype=torch.long, device='cpu') for u in units]
         worst = max((int(u.max()) for u in units if len(u)), default=0)
         if worst >= self.n_units:
-            raise InputError(f'unit {worst} is not among the {self.n_units} of this vocoder: it belongs to another encoder')
+            raise InputError(
+                f'unit {worst} is not among the {self.n_units} of this vocoder: it belongs to another encoder'
+            )
         durations = self.durations(units) if durations is None else durations
         frames = [u.repeat_interleave(torch.as_tensor(d)) for u, d in zip(units, durations)]
         waves = [torch.zeros(0) for _ in frames]
-        order = sorted((i for i in range(len(frames)) if len(frames[i])), key=lambda i: len(frames[i]))
-        for batch in [order[i:i + 16] for i in range(0, len(order), 16)]:  # like lengths together
+        order = sorted(
+            (i for i in range(len(frames)) if len(frames[i])), key=lambda i: len(frames[i])
+        )
+        for batch in [order[i : i + 16] for i in range(0, len(order), 16)]:  # like lengths together
             some = [frames[i].to(self.device) for i in batch]
-            spoken = map(self._griffin_lim, some) if self.config['kind'] == 'table' else self._hifigan(some, speaker, style)
+            spoken = (
+                map(self._griffin_lim, some)
+                if self.config['kind'] == 'table'
+                else self._hifigan(some, speaker, style)
+            )
             for i, wave in zip(batch, spoken):
                 waves[i] = finish_wave(wave).cpu()
         return waves
@@ -1399,7 +2142,13 @@ class UnitVocoder:
     def _conv(self, name, x, dilation=1):
         """The convolution `name` over (B, C, T), padded with zeros to the same length."""
         weight = self.tensors[name + '.weight']
-        return F.conv1d(x, weight, self.tensors[name + '.bias'], dilation=dilation, padding=(weight.shape[-1] - 1) * dilation // 2)
+        return F.conv1d(
+            x,
+            weight,
+            self.tensors[name + '.bias'],
+            dilation=dilation,
+            padding=(weight.shape[-1] - 1) * dilation // 2,
+        )
 
     def _hifigan(self, frames, speaker, style):
         """List of (frames,) units -> list of (frames * hop,) samples in [-1, 1], one batch. Layer by layer what lies past an utterance's end
@@ -1410,26 +2159,40 @@ class UnitVocoder:
         for name, row in (('spkr', speaker), ('style', style)):
             if name + '.weight' in t:
                 if not 0 <= row < len(t[name + '.weight']):
-                    raise InputError(f'{name} {row} is not among the {len(t[name + ".weight"])} of this vocoder')
+                    raise InputError(
+                        f'{name} {row} is not among the {len(t[name + ".weight"])} of this vocoder'
+                    )
                 parts.append(t[name + '.weight'][row].expand(*codes.shape, -1))
         lengths = torch.tensor([len(f) for f in frames], device=self.device)
-        mask = (torch.arange(codes.shape[1], device=self.device) < lengths[:, None])[:, None].float()  # (B, 1, T)
+        mask = (torch.arange(codes.shape[1], device=self.device) < lengths[:, None])[
+            :, None
+        ].float()  # (B, 1, T)
         x = self._conv('conv_pre', torch.cat(parts, dim=-1).transpose(1, 2) * mask)
         n = len(c['resblock_kernel_sizes'])
         for i, (rate, kernel) in enumerate(zip(c['upsample_rates'], c['upsample_kernel_sizes'])):
             x = F.leaky_relu(x * mask, 0.1)
-            x = F.conv_transpose1d(x, t[f'ups.{i}.weight'], t[f'ups.{i}.bias'], stride=rate, padding=(kernel - rate) // 2)
+            x = F.conv_transpose1d(
+                x,
+                t[f'ups.{i}.weight'],
+                t[f'ups.{i}.bias'],
+                stride=rate,
+                padding=(kernel - rate) // 2,
+            )
             mask = mask.repeat_interleave(rate, dim=-1)
             blocks = 0
-            for j, dilations in enumerate(c['resblock_dilation_sizes']):  # multi-receptive field fusion: the mean of n residual blocks
+            for j, dilations in enumerate(
+                c['resblock_dilation_sizes']
+            ):  # multi-receptive field fusion: the mean of n residual blocks
                 y, block = x * mask, f'resblocks.{i * n + j}'
                 for k, dilation in enumerate(dilations):
                     z = self._conv(f'{block}.convs1.{k}', F.leaky_relu(y, 0.1), dilation)
                     y = (self._conv(f'{block}.convs2.{k}', F.leaky_relu(z * mask, 0.1)) + y) * mask
                 blocks = blocks + y
             x = blocks / n
-        x = torch.tanh(self._conv('conv_post', F.leaky_relu(x)))[:, 0]  # (B, T * hop); here the slope is 0.01
-        return [row[:len(f) * self.hop] for row, f in zip(x, frames)]
+        x = torch.tanh(self._conv('conv_post', F.leaky_relu(x)))[
+            :, 0
+        ]  # (B, T * hop); here the slope is 0.01
+        return [row[: len(f) * self.hop] for row, f in zip(x, frames)]
 
     def _griffin_lim(self, frames, rounds=3):
         """(frames,) units -> (frames * hop,) samples whose log_mel is the table's.
@@ -1442,35 +2205,202 @@ class UnitVocoder:
         n = round(len(frames) * SAMPLE_RATE / HOP / self.frame_rate)  # 10 ms steps
         at = torch.arange(n, device=device) * (self.frame_rate * HOP / SAMPLE_RATE)
         mel = table[frames[at.long()], (at.frac() * table.shape[1] + 1e-3).long()]  # (n, N_MELS)
-        filters, window = mel_filters().to(device), torch.hann_window(WINDOW, device=device)  # (bins, N_MELS), (WINDOW,)
+        filters, window = (
+            mel_filters().to(device),
+            torch.hann_window(WINDOW, device=device),
+        )  # (bins, N_MELS), (WINDOW,)
         hertz = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, device=device)
-        spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)  # a bin's log energy out of the bands'
-        basis = torch.outer(torch.arange(N_MELS, device=device) + 0.5, torch.arange(N_MELS // 2, device=device)).mul(math.pi / N_MELS).cos()
+        spread = filters / filters.sum(1, keepdim=True).clamp(
+            min=1e-6
+        )  # a bin's log energy out of the bands'
+        basis = (
+            torch.outer(
+                torch.arange(N_MELS, device=device) + 0.5, torch.arange(N_MELS // 2, device=device)
+            )
+            .mul(math.pi / N_MELS)
+            .cos()
+        )
         basis = F.normalize(basis, dim=0)
-        smooth = basis @ basis.T  # keeps the envelope, the lower half of the cepstrum, and drops the harmonics
+        smooth = (
+            basis @ basis.T
+        )  # keeps the envelope, the lower half of the cepstrum, and drops the harmonics
         side, length = (WINDOW - HOP) // 2, (n - 1) * HOP + WINDOW
 
         def analyse(wave):  # (n * HOP,) -> (n, bins), on log_mel's frames
             return torch.fft.rfft(F.pad(wave, (side, side)).unfold(0, WINDOW, HOP) * window, N_FFT)
 
         def overlap(parts):  # (n, WINDOW) -> (n * HOP,)
-            return F.fold(parts.T[None], (1, length), (1, WINDOW), stride=(1, HOP))[0, 0, 0, side:side + n * HOP]
+            return F.fold(parts.T[None], (1, length), (1, WINDOW), stride=(1, HOP))[
+                0, 0, 0, side : side + n * HOP
+            ]
 
-        slow = F.avg_pool1d(torch.logsumexp(mel, 1)[None], 31, 1, 15, count_include_pad=False)[0]  # loudness over 0.3 s
+        slow = F.avg_pool1d(torch.logsumexp(mel, 1)[None], 31, 1, 15, count_include_pad=False)[
+            0
+        ]  # loudness over 0.3 s
         pitch = 125 - 5 * (slow.max() - slow).clamp(max=5)  # Hz
         cycles = (pitch / SAMPLE_RATE).cpu().double().repeat_interleave(HOP).cumsum(0).floor()
-        pulses = torch.diff(cycles, prepend=cycles.new_zeros(1)).float().to(device) * (SAMPLE_RATE / 112) ** 0.5  # power 1, as the noise
+        pulses = (
+            torch.diff(cycles, prepend=cycles.new_zeros(1)).float().to(device)
+            * (SAMPLE_RATE / 112) ** 0.5
+        )  # power 1, as the noise
         noise = torch.randn(n * HOP, generator=torch.Generator().manual_seed(0)).to(device)
         peaks = hertz[filters.argmax(0)]
-        tilt = torch.logsumexp(mel[:, peaks < 1000], 1) - torch.logsumexp(mel[:, peaks > 3000], 1)  # above 0.5: voiced in 94 of 100 frames
-        voiced = torch.sigmoid(2 * tilt - 1)[:, None] * torch.sigmoid((4500 - hertz) / 400)  # (n, bins)
-        source = (analyse(noise) * (1 - voiced).sqrt() + analyse(pulses) * voiced.sqrt()) / window.square().sum().sqrt()
+        tilt = torch.logsumexp(mel[:, peaks < 1000], 1) - torch.logsumexp(
+            mel[:, peaks > 3000], 1
+        )  # above 0.5: voiced in 94 of 100 frames
+        voiced = torch.sigmoid(2 * tilt - 1)[:, None] * torch.sigmoid(
+            (4500 - hertz) / 400
+        )  # (n, bins)
+        source = (
+            analyse(noise) * (1 - voiced).sqrt() + analyse(pulses) * voiced.sqrt()
+        ) / window.square().sum().sqrt()
         source = source * ((hertz > 50) & (hertz < SAMPLE_RATE / 2))  # no DC, no rumble
-        weight, target = overlap((window ** 2).expand(n, -1)).clamp(min=0.05), mel - filters.sum(0).log()
+        weight, target = (
+            overlap((window**2).expand(n, -1)).clamp(min=0.05),
+            mel - filters.sum(0).log(),
+        )
         for turn in range(rounds + 1):
-            wave = overlap(torch.fft.irfft(source * torch.exp(0.5 * target @ spread.T), N_FFT)[:, :WINDOW] * window) / weight
+            wave = (
+                overlap(
+                    torch.fft.irfft(source * torch.exp(0.5 * target @ spread.T), N_FFT)[:, :WINDOW]
+                    * window
+                )
+                / weight
+            )
             if turn < rounds:
                 heard = analyse(wave)
-                target = target + (mel - (heard.abs().square() @ filters).clamp(min=1e-7).log()).clamp(-3, 3) @ smooth
+                target = (
+                    target
+                    + (mel - (heard.abs().square() @ filters).clamp(min=1e-7).log()).clamp(-3, 3)
+                    @ smooth
+                )
                 source = source.abs() * heard / heard.abs().clamp(min=1e-9)
         return wave
+
+
+# -----------------------------------------------------------------------------
+# What several scripts need
+
+AUDIO_EXTENSIONS = (
+    *('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3'),
+    *('.aiff', '.aif', '.aifc', '.au', '.sph', '.caf', '.w64'),
+)
+
+
+def find_audio(path):
+    """The sound files below a folder, or [path] for a file: sorted, hidden ones left out.
+
+    Links are followed, each folder once, so that links in a circle end. Raises InputError where
+    there is no such path or no sound in the folder.
+    """
+    if os.path.isfile(path):
+        return [path]
+    if not os.path.isdir(path):
+        raise InputError(f'{path}: no such file or folder')
+    found, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders.sort()
+        for name in names:
+            if name.lower().endswith(AUDIO_EXTENSIONS) and not name.startswith('.'):
+                found.append(os.path.join(folder, name))
+    if not found:
+        raise InputError(
+            f'{path}: no sound in this folder (looked for {" ".join(AUDIO_EXTENSIONS)})'
+        )
+    return sorted(found)
+
+
+def read_jsonl(path):
+    """Yields (line number from 1, object) of a file of JSON lines; empty lines are passed over.
+
+    NaN and Infinity, which JSON proper does not have, are read as None. Raises InputError naming
+    the file, and the line where one is no JSON object.
+    """
+    try:
+        with open(path, 'rb') as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line, parse_constant=lambda name: None)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f'{path}, line {number}: not JSON ({error})') from None
+                if not isinstance(row, dict):
+                    raise InputError(f'{path}, line {number}: expected a JSON object {{...}}')
+                yield number, row
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+
+
+@contextlib.contextmanager
+def write_atomic(path, mode='w'):
+    """A file that appears under `path` whole or not at all: `with write_atomic(path) as file: ...`
+
+    It is written aside, under a name that no other process uses, and renamed at the end; folders
+    are made as needed. mode: 'w' (UTF-8) or 'wb'. After an error nothing is left behind.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    aside = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(aside, mode, encoding=None if 'b' in mode else 'utf-8') as file:
+            yield file
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(aside)
+
+
+def tokenize_words(text):
+    """The words and punctuation marks of a text, for auto-BLEU."""
+    return re.findall(r"[\w']+|[^\w\s]", text)
+
+
+def auto_bleu(words, n=2):
+    """Share of the n-grams of a sequence that occur in it more than once; 0 where there is none.
+
+    Lakhotia et al. 2021 (auto-BLEU). words: any sequence, of tokenize_words or of units.
+    """
+    ngrams = list(zip(*(words[i:] for i in range(n)), strict=False))
+    counts = Counter(ngrams)
+    repeated = sum(count for count in counts.values() if count > 1)
+    return repeated / max(1, len(ngrams))
+
+
+def pack_rows(lengths, width):
+    """Best fit decreasing: rows of indices into `lengths`, the lengths of each row sum to <= width.
+
+    The longest goes first, each into the fullest row that still takes it. A length over `width`
+    has a row of its own. Deterministic: equal lengths keep their order.
+    """
+    rows = []
+    free = []  # (room, row), sorted by room
+    for i in sorted(range(len(lengths)), key=lambda i: -int(lengths[i])):
+        length = int(lengths[i])
+        at = bisect_left(free, (length, -1))
+        if at == len(free):
+            rows.append([])
+            room, row = width, len(rows) - 1
+        else:
+            room, row = free.pop(at)
+        rows[row].append(i)
+        insort(free, (room - length, row))
+    return rows
+
+
+def start_worker(threads=1):
+    """Initializer of worker processes: so many threads; Ctrl-C is left to the parent, and a worker
+    whose parent is gone, killed by whatever signal, ends too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -8,9 +8,12 @@ Prompts are encoded into units, continued by the model in one batch and vocoded 
 prompt.wav (what went in), continuation.wav and full.wav (prompt and continuation; of further samples continuation-2.wav ...), and
 for all of them units.jsonl, which may serve as prompts again. Encoder and vocoder are those that the checkpoint names.
 """
+
 import time
 
 began = time.perf_counter()
+
+from config import configure
 
 import base64
 import glob
@@ -26,40 +29,59 @@ import sys
 
 import torch
 
-from config import configure
-from model import (BOS, OFFSET, SAMPLE_RATE, SLM, InputError, UnitEncoder, UnitVocoder, dedup, finish_wave, load_audio, pick_device, pick_dtype,
-                   save_audio, speech_level)
+from model import (
+    BOS,
+    OFFSET,
+    SAMPLE_RATE,
+    SLM,
+    InputError,
+    UnitEncoder,
+    UnitVocoder,
+    dedup,
+    finish_wave,
+    load_audio,
+    pick_device,
+    pick_dtype,
+    save_audio,
+    speech_level,
+)
 
 # -----------------------------------------------------------------------------
-init = 'slprl/slam'       # checkpoint folder, or public model; with --resynth also a data folder, an encoder folder or 'mhubert25'
-prompt = ''               # sound files of any kind and rate, folders, manifests, units files (.jsonl): comma-separated; empty: from <S>
-prompt_seconds = 3.0      # taken of each prompt, up to a word's end where manifest.jsonl or the units file knows words; 0: all of it
-split = 'val'             # of manifests and units files that know splits, take this one; '': all
-max_prompts = 0           # take the first so many; 0: all
-out = 'out/sample'        # folder for the results
-num_samples = 1           # continuations of each prompt
-max_new_tokens = 150      # units at most; the model may end earlier
-temperature = 0.8         # 0: always the likeliest unit
-top_k = 25                # of so many likeliest units; 0: all
-top_p = 1.0               # of the smallest set that holds this share of the probability
+init = 'slprl/slam'  # checkpoint folder, or public model; with --resynth also a data folder, an encoder folder or 'mhubert25'
+prompt = ''  # sound files of any kind and rate, folders, manifests, units files (.jsonl): comma-separated; empty: from <S>
+prompt_seconds = 3.0  # taken of each prompt, up to a word's end where manifest.jsonl or the units file knows words; 0: all of it
+split = 'val'  # of manifests and units files that know splits, take this one; '': all
+max_prompts = 0  # take the first so many; 0: all
+out = 'out/sample'  # folder for the results
+num_samples = 1  # continuations of each prompt
+max_new_tokens = 150  # units at most; the model may end earlier
+temperature = 0.8  # 0: always the likeliest unit
+top_k = 25  # of so many likeliest units; 0: all
+top_p = 1.0  # of the smallest set that holds this share of the probability
 repetition_penalty = 1.1  # above 1: units heard before are less likely
-keep_prompt = False       # full.wav begins with the real recording, cross-faded into the continuation
-resynth = False           # encode and vocode only, up to a minute of each prompt
-html = ''                 # also write this page: players and unit timelines, sound included
-play = False              # play the results, if the machine has a player
-encoder = ''              # in place of the checkpoint's own: 'mhubert25' or a folder
-vocoder = ''              # in place of the checkpoint's own: 'hifigan25', a folder, or a HiFi-GAN .pt with its .json beside it
-speaker = 0               # row of the vocoder's speaker table, if it has one
-style = 0                 # row of its style table
-batch_size = 16           # continuations at a time
-compile = False           # compile the model's step: half a minute once, then faster; for hundreds of continuations
+keep_prompt = False  # full.wav begins with the real recording, cross-faded into the continuation
+resynth = False  # encode and vocode only, up to a minute of each prompt
+html = ''  # also write this page: players and unit timelines, sound included
+play = False  # play the results, if the machine has a player
+encoder = ''  # in place of the checkpoint's own: 'mhubert25' or a folder
+vocoder = ''  # in place of the checkpoint's own: 'hifigan25', a folder, or a HiFi-GAN .pt with its .json beside it
+speaker = 0  # row of the vocoder's speaker table, if it has one
+style = 0  # row of its style table
+batch_size = 16  # continuations at a time
+compile = False  # compile the model's step: half a minute once, then faster; for hundreds of continuations
 seed = 1234
-device = 'auto'           # auto, cuda, mps or cpu
-dtype = 'auto'            # of the model: auto (bfloat16 on cuda), float32, bfloat16
+device = 'auto'  # auto, cuda, mps or cpu
+dtype = 'auto'  # of the model: auto (bfloat16 on cuda), float32, bfloat16
 # -----------------------------------------------------------------------------
 
 SOUNDS = ('.wav', '.flac', '.mp3', '.ogg', '.opus', '.aif', '.aiff', '.au')
-PLAYERS = (('afplay',), ('paplay',), ('aplay', '-q'), ('ffplay', '-nodisp', '-autoexit', '-loglevel', 'quiet'), ('play', '-q'))
+PLAYERS = (
+    ('afplay',),
+    ('paplay',),
+    ('aplay', '-q'),
+    ('ffplay', '-nodisp', '-autoexit', '-loglevel', 'quiet'),
+    ('play', '-q'),
+)
 
 
 def read_lines(path):
@@ -71,7 +93,9 @@ def read_lines(path):
                 rows += [json.loads(line)] if line.strip() else []
                 assert not rows or isinstance(rows[-1], dict)
             except (ValueError, AssertionError):
-                raise InputError(f'{path}: line {i} is no JSON object; expected a manifest or a units file') from None
+                raise InputError(
+                    f'{path}: line {i} is no JSON object; expected a manifest or a units file'
+                ) from None
     if not rows:
         raise InputError(f'{path}: the file is empty')
     return rows
@@ -81,15 +105,28 @@ def from_row(row, path):
     """A prompt out of a line of a manifest (path), a units file (units, duration), a tokens file (audio_repr) or a pairs file (prompt)."""
     inner = row['prompt'] if isinstance(row.get('prompt'), dict) else row
     name = row.get('file_name') or row.get('path') or row.get('prompt_path')
-    found = dict(name=str(name or os.path.basename(path)), text=inner.get('text') or row.get('prompt_text'), words=inner.get('words'),
-                 split=row.get('split'))
+    found = dict(
+        name=str(name or os.path.basename(path)),
+        text=inner.get('text') or row.get('prompt_text'),
+        words=inner.get('words'),
+        split=row.get('split'),
+    )
     if 'audio_repr' in inner:
         inner = dict(units=[int(u) for u in re.findall(r'<Un(\d+)>', inner['audio_repr'])])
     if 'units' in inner:
         units, duration = inner['units'], inner.get('duration')
-        if not units or not all(isinstance(u, int) and u >= 0 for u in units) or duration and len(duration) != len(units):
-            raise InputError(f'{path}: {found["name"]} needs units (numbers from 0) and, if any, as many durations')
-        return dict(found, units=torch.tensor(units), duration=torch.tensor(duration) if duration else None)
+        if (
+            not units
+            or not all(isinstance(u, int) and u >= 0 for u in units)
+            or duration
+            and len(duration) != len(units)
+        ):
+            raise InputError(
+                f'{path}: {found["name"]} needs units (numbers from 0) and, if any, as many durations'
+            )
+        return dict(
+            found, units=torch.tensor(units), duration=torch.tensor(duration) if duration else None
+        )
     if not name:
         raise InputError(f'{path}: its lines have neither path nor units')
     return dict(found, path=os.path.join(os.path.dirname(path), name))
@@ -101,7 +138,14 @@ def words_beside(path):
     for _ in range(3):
         manifest = os.path.join(folder, 'manifest.jsonl')
         if os.path.isfile(manifest):
-            return next((row for row in read_lines(manifest) if row.get('path') == os.path.relpath(os.path.abspath(path), folder)), {})
+            return next(
+                (
+                    row
+                    for row in read_lines(manifest)
+                    if row.get('path') == os.path.relpath(os.path.abspath(path), folder)
+                ),
+                {},
+            )
         folder = os.path.dirname(folder)
     return {}
 
@@ -109,12 +153,25 @@ def words_beside(path):
 def find_prompts(text, split='', limit=0):
     """The prompts that a comma-separated list names: dicts with name, text, words and either path or units (and duration)."""
     found = []
-    for part in [text] if os.path.exists(text) else [part.strip() for part in text.split(',') if part.strip()]:
+    for part in (
+        [text]
+        if os.path.exists(text)
+        else [part.strip() for part in text.split(',') if part.strip()]
+    ):
         paths = [part]
         if os.path.isdir(part):
             manifest = os.path.join(part, 'manifest.jsonl')
-            paths = [manifest] if os.path.isfile(manifest) else sorted(
-                path for path in glob.glob(os.path.join(glob.escape(part), '**', '*'), recursive=True) if path.lower().endswith(SOUNDS))
+            paths = (
+                [manifest]
+                if os.path.isfile(manifest)
+                else sorted(
+                    path
+                    for path in glob.glob(
+                        os.path.join(glob.escape(part), '**', '*'), recursive=True
+                    )
+                    if path.lower().endswith(SOUNDS)
+                )
+            )
             if not paths:
                 raise InputError(f'{part}: no sound files in this folder ({", ".join(SOUNDS)})')
         elif not os.path.exists(part):
@@ -125,12 +182,12 @@ def find_prompts(text, split='', limit=0):
             if path.endswith(('.jsonl', '.json')):
                 some = [from_row(row, path) for row in read_lines(path)]
                 some = [p for p in some if not split or p['split'] in (None, split)] or some
-                found += some[:limit or None]
+                found += some[: limit or None]
             else:
                 found.append(dict(name=os.path.basename(path), path=path))
         if limit and len(found) >= limit:
             break
-    found = found[:limit or None]
+    found = found[: limit or None]
     for p in found:
         if 'path' in p and not p.get('words'):
             row = words_beside(p['path'])
@@ -166,11 +223,14 @@ def trim_silence(wave, rate, keep=0.1):
     step = rate // 100
     if len(wave) < 2 * step:
         return wave, 0
-    power = wave[:len(wave) // step * step].view(-1, step).square().mean(1).sqrt()
+    power = wave[: len(wave) // step * step].view(-1, step).square().mean(1).sqrt()
     loud = (power > 0.03 * speech_level(wave)).nonzero()[:, 0]
     if not len(loud):
         return wave, 0
-    first, last = max(0, int(loud[0]) * step - int(keep * rate)), (int(loud[-1]) + 1) * step + int(keep * rate)
+    first, last = (
+        max(0, int(loud[0]) * step - int(keep * rate)),
+        (int(loud[-1]) + 1) * step + int(keep * rate),
+    )
     return wave[first:last], first
 
 
@@ -178,7 +238,7 @@ def crossfade(a, b, samples):
     """a then b, overlapping by `samples` with equal power."""
     n = min(samples, len(a), len(b))
     ramp = torch.linspace(0, torch.pi / 2, n)
-    return torch.cat((a[:len(a) - n], a[len(a) - n:] * ramp.cos() + b[:n] * ramp.sin(), b[n:]))
+    return torch.cat((a[: len(a) - n], a[len(a) - n :] * ramp.cos() + b[:n] * ramp.sin(), b[n:]))
 
 
 def find_parts(where):
@@ -188,11 +248,19 @@ def find_parts(where):
             with open(os.path.join(where, file), encoding='utf-8') as handle:
                 named = json.load(handle)
             beside = [os.path.join(where, named.get(key) or '?') for key in ('encoder', 'vocoder')]
-            return [path if os.path.isdir(path) else named.get(key) for path, key in zip(beside, ('encoder', 'vocoder'))]
+            return [
+                path if os.path.isdir(path) else named.get(key)
+                for path, key in zip(beside, ('encoder', 'vocoder'))
+            ]
     if os.path.isdir(where) and not os.path.isfile(os.path.join(where, 'encoder.json')):
-        raise InputError(f'{where}: no slam.json, meta.json or encoder.json here; expected a checkpoint, a data folder or an encoder folder')
+        raise InputError(
+            f'{where}: no slam.json, meta.json or encoder.json here; expected a checkpoint, a data folder or an encoder folder'
+        )
     beside = os.path.join(os.path.dirname(os.path.abspath(where)), 'vocoder')
-    return [where if os.path.isdir(where) or '/' not in where else 'mhubert25', beside if os.path.isdir(beside) else None]
+    return [
+        where if os.path.isdir(where) or '/' not in where else 'mhubert25',
+        beside if os.path.isdir(beside) else None,
+    ]
 
 
 def edit_distance(a, b):
@@ -210,6 +278,7 @@ def resample(wave, rate, wanted):
     if rate == wanted:
         return wave
     from torchaudio.functional import resample
+
     return resample(wave, rate, wanted)
 
 
@@ -224,10 +293,13 @@ def write(path, text):
 def player_html(label, wave, rate):
     """An <audio> element with the sound inside, as flac."""
     import soundfile
+
     sound = io.BytesIO()
     soundfile.write(sound, wave.numpy(), rate, format='FLAC', subtype='PCM_16')
-    return (f'<label>{label}<audio controls preload="metadata" src="data:audio/flac;base64,{base64.b64encode(sound.getvalue()).decode()}"></audio>'
-            f'<small>{len(wave) / rate:.1f} s</small></label>')
+    return (
+        f'<label>{label}<audio controls preload="metadata" src="data:audio/flac;base64,{base64.b64encode(sound.getvalue()).decode()}"></audio>'
+        f'<small>{len(wave) / rate:.1f} s</small></label>'
+    )
 
 
 def timeline_html(units, duration, n_prompt, frame_rate, offset=0.0):
@@ -235,16 +307,24 @@ def timeline_html(units, duration, n_prompt, frame_rate, offset=0.0):
     total, at, blocks = int(duration.sum()), 0, []
     for i, (unit, frames) in enumerate(zip(units.tolist(), duration.tolist())):
         colour = f'hsl({unit * 137.508 % 360:.0f} {25 if i < n_prompt else 75}% {78 if i < n_prompt else 60}%)'
-        blocks.append(f'<rect x="{at}" width="{frames}" height="10" fill="{colour}"><title>unit {unit}, {at / frame_rate:.2f} to '
-                      f'{(at + frames) / frame_rate:.2f} s</title></rect>')
+        blocks.append(
+            f'<rect x="{at}" width="{frames}" height="10" fill="{colour}"><title>unit {unit}, {at / frame_rate:.2f} to '
+            f'{(at + frames) / frame_rate:.2f} s</title></rect>'
+        )
         at += frames
     border = int(duration[:n_prompt].sum())
-    mark = f'<line x1="{border}" x2="{border}" y1="0" y2="10" class="border"/>' if 0 < border < total else ''
-    return (f'<svg viewBox="0 0 {total} 10" preserveAspectRatio="none" data-offset="{offset:.3f}" data-seconds="{total / frame_rate:.3f}">'
-            f'{"".join(blocks)}{mark}<line x1="0" x2="0" y1="0" y2="10" class="now"/></svg>')
+    mark = (
+        f'<line x1="{border}" x2="{border}" y1="0" y2="10" class="border"/>'
+        if 0 < border < total
+        else ''
+    )
+    return (
+        f'<svg viewBox="0 0 {total} 10" preserveAspectRatio="none" data-offset="{offset:.3f}" data-seconds="{total / frame_rate:.3f}">'
+        f'{"".join(blocks)}{mark}<line x1="0" x2="0" y1="0" y2="10" class="now"/></svg>'
+    )
 
 
-PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
 h1 {{ font-size: 1.4em; margin-bottom: 0 }} section {{ border-top: 1px solid #ccc; padding: .6em 0 1em }} h2 {{ font-size: 1.05em; margin: .2em 0 }}
 label {{ display: inline-flex; align-items: center; gap: .5em; margin: .2em 1.2em .2em 0 }} audio {{ height: 34px; width: 200px }}
@@ -262,20 +342,33 @@ for (const section of document.querySelectorAll('section')) {{
     sound.currentTime = Math.max(0, (event.clientX - box.left) / box.width * seconds - offset); sound.play() }})
 }}
 </script></html>
-'''
+"""
 
 if __name__ == '__main__':
     config = configure(globals())
     device = pick_device(device)
     if resynth and not prompt:
         raise InputError('--resynth needs --prompt: sound files, a folder or a units file')
-    if min(num_samples, max_new_tokens, batch_size) < 1 or min(temperature, top_k, prompt_seconds, max_prompts, speaker, style) < 0 or not (
-            0 < top_p <= 1 and 0 < repetition_penalty < 100 and temperature + prompt_seconds < math.inf):
-        raise InputError('num_samples, max_new_tokens and batch_size are at least 1, top_p and repetition_penalty above 0, top_p at most 1, no '
-                         'number negative or infinite')
+    if (
+        min(num_samples, max_new_tokens, batch_size) < 1
+        or min(temperature, top_k, prompt_seconds, max_prompts, speaker, style) < 0
+        or not (
+            0 < top_p <= 1
+            and 0 < repetition_penalty < 100
+            and temperature + prompt_seconds < math.inf
+        )
+    ):
+        raise InputError(
+            'num_samples, max_new_tokens and batch_size are at least 1, top_p and repetition_penalty above 0, top_p at most 1, no '
+            'number negative or infinite'
+        )
     if not out or os.path.isfile(out) or os.path.isdir(html):
         raise InputError(f'--out={out} --html={html}: expected a folder and a file')
-    prompts = find_prompts(prompt, split, max_prompts) if prompt else [dict(name='unprompted', units=torch.zeros(0, dtype=torch.long))]
+    prompts = (
+        find_prompts(prompt, split, max_prompts)
+        if prompt
+        else [dict(name='unprompted', units=torch.zeros(0, dtype=torch.long))]
+    )
 
     # the three networks; only those that are needed
     model = None
@@ -287,46 +380,60 @@ if __name__ == '__main__':
     enc_name, voc_name, enc = encoder or enc_name, vocoder or voc_name, None
     if not voc_name or any('path' in p for p in prompts) or resynth:
         if not enc_name:
-            raise InputError(f'{init} names no encoder (it has no slam.json): pass --encoder=mhubert25 or a folder')
+            raise InputError(
+                f'{init} names no encoder (it has no slam.json): pass --encoder=mhubert25 or a folder'
+            )
         enc = UnitEncoder.from_pretrained(enc_name, device=device, dtype='float32')
     if not (voc_name or enc.vocoder):
-        raise InputError(f'{init} names no vocoder: pass --vocoder=hifigan25, or fit one with prepare_units.py --fit_vocoder')
+        raise InputError(
+            f'{init} names no vocoder: pass --vocoder=hifigan25, or fit one with prepare_units.py --fit_vocoder'
+        )
     voc = UnitVocoder.from_pretrained(voc_name or enc.vocoder, device=device)
     sizes = {init: model.slam.get('n_units', model.config.vocab_size - OFFSET)} if model else {}
     sizes |= {f'encoder {enc_name}': enc.n_units} if enc else {}
     sizes |= {f'vocoder {voc_name or enc.vocoder}': voc.n_units}
     if len(set(sizes.values())) > 1:
-        raise InputError(f'units do not match ({", ".join(f"{name} has {n}" for name, n in sizes.items())}): pass the --encoder and --vocoder '
-                         f'with which {init} was trained')
+        raise InputError(
+            f'units do not match ({", ".join(f"{name} has {n}" for name, n in sizes.items())}): pass the --encoder and --vocoder '
+            f'with which {init} was trained'
+        )
     frame_rate = voc.frame_rate
     if enc and abs(enc.frame_rate - frame_rate) > 0.01:
-        raise InputError(f'encoder {enc_name} has {enc.frame_rate:g} units a second, vocoder {voc_name or enc.vocoder} {frame_rate:g}')
+        raise InputError(
+            f'encoder {enc_name} has {enc.frame_rate:g} units a second, vocoder {voc_name or enc.vocoder} {frame_rate:g}'
+        )
 
     # prompts -> units
     for p in prompts:
-        seconds = 60 if resynth else cut_seconds(p.get('words'), prompt_seconds) if prompt_seconds else 0
+        seconds = (
+            60 if resynth else cut_seconds(p.get('words'), prompt_seconds) if prompt_seconds else 0
+        )
         if seconds and p.get('words'):
             p['text'] = ' '.join(word for word, _, end in p['words'] if end <= seconds + 0.02)
         if 'path' in p:
             try:
                 wave = load_audio(p['path'])
                 if len(wave) < SAMPLE_RATE / frame_rate:
-                    raise InputError(f'{p["path"]}: too short to hold a unit ({len(wave) / SAMPLE_RATE:.3f} s)')
+                    raise InputError(
+                        f'{p["path"]}: too short to hold a unit ({len(wave) / SAMPLE_RATE:.3f} s)'
+                    )
             except InputError as error:
                 if len(prompts) == 1:
                     raise
                 print(f'sample.py: left out: {error}', file=sys.stderr)
                 continue
-            p['wave'] = wave[:round(seconds * SAMPLE_RATE)] if seconds else wave
+            p['wave'] = wave[: round(seconds * SAMPLE_RATE)] if seconds else wave
             p['units'], p['duration'] = dedup(enc.encode([p['wave']])[0])
         elif len(p['units']):
             if int(p['units'].max()) >= voc.n_units:
-                raise InputError(f'{prompt}: {p["name"]} has unit {int(p["units"].max())}, the model knows {voc.n_units}: another encoder made it')
+                raise InputError(
+                    f'{prompt}: {p["name"]} has unit {int(p["units"].max())}, the model knows {voc.n_units}: another encoder made it'
+                )
             if p['duration'] is None:
                 p['duration'] = voc.durations([p['units']])[0]
             ends = p['duration'].cumsum(0)
             n = int((ends <= round(seconds * frame_rate)).sum()) if seconds else len(ends)
-            p['units'], p['duration'] = p['units'][:max(1, n)], p['duration'][:max(1, n)]
+            p['units'], p['duration'] = p['units'][: max(1, n)], p['duration'][: max(1, n)]
         else:
             p['duration'] = p['units']
 
@@ -335,36 +442,62 @@ if __name__ == '__main__':
         raise InputError(f'--prompt={prompt}: none of the files could be used')
     longest = 1 + max_new_tokens + max(len(p['units']) for p in prompts)
     if model and longest > model.config.context:
-        print(f'sample.py: warning: {longest} units with the prompt are more than the {model.config.context} it was trained on', file=sys.stderr)
+        print(
+            f'sample.py: warning: {longest} units with the prompt are more than the {model.config.context} it was trained on',
+            file=sys.stderr,
+        )
 
     # units -> more units -> sound
     if keep_prompt and any('wave' not in p for p in prompts):
-        raise InputError('--keep_prompt needs sound files as prompts: units have no recording to keep')
+        raise InputError(
+            '--keep_prompt needs sound files as prompts: units have no recording to keep'
+        )
     loaded, first_sound, spoken, loops = time.perf_counter(), None, 0.0, 0
     rows, sections, kept, edits = [], [], [], []
     jobs = [(p, k) for p in prompts for k in range(num_samples if model else 1)]
     for start in range(0, len(jobs), batch_size):
-        batch = jobs[start:start + batch_size]
+        batch = jobs[start : start + batch_size]
         new = [torch.zeros(0, dtype=torch.long) for _ in batch]
         if model:
             tokens = [torch.cat((torch.tensor([BOS]), p['units'] + OFFSET)) for p, _ in batch]
-            new = model.generate(tokens, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                 repetition_penalty=repetition_penalty, seed=seed + start, compile=compile)
+            new = model.generate(
+                tokens,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed + start,
+                compile=compile,
+            )
             new = [row - OFFSET for row in new]
-        for (p, k), more, predicted in zip(batch, new, voc.durations(new)):  # spoken one by one, so that the first is heard soon
+        for (p, k), more, predicted in zip(
+            batch, new, voc.durations(new)
+        ):  # spoken one by one, so that the first is heard soon
             units, duration = torch.cat((p['units'], more)), torch.cat((p['duration'], predicted))
             cut, seconds = int(p['duration'].sum()) * voc.hop, int(predicted.sum()) / frame_rate
-            wave = voc.decode([units], [duration], speaker=speaker, style=style)[0] if len(units) else torch.zeros(voc.hop)
+            wave = (
+                voc.decode([units], [duration], speaker=speaker, style=style)[0]
+                if len(units)
+                else torch.zeros(voc.hop)
+            )
             tag, sounds, warn = f'-{k + 1}' if k else '', {}, ''  # sounds: name -> (wave, rate)
             name = 'resynth' if resynth else 'full' + tag
             if k == 0 and prompt:
-                p['sound'] = (p['wave'], SAMPLE_RATE) if 'wave' in p else (finish_wave(wave[:cut].clone()), voc.sample_rate)
+                p['sound'] = (
+                    (p['wave'], SAMPLE_RATE)
+                    if 'wave' in p
+                    else (finish_wave(wave[:cut].clone()), voc.sample_rate)
+                )
                 sounds['prompt'] = p['sound']
             if resynth:
                 full, dropped = wave, 0
             else:
                 tail = finish_wave(wave[cut:].clone()) if len(more) else torch.zeros(voc.hop)
-                sounds['continuation' + tag] = trim_silence(tail, voc.sample_rate)[0], voc.sample_rate
+                sounds['continuation' + tag] = (
+                    trim_silence(tail, voc.sample_rate)[0],
+                    voc.sample_rate,
+                )
                 full, dropped = trim_silence(wave, voc.sample_rate)
                 if keep_prompt:
                     real = finish_wave(resample(p['wave'], SAMPLE_RATE, voc.sample_rate))
@@ -385,42 +518,96 @@ if __name__ == '__main__':
                 elif not len(more):
                     warn = 'warning: the model ended at once; another seed may not'
             elif enc:  # what the units kept of the sound: encode it again, and again as spoken with durations of the vocoder's own
-                was, again = units.repeat_interleave(duration), enc.encode([resample(wave, voc.sample_rate, SAMPLE_RATE)])[0]
+                was, again = (
+                    units.repeat_interleave(duration),
+                    enc.encode([resample(wave, voc.sample_rate, SAMPLE_RATE)])[0],
+                )
                 n = min(len(was), len(again))
                 kept.append((int((was[:n] == again[:n]).sum()), len(was)))
-                free = resample(voc.decode([units], speaker=speaker, style=style)[0], voc.sample_rate, SAMPLE_RATE)
-                edits.append((edit_distance(units.tolist(), dedup(enc.encode([free])[0])[0].tolist()), len(units)))
-                said += f' -> {100 * kept[-1][0] / len(was):.0f} % of the frames have their unit again'
-            print(f'{said} -> {os.path.join(out, p["name"], name + ".wav")}' + (f'\n  {warn}' if warn else ''), flush=True)
-            rows.append(dict(file_name=f'{p["name"]}/{name}.wav', units=units.tolist(), duration=duration.tolist(), prompt_units=len(p['units']),
-                             sample=k + 1, text=p.get('text')))
+                free = resample(
+                    voc.decode([units], speaker=speaker, style=style)[0],
+                    voc.sample_rate,
+                    SAMPLE_RATE,
+                )
+                edits.append(
+                    (
+                        edit_distance(units.tolist(), dedup(enc.encode([free])[0])[0].tolist()),
+                        len(units),
+                    )
+                )
+                said += (
+                    f' -> {100 * kept[-1][0] / len(was):.0f} % of the frames have their unit again'
+                )
+            print(
+                f'{said} -> {os.path.join(out, p["name"], name + ".wav")}'
+                + (f'\n  {warn}' if warn else ''),
+                flush=True,
+            )
+            rows.append(
+                dict(
+                    file_name=f'{p["name"]}/{name}.wav',
+                    units=units.tolist(),
+                    duration=duration.tolist(),
+                    prompt_units=len(p['units']),
+                    sample=k + 1,
+                    text=p.get('text'),
+                )
+            )
             if html:
                 heard = dict(prompt=p['sound'], **sounds) if prompt and k else sounds
                 players = ''.join(player_html(label, *sound) for label, sound in heard.items())
                 text = f'<p>{html_text.escape(p["text"])}</p>' if p.get('text') else ''
-                sections.append(f'<section><h2>{html_text.escape(said)}</h2>{text}<p class="warn">{warn}</p>{players}'
-                                f'{timeline_html(units, duration, len(p["units"]) if model else 0, frame_rate, dropped / voc.sample_rate)}</section>')
+                sections.append(
+                    f'<section><h2>{html_text.escape(said)}</h2>{text}<p class="warn">{warn}</p>{players}'
+                    f'{timeline_html(units, duration, len(p["units"]) if model else 0, frame_rate, dropped / voc.sample_rate)}</section>'
+                )
 
     write(os.path.join(out, 'units.jsonl'), ''.join(json.dumps(row) + '\n' for row in rows))
     seconds = time.perf_counter() - loaded
-    result = dict(init=init, prompts=len(prompts), samples=len(jobs), seconds_spoken=round(spoken, 2), seconds=round(seconds, 2), seed=seed,
-                  x_real_time=round(spoken / seconds, 1), first_sound=round(first_sound, 2), loops=loops)
+    result = dict(
+        init=init,
+        prompts=len(prompts),
+        samples=len(jobs),
+        seconds_spoken=round(spoken, 2),
+        seconds=round(seconds, 2),
+        seed=seed,
+        x_real_time=round(spoken / seconds, 1),
+        first_sound=round(first_sound, 2),
+        loops=loops,
+    )
     if kept:
         result['frames_unchanged'] = 100 * sum(n for n, _ in kept) / sum(of for _, of in kept)
-        result['units_unchanged_predicted_durations'] = 100 * (1 - sum(n for n, _ in edits) / sum(of for _, of in edits))
+        result['units_unchanged_predicted_durations'] = 100 * (
+            1 - sum(n for n, _ in edits) / sum(of for _, of in edits)
+        )
     write(os.path.join(out, 'sample.json'), json.dumps(result, indent=2) + '\n')
     if html:
         about = f'{init}; encoder {enc_name or "none"}, vocoder {voc_name or enc.vocoder}; temperature {temperature}, top-k {top_k}, seed {seed}'
-        write(html, PAGE.format(title='Resynthesis' if resynth else 'Continuations', about=html_text.escape(about), body=''.join(sections)))
+        write(
+            html,
+            PAGE.format(
+                title='Resynthesis' if resynth else 'Continuations',
+                about=html_text.escape(about),
+                body=''.join(sections),
+            ),
+        )
     if play:
         player = next((command for command in PLAYERS if shutil.which(command[0])), None)
         if not player:
             print('no player found (afplay, paplay, aplay, ffplay, play): open the files by hand')
         for row in rows if player else []:
             subprocess.run([*player, os.path.join(out, row['file_name'])], check=False)
-    what = f'{len(prompts)} resynthesised' if resynth else f'{len(jobs)} continuations of {len(prompts) if prompt else "no"} prompts'
+    what = (
+        f'{len(prompts)} resynthesised'
+        if resynth
+        else f'{len(jobs)} continuations of {len(prompts) if prompt else "no"} prompts'
+    )
     if kept:
-        what += (f', {result["frames_unchanged"]:.1f} % of the frames come back with given durations, '
-                 f'{result["units_unchanged_predicted_durations"]:.1f} % of the units with predicted ones')
-    print(f'{what}: {spoken:.1f} s of speech in {seconds:.1f} s ({spoken / seconds:.1f} x real time), first sound {first_sound:.1f} s after the '
-          f'start{f", {loops} with a loop" if loops else ""} -> {html or out}')
+        what += (
+            f', {result["frames_unchanged"]:.1f} % of the frames come back with given durations, '
+            f'{result["units_unchanged_predicted_durations"]:.1f} % of the units with predicted ones'
+        )
+    print(
+        f'{what}: {spoken:.1f} s of speech in {seconds:.1f} s ({spoken / seconds:.1f} x real time), first sound {first_sound:.1f} s after the '
+        f'start{f", {loops} with a loop" if loops else ""} -> {html or out}'
+    )

@@ -4,9 +4,10 @@ On a quiet machine max_steps ends the run, and then the loss curve depends on th
 Validation loss after 60 s of one core on the demo's units: width 192, 4 rows a step 2.62, 2 rows 2.41; width 128, 4 rows 2.40, 1 row at
 lr 4e-3 (the others 3e-3) 2.20. torch's Muon runs its products in bf16, which is slow on this CPU: 50 steps against 191.
 """
+
 out_dir = 'out/demo/slm'
 data = 'out/demo/units'
-save_init = True       # out/demo/untrained, for the table
+save_init = True  # out/demo/untrained, for the table
 init = 'scratch'
 n_layer = 4
 n_embd = 128

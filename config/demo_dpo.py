@@ -3,12 +3,12 @@ init = 'out/demo/slm'
 data = 'out/demo/units/pairs.jsonl'
 out_dir = 'out/demo/dpo'
 context = 512
-batch_size = 2                # x 8 = 16 pairs a step
+batch_size = 2  # x 8 = 16 pairs a step
 accumulation = 8
-lr = 5e-4                     # a model of 1 M parameters bears more than one of 358 M
+lr = 5e-4  # a model of 1 M parameters bears more than one of 358 M
 warmup_steps = 10
-max_steps = 80                # on a quiet machine this ends the run,
-train_hours = 0.75 / 60       # on a slower one the clock
+max_steps = 80  # on a quiet machine this ends the run,
+train_hours = 0.75 / 60  # on a slower one the clock
 eval_interval = 30
 val_pairs = 64
 save_interval = 30

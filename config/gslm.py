@@ -1,4 +1,5 @@
 """GSLM's way, a cold start: a transformer of 12 layers trained from random weights on Libri-Light and LibriSpeech alone."""
+
 out_dir = 'out/gslm'
 data = 'librilight,librispeech'
 init = 'preset:opt-125m'

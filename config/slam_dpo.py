@@ -5,10 +5,10 @@ out_dir = 'out/slam-dpo'
 beta = 0.1
 context = 1024
 rope_theta = 10000.0
-batch_size = 4                # x 16 = 64 pairs a step
+batch_size = 4  # x 16 = 64 pairs a step
 accumulation = 16
-lr = 5e-5                     # inverse square root
-warmup_steps = 100            # the public configuration's
+lr = 5e-5  # inverse square root
+warmup_steps = 100  # the public configuration's
 grad_clip = 0.5
 max_steps = 813
-train_hours = 0.5             # whichever is first
+train_hours = 0.5  # whichever is first

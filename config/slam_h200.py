@@ -2,6 +2,7 @@
 
 Two passes a step instead of sixteen; max_steps ends the run. tests/bench_train.py measures the speed of this shape.
 """
+
 out_dir = 'out/slam_h200'
 data = 'librilight,librispeech,stinystories'
 init = 'Qwen/Qwen2.5-0.5B'

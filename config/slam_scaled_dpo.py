@@ -5,11 +5,11 @@ out_dir = 'out/slam_scaled-dpo'
 beta = 0.1
 context = 1024
 rope_theta = 10000.0
-batch_size = 4                # x 16 = 64 pairs a step, over all devices
+batch_size = 4  # x 16 = 64 pairs a step, over all devices
 accumulation = 16
 lr = 5e-5
 warmup_steps = 100
 grad_clip = 0.5
 max_steps = 0
 epochs = 2.0
-train_hours = 0.0             # not the clock but the data ends it
+train_hours = 0.0  # not the clock but the data ends it

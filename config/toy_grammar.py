@@ -7,22 +7,38 @@
 Eight topics with two outcomes each. All endings have one frame: what a model must know to prefer the right one is in the words, not in how long
 or how usual an ending is. Edit it to make another toy language.
 """
+
 import random
 import re
 
-HEROES = dict(he='boy boys|man men|king kings|brother brothers|uncle uncles|farmer farmers|father fathers|prince princes',
-              she='girl girls|woman women|queen queens|sister sisters|aunt aunts|lady ladies|mother mothers|nurse nurses')
-NAMES = dict(he='Tom Ben Max Jack Peter David Simon Oscar'.split(), she='Anna Lucy Mary Emma Kate Susan Laura Nina'.split())
-ADJECTIVES = ('old young small tall little big kind clever funny brave quiet busy shy proud polite famous lazy hungry sleepy noisy gentle rich '
-              'poor strong careful friendly curious thin quick slow calm tired lucky wise bold honest cheerful lonely elegant').split()
+HEROES = dict(
+    he='boy boys|man men|king kings|brother brothers|uncle uncles|farmer farmers|father fathers|prince princes',
+    she='girl girls|woman women|queen queens|sister sisters|aunt aunts|lady ladies|mother mothers|nurse nurses',
+)
+NAMES = dict(
+    he='Tom Ben Max Jack Peter David Simon Oscar'.split(),
+    she='Anna Lucy Mary Emma Kate Susan Laura Nina'.split(),
+)
+ADJECTIVES = (
+    'old young small tall little big kind clever funny brave quiet busy shy proud polite famous lazy hungry sleepy noisy gentle rich '
+    'poor strong careful friendly curious thin quick slow calm tired lucky wise bold honest cheerful lonely elegant'
+).split()
 COLOURS = 'red blue green yellow white black brown purple orange silver golden grey pink heavy tiny huge'.split()
 NUMBERS = 'two three four five six seven eight nine'.split()
-TIMES = 'today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|before dinner|in winter|in summer|every spring'.split('|')
+TIMES = 'today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|before dinner|in winter|in summer|every spring'.split(
+    '|'
+)
 MOODS = ('happy', 'glad'), ('sad', 'angry')
 QUALITIES = ('new', 'clean', 'lovely', 'perfect'), ('broken', 'dirty', 'ruined', 'horrible')
-PRONOUNS = dict(he=dict(he='he', his='his'), she=dict(he='she', his='her'), they=dict(he='they', his='their'))
+PRONOUNS = dict(
+    he=dict(he='he', his='his'), she=dict(he='she', his='her'), they=dict(he='they', his='their')
+)
 # topic: where / with what / what it is like / what the hero does then / what it is like instead / what the hero does then; '|' parts alternatives
-TOPICS = {name: [part.split('|') for part in rest.split(' / ')] for name, rest in (line.split(': ') for line in """\
+TOPICS = {
+    name: [part.split('|') for part in rest.split(' / ')]
+    for name, rest in (
+        line.split(': ')
+        for line in """\
 kitchen: in the kitchen|at the oven|in the bakery / cake cakes|soup soups|pie pies / warm|sweet / eat|taste / burnt|sour / throw away|spill
 garden: in the garden|by the fence|under the tree / flower flowers|rose roses|carrot carrots / fresh|juicy / water|pick / dead|dry / dig out|bury
 school: at school|in the classroom|beside the teacher / book books|pencil pencils|lesson lessons / easy|useful / study|learn / \
@@ -34,25 +50,72 @@ expensive|stolen / search for|report
 doctor: in the hospital|beside the doctor|at the clinic / pill pills|bandage bandages|medicine medicines / helpful|mild / take|use / \
 bitter|painful / refuse|fear
 music: on the stage|at the concert|in the choir / song songs|drum drums|violin violins / loud|famous / play|practise / silent|false / stop|ignore
-""".strip().split('\n'))}
+""".strip().split('\n')
+    )
+}
 
-SINGLE = ('this {one} is {place} with {his} {thing}', 'one {one} is {place} with {his} {thing}', 'there is one {one} {place} with {his} {thing}',
-          'this {one} has {his} {thing} {place}', '{name} is {place} with {his} {thing}',
-          'the {adjective} {one} is {place} with {his} {colour} {thing}', 'this {one} is {place} with one {thing} {time}')
-SEVERAL = ('these {many} are {place} with their {thing}', '{number} {many} are {place} with their {thing}',
-           'there are {number} {many} {place} with their {thing}', 'these {many} have their {thing} {place}',
-           '{name} and {other} are {place} with their {thing}', 'the {adjective} {many} are {place} with their {colour} {thing}',
-           'these {many} are {place} with one {thing} {time}')
+SINGLE = (
+    'this {one} is {place} with {his} {thing}',
+    'one {one} is {place} with {his} {thing}',
+    'there is one {one} {place} with {his} {thing}',
+    'this {one} has {his} {thing} {place}',
+    '{name} is {place} with {his} {thing}',
+    'the {adjective} {one} is {place} with {his} {colour} {thing}',
+    'this {one} is {place} with one {thing} {time}',
+)
+SEVERAL = (
+    'these {many} are {place} with their {thing}',
+    '{number} {many} are {place} with their {thing}',
+    'there are {number} {many} {place} with their {thing}',
+    'these {many} have their {thing} {place}',
+    '{name} and {other} are {place} with their {thing}',
+    'the {adjective} {many} are {place} with their {colour} {thing}',
+    'these {many} are {place} with one {thing} {time}',
+)
 MINIMAL = dict(  # right, wrong, and their mirror image, right and wrong: what is right in one pair is wrong in the other
-    this=('this {one} is {there}', 'these {one} is {there}', 'these {many} are {there}', 'this {many} are {there}'),
-    be=('this {one} is {there}', 'this {one} are {there}', 'these {many} are {there}', 'these {many} is {there}'),
-    number=('one {one} is {there}', 'one {one} are {there}', '{number} {many} are {there}', '{number} {many} is {there}'),
-    noun=('one {one} is {there}', 'one {many} is {there}', '{number} {many} are {there}', '{number} {one} are {there}'),
-    exist=('there is one {one} {there}', 'there are one {one} {there}', 'there are {number} {many} {there}', 'there is {number} {many} {there}'),
-    have=('this {one} has {his} {thing} {place}', 'this {one} have {his} {thing} {place}', 'these {many} have their {thing} {place}',
-          'these {many} has their {thing} {place}'),
-    gender=('this {man} has his {thing} {place}', 'this {man} has her {thing} {place}', 'this {woman} has her {thing} {place}',
-            'this {woman} has his {thing} {place}'))
+    this=(
+        'this {one} is {there}',
+        'these {one} is {there}',
+        'these {many} are {there}',
+        'this {many} are {there}',
+    ),
+    be=(
+        'this {one} is {there}',
+        'this {one} are {there}',
+        'these {many} are {there}',
+        'these {many} is {there}',
+    ),
+    number=(
+        'one {one} is {there}',
+        'one {one} are {there}',
+        '{number} {many} are {there}',
+        '{number} {many} is {there}',
+    ),
+    noun=(
+        'one {one} is {there}',
+        'one {many} is {there}',
+        '{number} {many} are {there}',
+        '{number} {one} are {there}',
+    ),
+    exist=(
+        'there is one {one} {there}',
+        'there are one {one} {there}',
+        'there are {number} {many} {there}',
+        'there is {number} {many} {there}',
+    ),
+    have=(
+        'this {one} has {his} {thing} {place}',
+        'this {one} have {his} {thing} {place}',
+        'these {many} have their {thing} {place}',
+        'these {many} has their {thing} {place}',
+    ),
+    gender=(
+        'this {man} has his {thing} {place}',
+        'this {man} has her {thing} {place}',
+        'this {woman} has her {thing} {place}',
+        'this {woman} has his {thing} {place}',
+    ),
+)
 
 
 def finish(sentence):
@@ -61,23 +124,48 @@ def finish(sentence):
 
 def swap_number(ending):
     """'He is ...' -> 'He are ...' and back"""
-    return ending.replace(' is ', ' are ', 1) if ' is ' in ending else ending.replace(' are ', ' is ', 1)
+    return (
+        ending.replace(' is ', ' are ', 1)
+        if ' is ' in ending
+        else ending.replace(' are ', ' is ', 1)
+    )
 
 
 def cast(rng, topic, he):
     """What the sentences about heroes are filled with: their noun, what they have, where they are."""
-    (one, many), (thing, _) = (rng.choice(words).split() for words in (HEROES[he].split('|'), TOPICS[topic][1]))
-    (name, other), his, place = rng.sample(NAMES[he], 2), PRONOUNS[he]['his'], rng.choice(TOPICS[topic][0])
-    return dict(one=one, many=many, thing=thing, name=name, other=other, place=place, his=his, adjective=rng.choice(ADJECTIVES),
-                time=rng.choice(TIMES), colour=rng.choice(COLOURS), number=rng.choice(NUMBERS), man=rng.choice(HEROES['he'].split('|')).split()[0],
-                woman=rng.choice(HEROES['she'].split('|')).split()[0])
+    (one, many), (thing, _) = (
+        rng.choice(words).split() for words in (HEROES[he].split('|'), TOPICS[topic][1])
+    )
+    (name, other), his, place = (
+        rng.sample(NAMES[he], 2),
+        PRONOUNS[he]['his'],
+        rng.choice(TOPICS[topic][0]),
+    )
+    return dict(
+        one=one,
+        many=many,
+        thing=thing,
+        name=name,
+        other=other,
+        place=place,
+        his=his,
+        adjective=rng.choice(ADJECTIVES),
+        time=rng.choice(TIMES),
+        colour=rng.choice(COLOURS),
+        number=rng.choice(NUMBERS),
+        man=rng.choice(HEROES['he'].split('|')).split()[0],
+        woman=rng.choice(HEROES['she'].split('|')).split()[0],
+    )
 
 
 def toy_story(rng, topic, outcome, who, mood):
     """One story as dict: prompt (two sentences) and the ending that follows. outcome: 0 good, 1 bad; who: he, she, they; mood: which of the two."""
     words = cast(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
     first = rng.choice(SEVERAL if who == 'they' else SINGLE).format(**words)
-    qualities, (verb, _, rest) = TOPICS[topic][2 + 2 * outcome], rng.choice(TOPICS[topic][3 + 2 * outcome]).partition(' ')
+    qualities, (verb, _, rest) = (
+        TOPICS[topic][2 + 2 * outcome],
+        rng.choice(TOPICS[topic][3 + 2 * outcome]).partition(' '),
+    )
     if who != 'they':
         verb += 'es' if re.search('(s|sh|ch)$', verb) else 's'
         verb = re.sub('([^aeiou])ys$', r'\1ies', verb)
@@ -89,7 +177,12 @@ def toy_story(rng, topic, outcome, who, mood):
 
 def toy_couple(rng, contradict, fresh):
     """Two stories with their endings exchanged: each ending is right once and wrong once, so that preferring an ending as such gains nothing."""
-    who, mood, outcome, topics = rng.choice(('he', 'she', 'they')), rng.randrange(2), rng.randrange(2), rng.sample(list(TOPICS), 2)
+    who, mood, outcome, topics = (
+        rng.choice(('he', 'she', 'they')),
+        rng.randrange(2),
+        rng.randrange(2),
+        rng.sample(list(TOPICS), 2),
+    )
     if not contradict:
         one, two = (fresh(topic, outcome, who, mood) for topic in topics)
     else:  # the same thing, well and badly
@@ -115,19 +208,38 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
                 return story
 
     def anything():
-        return rng.choice(list(TOPICS)), rng.randrange(2), rng.choice(('he', 'she', 'they')), rng.randrange(2)
+        return (
+            rng.choice(list(TOPICS)),
+            rng.randrange(2),
+            rng.choice(('he', 'she', 'they')),
+            rng.randrange(2),
+        )
 
     n = 0
     while n < n_suite:
         kind = rng.choice([*MINIMAL, 'pronoun'])
         if kind == 'pronoun':  # the ending of a story: he is, he are; they are, they is
             topic, outcome, who, mood = anything()
-            stories = [fresh(topic, outcome, who, mood) for who in (rng.choice(('he', 'she')), 'they')]
-            couple = [(f'{story["prompt"]} {story["ending"]}', f'{story["prompt"]} {swap_number(story["ending"])}') for story in stories]
+            stories = [
+                fresh(topic, outcome, who, mood) for who in (rng.choice(('he', 'she')), 'they')
+            ]
+            couple = [
+                (
+                    f'{story["prompt"]} {story["ending"]}',
+                    f'{story["prompt"]} {swap_number(story["ending"])}',
+                )
+                for story in stories
+            ]
         else:
             words = cast(rng, rng.choice(list(TOPICS)), he := rng.choice(('he', 'she')))
-            there = [f'{words["place"]} with {his} {words["thing"]}' for his in (PRONOUNS[he]['his'], 'their')]
-            right, wrong, right2, wrong2 = (finish(frame.format(**words, there=there[i // 2])) for i, frame in enumerate(MINIMAL[kind]))
+            there = [
+                f'{words["place"]} with {his} {words["thing"]}'
+                for his in (PRONOUNS[he]['his'], 'their')
+            ]
+            right, wrong, right2, wrong2 = (
+                finish(frame.format(**words, there=there[i // 2]))
+                for i, frame in enumerate(MINIMAL[kind])
+            )
             couple = (right, wrong), (right2, wrong2)
         if not used & {right for right, _ in couple}:
             used |= {right for right, _ in couple}
@@ -138,7 +250,9 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
         for i in range(n_suite // 2):
             for story in toy_couple(rng, suite == 'sstory', fresh):
                 if task == suite:
-                    right, wrong = (f'{story["prompt"]} {story[which]}' for which in ('ending', 'wrong'))
+                    right, wrong = (
+                        f'{story["prompt"]} {story[which]}' for which in ('ending', 'wrong')
+                    )
                     yield dict(right=right, wrong=wrong, type=story['topic'], alike=i)
     for i in range(n_pairs // 2):
         for story in toy_couple(rng, i % 2 == 0, fresh):

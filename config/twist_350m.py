@@ -2,6 +2,7 @@
 
 OPT-350M, context 512, inverse square root, 100 warmup steps, dropout as in OPT, no synthetic data.
 """
+
 out_dir = 'out/twist_350m'
 data = 'librilight,librispeech'
 init = 'facebook/opt-350m'
@@ -14,4 +15,4 @@ schedule = 'inverse_sqrt'
 warmup_fraction = 0.0
 warmup_steps = 100
 max_steps = 17625
-train_hours = 24.0      # no DPO
+train_hours = 24.0  # no DPO

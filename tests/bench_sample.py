@@ -3,6 +3,7 @@
 DATA_FOLDER: of prepare_units.py (encoder/, vocoder/). AUDIO_FOLDER: speech it was not fitted on. Prints x real time, the share of frames
 whose unit comes back, and harmonicity: the height of the pitch peak of the autocorrelation in loud frames (1: a pure voice, 0.4: a whisper).
 """
+
 import os
 import sys
 import time
@@ -29,13 +30,26 @@ def plain(mel, iterations=32):
     power = (mel.exp() @ torch.linalg.pinv(M.mel_filters())).clamp(min=0)
     power = torch.cat((power[:1], power[:-1], power[-1:])).T  # centred frames: one more
     torch.manual_seed(0)
-    return torchaudio.functional.griffinlim(power, torch.hann_window(M.WINDOW), M.N_FFT, M.HOP, M.WINDOW, power=2.0, n_iter=iterations, momentum=0.99,
-                                            length=len(mel) * M.HOP, rand_init=True)
+    return torchaudio.functional.griffinlim(
+        power,
+        torch.hann_window(M.WINDOW),
+        M.N_FFT,
+        M.HOP,
+        M.WINDOW,
+        power=2.0,
+        n_iter=iterations,
+        momentum=0.99,
+        length=len(mel) * M.HOP,
+        rand_init=True,
+    )
 
 
 torch.set_num_threads(1)
 data, audio = sys.argv[1:3]
-encoder, vocoder = M.UnitEncoder.from_pretrained(data + '/encoder'), M.UnitVocoder.from_pretrained(data + '/vocoder')
+encoder, vocoder = (
+    M.UnitEncoder.from_pretrained(data + '/encoder'),
+    M.UnitVocoder.from_pretrained(data + '/vocoder'),
+)
 waves = [M.load_audio(p['path']) for p in sample.find_prompts(audio, 'val', 40)]
 units = encoder.encode(waves)
 print(f'{"":<22}{"x real time":>12}{"frames kept":>13}{"harmonicity":>13}')
@@ -50,7 +64,11 @@ for name in ('plain, 32 rounds', 'ours'):
         out = [M.finish_wave(plain(vocoder.tensors['mel'][u].flatten(0, 1))) for u in units]
     seconds = time.perf_counter() - start
     again = encoder.encode(out)
-    kept = sum(int((a[:len(u)] == u[:len(a)]).sum()) for a, u in zip(again, units)) / sum(map(len, units))
+    kept = sum(int((a[: len(u)] == u[: len(a)]).sum()) for a, u in zip(again, units)) / sum(
+        map(len, units)
+    )
     speeds.append(sum(map(len, out)) / 16000 / seconds)
-    print(f'{name:<22}{speeds[-1]:>12.0f}{100 * kept:>11.1f} %{sum(map(harmonicity, out)) / len(out):>13.3f}')
+    print(
+        f'{name:<22}{speeds[-1]:>12.0f}{100 * kept:>11.1f} %{sum(map(harmonicity, out)) / len(out):>13.3f}'
+    )
 print(f'{"ratio":<22}{speeds[1] / speeds[0]:>12.1f}')

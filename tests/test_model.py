@@ -1,4 +1,5 @@
 """SLM against transformers: the same function, packed, cached and on disk. Checkpoints are small and random, written by transformers."""
+
 import json
 import os
 
@@ -12,26 +13,80 @@ import model as slam
 from model import BOS, EOS, OFFSET, SLM, InputError, SLMConfig
 
 V = 42
-LLAMA = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
-             bos_token_id=1, eos_token_id=1, pad_token_id=0)
-OPT = dict(vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, dropout=0.0,
-           bos_token_id=1, eos_token_id=1, pad_token_id=0)
-LLAMA3_ROPE = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+OPT = dict(
+    vocab_size=V,
+    hidden_size=32,
+    ffn_dim=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+    dropout=0.0,
+    bos_token_id=1,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+LLAMA3_ROPE = dict(
+    rope_type='llama3',
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 FAMILIES = {
-    'qwen2': lambda: transformers.Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e6),
-    'qwen2 untied': lambda: transformers.Qwen2Config(**LLAMA, num_key_value_heads=1, tie_word_embeddings=False),
-    'llama': lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=4, tie_word_embeddings=False),
-    'llama tied, wide heads': lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True, head_dim=16),
+    'qwen2': lambda: transformers.Qwen2Config(
+        **LLAMA, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e6
+    ),
+    'qwen2 untied': lambda: transformers.Qwen2Config(
+        **LLAMA, num_key_value_heads=1, tie_word_embeddings=False
+    ),
+    'llama': lambda: transformers.LlamaConfig(
+        **LLAMA, num_key_value_heads=4, tie_word_embeddings=False
+    ),
+    'llama tied, wide heads': lambda: transformers.LlamaConfig(
+        **LLAMA, num_key_value_heads=2, tie_word_embeddings=True, head_dim=16
+    ),
     'llama 3 rope, biases': lambda: transformers.LlamaConfig(
-        **LLAMA, num_key_value_heads=4, attention_bias=True, mlp_bias=True, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
-    'llama linear rope': lambda: transformers.LlamaConfig(**LLAMA, rope_scaling=dict(rope_type='linear', factor=2.0)),
+        **LLAMA,
+        num_key_value_heads=4,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_theta=5e5,
+        rope_scaling=LLAMA3_ROPE,
+    ),
+    'llama linear rope': lambda: transformers.LlamaConfig(
+        **LLAMA, rope_scaling=dict(rope_type='linear', factor=2.0)
+    ),
     'opt': lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=32),
-    'opt post-norm, projected': lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
+    'opt post-norm, projected': lambda: transformers.OPTConfig(
+        **OPT, word_embed_proj_dim=16, do_layer_norm_before=False
+    ),
     'gpt_neox': lambda: transformers.GPTNeoXConfig(**LLAMA, rotary_pct=0.25, hidden_act='gelu'),
-    'gpt_neox sequential': lambda: transformers.GPTNeoXConfig(**LLAMA, rotary_pct=0.5, use_parallel_residual=False),
+    'gpt_neox sequential': lambda: transformers.GPTNeoXConfig(
+        **LLAMA, rotary_pct=0.5, use_parallel_residual=False
+    ),
 }
-PAPER = {'Qwen2.5-0.5B': 358_347_904, 'SmolLM2-135M': 106_492_608, 'MobileLLM-125M': 106_492_608, 'SmolLM2-360M': 315_117_120,
-         'MobileLLM-350M': 315_117_120, 'OPT-125M': 87_015_936, 'OPT-350M': 305_714_176, 'Pythia-160M': 85_827_072, 'Pythia-410M': 303_339_520}
+PAPER = {
+    'Qwen2.5-0.5B': 358_347_904,
+    'SmolLM2-135M': 106_492_608,
+    'MobileLLM-125M': 106_492_608,
+    'SmolLM2-360M': 315_117_120,
+    'MobileLLM-350M': 315_117_120,
+    'OPT-125M': 87_015_936,
+    'OPT-350M': 305_714_176,
+    'Pythia-160M': 85_827_072,
+    'Pythia-410M': 303_339_520,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +114,19 @@ def pair(request, tmp_path):
 
 
 def small(**change):
-    config = dict(family='qwen2', n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=48, vocab_size=V, context=128) | change
+    config = (
+        dict(
+            family='qwen2',
+            n_layer=2,
+            n_embd=32,
+            n_head=4,
+            n_kv_head=2,
+            n_ffn=48,
+            vocab_size=V,
+            context=128,
+        )
+        | change
+    )
     model = SLM(SLMConfig(**config)).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -69,7 +136,9 @@ def small(**change):
 
 def pack(lengths, width):
     """Random tokens and doc ids for rows of utterances of these lengths, each row `width` long."""
-    doc = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
+    doc = torch.stack(
+        [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]
+    )
     assert doc.shape[1] == width
     return torch.randint(OFFSET, V, doc.shape), doc
 
@@ -97,7 +166,9 @@ def test_logits_equal_transformers_and_round_trip(pair, tmp_path):
         assert type(back) is type(hf)
         assert (back(tokens).logits - expected).abs().max() < 1e-4
         again = SLM.from_pretrained(str(tmp_path / 'ours'))
-        assert torch.equal(again.eval()(tokens), ours(tokens)) and again.slam['n_units'] == V - OFFSET
+        assert (
+            torch.equal(again.eval()(tokens), ours(tokens)) and again.slam['n_units'] == V - OFFSET
+        )
         half, ours_half = hf.bfloat16()(tokens).logits.float(), ours.bfloat16()(tokens).float()
         error, ours_error = (half - expected).abs().mean(), (ours_half - expected).abs().mean()
         assert ours_error < 1.5 * error + 1e-3  # as close to fp32 as transformers' own bf16
@@ -111,23 +182,37 @@ def test_gradients_equal_transformers(pair):
     _, mine = ours(tokens, F.pad(tokens[:, 1:], (0, 1), value=-100))
     mine.backward()
     assert abs(loss.item() - mine.item()) < 1e-5
-    theirs = slam._to_ours({name: p.grad for name, p in hf.named_parameters()}, ours.config, '', 'hf')
+    theirs = slam._to_ours(
+        {name: p.grad for name, p in hf.named_parameters()}, ours.config, '', 'hf'
+    )
     for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, theirs[name], atol=1e-5, rtol=1e-3, msg=lambda m: f'{name}: {m}')
+        torch.testing.assert_close(
+            p.grad, theirs[name], atol=1e-5, rtol=1e-3, msg=lambda m: f'{name}: {m}'
+        )
 
 
 def test_cached_greedy_generation_equals_transformers(pair):
     hf, ours = pair
     for lengths in ((12, 12, 12), (1, 7, 20)):
-        prompts = [torch.cat((torch.tensor([BOS]), torch.randint(OFFSET, V, (n - 1,)))) for n in lengths]
+        prompts = [
+            torch.cat((torch.tensor([BOS]), torch.randint(OFFSET, V, (n - 1,)))) for n in lengths
+        ]
         longest = max(lengths)
         ids = torch.stack([F.pad(p, (longest - len(p), 0)) for p in prompts])
         mask = torch.stack([F.pad(torch.ones_like(p), (longest - len(p), 0)) for p in prompts])
-        expected = hf.generate(ids, attention_mask=mask, max_new_tokens=25, do_sample=False, repetition_penalty=1.1, eos_token_id=EOS,
-                               pad_token_id=0, suppress_tokens=[0])[:, longest:].tolist()
+        expected = hf.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=25,
+            do_sample=False,
+            repetition_penalty=1.1,
+            eos_token_id=EOS,
+            pad_token_id=0,
+            suppress_tokens=[0],
+        )[:, longest:].tolist()
         got = ours.generate(prompts, 25, temperature=0, repetition_penalty=1.1)
         for theirs, mine in zip(expected, got):
-            assert (theirs[:theirs.index(EOS)] if EOS in theirs else theirs) == mine.tolist()
+            assert (theirs[: theirs.index(EOS)] if EOS in theirs else theirs) == mine.tolist()
 
 
 def test_packed_equals_alone_with_gradients(pair):
@@ -150,6 +235,7 @@ def test_packed_equals_alone_with_gradients(pair):
 def test_every_attention_path_gives_the_same(monkeypatch):
     """The CPU's per-utterance calls, the dense mask, and the block-masked kernel that CUDA uses (its CPU reference, forward)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     ours, path = small(), slam._attention
     tokens, doc = pack([[30, 50, 48], [100, 1, 27]], 128)
     with torch.no_grad():
@@ -158,14 +244,19 @@ def test_every_attention_path_gives_the_same(monkeypatch):
         assert (ours(tokens, doc=doc) - expected).abs().max() < 1e-5
         monkeypatch.undo()
         monkeypatch.setattr(slam, '_flex', lambda: (flex_attention, create_block_mask))
-        monkeypatch.setattr(slam, '_attention', lambda doc, branch, device: path(doc, branch, device, flex=True))
+        monkeypatch.setattr(
+            slam, '_attention', lambda doc, branch, device: path(doc, branch, device, flex=True)
+        )
         assert (ours(tokens, doc=doc) - expected).abs().max() < 1e-5
 
 
 def test_branches_see_the_prompt_and_themselves(monkeypatch):
     ours = small()
     prompt, one, two = (torch.randint(OFFSET, V, (n,)) for n in (9, 5, 7))
-    for path in (torch.compiler.is_compiling, lambda: True):  # the CPU's calls, and the dense mask that branches mean
+    for path in (
+        torch.compiler.is_compiling,
+        lambda: True,
+    ):  # the CPU's calls, and the dense mask that branches mean
         monkeypatch.setattr(torch.compiler, 'is_compiling', path)
         check_branches(ours, prompt, one, two)
 
@@ -176,10 +267,21 @@ def check_branches(ours, prompt, one, two):
     positions = torch.tensor([[*range(9), *range(9, 14), *range(9, 16)]])
     with torch.no_grad():
         logits = ours(tokens, doc=torch.zeros_like(branch), positions=positions, branch=branch)[0]
-        first, second = ours(torch.cat((prompt, one))[None])[0], ours(torch.cat((prompt, two))[None])[0]
+        first, second = (
+            ours(torch.cat((prompt, one))[None])[0],
+            ours(torch.cat((prompt, two))[None])[0],
+        )
         assert (logits[:14] - first).abs().max() < 1e-5
         assert (logits[14:] - second[9:]).abs().max() < 1e-5
-        sums = ours.logps(tokens, branch > 0, torch.zeros_like(branch), positions, branch, segments=(branch - 1).clamp(min=0), n=2)
+        sums = ours.logps(
+            tokens,
+            branch > 0,
+            torch.zeros_like(branch),
+            positions,
+            branch,
+            segments=(branch - 1).clamp(min=0),
+            n=2,
+        )
     for got, logits, tail in ((sums[0], first, one), (sums[1], second, two)):
         assert abs(got - logits.log_softmax(-1)[8:-1].gather(1, tail[:, None]).sum()) < 1e-4
 
@@ -199,9 +301,16 @@ def test_loss_and_logps_against_the_definition():
         assert abs(ours(tokens, targets, doc=doc)[1].item() + sum(sums) / sum(counts)) < 1e-5
         mask = F.pad(doc[:, 1:] == doc[:, :-1], (1, 0))
         segments = doc + torch.tensor([[0], [2]])
-        torch.testing.assert_close(ours.logps(tokens, mask, doc, segments=segments, n=4), torch.tensor(sums), atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(
+            ours.logps(tokens, mask, doc, segments=segments, n=4),
+            torch.tensor(sums),
+            atol=1e-3,
+            rtol=1e-5,
+        )
         means = ours.logps(tokens, mask, doc, segments=segments, n=4, mean=True)
-        torch.testing.assert_close(means, torch.tensor(sums) / torch.tensor(counts), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            means, torch.tensor(sums) / torch.tensor(counts), atol=1e-5, rtol=1e-5
+        )
         alone = ours.logps(tokens[:, :20], torch.arange(20).expand(2, -1) > 0)
         assert abs(alone[0].item() - sums[0]) < 1e-3
 
@@ -210,16 +319,32 @@ def test_public_layout_gives_the_same_likelihoods(tmp_path):
     """slprl/slam: transformers' Qwen2 under `lm.`, its config inside ours."""
     hf = random_hf(FAMILIES['qwen2']())
     os.makedirs(tmp_path / 'public')
-    save_file({'lm.' + name: tensor.contiguous().clone() for name, tensor in hf.state_dict().items() if name != 'lm_head.weight'},
-              tmp_path / 'public/model.safetensors')
-    config = dict(model_type='speech_language_model', architectures=['UnitLM'], base_config=hf.config.to_dict() | dict(vocab_size=151936),
-                  vocab_size=V, twist_init=True, torch_dtype='bfloat16')
+    save_file(
+        {
+            'lm.' + name: tensor.contiguous().clone()
+            for name, tensor in hf.state_dict().items()
+            if name != 'lm_head.weight'
+        },
+        tmp_path / 'public/model.safetensors',
+    )
+    config = dict(
+        model_type='speech_language_model',
+        architectures=['UnitLM'],
+        base_config=hf.config.to_dict() | dict(vocab_size=151936),
+        vocab_size=V,
+        twist_init=True,
+        torch_dtype='bfloat16',
+    )
     (tmp_path / 'public/config.json').write_text(json.dumps(config))
     ours = SLM.from_pretrained(str(tmp_path / 'public')).eval()
     tokens = torch.randint(OFFSET, V, (2, 50))
     with torch.no_grad():
-        expected = hf(tokens).logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).sum((1, 2))
-        torch.testing.assert_close(ours.logps(tokens, torch.arange(50).expand(2, -1) > 0), expected, atol=1e-3, rtol=1e-5)
+        expected = (
+            hf(tokens).logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).sum((1, 2))
+        )
+        torch.testing.assert_close(
+            ours.logps(tokens, torch.arange(50).expand(2, -1) > 0), expected, atol=1e-3, rtol=1e-5
+        )
     assert ours.slam['n_units'] == V - OFFSET and ours.slam['encoder'] == 'mhubert25'
 
 
@@ -233,7 +358,9 @@ def test_twist_checkpoint_with_offset_comes_in_our_token_order(tmp_path):
     with torch.no_grad():
         theirs = hf(torch.cat((torch.tensor([[0]]), units + 1), 1)).logits[..., 1:]
         assert ours.config.vocab_size == V - 1 + OFFSET
-        assert (ours(torch.cat((torch.tensor([[BOS]]), units + OFFSET), 1))[..., OFFSET:] - theirs).abs().max() < 1e-4
+        assert (
+            ours(torch.cat((torch.tensor([[BOS]]), units + OFFSET), 1))[..., OFFSET:] - theirs
+        ).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize('embed_init', ['first_rows', 'random', 'mean'])
@@ -241,9 +368,13 @@ def test_twist_checkpoint_with_offset_comes_in_our_token_order(tmp_path):
 def test_twist_keeps_all_but_the_embedding(tmp_path, family, embed_init):
     hf = random_hf(FAMILIES[family]())
     hf.save_pretrained(tmp_path)
-    ours = SLM.from_pretrained(str(tmp_path), vocab_size=30, embed_init=embed_init, rope_theta=10000, context=64)
+    ours = SLM.from_pretrained(
+        str(tmp_path), vocab_size=30, embed_init=embed_init, rope_theta=10000, context=64
+    )
     old = hf.get_input_embeddings().weight
-    expected = {'first_rows': old[:30], 'mean': old.mean(0, keepdim=True).expand(30, -1)}.get(embed_init)
+    expected = {'first_rows': old[:30], 'mean': old.mean(0, keepdim=True).expand(30, -1)}.get(
+        embed_init
+    )
     if expected is None:
         assert 0.015 < ours.embed.weight.std() < 0.025
     else:
@@ -251,10 +382,19 @@ def test_twist_keeps_all_but_the_embedding(tmp_path, family, embed_init):
     hf.resize_token_embeddings(30, mean_resizing=False)  # the public code's way
     if ours.config.family == 'qwen2':
         assert ours.config.rope_theta == 10000 and ours.config.context == 64
-        hf = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**hf.config.to_dict() | dict(
-            rope_theta=10000.0, rope_parameters=dict(rope_type='default', rope_theta=10000.0)))).eval()
-        hf.load_state_dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict() | {
-            name: ours.embed.weight for name in ('model.embed_tokens.weight', 'lm_head.weight')})
+        hf = transformers.AutoModelForCausalLM.from_config(
+            transformers.Qwen2Config(
+                **hf.config.to_dict()
+                | dict(
+                    rope_theta=10000.0,
+                    rope_parameters=dict(rope_type='default', rope_theta=10000.0),
+                )
+            )
+        ).eval()
+        hf.load_state_dict(
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+            | {name: ours.embed.weight for name in ('model.embed_tokens.weight', 'lm_head.weight')}
+        )
     elif embed_init == 'first_rows':
         tokens = torch.randint(0, 30, (2, 40))
     if embed_init == 'first_rows':
@@ -268,13 +408,21 @@ def test_mobilellm_layout_loads_as_llama(tmp_path):
     hf = random_hf(FAMILIES['llama tied, wide heads']())
     hf.save_pretrained(tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
-    config |= dict(model_type='mobilellm', architectures=['MobileLLMForCausalLM'], share_embedding=True, layer_sharing=False,
-                   tie_word_embeddings=False, auto_map={'AutoModelForCausalLM': 'modeling_mobilellm.MobileLLMForCausalLM'})
+    config |= dict(
+        model_type='mobilellm',
+        architectures=['MobileLLMForCausalLM'],
+        share_embedding=True,
+        layer_sharing=False,
+        tie_word_embeddings=False,
+        auto_map={'AutoModelForCausalLM': 'modeling_mobilellm.MobileLLMForCausalLM'},
+    )
     (tmp_path / 'config.json').write_text(json.dumps(config))
     (tmp_path / 'modeling_mobilellm.py').write_text('raise SystemExit("remote code ran")')
     tokens = torch.randint(0, V, (2, 30))
     with torch.no_grad():
-        assert (SLM.from_pretrained(str(tmp_path), vocab_size=V).eval()(tokens) - hf(tokens).logits).abs().max() < 1e-4
+        assert (
+            SLM.from_pretrained(str(tmp_path), vocab_size=V).eval()(tokens) - hf(tokens).logits
+        ).abs().max() < 1e-4
 
 
 def test_sharded_and_pickled_checkpoints_load_and_code_does_not(tmp_path):
@@ -288,11 +436,15 @@ def test_sharded_and_pickled_checkpoints_load_and_code_does_not(tmp_path):
     torch.save(hf.state_dict(), tmp_path / 'pickle/pytorch_model.bin')
     with torch.no_grad():
         for name in ('shards', 'pickle'):
-            assert (SLM.from_pretrained(str(tmp_path / name), vocab_size=V).eval()(tokens) - hf(tokens).logits).abs().max() < 1e-4
+            assert (
+                SLM.from_pretrained(str(tmp_path / name), vocab_size=V).eval()(tokens)
+                - hf(tokens).logits
+            ).abs().max() < 1e-4
 
     class Evil:
         def __reduce__(self):
             return os.system, (f'touch {tmp_path}/owned',)
+
     torch.save({'model.norm.weight': Evil()}, tmp_path / 'evil/pytorch_model.bin')
     with pytest.raises(InputError, match='cannot be read'):
         SLM.from_pretrained(str(tmp_path / 'evil'))
@@ -315,19 +467,35 @@ def test_errors_name_the_cause(tmp_path):
     ours.save_pretrained(tmp_path / 'ours', dict(n_units=V - OFFSET))
     with pytest.raises(InputError, match='cannot hold the 500 units'):
         SLM.from_pretrained(str(tmp_path / 'ours'), vocab_size=502)
-    for change, message in (({'model.decoder.layers.0.fc1.weight': None}, r'misses 1 \(model.decoder.layers.0.fc1.weight\)'),
-                            ({'model.adapter.weight': torch.zeros(2)}, r'has unknown 1 \(model.adapter.weight\)'),
-                            ({'model.decoder.layers.0.fc1.weight': torch.zeros(3, 32)}, r'has shape \(3, 32\), config.json says \(48, 32\)')):
-        save_file({k: v for k, v in (state | change).items() if v is not None}, tmp_path / 'opt/model.safetensors')
+    for change, message in (
+        (
+            {'model.decoder.layers.0.fc1.weight': None},
+            r'misses 1 \(model.decoder.layers.0.fc1.weight\)',
+        ),
+        ({'model.adapter.weight': torch.zeros(2)}, r'has unknown 1 \(model.adapter.weight\)'),
+        (
+            {'model.decoder.layers.0.fc1.weight': torch.zeros(3, 32)},
+            r'has shape \(3, 32\), config.json says \(48, 32\)',
+        ),
+    ):
+        save_file(
+            {k: v for k, v in (state | change).items() if v is not None},
+            tmp_path / 'opt/model.safetensors',
+        )
         with pytest.raises(InputError, match=message):
             SLM.from_pretrained(str(tmp_path / 'opt'), vocab_size=V)
     (tmp_path / 'opt/model.safetensors').write_bytes(b'garbage')
     with pytest.raises(InputError, match='cannot be read'):
         SLM.from_pretrained(str(tmp_path / 'opt'), vocab_size=V)
     transformers.MambaConfig().save_pretrained(tmp_path / 'mamba')
-    with pytest.raises(InputError, match="'mamba' is not supported: use one of qwen2, llama, opt, gpt_neox"):
+    with pytest.raises(
+        InputError, match="'mamba' is not supported: use one of qwen2, llama, opt, gpt_neox"
+    ):
         SLM.from_pretrained(str(tmp_path / 'mamba'))
-    for where, message in (('out/nothing', 'no checkpoint folder'), (str(tmp_path), 'config.json is missing')):
+    for where, message in (
+        ('out/nothing', 'no checkpoint folder'),
+        (str(tmp_path), 'config.json is missing'),
+    ):
         with pytest.raises(InputError, match=message):
             SLM.from_pretrained(where)
     with pytest.raises(InputError, match='there are qwen2.5-0.5b'):
@@ -337,10 +505,16 @@ def test_errors_name_the_cause(tmp_path):
 def test_saved_folder_is_complete_by_itself(tmp_path):
     os.makedirs(tmp_path / 'data/encoder')
     (tmp_path / 'data/encoder/encoder.json').write_text('{}')
-    small().save_pretrained(tmp_path / 'slm', dict(encoder=str(tmp_path / 'data/encoder'), vocoder='hifigan25', n_units=V - OFFSET))
+    small().save_pretrained(
+        tmp_path / 'slm',
+        dict(encoder=str(tmp_path / 'data/encoder'), vocoder='hifigan25', n_units=V - OFFSET),
+    )
     assert json.loads((tmp_path / 'slm/slam.json').read_text())['encoder'] == 'encoder'
     ours = SLM.from_pretrained(str(tmp_path / 'slm'))
-    assert ours.slam['encoder'] == str(tmp_path / 'slm/encoder') and ours.slam['vocoder'] == 'hifigan25'
+    assert (
+        ours.slam['encoder'] == str(tmp_path / 'slm/encoder')
+        and ours.slam['vocoder'] == 'hifigan25'
+    )
     ours.save_pretrained(tmp_path / 'next')
     ours.save_pretrained(tmp_path / 'next')  # twice is as good as once
     assert (tmp_path / 'next/encoder/encoder.json').exists()
@@ -348,7 +522,10 @@ def test_saved_folder_is_complete_by_itself(tmp_path):
 
 
 def test_same_seed_same_weights_and_samples():
-    one, two = SLM.from_preset('opt-125m', vocab_size=12, seed=3).embed.weight, SLM.from_preset('opt-125m', vocab_size=12, seed=3).embed.weight
+    one, two = (
+        SLM.from_preset('opt-125m', vocab_size=12, seed=3).embed.weight,
+        SLM.from_preset('opt-125m', vocab_size=12, seed=3).embed.weight,
+    )
     assert torch.equal(one, two)
     ours, prompts = small(), [torch.tensor([BOS, 5, 6]), torch.tensor([BOS])]
     first, again, other = (ours.generate(prompts, 30, seed=seed) for seed in (1, 1, 2))
@@ -362,17 +539,35 @@ def test_compiled_generation_gives_the_same_tokens_and_compiles_once():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for lengths, n in (((3, 9, 2), 20), ((1, 4, 17, 5, 5), 30), ((8, 8, 8, 30, 1, 2, 3), 25)):
-        prompts = [torch.cat((torch.tensor([BOS]), torch.randint(OFFSET, V, (length - 1,)))) for length in lengths]
+        prompts = [
+            torch.cat((torch.tensor([BOS]), torch.randint(OFFSET, V, (length - 1,))))
+            for length in lengths
+        ]
         for options in (dict(temperature=0), dict(top_k=5, top_p=0.9, seed=n)):
-            assert all(map(torch.equal, ours.generate(prompts, n, **options), ours.generate(prompts, n, **options, compile=True)))
+            assert all(
+                map(
+                    torch.equal,
+                    ours.generate(prompts, n, **options),
+                    ours.generate(prompts, n, **options, compile=True),
+                )
+            )
     counters = torch._dynamo.utils.counters
-    assert counters['stats']['unique_graphs'] == 2 and not counters['graph_break']  # one a way of choosing the token
+    assert (
+        counters['stats']['unique_graphs'] == 2 and not counters['graph_break']
+    )  # one a way of choosing the token
 
 
-@pytest.mark.parametrize('options', [dict(top_k=0), dict(top_k=5), dict(top_k=0, top_p=0.7), dict(top_k=8, top_p=0.9)])
+@pytest.mark.parametrize(
+    'options', [dict(top_k=0), dict(top_k=5), dict(top_k=0, top_p=0.7), dict(top_k=8, top_p=0.9)]
+)
 def test_sampled_distribution(options):
     """Chi-square of 20,000 draws against the distribution that transformers' own warpers leave."""
-    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation.logits_process import (
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
     logits, draws = torch.randn(1, 12) * 1.5, 20_000
     warped = TemperatureLogitsWarper(0.8)(None, logits)
     if options['top_k']:
@@ -380,8 +575,12 @@ def test_sampled_distribution(options):
     if 'top_p' in options:
         warped = TopPLogitsWarper(options['top_p'])(None, warped)
     expected = warped.softmax(-1)[0] * draws
-    noise = torch.empty(draws, options['top_k'] or 12).exponential_(generator=torch.Generator().manual_seed(0))
-    sampled = slam._draw((logits / 0.8).expand(draws, -1), noise, noise.shape[1], options.get('top_p', 1.0))
+    noise = torch.empty(draws, options['top_k'] or 12).exponential_(
+        generator=torch.Generator().manual_seed(0)
+    )
+    sampled = slam._draw(
+        (logits / 0.8).expand(draws, -1), noise, noise.shape[1], options.get('top_p', 1.0)
+    )
     counts = torch.bincount(sampled, minlength=12).float()
     assert counts[expected == 0].sum() == 0
     live = expected > 0
@@ -401,16 +600,26 @@ def test_compiles_whole_and_once():
         loss = compiled(tokens, targets, doc=doc)[1]
         loss.backward()
         assert abs(loss.item() - ours(tokens, targets, doc=doc)[1].item()) < 1e-5
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1 and not torch._dynamo.utils.counters['graph_break']
+    assert (
+        torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+        and not torch._dynamo.utils.counters['graph_break']
+    )
 
 
 def test_flops_per_token_counts_every_product():
     """Against torch's own counter of a forward pass; backward costs twice that."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    for change in ({}, dict(family='opt', act='relu', n_kv_head=4, embed_dim=16, pre_norm=False), dict(family='gpt_neox', tied=False, n_kv_head=4)):
+
+    for change in (
+        {},
+        dict(family='opt', act='relu', n_kv_head=4, embed_dim=16, pre_norm=False),
+        dict(family='gpt_neox', tied=False, n_kv_head=4),
+    ):
         ours, T = small(**change), 100
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             ours(torch.randint(0, V, (1, T)))
-        causal = 2 * ours.config.n_layer * T * T * 32  # the counter takes attention for full, twice the causal half
+        causal = (
+            2 * ours.config.n_layer * T * T * 32
+        )  # the counter takes attention for full, twice the causal half
         assert counter.get_total_flops() == ours.flops_per_token(T) * T / 3 + causal
