@@ -2336,6 +2336,98 @@ def read_jsonl(path):
         raise InputError(f'{path}: {error.strerror}') from None
 
 
+def parquet_files(where):
+    """The .parquet files that `where` names, sorted: a file, a folder of shards, or one of the hub.
+
+    `hub:owner/name` is a data set of the Hugging Face hub, `hub:owner/name:split` the part of it
+    whose folder or file is called so (`train`, or `en/train`: a configuration and its split),
+    `hub:owner/name@revision` another revision. Its files stay there, one is named
+    `hub:owner/name@revision:path.parquet`, and read_parquet fetches it. Raises InputError.
+    """
+    if not where.startswith('hub:'):
+        if os.path.isfile(where):
+            return [where]
+        found = []
+        for folder, folders, names in os.walk(where):
+            folders.sort()
+            found += [os.path.join(folder, name) for name in sorted(names)]
+        found = [path for path in found if path.endswith('.parquet')]
+        if not found:
+            raise InputError(f'{where}: no .parquet file there')
+        return found
+
+    repo, _, split = where.removeprefix('hub:').partition(':')
+    if split.endswith('.parquet'):
+        return [where]
+    name, _, revision = repo.partition('@')
+    # a data set in another format has a copy in parquet, made by the hub, in this branch
+    for branch in [revision] if revision else ['main', 'refs/convert/parquet']:
+        names = [path for path in _hub_files(name, branch) if path.endswith('.parquet')]
+        if names:
+            break
+    pattern = ''.join(
+        rf'(.*/)?{re.escape(part)}([-_.][^/]*)?/' for part in split.split('/') if part
+    )
+    found = [path for path in sorted(names) if re.match(pattern, path + '/')]
+    if not found:
+        there = ', '.join(sorted({os.path.dirname(path) or path for path in names})[:8]) or 'none'
+        raise InputError(f'{where}: no .parquet file of that name on the hub (there: {there})')
+    return [f'hub:{name}@{branch}:{path}' for path in found]
+
+
+def _hub_files(name, revision):
+    """The files of a data set of the hub or, where the hub cannot be reached, of its local copy."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        return HfApi().list_repo_files(name, repo_type='dataset', revision=revision)
+    except RevisionNotFoundError:
+        return []
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:200]
+    try:
+        folder = snapshot_download(
+            name, repo_type='dataset', revision=revision, local_files_only=True
+        )
+    except Exception:
+        raise InputError(f'hub:{name}: the hub did not give it ({reason})') from None
+    return [os.path.relpath(path, folder) for path in parquet_files(folder)]
+
+
+def read_parquet(where, group=None):
+    """Yields the rows of parquet data, dicts of plain Python values, a few at a time in memory.
+
+    where: as of parquet_files. group: of each file this row group alone, from 0. Audio stays a struct dict(bytes=..., path=...): load_audio takes
+    io.BytesIO(row['audio']['bytes']). Raises InputError naming the file, or what to install.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError('parquet is read by a package: pip install pyarrow') from None
+
+    for name in parquet_files(where):
+        path = name
+        if name.startswith('hub:'):
+            from huggingface_hub import hf_hub_download
+
+            repo, _, file = name.removeprefix('hub:').partition(':')
+            repo, _, revision = repo.partition('@')
+            try:
+                path = hf_hub_download(repo, file, repo_type='dataset', revision=revision or None)
+            except Exception as error:
+                reason = ' '.join(str(error).split())[:200]
+                raise InputError(f'{name}: the hub did not give it ({reason})') from None
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                groups = range(file.num_row_groups) if group is None else [group]
+                for batch in file.iter_batches(batch_size=16, row_groups=groups):
+                    yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f'{path}: not readable as parquet ({error})') from None
+
+
 @contextlib.contextmanager
 def write_atomic(path, mode='w'):
     """A file that appears under `path` whole or not at all: `with write_atomic(path) as file: ...`
