@@ -2446,9 +2446,49 @@ def write_atomic(path, mode='w'):
             os.remove(aside)
 
 
+# The Penn Treebank's word rule as NLTK's word_tokenize has it, each rule in its turn: what is to
+# become a word of its own gets spaces around it. Auto-BLEU counts such words.
+WORD_RULES = [
+    # quotes that open
+    (r'([«“‘„]|`+)', r' \1 '),
+    (r'^"', '``'),
+    (r'(``)', r' \1 '),
+    (r'([ (\[{<])("|\'{2})', r'\1 `` '),
+    (r"(?i)(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", r'\1 '),
+    # punctuation: a full stop only where the text ends, a comma or a colon not before a digit
+    (r'([^.])(\.)([\])}>"\'»”’ ]*+)\s*$', r'\1 \2 \3 '),
+    (r'([:,])([^\d])', r' \1 \2'),
+    (r'([:,])$', r' \1 '),
+    (r'(\.{2,}|[;@#$%&\u2012-\u2015])', r' \1 '),
+    (r'([^.])(\.)([\])}>"\']*)\s*$', r'\1 \2\3 '),
+    (r'([?!])', r' \1 '),
+    (r"([^'])' ", r"\1 ' "),
+    (r'([*\]\[(){}<>]|--)', r' \1 '),
+    (r'^|$', ' '),
+    # quotes that close, and what an apostrophe joins to a word
+    (r'([»”’])', r' \1 '),
+    (r'\'\'|"', " '' "),
+    (r'\s+', ' '),
+    (r"([^' ])('[sSmMdD]|') ", r'\1 \2 '),
+    (r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) ", r'\1 \2 '),
+    # contractions without one
+    (r'(?i)\b(can)(not)\b', r' \1 \2 '),
+    (r"(?i)\b(d)('ye)\b", r' \1 \2 '),
+    (r'(?i)\b(gim)(me)\b', r' \1 \2 '),
+    (r'(?i)\b(gon)(na)\b', r' \1 \2 '),
+    (r'(?i)\b(got)(ta)\b', r' \1 \2 '),
+    (r'(?i)\b(lem)(me)\b', r' \1 \2 '),
+    (r"(?i)\b(more)('n)\b", r' \1 \2 '),
+    (r'(?i)\b(wan)(na)(?=\s)', r' \1 \2 '),
+    (r"(?i) ('t)(is|was)\b", r' \1 \2 '),
+]
+
+
 def tokenize_words(text):
-    """The words and punctuation marks of a text, for auto-BLEU."""
-    return re.findall(r"[\w']+|[^\w\s]", text)
+    """The words and punctuation marks of a text: NLTK's word_tokenize(text, preserve_line=True)."""
+    for pattern, replacement in WORD_RULES:
+        text = re.sub(pattern, replacement, text)
+    return text.split()
 
 
 def auto_bleu(words, n=2):

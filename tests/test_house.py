@@ -10,7 +10,15 @@ import time
 
 import pytest
 
-from model import InputError, auto_bleu, find_audio, pack_rows, read_jsonl, write_atomic
+from model import (
+    InputError,
+    auto_bleu,
+    find_audio,
+    pack_rows,
+    read_jsonl,
+    tokenize_words,
+    write_atomic,
+)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ['prepare_units', 'make_synthetic', 'train', 'dpo', 'eval_slm', 'sample']
@@ -201,6 +209,25 @@ def test_find_audio(tmp_path):
     for bad in ('empty', 'absent'):
         with pytest.raises(InputError, match=bad):
             find_audio(str(tmp_path / bad))
+
+
+def test_words_against_nltk():
+    """Words, quotes, stops and clitics thrown together at random, and what a recogniser writes."""
+    import random
+
+    from nltk.tokenize import word_tokenize
+
+    fragments = (
+        """can't cannot CANNOT d'ye gimme gonna gotta lemme more'n wanna 'tis 'Twas we're """
+        """they've DON'T it's dogs' 'em 's ' '' `` ` " “ ” ‘ ’ « » „ ( ) [ ] { } < > -- --- – — ... .. . """
+        """, : ; ? ! @ # $ % & * 3,000 3.14 10:30 U.S. Mr. end. word, a:b Ünïcode the cat I'll"""
+    ).split(' ')
+    rng = random.Random(0)
+    for _ in range(3000):
+        words = [rng.choice(fragments) + rng.choice(['', ' ', '  ', '\n']) for _ in range(8)]
+        text = ''.join(words[: rng.randint(0, 8)])
+        assert tokenize_words(text) == word_tokenize(text, preserve_line=True)
+    assert tokenize_words('"I can\'t," he said.') == "`` I ca n't , '' he said .".split()
 
 
 def test_auto_bleu_by_hand():
