@@ -1,660 +1,826 @@
-"""Direct preference optimisation of a speech language model: the thirty minutes after pre-training (Slam, arXiv 2502.15814, Table 5).
+"""Preference tuning of a speech language model: the last half hour of Slam (arXiv 2502.15814).
 
-Notable: no second model. Before the first step the policy is the reference, so its log-probabilities of the completions that the run will
-meet are computed once and kept beside the pairs. Pairs are packed into rows of one fixed width, chosen and rejected sharing one computation
-of their prompt, and dealt so that batches have about as many tokens. No step waits for the GPU; a run killed at any moment goes on exactly.
+Notable: no second model. Before the first step the policy is the reference, so its
+log-probabilities are computed once and kept beside the pairs. A pair is one document in which
+chosen and rejected follow the same prompt, computed once; rows are packed with whole pairs. No
+step waits for the GPU; a run killed at any moment goes on exactly when the command is repeated.
 
-    python dpo.py --init=out/slam                        # Table 5, as config/slam_dpo.py spells it
-    python dpo.py config/demo_dpo.py                     # the offline demo, under a minute on a CPU
+    python dpo.py config/slam_dpo.py             # Table 5: half an hour on one GPU
+    python dpo.py config/demo_dpo.py             # the offline demo, under a minute on a CPU
     torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
 
-data: JSON lines of prepare_units.py or of the public toolkit: prompt, chosen and rejected, each with `units` or `audio_repr` ("<Un12><Un7>").
-out_dir becomes a checkpoint that transformers can load, with train_state.pt to go on from, log.jsonl and (given matplotlib) curve.png;
-out_dir/best is the best by held-out accuracy. The same command leaves a finished run alone.
+data: JSON lines of prepare_units.py or of the public toolkit: prompt, chosen and rejected, each
+with `units` or `audio_repr` ("<Un12><Un7>"). out_dir becomes a checkpoint that transformers loads:
+always the best so far by held-out loss, the pre-trained model itself if nothing was better, and
+no checkpoint that a warning was given for. train_state.pt goes on from the last step; log.jsonl.
 """
 
 from config import configure, fail
 
 import hashlib
-import importlib.util
+import importlib
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from model import BOS, EOS, OFFSET, SLM, InputError, pick_device, pick_dtype
+from model import (
+    BOS,
+    EOS,
+    OFFSET,
+    SLM,
+    InputError,
+    auto_bleu,
+    pack_rows,
+    pick_device,
+    pick_dtype,
+    read_jsonl,
+    tokenize_words,
+    write_atomic,
+)
 
 # -----------------------------------------------------------------------------
 # Table 5 of the paper
-init = 'out/slam'  # the pre-trained model: a folder of train.py, slprl/slam, or any SLM that model.py opens
+init = 'out/slam'  # the pre-trained model: a folder of train.py, slprl/slam, any SLM of model.py
 data = 'data/spokenswag/pairs.jsonl'  # preference pairs; several files with commas
 out_dir = 'out/slam-dpo'
-beta = 0.1  # how dearly leaving the reference is paid: reward = beta * log-ratio
-label_smoothing = 0.0  # cDPO: the share of pairs believed to be labelled the wrong way round
+loss = 'dpo'  # dpo, ipo, simpo (LOSSES below)
+beta = 0.1  # dpo: the price of leaving the reference; ipo: tau, take 1; simpo: a scale, take 2
 sft_weight = 0.0  # of a next-token loss on the chosen completions, which holds their likelihood up
-max_auto_bleu = 0.3  # pairs whose prompt + chosen repeat as much of their bigrams, or more, are dropped; 1.1: keep all
-context = 1024  # tokens of prompt + completion: longer prompts lose their beginning, completions their end
+max_auto_bleu = 0.3  # pairs whose words repeat such a share of their bigrams are dropped; 0: keep
+max_unit_bleu = 0.0  # the same of units, for pairs without text; 0: keep
+context = 1024  # tokens of prompt + completion: prompts lose their beginning, completions their end
 rope_theta = 10000.0  # of the pre-training; 0: what init says
-batch_size = 4  # rows of at most `context` tokens in one pass of one device
-accumulation = 16  # a step takes batch_size x accumulation pairs over all devices; packed, they fit in fewer passes
-lr = 5e-5  # of AdamW without weight decay; inverse square root after the warmup
-warmup_steps = 100  # 0: none, and a time scale of 10,000 steps
-grad_clip = 0.5  # norm; 0: none
+batch_pairs = 64  # pairs in a step, over all devices
+row_tokens = 8192  # at most in a pass: as for train.py, what memory bears
+lr = 5e-5  # peak, of AdamW, for 358 M parameters; a model of 1 M from scratch takes 5e-4
+warmup_steps = 100  # then the inverse square root; 0: none, and a time scale of 10,000 steps
+grad_clip = 0.5  # gradient norm; 0: off
 max_steps = 813  # the run ends at this many steps (0: no limit),
-epochs = 0.0  # or passes over the pairs (0: no limit),
-train_hours = (
-    0.5  # or hours, the reference pass included, validation not (0: no limit), whichever is first
-)
-eval_interval = 100  # steps; 0: never
-val_pairs = 512  # held out at most: those with split 'val', or where none has, 5 % at most, by a hash of their tokens
-save_interval = 200  # steps; 0: at the end
-warn_drop = 0.5  # nats a token that held-out chosen completions may fall below the reference before a warning
-resume = True  # go on from out_dir/train_state.pt; False: start over
-log_interval = 10
-wandb = False  # pip install wandb; WANDB_PROJECT and its other variables say where to
-compile = None  # None: on CUDA
+epochs = 3.0  # or passes over the pairs (0: no limit),
+train_hours = 0.5  # or hours with the reference's pass, not validation (0: no limit), the first
+eval_interval = 100  # steps between validations; 0: none
+val_pairs = 512  # held out at most: those with split 'val', and others up to a tenth of all
+save_interval = 200  # steps between checkpoints; 0: at the end alone
+resume = True  # continue from out_dir/train_state.pt if there is one; False: start over
+log_interval = 10  # steps between lines on the terminal
+wandb = False  # also log to Weights & Biases (pip install wandb)
+compile = None  # torch.compile; None: on CUDA
 seed = 1234
 device = 'auto'  # auto, cuda, mps, cpu
 dtype = 'auto'  # of the products: auto is bfloat16 on CUDA, float32 elsewhere
 # -----------------------------------------------------------------------------
 
-FREE = 'out_dir max_steps epochs train_hours eval_interval save_interval warn_drop resume log_interval wandb compile device'  # may differ on resuming
-VAL = (
-    'val',
-    'validation',
-    'valid',
-    'dev',
-)  # what a split that is held out is called; test and the like are left alone
-NAMES = 'loss accuracy margin chosen rejected drift preferred'.split()
+# What may differ when a run is continued: all else decides what the run computes.
+FREE = (
+    *('out_dir', 'row_tokens', 'max_steps', 'epochs', 'train_hours', 'eval_interval'),
+    *('save_interval', 'resume', 'log_interval', 'wandb', 'compile', 'device'),
+)
+HELD_OUT = ('val', 'validation', 'valid', 'dev')  # names of a split; test and the like are unused
+FEW = 50  # held-out pairs: below this a percentage means little
+SINKING = 0.3  # nats a token: chosen completions that much less likely than before are damage
+SAMPLES, SAMPLE_TOKENS = 32, 50  # drawn at each validation, always with the same seed
+REPEATS = 0.005  # of the units sampled: so many more immediate repeats than before are damage
 
 
-def dpo_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0
-):
-    """The loss of Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), one value a pair:
-    -log sigmoid(beta * [(policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)])
-    Each argument: (n,) log-probabilities in nats of whole completions with their EOS given the prompt, summed over tokens.
-    label_smoothing: probability e < 0.5 that a label is wrong; the loss is (1 - e) of the above and e of that of the swapped pair
-    (cDPO, Mitchell 2023). Returns: losses (n,), and the implicit rewards, beta * log-ratio, of chosen (n,) and rejected (n,)."""
-    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
-    losses = -(1 - label_smoothing) * F.logsigmoid(
-        chosen - rejected
-    ) - label_smoothing * F.logsigmoid(rejected - chosen)
-    return losses, chosen.detach(), rejected.detach()
+# -----------------------------------------------------------------------------
+# The loss
 
 
-def measure(policy, reference, sizes, beta, label_smoothing=0.0):
-    """What NAMES lists, (7,), means over pairs. Arguments: (n, 2) for chosen and rejected, sizes in tokens.
-    accuracy: pairs with a positive margin of rewards. preferred: pairs whose chosen has the higher log-probability per token, as the
-    StoryCloze metrics count (ties are one half in both). drift: change of the chosen against the reference in nats a token."""
-    losses, chosen, rejected = dpo_loss(*policy.T, *reference.T, beta, label_smoothing)
-    won = (
-        torch.stack((chosen - rejected, -(policy / sizes).diff()[:, 0]))
-        .sign()
-        .mul(0.5)
-        .add(0.5)
-        .mean(1)
+def dpo_loss(policy, reference, sizes, beta):
+    """Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+
+    -log sigmoid(beta [log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)])
+
+    policy, reference: (n, 2) log-probabilities in nats of whole completions, chosen and rejected,
+    with their `<S>`, given the prompt. sizes: (n, 2) their tokens.
+    Returns: losses (n,), rewards (n, 2) whose difference is the margin.
+    """
+    rewards = beta * (policy - reference)
+    losses = -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
+    return losses, rewards
+
+
+def ipo_loss(policy, reference, sizes, beta):
+    """Identity Preference Optimization (Azar et al. 2023, arXiv 2310.12036, eq. 17).
+
+    (h - 1 / (2 tau))^2, h the difference of the log-ratios to the reference, each a mean over the
+    tokens of its completion, as the authors computed it (says TRL). beta is their tau: the margin
+    aimed at is 1 / (2 tau) nats a token. Arguments and results as in dpo_loss.
+    """
+    rewards = (policy - reference) / sizes
+    losses = (rewards[:, 0] - rewards[:, 1] - 1 / (2 * beta)) ** 2
+    return losses, rewards
+
+
+def simpo_loss(policy, reference, sizes, beta, gamma_ratio=0.5):
+    """Simple Preference Optimization (Meng et al. 2024, arXiv 2405.14734, eq. 6): no reference.
+
+    -log sigmoid(beta [mean log p of a chosen token - mean log p of a rejected one] - gamma), with
+    gamma = gamma_ratio beta, as the authors advise. Arguments and results as in dpo_loss.
+    """
+    rewards = beta * policy / sizes
+    losses = -F.logsigmoid(rewards[:, 0] - rewards[:, 1] - gamma_ratio * beta)
+    return losses, rewards
+
+
+# name -> the function, and whether it takes the reference's log-probabilities
+LOSSES = {
+    'dpo': (dpo_loss, True),
+    'ipo': (ipo_loss, True),
+    'simpo': (simpo_loss, False),
+}
+
+
+# -----------------------------------------------------------------------------
+# Pairs
+
+
+class Pair(NamedTuple):
+    """A preference pair as one document, (T,) each: prompt (branch 0), chosen (1), rejected (2)."""
+
+    tokens: np.ndarray
+    branch: np.ndarray
+    positions: np.ndarray  # chosen and rejected both go on where the prompt ends
+    sizes: tuple  # tokens of chosen and of rejected, the log-probabilities of which count
+
+
+def make_pair(prompt, chosen, rejected, context):
+    """The Pair of three arrays of units, cut so that `<S>` + prompt + either + `<S>` <= context.
+
+    The prompt loses its beginning, down to half the context, then completions lose their ends.
+    """
+    prompt = np.append(BOS, prompt + OFFSET)
+    completions = [np.append(units + OFFSET, EOS) for units in (chosen, rejected)]
+    longest = max(map(len, completions))
+    prompt = prompt[-max(context // 2, context - longest) :]
+    chosen, rejected = (completion[: context - len(prompt)] for completion in completions)
+
+    ends = np.arange(len(prompt), context)
+    return Pair(
+        tokens=np.concatenate((prompt, chosen, rejected)),
+        branch=np.repeat((0, 1, 2), (len(prompt), len(chosen), len(rejected))),
+        positions=np.concatenate(
+            (np.arange(len(prompt)), ends[: len(chosen)], ends[: len(rejected)])
+        ),
+        sizes=(len(chosen), len(rejected)),
     )
-    drift = (policy - reference)[:, 0].sum() / sizes[:, 0].sum()
-    return torch.stack(
-        (losses.mean(), won[0], (chosen - rejected).mean(), *policy.mean(0), drift, won[1])
-    )
 
 
-def learning_rate(step, peak, warmup):
-    """The rate of step (from 0): linear warmup, then peak * sqrt(timescale / (step + timescale - warmup)), timescale = warmup or 10,000."""
-    timescale = warmup or 10_000
-    return peak * min(
-        (step + 1) / max(1, warmup), math.sqrt(timescale / (max(step, warmup) + timescale - warmup))
-    )
+def read_units(part):
+    """Units (n,) int64 of a list, of "<Un12><Un7>", or of a dict with either.
 
-
-def auto_bleu(words):
-    """Share of the bigrams of a sequence that occur in it more than once (Lakhotia et al. 2021, auto-BLEU with n = 2)."""
-    counts = Counter(zip(words, words[1:]))
-    return sum(n for n in counts.values() if n > 1) / max(1, len(words) - 1)
+    Raises KeyError, TypeError or ValueError where it is none of these.
+    """
+    if isinstance(part, dict):
+        part = part['units'] if 'units' in part else part['audio_repr']
+    if isinstance(part, str):
+        part = [int(unit) for unit in re.findall(r'<Un(\d+)>', part)]
+    units = np.array(part)
+    if units.ndim != 1 or units.size and units.dtype.kind != 'i':
+        raise TypeError('units are no list of whole numbers')
+    return units.astype(np.int64)
 
 
 def read_pairs(path):
-    """Yield of each line: units of prompt, chosen, rejected (int64 arrays), split, and words and punctuation of prompt + chosen (None: no text).
-    Raises InputError naming file and line."""
+    """Yields (units of prompt, chosen, rejected; split; words of prompt + chosen) of each line.
+
+    Without text there are no words: []. Raises InputError naming file and line.
+    """
     if not os.path.isfile(path):
-        raise InputError(
-            f'no pairs file {path!r}: make_synthetic.py and prepare_units.py make preference pairs, see --data'
-        )
-    for number, line in enumerate(open(path, 'rb'), 1):
+        raise InputError(f'no pairs {path!r}: prepare_units.py makes preference pairs, see --data')
+    for number, row in read_jsonl(path):
+        texts = []
         try:
-            row, units, texts = json.loads(line), [], []
-            for key in ('prompt', 'chosen', 'rejected'):
-                part = (
-                    row[key]
-                    if isinstance(row[key], dict)
-                    else {'audio_repr' if isinstance(row[key], str) else 'units': row[key]}
-                )
-                units.append(
-                    np.array(
-                        part['units']
-                        if 'units' in part
-                        else [int(u) for u in re.findall(r'<Un(\d+)>', part['audio_repr'])]
-                    )
-                )
-                if units[-1].size and units[-1].dtype.kind != 'i' or units[-1].ndim != 1:
-                    raise TypeError(f'units of {key} are no list of whole numbers')
-                units[-1] = units[-1].astype(np.int64)
-                texts.append(row.get(key + '_text') or part.get('text') or '')
-            words = re.findall(r"[\w']+|[^\w\s]", f'{texts[0]} {texts[1]}') if texts[1] else None
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            units = [read_units(row[key]) for key in ('prompt', 'chosen', 'rejected')]
+            for key in ('prompt', 'chosen'):
+                inner = row[key].get('text') if isinstance(row[key], dict) else None
+                texts.append(row.get(key + '_text') or inner or '')
+            words = tokenize_words(' '.join(texts)) if texts[1] else []
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(
-                f'{path} line {number} is no preference pair ({type(error).__name__}: {error}): it takes prompt, chosen and rejected, '
-                f'each with "units" or "audio_repr"'
+                f'{path}, line {number}: no preference pair ({type(error).__name__}: {error}): it '
+                f'takes prompt, chosen and rejected, each with "units" or "audio_repr"'
             ) from None
-        yield *units, row.get('split'), words
+        yield units, row.get('split'), words
 
 
-def truncate(prompt, chosen, rejected, context):
-    """Cut tokens so that prompt + either completion <= context: the prompt's beginning, down to half the context, then completions' ends."""
-    prompt = prompt[-max(context // 2, context - max(len(chosen), len(rejected))) :]
-    return prompt, chosen[: context - len(prompt)], rejected[: context - len(prompt)]
+def load_pairs(paths, n_units, context, max_auto_bleu, max_unit_bleu, val_pairs):
+    """The pairs to train on, those held out, and a Counter of what was met on the way.
 
-
-def load_pairs(paths, n_units, context, max_auto_bleu, val_pairs):
-    """The pairs (prompt, chosen, rejected) of tokens to train on, those held out, and counts of what was met on the way."""
+    Both lists are in an order of their own, by a hash of the tokens: the lines' order is nothing.
+    """
     train, val, count = [], [], Counter()
     for path in paths.split(','):
-        for *units, split, words in read_pairs(path):
+        for units, split, words in read_pairs(path):
             count['read'] += 1
-            count['without_text'] += words is None
-            strange = [u for part in units for u in part.tolist() if not 0 <= u < n_units]
+            prompt, chosen, rejected = units
+            strange = [unit for unit in np.concatenate(units).tolist() if not 0 <= unit < n_units]
             if strange:
                 raise InputError(
-                    f'{path} has unit {strange[0]}, the model knows 0 to {n_units - 1}: encode the pairs with the encoder of the model'
+                    f'{path} has unit {strange[0]}, the model knows 0 to {n_units - 1}: encode the '
+                    f'pairs with the encoder of the model'
                 )
-            if not len(units[1]) or not len(units[2]) or np.array_equal(units[1], units[2]):
-                count['unusable'] += 1
-            elif split not in (None, '', 'train', *VAL):
+            if split and split != 'train' and split not in HELD_OUT:
                 count['others'] += 1
-            elif (
-                auto_bleu(np.concatenate(units[:2]).tolist() if words is None else words)
-                >= max_auto_bleu
-            ):
+                continue
+            if 0 < max_auto_bleu <= auto_bleu(words):
                 count['repetitive'] += 1
-            else:
-                pair = (
-                    np.append(BOS, units[0] + OFFSET),
-                    np.append(units[1] + OFFSET, EOS),
-                    np.append(units[2] + OFFSET, EOS),
-                )
-                cut = truncate(*pair, context)
-                count['truncated'] += any(len(a) < len(b) for a, b in zip(cut, pair))
-                if np.array_equal(*cut[1:]):
-                    count['unusable'] += 1
-                    continue
-                (val if split in VAL else train).append(cut)
+                continue
+            if 0 < max_unit_bleu <= auto_bleu(np.append(prompt, chosen).tolist()) and not words:
+                count['repetitive'] += 1
+                continue
+            pair = make_pair(*units, context)
+            ours, theirs = (pair.tokens[pair.branch == branch] for branch in (1, 2))
+            if not len(chosen) or not len(rejected) or np.array_equal(ours, theirs):
+                count['unusable'] += 1
+                continue
+            count['truncated'] += len(pair.tokens) < len(np.concatenate(units)) + 3
+            (val if split in HELD_OUT else train).append(pair)
 
     for pairs in (train, val):
-        pairs.sort(
-            key=lambda pair: hashlib.sha256(b'|'.join(part.tobytes() for part in pair)).digest()
-        )
-    held = 0 if val else min(val_pairs, len(train) // 20)
-    return train[held:], (val or train[:held])[:val_pairs], count
+        pairs.sort(key=lambda pair: hashlib.sha256(pair.tokens.tobytes()).digest())
+    short = max(0, min(val_pairs, (len(train) + len(val)) // 10) - len(val))
+    return train[short:], (val + train[:short])[:val_pairs], count
 
 
-def deal(lengths, n, seed, epoch):
-    """The batches of an epoch, (len(lengths) // n, n) indices: of the pairs sorted by length each batch gets one, at random, of every n-th part,
-    so that all hold about as many tokens. The remainder sits this epoch out."""
+# -----------------------------------------------------------------------------
+# Batches
+
+
+def deal_batches(lengths, batch_pairs, seed, epoch):
+    """The batches of an epoch, (len(lengths) // batch_pairs, batch_pairs) indices, all about even.
+
+    Of the pairs sorted by length each batch gets one, at random, of every stretch. The pairs left
+    over sit this epoch out.
+    """
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))[: len(lengths) // n * n]
-    return rng.permuted(order[np.argsort(lengths[order], kind='stable')].reshape(n, -1), axis=1).T
+    order = rng.permutation(len(lengths))[: len(lengths) // batch_pairs * batch_pairs]
+    by_length = order[np.argsort(lengths[order], kind='stable')]
+    return rng.permuted(by_length.reshape(batch_pairs, -1), axis=1).T
 
 
-def pack(lengths, width):
-    """Best fit decreasing: rows of indices into lengths (n,), each row with a sum <= width."""
-    rows, room = [], []
-    for i in np.argsort(-lengths, kind='stable').tolist():
-        left, r = min(
-            ((left, r) for r, left in enumerate(room) if left >= lengths[i]),
-            default=(width, len(rows)),
-        )
-        if r == len(rows):
-            rows.append([])
-            room.append(width)
-        rows[r].append(i)
-        room[r] = left - int(lengths[i])
-    return rows
+def row_width(lengths, batch_pairs, row_tokens, world, multiple=128):
+    """The width of all rows: a batch of mean length fills so many, a multiple of the processes.
+
+    2 % is kept free for what packing leaves. multiple: 128 is what flex attention wants.
+    """
+    batch_tokens = 1.02 * batch_pairs * float(np.mean(lengths))
+    rows = world * math.ceil(batch_tokens / row_tokens / world)
+    tokens = max(batch_tokens / rows, max(lengths))
+    return math.ceil(tokens / multiple) * multiple
 
 
-def lay_out(pairs, width, batch_size):
-    """The forward passes of a batch of pairs, rows of `width` tokens without padding between pairs.
-    Returns: (passes, 6, batch_size, width) int64: tokens, mask, doc, positions, branch and segments of SLM.logps. A pair is one document:
-    prompt (branch 0), then chosen (1) and rejected (2), both of which follow the prompt; pair i counts in segments 2 i and 2 i + 1. What is
-    left of a row is filler: document 0, masked out."""
-    rows = pack(np.array([sum(map(len, pair)) for pair in pairs]), width)
-    laid = np.zeros((-(-len(rows) // batch_size), 6, batch_size, width), np.int64)
-    for r, row in enumerate(rows):
-        at = 0
-        for i in row:
-            P, C, R = map(len, pairs[i])
-            laid[r // batch_size, :, r % batch_size, at : at + P + C + R] = (
-                np.concatenate(pairs[i]),
-                np.repeat((0, 1), (P, C + R)),
-                np.full(P + C + R, i + 1),
-                np.r_[: P + C, P : P + R],
-                np.repeat((0, 1, 2), (P, C, R)),
-                np.repeat((0, 2 * i, 2 * i + 1), (P, C, R)),
-            )
-            at += P + C + R
-    return torch.from_numpy(laid)
+def lay_out(pairs, width):
+    """Rows of `width` tokens packed with whole pairs; a row is one forward pass.
+
+    Returns: list of (row, indices). indices: (m,) the pairs in this row. row: (6, 1, width) int64,
+    the tokens, mask, doc, positions, branch and segments of SLM.logps: the k-th pair of the row is
+    document k + 1 and counts in segments 2 k (chosen) and 2 k + 1 (rejected). What is left of a
+    row is document 0, masked out.
+    """
+    passes = []
+    for indices in pack_rows([len(pair.tokens) for pair in pairs], width):
+        row = np.zeros((6, 1, width), np.int64)
+        tokens, mask, doc, positions, branch, segments = row[:, 0]
+        start = 0
+        for k, i in enumerate(indices):
+            end = start + len(pairs[i].tokens)
+            tokens[start:end] = pairs[i].tokens
+            mask[start:end] = pairs[i].branch > 0
+            doc[start:end] = k + 1
+            positions[start:end] = pairs[i].positions
+            branch[start:end] = pairs[i].branch
+            segments[start:end] = 2 * k + (pairs[i].branch == 2)
+            start = end
+        passes.append((torch.from_numpy(row), np.array(indices)))
+    return passes
 
 
-def choose_width(lengths, batches, context, batch_size):
-    """The width of rows, at most context (more only if one pair of all needs it), whose passes these batches fill best, and the share they fill."""
-    best, longest = (0.0, 0), -(-int(lengths.max()) // 8) * 8
-    for width in range(longest, max(context, longest) + 1, 8):
-        passes = sum(-(-len(pack(lengths[batch], width)) // batch_size) for batch in batches)
-        best = max(best, (float(lengths[batches].sum()) / (passes * batch_size * width), width))
-    return best[1], best[0]
+# -----------------------------------------------------------------------------
+# Model and measures
 
 
-if __name__ == '__main__':
-    config = configure(globals())
-    # --- processes and device: torchrun sets RANK, LOCAL_RANK and WORLD_SIZE
+def learning_rate(step, peak, warmup_steps):
+    """The rate of a step (from 0): a linear warmup, then the inverse square root.
+
+    peak * sqrt(timescale / (step + timescale - warmup)), timescale = warmup or 10,000.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    timescale = warmup_steps or 10_000
+    return peak * math.sqrt(timescale / (step + timescale - warmup_steps))
+
+
+def fingerprint(model, pairs, dtype):
+    """What the reference's log-probabilities are a function of, as hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps([model.config.to_hf(), str(dtype)]).encode())
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().data)
+    for pair in pairs:
+        digest.update(pair.tokens.tobytes() + pair.branch.tobytes())
+    return digest.hexdigest()
+
+
+def to_device(tensor, device):
+    """A copy on the device that is made while it works."""
+    tensor = tensor.pin_memory() if device.type == 'cuda' else tensor
+    return tensor.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def score(row_logps, pairs, width, device, rank=0, world=1, name=None):
+    """Log-probabilities (len(pairs), 2) on the CPU; the processes share the rows."""
+    found = torch.zeros(len(pairs), 2, device=device)
+    passes = lay_out(pairs, width)[rank::world]
+    for row, indices in tqdm(passes, name, unit='row', disable=not name or rank > 0):
+        found[to_device(torch.from_numpy(indices), device)] = row_logps(row, len(indices))
+    if world > 1:
+        dist.all_reduce(found)
+    return found.cpu()
+
+
+def measure(losses, rewards):
+    """Sums over pairs, (3,): loss, pairs won (a tie is half of one), margin of the rewards."""
+    margins = (rewards[:, 0] - rewards[:, 1]).detach()
+    return torch.stack((losses.detach().sum(), (margins.sign() + 1).sum() / 2, margins.sum()))
+
+
+def measure_samples(model, prompts):
+    """Of short continuations: dict of units, the share of immediate repeats, and auto-BLEU.
+
+    The same draws every time. auto-BLEU: the mean over samples, of bigrams of units.
+    """
+    room = max(1, model.config.context - SAMPLE_TOKENS)
+    prompts = [torch.from_numpy(prompt[:room]) for prompt in prompts]
+    samples = model.generate(prompts, SAMPLE_TOKENS, repetition_penalty=1.0, seed=0)
+    repeats = units = 0
+    for prompt, sample in zip(prompts, samples, strict=True):
+        line = torch.cat((prompt[-1:], sample))
+        repeats += int((line[1:] == line[:-1]).sum())
+        units += len(sample)
+    bleu = sum(auto_bleu(sample.tolist()) for sample in samples) / len(samples)
+    return dict(units=units, repeats=repeats / max(1, units), auto_bleu=bleu)
+
+
+def add_up(totals, numbers):
+    """totals, (7,) on the device, and a step: sums of its four numbers, the last the gradient norm,
+    over finite steps; how many were finite and how many not, and of these how many in a row."""
+    none, one = torch.zeros(1, device=totals.device), torch.ones(1, device=totals.device)
+    good = torch.cat((numbers, one, none, -totals[-1:]))
+    bad = torch.cat((torch.zeros_like(numbers), none, one, one))
+    return totals + torch.where(numbers[-1].isfinite(), good, bad)
+
+
+def tell(record, last_step):
+    """The line on the terminal of a record of log.jsonl."""
+    parts = [f'step {record["step"]}/{last_step}']
+    if record['loss'] is not None:
+        parts += [f'loss {record["loss"]:.4f}', f'accuracy {record["accuracy"]:.1%}']
+        parts += [f'margin {record["margin"]:.3f}', f'norm {record["norm"]:.2f}']
+    if 'skipped' in record:
+        parts.append(f'{record["skipped"]} not finite, skipped')
+    return ' | '.join([*parts, f'lr {record["lr"]:.2e}'])
+
+
+def tell_validation(scores, before, n_pairs):
+    """The lines on the terminal of a validation, n beside every percentage."""
+    return (
+        f'  {n_pairs} pairs held out: loss {scores["val_loss"]:.4f}, accuracy '
+        f'{scores["val_accuracy"]:.1%}, margin {scores["val_margin"]:.3f}, drift of the chosen '
+        f'{scores["val_drift"]:+.3f} nats a token\n'
+        f'  {scores["val_units"]:,} units sampled: immediate repeats {scores["val_repeats"]:.1%} '
+        f'(before {before["val_repeats"]:.1%}), auto-BLEU {scores["val_auto_bleu"]:.1%} '
+        f'(before {before["val_auto_bleu"]:.1%})'
+    )
+
+
+def find_damage(scores, before):
+    """What a user must be told, each a line that names the remedy: none if all is well."""
+    damage = []
+    if scores['val_drift'] < -SINKING:
+        damage.append(f'chosen completions lost {-scores["val_drift"]:.2f} nats a token')
+    if scores['val_repeats'] > before['val_repeats'] + REPEATS:
+        damage.append(f'immediate repeats are {scores["val_repeats"]:.1%} of the units sampled')
+    return [f'{line}: lower --lr, fewer --epochs, or --sft_weight=0.1' for line in damage]
+
+
+def describe_run(model, config):
+    """What slam.json will say, but for scores and compute."""
+    commit = subprocess.getoutput('git rev-parse HEAD 2>/dev/null') or None
+    recipe = dict(config, pretraining=model.slam.get('recipe'))
+    return dict(model.slam, stage='dpo', recipe=recipe, git_commit=commit)
+
+
+# -----------------------------------------------------------------------------
+# Processes, files and signals (train.py has the same)
+
+
+def check_ranges(config, least, below):
+    """Exit with code 2 where a number is under its `least` (0 if none) or not `below` its limit."""
+    for knob, value in config.items():
+        if type(value) in (int, float):
+            low, high = least.get(knob, 0), below.get(knob, math.inf)
+            if not low <= value < high:
+                fail(f'--{knob}={value} is out of range: at least {low}, less than {high}')
+
+
+def explain_memory(remedy):
+    """From now on, memory that is not there is one line on stderr that names the remedy."""
+    before = sys.excepthook
+
+    def hook(kind, error, trace):
+        none_left = issubclass(kind, torch.OutOfMemoryError | MemoryError)
+        if none_left or "can't allocate memory" in str(error):
+            fail(f'out of memory: {remedy}')
+        before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def start_processes(device):
+    """The device of this process, its rank and the number of processes, as torchrun set them."""
     rank, local, world = (
         int(os.environ.get(key, default))
         for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))
     )
     device = pick_device(device)
-    dtype, cuda, compile = (
-        pick_dtype(dtype, device),
-        device.type == 'cuda',
-        device.type == 'cuda' if compile is None else compile,
-    )
-
-    def say(text):
-        try:
-            _ = rank or print(text, flush=True)
-        except BrokenPipeError:  # a reader that left (`| head`) ends the lines, not the run
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    def hook(kind, error, trace, before=sys.excepthook):
-        if issubclass(
-            kind, (torch.OutOfMemoryError, MemoryError)
-        ) or "can't allocate memory" in str(error):
-            fail(
-                f'out of memory: lower --batch_size={batch_size} (and raise --accumulation={accumulation} as much) or --context={context}'
-            )
-        if issubclass(kind, ImportError):
-            fail(error)
-        before(kind, error, trace)
-
-    sys.excepthook = hook
-
-    least = dict(
-        context=4,
-        batch_size=1,
-        accumulation=1,
-        log_interval=1,
-        lr=1e-12,
-        beta=1e-12,
-        max_auto_bleu=1e-12,
-        warn_drop=-math.inf,
-    )
-    for knob, value in config.items():
-        if type(value) in (int, float) and not least.get(knob, 0) <= value < (
-            0.5 if knob == 'label_smoothing' else math.inf
-        ):
-            fail(
-                f'--{knob}={value} is out of range: it begins at {least.get(knob, 0)}'
-                + ' and ends before 0.5' * (knob == 'label_smoothing')
-            )
-    if cuda:
-        torch.cuda.set_device(device := torch.device('cuda', local))
+    if device.type == 'cuda':
+        device = torch.device('cuda', local) if world > 1 else device
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if world > 1:
-        dist.init_process_group(
-            'cpu:gloo,cuda:nccl' if cuda else 'gloo'
-        )  # gloo for the clock, so that no step waits for the device
-    if os.path.abspath(init) == os.path.abspath(out_dir):
-        fail(
-            f'init and out_dir are both {init}: the pre-trained model would be overwritten, choose another --out_dir'
-        )
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return device, rank, world
 
-    # --- model and data
+
+def stop_processes(world):
+    """All leave together: one that is gone is an error to another that still talks to it."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def share(numbers, device):
+    """Sums of a list of numbers over the processes: what all of them then agree on."""
+    if not dist.is_initialized():
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def catch_signals(rank):
+    """A list that the first SIGINT or SIGTERM enters; the second ends the process at once."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        if rank == 0:  # no print: it may be what was interrupted
+            os.write(2, b'\nstopping: this step is finished and saved; once more ends it at once\n')
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, catch)
+    return caught
+
+
+def say(text, rank=0):
+    """Print a line, in the first process alone. A reader that left (`| head`) ends no run."""
+    try:
+        if rank == 0:
+            print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def duration(seconds):
+    """'45 s', '3.2 min' or '23.5 h'."""
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.1f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+
+
+def load_state(out_dir, fresh, config, free):
+    """What a run of this command left in out_dir/train_state.pt, or `fresh` if there is nothing.
+
+    Exits with code 2 if it cannot be read, was written by an older version, or if a knob that is
+    not `free` had another value. Knobs that only one of two versions knows do not matter.
+    """
+    path = os.path.join(out_dir, 'train_state.pt')
+    if not os.path.exists(path):
+        return fresh
+    try:
+        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        fail(f'{path} cannot be read ({str(error)[:100]}): --resume=False starts over')
+    if not isinstance(state, dict) or {*fresh, 'config'} - set(state):
+        fail(f'{path} is not of this version: --resume=False starts over')
+    for knob in sorted(set(state['config']) & set(config) - set(free)):
+        before, now = state['config'][knob], config[knob]
+        if before != now:
+            remedy = 'choose another --out_dir, or --resume=False to start over'
+            fail(f'{out_dir} is a run with {knob}={before!r}, not {now!r}: {remedy}')
+    return state
+
+
+def save(folder, model, slam, state=None):
+    """Write a checkpoint; last, whole in one file, the state that a killed run goes on from."""
+    try:
+        model.save_pretrained(folder, slam)
+        if state is not None:
+            with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
+                torch.save(state, file)
+    except OSError as error:
+        remedy = 'make room and run the same command to continue'
+        fail(f'cannot write {folder} ({error}): the checkpoint before it is kept; {remedy}')
+
+
+def open_log(out_dir, step, rank=0):
+    """out_dir/log.jsonl to append to, without what a killed run wrote there past `step`."""
+    if rank:
+        return open(os.devnull, 'w')
+    path = os.path.join(out_dir, 'log.jsonl')
+    lines = []
+    if step and os.path.exists(path):
+        with open(path, encoding='utf-8') as file:
+            lines = [line for line in file if line.endswith('\n')]  # the last may be torn
+    with write_atomic(path) as file:
+        file.writelines(line for line in lines if json.loads(line)['step'] <= step)
+    return open(path, 'a', buffering=1, encoding='utf-8')
+
+
+if __name__ == '__main__':
+    config = configure(globals())
+
+    # --- what the knobs say, held against what can be done, before anything is read or built
+    least = dict(beta=1e-9, context=4, batch_pairs=1, row_tokens=1, lr=1e-12, log_interval=1)
+    check_ranges(config, least, {})
+    if loss not in LOSSES:
+        fail(f'loss {loss!r} is unknown: use {", ".join(LOSSES)}')
+    preference_loss, needs_reference = LOSSES[loss]
+    if os.path.abspath(init) == os.path.abspath(out_dir):
+        fail(f'init and out_dir are both {init}: choose another --out_dir, this one would be lost')
+    explain_memory(f'lower --row_tokens={row_tokens} (the batch stays) or --context={context}')
+    place, rank, world = start_processes(device)
+    cuda, product_dtype = place.type == 'cuda', pick_dtype(dtype, place)
+
+    # --- the model, which is its own reference until the first step, and the pairs
     model = SLM.from_pretrained(init, rope_theta=rope_theta or None)
     if not model.slam:
         fail(f'{init} is no speech language model: pre-train one with train.py --init={init}')
-    train, val, count = load_pairs(
-        data, model.config.vocab_size - OFFSET, context, max_auto_bleu, val_pairs
-    )
-    n, per_epoch, pairs = (
-        batch_size * accumulation,
-        len(train) // (batch_size * accumulation),
-        train + val,
-    )
+    n_units = model.config.vocab_size - OFFSET
+    train, val, count = load_pairs(data, n_units, context, max_auto_bleu, max_unit_bleu, val_pairs)
     say(
-        f'{data}: {count["read"]} pairs; dropped {count["repetitive"]} by auto-BLEU >= {max_auto_bleu} ({count["without_text"]} of units) '
-        f'and {count["unusable"]} empty or equal; {count["others"]} of other splits; {count["truncated"]} truncated; {len(val)} held out, '
-        f'{len(train)} to train on'
+        f'{data}: {count["read"]} pairs; dropped {count["repetitive"]} by auto-BLEU, '
+        f'{count["unusable"]} empty or equal, {count["others"]} of other splits; '
+        f'{count["truncated"]} truncated; {len(val)} held out, {len(train)} to train on',
+        rank,
     )
-    if len(train) < n:
-        fail(
-            f'{data} leaves {len(train)} pairs to train on, fewer than a batch of {n}: lower --batch_size or --accumulation'
-        )
-    all_lengths = np.array([sum(map(len, pair)) for pair in pairs])
-    lengths = all_lengths[: len(train)]
-    sizes = torch.tensor(
-        [[len(chosen), len(rejected)] for _, chosen, rejected in pairs]
-    )  # (pairs, 2) tokens
-    limits = [limit for limit in (max_steps, epochs and max(1, round(epochs * per_epoch))) if limit]
-    total_steps = min(limits, default=0 if train_hours else per_epoch)
-    width, filled = choose_width(all_lengths, deal(lengths, n, seed, 0)[:8], context, batch_size)
-    digest = hashlib.sha256(json.dumps([model.config.to_hf(), str(dtype)], sort_keys=True).encode())
-    for array in [p.detach().numpy() for p in model.parameters()] + [
-        part for pair in pairs for part in pair
-    ]:
-        digest.update(str(array.shape).encode() + array.data)
-    key = digest.hexdigest()
+    if len(train) < batch_pairs:
+        fail(f'{data}: {len(train)} pairs to train on are no batch: lower --batch_pairs')
+    pairs = train + val
+    lengths = np.array([len(pair.tokens) for pair in pairs])
+    sizes = torch.tensor([pair.sizes for pair in pairs])  # (pairs, 2)
 
-    # --- where a former run of this command stopped
-    state_path, log_path, state = (
-        os.path.join(out_dir, 'train_state.pt'),
-        os.path.join(out_dir, 'log.jsonl'),
-        {},
-    )
-    if resume and os.path.exists(state_path):
-        try:
-            state = torch.load(state_path, map_location='cpu', mmap=True, weights_only=True)
-        except Exception as error:
-            fail(f'{state_path} cannot be read ({str(error)[:100]}): --resume=False starts over')
-        other = [
-            f'{k}={v!r}, now {config[k]!r}'
-            for k, v in state['config'].items()
-            if k in config and k not in FREE.split() and config[k] != v
-        ]
-        if other or state.get('key') != key:
-            fail(
-                f'{out_dir} holds a run with {", ".join(other) or "other weights in init or other pairs"}: choose another --out_dir, or '
-                f'--resume=False to start over'
-            )
-    step, elapsed, best, scores, warned = (
-        state.get(k, v)
-        for k, v in dict(step=0, elapsed=0.0, best=-1.0, scores={}, warned=None).items()
-    )
-    over = lambda: 0 < total_steps <= step or 0 < 3600 * train_hours <= elapsed
-    if over():
-        say(
-            f'{out_dir}: finished before, {step} steps in {elapsed:.0f} s, {scores}; nothing to do (--resume=False starts over)'
-        )
+    # --- how long the run is: steps, epochs or hours, whichever end first
+    per_epoch = len(train) // batch_pairs
+    limits = [limit for limit in (max_steps, round(epochs * per_epoch)) if limit]
+    last_step = min(limits, default=0 if train_hours else per_epoch) or math.inf
+    budget = 3600 * train_hours or math.inf  # seconds
+    validating = bool(val and eval_interval)
+
+    # --- where a run of this command stopped before
+    key = fingerprint(model, pairs, product_dtype)
+    state = dict(step=0, elapsed=0.0, seen=0, skipped=0, scores={}, before={})
+    state |= dict(best=math.inf, best_step=0, key=key, model=None, optimizer=None)
+    if resume:
+        state = load_state(out_dir, state, config, FREE)
+    if state['key'] != key:
+        remedy = 'choose another --out_dir, or --resume=False to start over'
+        fail(f'{out_dir} is a run with other weights in init or other pairs: {remedy}')
+    step, elapsed, seen, skipped = (state[k] for k in ('step', 'elapsed', 'seen', 'skipped'))
+    scores, before, best, best_step = (state[k] for k in ('scores', 'before', 'best', 'best_step'))
+    if step >= last_step or elapsed >= budget:
+        done = f'finished before, {step} steps in {duration(elapsed)}, {scores}'
+        say(f'{out_dir}: {done}; nothing to do (--resume=False starts over)', rank)
+        stop_processes(world)
         raise SystemExit
 
-    model.to(device)
-    logps = torch.compile(model.logps, dynamic=False) if compile else model.logps
+    # --- how log-probabilities are computed: rows of one width, so that one compilation does
+    width = row_width(lengths, batch_pairs, row_tokens, world, multiple=128 if cuda else 8)
+    slots = width // 5  # for the pairs of a row: the shortest is <S>, then twice a unit and <S>
+    compiled = cuda if compile is None else compile
+    model.to(place)
+    logps = torch.compile(model.logps, dynamic=False) if compiled else model.logps
 
-    def batch_of(pairs):
-        """This process's share of the forward passes that lay_out gives, copied to the device while it works."""
-        laid = lay_out(pairs, width, batch_size)[rank::world]
-        return (laid.pin_memory() if cuda else laid).to(device, non_blocking=True)
+    def row_logps(row, m):
+        """Log-probabilities (m, 2) of chosen and rejected of the m pairs in a row."""
+        with torch.autocast(place.type, product_dtype, enabled=product_dtype != torch.float32):
+            return logps(*to_device(row, place), n=2 * slots).view(slots, 2)[:m]
 
-    def policy_logps(one_pass):
-        """Log-probabilities, (n, 2): of chosen and rejected of each pair of the batch, 0 for pairs that are not in this pass."""
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return logps(*one_pass, n=2 * n).view(n, 2)
-
-    @torch.no_grad()
-    def score(pairs, name=None):
-        """Log-probabilities of all completions, (len(pairs), 2) on the device, the work shared among the processes."""
-        from tqdm import tqdm
-
-        found = torch.zeros(-(-len(pairs) // n), n, 2, device=device)
-        for b in tqdm(range(len(found)), name, unit='batch', disable=not name or rank > 0):
-            for one_pass in batch_of(pairs[b * n : (b + 1) * n]):
-                found[b] += policy_logps(one_pass)
-        if world > 1:
-            dist.all_reduce(found)
-        return found.view(-1, 2)[: len(pairs)]
-
-    # --- the reference's log-probabilities: once, before the policy moves or takes up a former run
+    # --- the reference's log-probabilities, once, before the policy moves or takes up a former run
     os.makedirs(out_dir, exist_ok=True)
     beside = os.path.dirname(data.split(',')[0]) or '.'
-    cache = os.path.join(
-        beside if os.access(beside, os.W_OK) else out_dir, f'reference-{key[:16]}.npz'
-    )
-    try:
-        file = (
-            np.load(cache)
-            if os.path.exists(cache)
-            else dict(logps=np.full((len(pairs), 2), np.nan, np.float32), seconds=0.0)
-        )
-        known, seconds = file['logps'], float(file['seconds'])
-    except Exception as error:
-        fail(f'{cache} cannot be read ({error}): delete it')
-    needed = np.ones(len(pairs), bool)
-    if 0 < total_steps < per_epoch:  # pairs that no step will meet need none
-        needed[: len(train)] = np.isin(
-            np.arange(len(train)), deal(lengths, n, seed, 0)[:total_steps]
-        )
-    missing = np.flatnonzero(needed & np.isnan(known[:, 0]))
-    if len(missing):
-        begun = time.perf_counter()
-        known[missing] = score([pairs[i] for i in missing], 'reference').cpu().numpy()
-        seconds += time.perf_counter() - begun
-        if not np.isfinite(known[missing]).all():
-            fail(
-                f'{init} gives some of the pairs no finite log-probability: are its weights whole?'
-            )
+    folder = beside if os.access(beside, os.W_OK) else out_dir
+    cache = os.path.join(folder, f'reference-{key[:16]}.pt')
+    clock = time.perf_counter()
+    if not needs_reference:  # but those held out, to see how far the chosen drift
+        known = torch.full((len(pairs), 2), math.nan)
+        known[len(train) :] = score(row_logps, val, width, place, rank, world)
+    elif os.path.exists(cache):
+        known, seconds = torch.load(cache, weights_only=True)
+        clock -= seconds
+        say(f'reference: known from {cache}', rank)
+    else:
+        known = score(row_logps, pairs, width, place, rank, world, 'reference')  # (pairs, 2)
+        seconds = time.perf_counter() - clock
+        if not known.isfinite().all():
+            fail(f'{init} gives some pairs no finite log-probability: are its weights whole?')
         if rank == 0:
-            with open(
-                aside := f'{cache}.{os.getpid()}.tmp', 'wb'
-            ) as file:  # other runs may write the same
-                np.savez(file, logps=known, seconds=seconds)
-            os.replace(aside, cache)
-    say(
-        f'reference: log-probabilities of {needed.sum()} pairs in {seconds:.1f} s, {len(missing)} of them now, kept in {cache}'
-    )
-    known, params = torch.from_numpy(known), list(model.parameters())  # known (pairs, 2)
-    adamw = torch.optim.AdamW(
-        params, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True
-    )
-    if state:
+            with write_atomic(cache, 'wb') as file:
+                torch.save((known, seconds), file)
+        say(f'reference: {len(pairs)} pairs in {duration(seconds)}, kept in {cache}', rank)
+    elapsed = elapsed or time.perf_counter() - clock
+
+    # --- the optimizer, and where the former run was
+    params = list(model.parameters())
+    adamw = torch.optim.AdamW(params, lr, weight_decay=0.0, fused=True)
+    if state['model']:
         model.load_state_dict(state['model'])
         adamw.load_state_dict(state['optimizer'])
-    elapsed = elapsed or seconds
+    del state  # its tensors are a copy of the file's
+    for parameter in params:
+        parameter.grad = torch.zeros_like(parameter)
 
-    # --- what happens between steps
-    def save(folder, to_resume=True):
-        """A checkpoint folder; after its model, in one file complete in itself, what a killed run goes on from."""
-        if rank:
-            return
-        slam = dict(
-            model.slam,
-            recipe=dict(config, pretraining=model.slam.get('recipe')),
-            scores=dict(scores, step=step),
-            git_commit=subprocess.getoutput('git rev-parse HEAD 2>/dev/null') or None,
-        )
-        try:
-            model.save_pretrained(folder, slam)
-            if to_resume:
-                torch.save(
-                    dict(
-                        step=step,
-                        elapsed=elapsed,
-                        best=best,
-                        scores=scores,
-                        warned=warned,
-                        key=key,
-                        config=config,
-                        model=model.state_dict(),
-                        optimizer=adamw.state_dict(),
-                    ),
-                    state_path + '.tmp',
-                )
-                os.replace(state_path + '.tmp', state_path)
-        except Exception as error:
-            fail(
-                f'cannot write {folder} ({error}): the checkpoint before it is kept; make room and run the same command to continue'
-            )
-
-    def note(record):
-        if rank == 0:
-            log.write(json.dumps(record) + '\n')
-            _ = wandb_run and wandb_run.log(record, step=record['step'])
-
-    def validate():
-        """Score the held-out pairs, keep the best checkpoint (the loss decides between equals), warn when the chosen ones sink."""
-        global best, scores, warned
-        values = measure(
-            score(pairs[len(train) :]),
-            known[len(train) :].to(device),
-            sizes[len(train) :].to(device),
-            beta,
-            label_smoothing,
-        ).tolist()
-        scores = {'val_' + name: round(value, 5) for name, value in zip(NAMES, values)}
-        say(f'step {step} | ' + ' | '.join(f'{name} {value:.3f}' for name, value in scores.items()))
-        if scores['val_drift'] < -warn_drop and not warned:
-            warned = f'chosen completions lost {-scores["val_drift"]:.2f} nats a token: lower --lr, raise --beta, or add --sft_weight=0.1'
-            say(f'WARNING: {warned} (the known failure of DPO)')
-        note(dict(step=step, **scores, warning=warned))
-        merit = scores['val_accuracy'] - 1e-4 * scores['val_loss']
-        if step and merit > best:
-            best = merit
-            save(os.path.join(out_dir, 'best'), to_resume=False)
-
-    # --- start
-    if rank == 0:
-        lines = open(log_path).readlines() if state and os.path.exists(log_path) else []
-        with open(log_path + '.tmp', 'w') as file:
-            file.writelines(
-                line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step
-            )
-        os.replace(log_path + '.tmp', log_path)
-        log = open(log_path, 'a', buffering=1)
-        wandb_run = (
-            __import__('wandb').init(name=os.path.basename(out_dir), config=config, resume='allow')
-            if wandb
-            else None
-        )
+    # --- what will be done is said before it is
+    filled = lengths[: len(train)].mean() * batch_pairs / width
+    n_epochs = min(last_step, max_steps or math.inf) / per_epoch
+    say(f'{init}: {model.num_params():,} parameters on {world} x {place}, {product_dtype}', rank)
     say(
-        f'{init}: {model.num_params():,} parameters on {world} x {device}, {dtype}; {n} pairs a step, {per_epoch:,} steps an epoch, rows of {width}, '
-        f'{filled:.1%} filled; '
-        + ' or '.join(
-            f'{x:,.4g} {what}' for x, what in ((total_steps, 'steps'), (train_hours, 'hours')) if x
-        )
-        + (f'; going on from step {step}' if step else '')
+        f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs, or {train_hours:.3g} '
+        f'h; rows of {width}, {filled / math.ceil(filled):.0%} filled',
+        rank,
     )
-    if val and eval_interval and not step:
-        validate()
-    stopping = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    totals, halt, in_a_row, first_step = torch.zeros(len(NAMES) + 3, device=device), 0, 0, step
-    clock = began = time.perf_counter()
+    if n_epochs > 3:
+        say(f'WARNING: {n_epochs:.3g} epochs: few pairs are soon known by heart; --epochs=3', rank)
+    if validating and len(val) < FEW:
+        points = 98 / math.sqrt(len(val))
+        say(f'WARNING: accuracy of {len(val)} held-out pairs is ± {points:.0f} points', rank)
+    if step:
+        say(f'going on at step {step}', rank)
+    machine = torch.cuda.get_device_name(place) if cuda else place.type
+    slam = describe_run(model, config)
+    log_file = open_log(out_dir, step, rank)
+    tracker = None
+    if wandb and rank == 0:
+        tracker = importlib.import_module('wandb').init(project='slam', config=config)
+    stopping = catch_signals(rank)
+
+    # --- validation: what is held out, and samples, against what they were
+    def validate():
+        """Scores by name; before the first step they are what later ones are held against."""
+        policy, reference = score(row_logps, val, width, place, rank, world), known[len(train) :]
+        values = measure(*preference_loss(policy, reference, sizes[len(train) :], beta)) / len(val)
+        drift = (policy - reference)[:, 0].sum() / sizes[len(train) :, 0].sum()
+        prompts = [pair.tokens[pair.branch == 0] for pair in (val + train)[:SAMPLES]]
+        samples = measure_samples(model, prompts)
+        names = ('val_loss', 'val_accuracy', 'val_margin', 'val_drift')
+        scores = dict(zip(names, [*values.tolist(), float(drift)], strict=True))
+        return scores | {f'val_{name}': value for name, value in samples.items()}
 
     # --- the loop
-    while not over() and not halt:
-        batch = deal(lengths, n, seed, step // per_epoch)[step % per_epoch]  # (n,) indices
-        reference, batch_sizes = (
-            x[batch].to(device, non_blocking=True) for x in (known, sizes)
-        )  # (n, 2)
-        policy = torch.zeros(n, 2, device=device)
-        for one_pass in batch_of([train[i] for i in batch]):
-            part = policy_logps(one_pass)
-            losses = dpo_loss(*part.T, *reference.T, beta, label_smoothing)[0]
-            loss = torch.where(part[:, 0] != 0, losses, 0).sum() / n  # of the pairs in this pass
-            (loss - sft_weight * part[:, 0].sum() / batch_sizes[:, 0].sum()).backward()
-            policy += part.detach()
-        shared = torch.tensor([elapsed * (rank == 0), float(len(stopping))], dtype=torch.float64)
-        if world > 1:  # sums over processes; all take the clock of the first
-            for x in (shared, policy, *(p.grad for p in params)):
-                dist.all_reduce(x)
+    totals = torch.zeros(7, device=place)  # see add_up
+    batches, first_step, clock, halt = None, step, time.perf_counter(), 0
+    if validating and not step:
+        scores = before = validate()
+        best = before['val_loss']
+        log_file.write(json.dumps(dict(step=0, **scores)) + '\n')
+        say(tell_validation(scores, before, len(val)), rank)
+    while step < last_step and elapsed < budget and not halt:
+        # the pairs of this step, in rows of which each process takes every world-th
+        epoch, number = divmod(step, per_epoch)
+        if batches is None or number == 0:
+            batches = deal_batches(lengths[: len(train)], batch_pairs, seed, epoch)
+        batch = batches[number]  # (batch_pairs,)
+        n_chosen = int(sizes[batch, 0].sum())
+
+        # gradients of the mean loss over the pairs, a row at a time
+        values = torch.zeros(3, device=place)
+        for row, indices in lay_out([train[i] for i in batch], width)[rank::world]:
+            members = batch[indices]
+            policy = row_logps(row, len(members))  # (m, 2)
+            reference, tokens = (to_device(x[members], place) for x in (known, sizes))
+            losses, rewards = preference_loss(policy, reference, tokens, beta)
+            likelihood = policy[:, 0].sum() / n_chosen
+            (losses.sum() / batch_pairs - sft_weight * likelihood).backward()
+            values += measure(losses, rewards) / batch_pairs
+        if world > 1:
+            for tensor in (values, *(parameter.grad for parameter in params)):
+                dist.all_reduce(tensor)
+
+        # clip, and step unless the gradient is not finite: fused AdamW reads that on the device
+        # and leaves all as it is
         norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-        adamw.found_inf = bad = (
-            1 - norm.isfinite().float()
-        )  # the fused kernel reads it on the device, and does nothing if it is 1
-        for group in adamw.param_groups:
-            group['lr'] = rate = learning_rate(step, lr, warmup_steps)
+        adamw.found_inf = 1 - norm.isfinite().float()
+        adamw.param_groups[0]['lr'] = rate = learning_rate(step, lr, warmup_steps)
         adamw.step()
         adamw.zero_grad(set_to_none=False)
-        values = *measure(policy, reference, batch_sizes, beta, label_smoothing), norm
-        totals += torch.stack(
-            (*(torch.where(bad > 0, 0, value) for value in values), bad, torch.ones_like(bad))
-        )
-        (elapsed, halt), before, clock, step = shared.tolist(), clock, time.perf_counter(), step + 1
-        elapsed += (
-            0 if compile and step == first_step + 1 else clock - before
-        )  # the first step compiles
-        # --- now and then: read the numbers, validate, save
-        evaluate, keep = (
-            interval and step % interval == 0 for interval in (eval_interval, save_interval)
-        )
-        if evaluate or keep or halt or over() or step % log_interval == 0:
-            *means, skipped, steps = totals.tolist()  # here the host waits for the device
-            means = {
-                name: round(total / (steps - skipped), 5)
-                for name, total in zip(NAMES + ['norm'], means)
-                if steps > skipped
-            }
-            totals.zero_()
-            note(dict(step=step, **means, lr=rate, skipped=int(skipped), elapsed=round(elapsed, 2)))
-            pace = (time.perf_counter() - began) / (step - first_step)
-            left = min(
-                ((total_steps or math.inf) - step) * pace,
-                (3600 * train_hours or math.inf) - elapsed,
-            )
-            say(
-                f'step {step}/{total_steps} | '
-                + (' | '.join(f'{name} {mean:.3f}' for name, mean in means.items()) or 'skipped')
-                + f' | lr {rate:.1e} | {n / pace:.1f} pairs/s | {max(0, left):.0f} s left'
-                + f' | {skipped:.0f} not finite, skipped' * (skipped > 0)
-            )
-            in_a_row = in_a_row + steps if skipped == steps else 0
-            if in_a_row >= 10:
-                fail(
-                    f'{in_a_row:.0f} steps in a row were not finite: lower --lr; {out_dir} keeps the last checkpoint'
-                )
-            if val and (evaluate or over()):
-                validate()
-            if keep or halt or over():
-                save(out_dir)
+
+        # what is known adds up on the device: nothing above had to wait for it
+        totals = add_up(totals, torch.cat((values, norm[None])))
+        step, seen = step + 1, seen + int(lengths[batch].sum())
+        if compiled and step == first_step + 1:  # compiling is not training
+            totals.tolist()
             clock = time.perf_counter()
+        evaluate = validating and step % eval_interval == 0
+        keep = save_interval and step % save_interval == 0
+        alone = stopping and world == 1  # several processes must stop after the same step
+        if not (evaluate or keep or alone or step == last_step or step % log_interval == 0):
+            continue
+
+        # --- now and then: read the numbers, agree with the other processes on clock and end
+        *sums, good, bad, in_a_row = totals.tolist()  # here the host waits for the device
+        took = time.perf_counter() - clock
+        elapsed, halt = share([(elapsed + took) * (rank == 0), len(stopping)], place)
+        over = step >= last_step or elapsed >= budget
+        skipped += round(bad)
+        record = dict(step=step, lr=rate, tokens=seen, elapsed=round(elapsed, 2))
+        for name, total in zip(('loss', 'accuracy', 'margin', 'norm'), sums, strict=True):
+            record[name] = total / good if good else None
+        if bad:
+            record['skipped'] = round(bad)
+        damage = []
+        if validating and (evaluate or over):
+            scores = validate()
+            damage = find_damage(scores, before)
+            record |= scores
+            record |= dict(damage=damage)
+
+        log_file.write(json.dumps(record) + '\n')
+        if tracker:
+            tracker.log(record, step=step)
+        pace = took / max(1, good + bad)  # seconds a step
+        left = min((last_step - step) * pace, budget - elapsed)
+        say(
+            f'{tell(record, last_step)} | {batch_pairs / pace:.1f} pairs/s | '
+            f'{duration(max(0, left))} left',
+            rank,
+        )
+        if validating and (evaluate or over):
+            say(tell_validation(scores, before, len(val)), rank)
+        for line in damage:
+            say(f'WARNING: {line}', rank)
+        if in_a_row >= 10:
+            fail(f'{in_a_row:.0f} steps in a row were not finite: lower --lr')
+
+        # checkpoints: the best by held-out loss, if nothing is wrong with it
+        compute = dict(devices=world, device=machine, hours=elapsed / 3600, tokens=seen)
+        compute['pretraining'] = model.slam.get('compute')
+        slam |= dict(scores=dict(scores, step=step, tokens=seen), compute=compute)
+        if record.get('val_loss', math.inf) < best and not damage:
+            best, best_step = record['val_loss'], step
+            if rank == 0:
+                save(os.path.join(out_dir, 'best'), model, slam)
+
+        # out_dir is the best so far, at first the pre-trained model; the state is where to go on
+        if rank == 0 and (keep or over or halt):
+            kept, kept_slam = model, slam
+            if validating:
+                kept = SLM.from_pretrained(os.path.join(out_dir, 'best') if best_step else init)
+                kept_slam = kept.slam
+            state = dict(step=step, elapsed=elapsed, seen=seen, skipped=skipped, scores=scores)
+            state |= dict(before=before, best=best, best_step=best_step, key=key, config=config)
+            state |= dict(model=model.state_dict(), optimizer=adamw.state_dict())
+            save(out_dir, kept, kept_slam, state)
+        totals[:6] = 0
+        clock = time.perf_counter()
 
     # --- the end
-    if rank == 0 and importlib.util.find_spec('matplotlib'):
-        import matplotlib
-
-        matplotlib.use('agg')
-        from matplotlib import pyplot
-
-        rows = [json.loads(line) for line in open(log_path)]
-        for key in ('loss', 'val_loss', 'accuracy', 'val_accuracy'):
-            pyplot.plot(
-                *np.array([(row['step'], row[key]) for row in rows if row.get(key) is not None])
-                .reshape(-1, 2)
-                .T,
-                label=key,
-            )
-        (
-            pyplot.xlabel('step'),
-            pyplot.legend(),
-            pyplot.grid(),
-            pyplot.savefig(os.path.join(out_dir, 'curve.png')),
-        )
-    if world > 1:
-        dist.destroy_process_group()
-    say(
-        f'{out_dir}: {step} steps of {n} pairs in {elapsed:.0f} s'
-        + ''.join(f', {name} {value:.3f}' for name, value in scores.items())
-        + ('' if over() else '; stopped and saved, run the same command to continue')
-    )
-    raise SystemExit(0 if over() else 128 + int(stopping[0] if stopping else signal.SIGTERM))
+    stop_processes(world)
+    result = f'{out_dir}: {step} steps of {batch_pairs} pairs, {duration(elapsed)}'
+    if skipped:
+        result += f', {skipped} steps skipped'
+    if not over:
+        if rank == 0:
+            print(f'{result}; stopped and saved, the same command continues', file=sys.stderr)
+        raise SystemExit(128 + (stopping or [signal.SIGTERM])[0])
+    if validating and best_step:
+        result += f', of which step {best_step} is kept: held-out loss {best:.4f}'
+    elif validating:
+        result += f'; no step was better than {init}, which it holds unchanged'
+    say(result, rank)

@@ -3,8 +3,8 @@ init = 'out/demo/slm'
 data = 'out/demo/units/pairs.jsonl'
 out_dir = 'out/demo/dpo'
 context = 512
-batch_size = 2  # x 8 = 16 pairs a step
-accumulation = 8
+batch_pairs = 16
+row_tokens = 4096
 lr = 5e-4  # a model of 1 M parameters bears more than one of 358 M
 warmup_steps = 10
 max_steps = 80  # on a quiet machine this ends the run,

@@ -1,12 +1,12 @@
-# Slam's preference tuning, Table 5 of the paper to the letter: half an hour on one A5000 (24 GB).
+# Slam's preference tuning, Table 5 of the paper: half an hour on one A5000 (24 GB).
 #   python dpo.py config/slam_dpo.py --data=data/spokenswag/pairs.jsonl
 init = 'out/slam'
 out_dir = 'out/slam-dpo'
 beta = 0.1
 context = 1024
 rope_theta = 10000.0
-batch_size = 4  # x 16 = 64 pairs a step
-accumulation = 16
+batch_pairs = 64  # 4 x 16 in the paper; about 6,000 tokens, one row
+row_tokens = 8192
 lr = 5e-5  # inverse square root
 warmup_steps = 100  # the public configuration's
 grad_clip = 0.5

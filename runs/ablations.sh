@@ -15,7 +15,7 @@ dpo() {  # name, minutes of DPO out of the 24 hours
     [[ $1 =~ $PATTERN ]] || return 0
     local hours=$(awk "BEGIN {print 24 - $2 / 60}") share=$(awk "BEGIN {print $2 / 60}")
     python train.py config/slam_a5000.py --out_dir="out/ablations/$1" --train_hours="$hours" --max_steps="$(awk "BEGIN {print int(17625 * $hours / 23.5)}")"
-    python dpo.py --init="out/ablations/$1" --out_dir="out/ablations/$1-dpo" --train_hours="$share" --max_steps=0
+    python dpo.py --init="out/ablations/$1" --out_dir="out/ablations/$1-dpo" --train_hours="$share" --max_steps=0 --epochs=0
     python eval_slm.py --init="out/ablations/$1-dpo" --out="out/ablations/$1-dpo/eval.json" ${EVAL:-} || echo "$1: not all tasks could run" >&2
 }
 REAL=librilight,librispeech

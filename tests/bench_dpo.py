@@ -1,9 +1,10 @@
-"""Pairs per second of preference tuning: ours against a loop that runs policy and reference at every step on padded batches.
+"""Pairs per second of preference tuning: ours against policy and reference on padded batches.
 
-    python tests/bench_dpo.py          # about a minute; the same pairs, model, optimizer and steps in one run
+    python tests/bench_dpo.py      # a minute on a CPU; on CUDA the 358 M model, compiled, in bf16
 
-Ours is given twice: its steps alone, and charged with its reference pass over the same pairs, as in a first run of one epoch. On the
-CPU one thread and CPU seconds are counted, so that what else the machine does matters little.
+The same pairs, weights, optimizer and steps; losses are compared first. Ours is given twice: its
+steps alone, and charged with its reference pass over the same pairs, as in a first epoch. On a CPU
+one thread and CPU seconds are counted, so that what else the machine does matters little.
 """
 
 import copy
@@ -17,161 +18,180 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dpo  # noqa: E402
-from model import EOS, OFFSET, SLM, SLMConfig, pick_device, pick_dtype  # noqa: E402
+from model import SLM, SLMConfig, pick_device, pick_dtype  # noqa: E402
 
-STEPS, BATCH, ACCUMULATION, CONTEXT, UNITS = 1, 4, 8, 1024, 200
-
-
-def random_pairs(n, rng):
-    """Lengths like SpokenSwag's: a sentence as prompt, some 18 tokens a second, completions of 2 to 4 seconds."""
-    draw = lambda low, high: rng.integers(OFFSET, UNITS + OFFSET, rng.integers(low, high))
-    return [
-        (np.append(EOS, draw(40, 140)), np.append(draw(25, 75), EOS), np.append(draw(25, 75), EOS))
-        for _ in range(n)
-    ]
+MICRO = 4  # pairs in a pass of the plain loop: the paper's
+ROUNDS = 4  # of all ways in turn, so that a busy machine is busy for all; the first warms up
 
 
-def step(model, optimizer):
+def random_pairs(n, units):
+    """Lengths like SpokenSwag's: a sentence as prompt, completions of 2 to 4 seconds."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for _ in range(n):
+        lengths = rng.integers((40, 25, 25), (140, 75, 75))
+        pairs.append(dpo.make_pair(*(rng.integers(0, units, length) for length in lengths), 1024))
+    return pairs
+
+
+def padded_logps(logits_of, pairs, device):
+    """Log-probabilities (n, 2) by two sequences a pair, padded on the right to the longest."""
+    sequences = []
+    for branch in (1, 2):
+        for pair in pairs:
+            sequences.append((pair.tokens[pair.branch != 3 - branch], sum(pair.branch == 0)))
+    longest = max(len(tokens) for tokens, _ in sequences)
+    tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros(len(sequences), longest)
+    for i, (sequence, n_prompt) in enumerate(sequences):
+        tokens[i, : len(sequence)] = torch.from_numpy(sequence)
+        mask[i, n_prompt : len(sequence)] = 1
+    tokens, mask = tokens.to(device), mask.to(device)
+    logps = logits_of(tokens)[:, :-1].float().log_softmax(-1)
+    logps = logps.gather(2, tokens[:, 1:, None])[..., 0] * mask[:, 1:]
+    return logps.sum(1).view(2, -1).T
+
+
+def finish_step(model, optimizer):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def padded_logps(logits_of, pairs, device):
-    """Log-probabilities (n, 2) of a batch of chosen and rejected sequences, right-padded to the longest."""
-    sequences = [np.concatenate((pair[0], pair[side])) for side in (1, 2) for pair in pairs]
-    tokens = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
-    mask = torch.zeros_like(tokens, dtype=torch.float32)
-    for i, sequence in enumerate(sequences):
-        tokens[i, : len(sequence)] = torch.from_numpy(sequence)
-        mask[i, len(pairs[i % len(pairs)][0]) : len(sequence)] = 1
-    tokens, mask = tokens.to(device), mask.to(device)
-    logps = logits_of(tokens)[:, :-1].float().log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
-    return (logps * mask[:, 1:]).sum(1).view(2, -1).T
+def plain(model, compiled, pairs, batches, device, autocast):
+    """The usual trainer: a frozen reference beside the policy. Returns the loss of each step."""
+    policy, reference = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-5, weight_decay=0.0, fused=True)
+    calls = policy, reference
+    if compiled:
+        calls = [torch.compile(each, dynamic=True) for each in calls]
 
+    def logits_of(call):
+        def logits(tokens):
+            out = call(tokens)
+            return out if isinstance(out, torch.Tensor) else out.logits
 
-def plain(model, logits_of, pairs, batches, device, autocast):
-    """The usual trainer: the frozen reference beside the policy, padded micro-batches of BATCH pairs. Returns the loss of each step."""
-    reference, optimizer, losses = (
-        copy.deepcopy(model),
-        torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0),
-        [],
-    )
+        return logits
+
+    losses = []
     for batch in batches:
-        total = 0.0
-        for micro in np.split(batch, ACCUMULATION):
-            chunk = [pairs[i] for i in micro]
+        total = 0
+        for start in range(0, len(batch), MICRO):
+            chunk = [pairs[i] for i in batch[start : start + MICRO]]
             with autocast():
-                policy = padded_logps(lambda tokens: logits_of(model, tokens), chunk, device)
+                ours = padded_logps(logits_of(calls[0]), chunk, device)
                 with torch.no_grad():
-                    known = padded_logps(lambda tokens: logits_of(reference, tokens), chunk, device)
-            loss = dpo.dpo_loss(*policy.T, *known.T)[0].sum() / len(batch)
+                    theirs = padded_logps(logits_of(calls[1]), chunk, device)
+            loss = dpo.dpo_loss(ours, theirs, None, 0.1)[0].sum() / len(batch)
             loss.backward()
-            total += loss.item()
-        step(model, optimizer)
+            total = total + loss.detach()
+        finish_step(policy, optimizer)
         losses.append(total)
-    return losses
+    return torch.stack(losses).tolist()
 
 
-def known_once(model, pairs, batches, width, device, autocast):
-    """The reference pass of dpo.py: log-probabilities (n, 2) of each batch."""
-    with torch.no_grad(), autocast():
-        return [
-            sum(
-                model.logps(*one_pass.to(device), n=2 * len(batch))
-                for one_pass in dpo.lay_out([pairs[i] for i in batch], width, 1)
-            ).view(-1, 2)
-            for batch in batches
-        ]
+class Packed:
+    """The passes of dpo.py: rows of one width, the prompt shared."""
+
+    def __init__(self, model, compiled, pairs, batches, device, autocast):
+        self.model, self.device, self.autocast = model, device, autocast
+        lengths = np.array([len(pair.tokens) for pair in pairs])
+        self.width = dpo.row_width(lengths, batches.shape[1], 8192, 1, 128)
+        self.pairs, self.batches, self.slots = pairs, batches, self.width // 5
+        self.logps = torch.compile(model.logps, dynamic=False) if compiled else model.logps
+
+    def row_logps(self, row, m):
+        with self.autocast():
+            row = dpo.to_device(row, self.device)
+            return self.logps(*row, n=2 * self.slots).view(-1, 2)[:m]
+
+    def reference_pass(self):
+        return dpo.score(self.row_logps, self.pairs, self.width, self.device)
+
+    def steps(self, known):
+        """The losses of the steps from the model's first weights, which are put back after."""
+        first = copy.deepcopy(self.model.state_dict())
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=5e-5, weight_decay=0.0, fused=True
+        )
+        losses = []
+        for batch in self.batches:
+            total = 0
+            for row, indices in dpo.lay_out([self.pairs[i] for i in batch], self.width):
+                policy = self.row_logps(row, len(indices))
+                reference = dpo.to_device(known[batch[indices]], self.device)
+                loss = dpo.dpo_loss(policy, reference, None, 0.1)[0].sum() / len(batch)
+                loss.backward()
+                total = total + loss.detach()
+            finish_step(self.model, optimizer)
+            losses.append(total)
+        losses = torch.stack(losses).tolist()
+        self.model.load_state_dict(first)
+        return losses
 
 
-def ours(model, known, pairs, batches, width, device, autocast):
-    """The steps of dpo.py: packed rows, the prompt shared. Returns the loss of each step."""
-    optimizer, losses = (
-        torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0, fused=True),
-        [],
-    )
-    for batch, reference in zip(batches, known):
-        total = 0.0
-        for one_pass in dpo.lay_out([pairs[i] for i in batch], width, 1):
-            with autocast():
-                part = model.logps(*one_pass.to(device), n=2 * len(batch)).view(-1, 2)
-            loss = torch.where(
-                part[:, 0] != 0, dpo.dpo_loss(*part.T, *reference.T)[0], 0
-            ).sum() / len(batch)
-            loss.backward()
-            total += loss.item()
-        step(model, optimizer)
-        losses.append(total)
-    return losses
-
-
-if __name__ == '__main__':
+def main():
     from transformers import AutoModelForCausalLM
 
     device = pick_device()
+    cuda = device.type == 'cuda'
     dtype = pick_dtype('auto', device)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    pairs, n = (
-        random_pairs(STEPS * BATCH * ACCUMULATION, np.random.default_rng(0)),
-        BATCH * ACCUMULATION,
-    )
-    lengths = np.array([sum(map(len, pair)) for pair in pairs])
-    batches = dpo.deal(lengths, n, 0, 0)
-    width, filled = dpo.choose_width(lengths, batches, CONTEXT // 2, 1)
-    clock = perf_counter if device.type == 'cuda' else process_time
-    if device.type == 'cpu':
+    if cuda:  # the paper's model and step
+        model, n_steps, batch_pairs = SLM.from_preset('qwen2.5-0.5b'), 8, 64
+        torch.set_float32_matmul_precision('high')
+    else:
+        shape = dict(n_layer=4, n_embd=256, n_head=4, n_kv_head=2, n_ffn=1024, vocab_size=202)
+        model, n_steps, batch_pairs = SLM(SLMConfig(**shape)), 1, 32
         torch.set_num_threads(1)
-    model = SLM(
-        SLMConfig(
-            n_layer=4,
-            n_embd=256,
-            n_head=4,
-            n_kv_head=2,
-            n_ffn=1024,
-            vocab_size=UNITS + OFFSET,
-            context=CONTEXT,
-        )
-    ).to(device)
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, {})
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    twice = sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model.to(device)
+    pairs = random_pairs(n_steps * batch_pairs, model.config.vocab_size - 2)
+    lengths = np.array([len(pair.tokens) for pair in pairs])
+    batches = dpo.deal_batches(lengths, batch_pairs, 0, 0)
+    packed = Packed(model, cuda, pairs, batches, device, autocast)
+    known = packed.reference_pass()
     print(
-        f'{len(pairs)} pairs, {twice:,} tokens as two sequences, {int(lengths.sum()):,} with the prompt once; rows of {width}, {filled:.1%} filled; '
-        f'{model.num_params():,} parameters on {device}, {torch.get_num_threads()} threads'
+        f'{n_steps} steps of {batch_pairs} pairs, {lengths.mean():.0f} tokens each; rows of '
+        f'{packed.width}; {model.num_params():,} parameters on {device}, {dtype}'
     )
-    known = known_once(model, pairs, batches, width, device, autocast)
-    runs = {
+
+    ways = {
         'policy + reference, padded (transformers)': lambda: plain(
-            copy.deepcopy(hf), lambda m, t: m(t).logits, pairs, batches, device, autocast
+            theirs, cuda, pairs, batches, device, autocast
         ),
         'policy + reference, padded (our SLM)': lambda: plain(
-            copy.deepcopy(model), lambda m, t: m(t), pairs, batches, device, autocast
+            model, cuda, pairs, batches, device, autocast
         ),
-        'dpo.py, reference known': lambda: ours(
-            copy.deepcopy(model), known, pairs, batches, width, device, autocast
-        ),
-        'reference pass': lambda: known_once(model, pairs, batches, width, device, autocast),
+        'dpo.py, reference known': lambda: packed.steps(known),
+        'reference pass': packed.reference_pass,
     }
-    seconds, results = {name: [] for name in runs}, {}
-    for turn in range(4):  # in turns, so that a busy machine is busy for all; the first warms up
-        for name, one in runs.items():
-            begun = clock()
-            results[name] = one()
-            if device.type == 'cuda':
+    clock = perf_counter if cuda else process_time
+    seconds, results = {name: [] for name in ways}, {}
+    for turn in range(ROUNDS):
+        for name, way in ways.items():
+            if cuda:
                 torch.cuda.synchronize()
-            seconds[name] += [clock() - begun] * (turn > 0)
-    losses = list(results.values())[:3]
-    assert all(
-        np.allclose(losses[0], other, atol=1e-3 if dtype == torch.float32 else 2e-2)
-        for other in losses
-    ), losses
+            begun = clock()
+            results[name] = way()  # ends by reading its results, which waits for the device
+            if turn:
+                seconds[name].append(clock() - begun)
+
+    expected, *others = list(results.values())[:3]
+    for losses in others:
+        assert np.allclose(expected, losses, atol=2e-2 if cuda else 1e-3), (expected, losses)
     best = {name: min(times) for name, times in seconds.items()}
-    best['dpo.py, reference pass included'] = best['dpo.py, reference known'] + best.pop(
-        'reference pass'
-    )
+    best['dpo.py, reference pass included'] = sum(list(best.values())[2:])
+    del best['reference pass']
+    slowest = next(iter(best.values()))
     for name, time in best.items():
-        print(
-            f'{name:42s} {len(pairs) / time:7.1f} pairs/s   x {list(best.values())[0] / time:.2f}'
-        )
+        print(f'{name:42s} {len(pairs) / time:7.1f} pairs/s   x {slowest / time:.2f}')
+
+
+if __name__ == '__main__':
+    main()

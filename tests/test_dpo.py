@@ -1,4 +1,5 @@
-"""dpo.py: the loss against its closed form, log-probabilities against transformers, packing, the filter, and runs that are killed."""
+"""dpo.py: losses against closed forms and TRL, log-probabilities against transformers, and runs
+that are killed, shared by two processes, or do damage."""
 
 import json
 import math
@@ -9,473 +10,410 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import dpo
-from model import EOS, OFFSET, SLM, InputError, SLMConfig
+from model import BOS, EOS, OFFSET, SLM, InputError, SLMConfig, tokenize_words
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SENTENCES = """Ann walked to the market and bought bread. | She went home and ate the bread with her brother.
-the dog saw the dog and the dog saw the dog again | the dog saw the dog
-He rows, rows, rows; rows, rows, rows the boat. | Then he rows, rows, rows again!
-A man pours water into a glass. | He drinks the water and smiles at the camera, then he puts the glass down on the table.
-well | no
-It rained. It rained. It rained. | It rained. It rained.
-""".splitlines()
+ENV = dict(os.environ, OMP_NUM_THREADS='1', TRL_EXPERIMENTAL_SILENCE='1')
 
 
-def random_pairs(n, units=40, seed=0, prompt=(0, 40), completion=(1, 20)):
-    """Token triples (prompt, chosen, rejected) as load_pairs gives them."""
+def random_pairs(n, units=40, seed=0, prompt=(0, 40), completion=(1, 20), context=128):
     rng = np.random.default_rng(seed)
-    draw = lambda low, high: rng.integers(OFFSET, units + OFFSET, rng.integers(low, high + 1))
-    return [
-        (
-            np.append(EOS, draw(*prompt)),
-            np.append(draw(*completion), EOS),
-            np.append(draw(*completion), EOS),
-        )
-        for _ in range(n)
-    ]
+
+    def draw(low, high):
+        return rng.integers(0, units, rng.integers(low, high + 1))
+
+    sides = (prompt, completion, completion)
+    return [dpo.make_pair(*(draw(*side) for side in sides), context) for _ in range(n)]
 
 
-def small(family='qwen2', units=40, seed=0, **more):
-    config = dict(
-        n_layer=2,
-        n_embd=32,
-        n_head=4,
-        n_kv_head=2 if family in ('qwen2', 'llama') else 4,
-        n_ffn=48,
-        vocab_size=units + OFFSET,
-        context=128,
-    )
-    model = SLM(SLMConfig(family=family, **config | more), seed=seed)
-    for p in model.parameters():  # far from uniform predictions, else every test is easy
-        p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+def parts_of(pair):
+    """Tokens of prompt, chosen and rejected."""
+    return [pair.tokens[pair.branch == branch] for branch in (0, 1, 2)]
+
+
+def small_model(family='qwen2', units=40, **more):
+    shape = dict(n_layer=2, n_embd=32, n_head=4, n_ffn=48, context=128, vocab_size=units + OFFSET)
+    shape['n_kv_head'] = 2 if family == 'qwen2' else 4
+    model = SLM(SLMConfig(family=family, **shape | more), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # far from uniform predictions, else every test is easy
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
-def packed_logps(model, pairs, width, batch_size):
-    return sum(
-        model.logps(*one_pass, n=2 * len(pairs))
-        for one_pass in dpo.lay_out(pairs, width, batch_size)
-    ).view(-1, 2)
+def packed_logps(model, pairs, width):
+    found = torch.zeros(len(pairs), 2)
+    for row, indices in dpo.lay_out(pairs, width):
+        found[torch.from_numpy(indices)] = model.logps(*row, n=2 * len(indices)).view(-1, 2)
+    return found
 
 
-def write_pairs(path, n=80, units=40, seed=0):
+def single_logps(model, pairs):
+    """Each completion in a sequence of its own."""
+    found = []
+    for pair in pairs:
+        prompt, *completions = parts_of(pair)
+        for completion in completions:
+            tokens = torch.from_numpy(np.append(prompt, completion))[None]
+            found.append(model.logps(tokens, (torch.arange(tokens.shape[1]) >= len(prompt))[None]))
+    return torch.cat(found).view(-1, 2)
+
+
+def write_pairs(path, n=80, units=40):
     """Learnable pairs: chosen completions rise, rejected ones fall. Every eighth is held out."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     with open(path, 'w') as file:
         for i in range(n):
-            start, parts = (
-                int(rng.integers(units)),
-                {'prompt': rng.integers(0, units, rng.integers(5, 30)).tolist()},
-            )
-            parts |= {
-                key: [(start + sign * k) % units for k in range(int(rng.integers(4, 12)))]
-                for key, sign in (('chosen', 1), ('rejected', -1))
-            }
-            row = {
-                key: dict(units=value, duration=[1] * len(value), text=f'the {key} {i}')
-                for key, value in parts.items()
-            }
-            file.write(
-                json.dumps(
-                    row | dict(voice='a', split='train' if i % 8 else 'val', file_name=str(i))
-                )
-                + '\n'
-            )
+            start = int(rng.integers(units))
+            prompt = rng.integers(0, units, rng.integers(5, 30)).tolist()
+            row = dict(prompt=dict(units=prompt, text='who'), split='train' if i % 8 else 'val')
+            for key, sign in (('chosen', 1), ('rejected', -1)):
+                length = int(rng.integers(4, 12))
+                line = [(start + sign * k) % units for k in range(length)]
+                row[key] = dict(units=line, duration=[1] * length, text=f'the {key} {i}')
+            file.write(json.dumps(row) + '\n')
 
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('dpo')
-    small().save_pretrained(
-        folder / 'init',
-        dict(
-            encoder='mhubert25', vocoder='hifigan25', n_units=40, frame_rate=25.0, recipe=dict(lr=1)
-        ),
-    )
+    slam = dict(encoder='mhubert25', vocoder='hifigan25', n_units=40, dedup=True)
+    slam |= dict(recipe=dict(lr=1), compute=dict(hours=23.5), stage='pretraining')
+    small_model().save_pretrained(folder / 'init', slam)
     write_pairs(folder / 'pairs.jsonl')
     return folder
 
 
 def command(place, out, **knobs):
-    knobs = (
-        dict(
-            init=place / 'init',
-            data=place / 'pairs.jsonl',
-            out_dir=place / out,
-            batch_size=2,
-            accumulation=4,
-            context=128,
-            lr=1e-3,
-            warmup_steps=4,
-            max_steps=24,
-            train_hours=0,
-            eval_interval=8,
-            save_interval=6,
-            log_interval=2,
-            device='cpu',
-        )
-        | knobs
-    )
-    return [os.path.join(ROOT, 'dpo.py'), *(f'--{key}={value}' for key, value in knobs.items())]
+    settings = dict(init=place / 'init', data=place / 'pairs.jsonl', out_dir=place / out)
+    settings |= dict(batch_pairs=8, row_tokens=256, context=128, lr=1e-3, warmup_steps=4)
+    settings |= dict(max_steps=24, epochs=0, train_hours=0, eval_interval=8, save_interval=6)
+    settings |= dict(log_interval=2, device='cpu')
+    flags = [f'--{key}={value}' for key, value in (settings | knobs).items()]
+    return [os.path.join(ROOT, 'dpo.py'), *flags]
 
 
-def run(place, out, **knobs):
-    env = dict(os.environ, OMP_NUM_THREADS='1')
-    return subprocess.run(
-        [sys.executable, *command(place, out, **knobs)],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run(place, out, launcher=(), **knobs):
+    line = [sys.executable, *launcher, *command(place, out, **knobs)]
+    return subprocess.run(line, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
 
 
-def inside(monkeypatch, capsys, *args, **knobs):
-    """The program in this process, for runs that end in an error: exit code, stdout and lines of stderr."""
-    monkeypatch.setattr(sys, 'argv', command(*args, **knobs))
-    monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
-    monkeypatch.setattr(signal, 'signal', lambda *_: None)
-    with pytest.raises(SystemExit) as end:
+@pytest.fixture
+def inside(place, monkeypatch, capsys):
+    """The program in this process: exit code, stdout, and its own lines on stderr."""
+
+    def start(out, **knobs):
+        monkeypatch.setattr(sys, 'argv', command(place, out, **knobs))
+        monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
+        monkeypatch.setattr(signal, 'signal', lambda *_: None)
+        code = 0
         try:
             runpy.run_path(os.path.join(ROOT, 'dpo.py'), run_name='__main__')
+        except SystemExit as end:
+            code = end.code
         except Exception:
-            sys.excepthook(*sys.exc_info())
-    said = capsys.readouterr()
-    return (
-        end.value.code,
-        said.out,
-        [line for line in said.err.splitlines() if line.startswith('dpo.py: ') or 'Error' in line],
-    )
+            with pytest.raises(SystemExit) as end:
+                sys.excepthook(*sys.exc_info())
+            code = end.value.code
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if line.startswith('dpo.py: ')]
+        return code, out, lines
+
+    return start
 
 
 def read_log(folder):
-    return [
-        {k: v for k, v in json.loads(line).items() if k != 'elapsed'}
-        for line in open(folder / 'log.jsonl')
-    ]
+    with open(folder / 'log.jsonl') as file:
+        rows = [json.loads(line) for line in file]
+    return [{key: row[key] for key in row if key != 'elapsed'} for row in rows]
 
 
 # -----------------------------------------------------------------------------
-# The loss
+# The losses
 
 
-@pytest.mark.parametrize('beta, smoothing', [(0.1, 0.0), (0.5, 0.0), (0.1, 0.2)])
-def test_loss_and_gradients_are_the_closed_form(beta, smoothing):
-    pc, pr, rc, rr = (-200 * torch.rand(50, dtype=torch.float64) for _ in range(4))
-    pc.requires_grad_(), pr.requires_grad_()
-    losses, chosen, rejected = dpo.dpo_loss(pc, pr, rc, rr, beta, smoothing)
+def random_logps(n=50):
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = -200 * torch.rand(2, n, 2, generator=generator, dtype=torch.float64)
+    sizes = torch.randint(1, 60, (n, 2), generator=generator)
+    return policy, reference, sizes
+
+
+def closed_form(name, policy, reference, sizes, beta):
+    """A pair's loss, and its derivative in the log-probabilities of chosen and rejected."""
+    (pc, pr), (rc, rr), (nc, nr) = policy, reference, sizes
+    if name == 'dpo':
+        scale, margin = (beta, -beta), beta * ((pc - rc) - (pr - rr))
+    if name == 'simpo':
+        scale, margin = (beta / nc, -beta / nr), beta * (pc / nc - pr / nr) - 0.5 * beta
+    if name == 'ipo':
+        distance = (pc - rc) / nc - (pr - rr) / nr - 1 / (2 * beta)
+        return distance**2, [2 * distance / nc, -2 * distance / nr]
+    loss = math.log1p(math.exp(-margin)) if margin > -30 else -margin
+    return loss, [-s / (1 + math.exp(margin)) for s in scale]
+
+
+@pytest.mark.parametrize(
+    ('name', 'beta'), [('dpo', 0.1), ('dpo', 0.5), ('ipo', 0.1), ('ipo', 1), ('simpo', 2)]
+)
+def test_loss_and_gradient_are_the_closed_form(name, beta):
+    policy, reference, sizes = random_logps()
+    policy.requires_grad_()
+    losses, rewards = dpo.LOSSES[name][0](policy, reference, sizes, beta)
     losses.sum().backward()
-    for i in range(50):
-        margin = beta * ((pc[i] - rc[i]).item() - (pr[i] - rr[i]).item())
-        sigmoid = 1 / (1 + math.exp(-margin))
-        log_sigmoid = lambda x: -math.log1p(math.exp(-x)) if x > -30 else x
-        assert losses[i].item() == pytest.approx(
-            -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin),
-            rel=1e-12,
-            abs=1e-12,
-        )
-        slope = -beta * (
-            (1 - smoothing) * (1 - sigmoid) - smoothing * sigmoid
-        )  # of the loss in policy_chosen
-        assert pc.grad[i].item() == pytest.approx(slope, rel=1e-9, abs=1e-14)
-        assert pr.grad[i].item() == pytest.approx(-slope, rel=1e-9, abs=1e-14)
-        assert (chosen[i] - rejected[i]).item() == pytest.approx(margin, rel=1e-12, abs=1e-12)
-    assert not chosen.requires_grad and not rejected.requires_grad
+    for i in range(len(losses)):
+        rows = (tensor[i].tolist() for tensor in (policy, reference, sizes))
+        loss, slopes = closed_form(name, *rows, beta)
+        assert losses[i].item() == pytest.approx(loss, rel=1e-12, abs=1e-12)
+        assert policy.grad[i].tolist() == pytest.approx(slopes, rel=1e-9, abs=1e-14)
+    margins = rewards[:, 0] - rewards[:, 1]
+    order = (-losses if name != 'ipo' else margins).argsort()
+    assert (margins[order].diff() >= -1e-9).all()  # the better the margin, the less the loss
+
+
+@pytest.mark.parametrize(('name', 'beta'), [('dpo', 0.1), ('ipo', 0.3), ('simpo', 2.0)])
+def test_loss_is_that_of_trl(name, beta):
+    """Its CPOTrainer.cpo_loss takes log-probabilities, or log-ratios, summed or averaged."""
+    trl = pytest.importorskip('trl.experimental.cpo.cpo_trainer')
+    policy, reference, sizes = random_logps()
+    given = dict(dpo=policy - reference, ipo=(policy - reference) / sizes, simpo=policy / sizes)
+    theirs = SimpleNamespace(
+        loss_type='sigmoid' if name == 'dpo' else name,
+        beta=beta,
+        simpo_gamma=0.5 * beta,
+        alpha=0.0,
+        label_smoothing=0.0,
+        accelerator=SimpleNamespace(device='cpu'),
+    )
+    losses, *_ = trl.CPOTrainer.cpo_loss(theirs, *given[name].T)
+    torch.testing.assert_close(dpo.LOSSES[name][0](policy, reference, sizes, beta)[0], losses)
+
+
+def test_only_simpo_needs_no_reference():
+    policy, reference, sizes = random_logps()
+    for loss, needs_reference in dpo.LOSSES.values():
+        losses, _ = loss(policy, torch.full_like(reference, math.nan), sizes, 0.1)
+        assert losses.isnan().all() == needs_reference
 
 
 def test_measure_counts_by_hand():
-    policy, reference = (
-        torch.tensor([[-10.0, -12.0], [-8.0, -6.0], [-5.0, -5.0]]),
-        torch.tensor([[-11.0, -12.0], [-8.0, -8.0], [-5.0, -5.0]]),
-    )
-    loss, accuracy, margin, chosen, rejected, drift, preferred = dpo.measure(
-        policy, reference, torch.tensor([[5, 4], [4, 4], [2, 2]]), 0.1
-    ).tolist()
-    assert loss == pytest.approx(
-        (-math.log(1 / (1 + math.exp(-0.1))) - math.log(1 / (1 + math.exp(0.2))) + math.log(2)) / 3
-    )
-    assert (accuracy, preferred) == (
-        pytest.approx(0.5),
-        pytest.approx(0.5),
-    )  # one won, one lost, one tied
-    assert margin == pytest.approx((0.1 - 0.2) / 3, abs=1e-6) and drift == pytest.approx(1 / 11)
-    assert chosen == pytest.approx(-23 / 3) and rejected == pytest.approx(-23 / 3)
+    rewards = torch.tensor([[1.0, 0.5], [-1.0, 0.0], [2.0, 2.0]])  # won, lost, a tie
+    assert dpo.measure(torch.tensor([1.0, 2.0, 3.0]), rewards).tolist() == [6.0, 1.5, -0.5]
 
 
 def test_learning_rate_is_the_inverse_square_root():
-    assert (
-        dpo.learning_rate(0, 1.0, 100) == pytest.approx(0.01)
-        and dpo.learning_rate(99, 1.0, 100) == 1.0
-    )
+    assert dpo.learning_rate(0, 1.0, 100) == pytest.approx(0.01)
+    assert dpo.learning_rate(99, 1.0, 100) == 1.0
     for step in (100, 101, 400, 812):
         assert dpo.learning_rate(step, 5e-5, 100) == pytest.approx(5e-5 * math.sqrt(100 / step))
     assert dpo.learning_rate(813, 5e-5, 0) == pytest.approx(5e-5 * math.sqrt(10000 / 10813))
 
 
 # -----------------------------------------------------------------------------
-# Log-probabilities and packing
+# Log-probabilities and rows
 
 
 @pytest.mark.parametrize(
-    'family, more',
+    ('family', 'more'),
     [
         ('qwen2', {}),
         ('opt', dict(act='relu')),
         ('gpt_neox', dict(act='gelu', tied=False, rotary_pct=0.25)),
     ],
 )
-def test_packed_logps_are_transformers_on_padded_batches(family, more, tmp_path):
+def test_packed_logps_are_transformers(family, more, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model, pairs = small(family, **more), random_pairs(13)
+    model, pairs = small_model(family, **more), random_pairs(13)
     model.save_pretrained(tmp_path, {})
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation='eager'
     ).eval()
     with torch.no_grad():
-        ours = packed_logps(model, pairs, 128, 2)
-        for side in (0, 1):
-            sequences = [np.concatenate((pair[0], pair[1 + side])) for pair in pairs]
-            longest = max(map(len, sequences))
-            tokens, mask = (
-                torch.zeros(len(pairs), longest, dtype=torch.long),
-                torch.zeros(len(pairs), longest, dtype=torch.long),
-            )
-            for i, sequence in enumerate(sequences):
-                tokens[i, : len(sequence)], mask[i, : len(sequence)] = torch.from_numpy(sequence), 1
-            logps = (
-                theirs(tokens, attention_mask=mask)
-                .logits.double()
-                .log_softmax(-1)[:, :-1]
-                .gather(2, tokens[:, 1:, None])[..., 0]
-            )
-            for i, (sequence, pair) in enumerate(zip(sequences, pairs)):
-                assert ours[i, side].item() == pytest.approx(
-                    logps[i, len(pair[0]) - 1 : len(sequence) - 1].sum().item(), rel=1e-4
-                )
+        ours = packed_logps(model, pairs, 256)
+        for pair, found in zip(pairs, ours, strict=True):
+            prompt, *completions = parts_of(pair)
+            for completion, value in zip(completions, found, strict=True):
+                tokens = torch.from_numpy(np.append(prompt, completion))[None]
+                logps = theirs(tokens).logits.double().log_softmax(-1)[0, :-1]
+                expected = logps.gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum()
+                assert value.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_packed_is_unpacked_with_its_gradients():
-    model, pairs = small(), random_pairs(16)
-    reference = torch.randn(16, 2) * 3 - 30
+    model, pairs = small_model(), random_pairs(16)
+    reference = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)) * 3 - 30
+    sizes = torch.tensor([pair.sizes for pair in pairs])
 
     def gradients(logps):
         model.zero_grad()
-        dpo.dpo_loss(*logps.T, *reference.T)[0].mean().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
+        dpo.dpo_loss(logps, reference, sizes, 0.1)[0].mean().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
-    def alone():
-        rows = []
-        for prompt, *completions in pairs:
-            for completion in completions:
-                tokens = torch.from_numpy(np.concatenate((prompt, completion)))[None]
-                rows.append(
-                    model.logps(tokens, (torch.arange(tokens.shape[1]) >= len(prompt))[None])
-                )
-        return torch.cat(rows).view(-1, 2)
-
-    for width, batch_size in ((96, 1), (256, 3)):
-        packed = packed_logps(model, pairs, width, batch_size)
-        torch.testing.assert_close(packed, alone(), rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(gradients(packed), gradients(alone()), rtol=1e-3, atol=1e-5)
+    for width in (96, 384):
+        packed, alone = packed_logps(model, pairs, width), single_logps(model, pairs)
+        torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(gradients(packed), gradients(alone), rtol=1e-3, atol=1e-5)
 
 
 def test_laying_out_loses_and_doubles_nothing():
     pairs = random_pairs(40)
-    laid = dpo.lay_out(pairs, 128, 3)
-    assert laid.shape[1:] == (6, 3, 128)
-    tokens, mask, doc, positions, branch, segments = laid.transpose(0, 1).flatten(1, 3).numpy()
-    for i, (prompt, chosen, rejected) in enumerate(pairs):
-        mine = doc == i + 1
-        assert tokens[mine].tolist() == np.concatenate((prompt, chosen, rejected)).tolist()
-        assert tokens[mine & (mask == 1) & (segments == 2 * i)].tolist() == chosen.tolist()
-        assert tokens[mine & (mask == 1) & (segments == 2 * i + 1)].tolist() == rejected.tolist()
-        assert positions[mine & (branch == 2)].tolist() == list(
-            range(len(prompt), len(prompt) + len(rejected))
-        )
-    assert not mask[doc == 0].any() and (doc == 0).sum() == tokens.size - sum(
-        sum(map(len, pair)) for pair in pairs
-    )
+    met = []
+    for row, indices in dpo.lay_out(pairs, 128):
+        assert row.shape == (6, 1, 128)
+        tokens, mask, doc, positions, branch, segments = row[:, 0].numpy()
+        assert not mask[doc == 0].any()
+        assert (doc > 0).sum() == sum(len(pairs[i].tokens) for i in indices)
+        for k, i in enumerate(indices):
+            prompt, chosen, rejected = parts_of(pairs[i])
+            mine = doc == k + 1
+            assert tokens[mine].tolist() == [*prompt, *chosen, *rejected]
+            assert tokens[mine & (mask == 1) & (segments == 2 * k)].tolist() == chosen.tolist()
+            assert tokens[(mask == 1) & (segments == 2 * k + 1)].tolist() == rejected.tolist()
+            for side, part in ((1, chosen), (2, rejected)):
+                places = np.arange(len(prompt), len(prompt) + len(part))
+                assert positions[mine & (branch == side)].tolist() == places.tolist()
+        met += indices.tolist()
+    assert sorted(met) == list(range(40))
 
 
 def test_batches_are_even_and_rows_full():
-    """With the paper's batch and lengths like SpokenSwag's (4.5 M tokens in 47 k pairs), at least 95 % of what is computed is used."""
+    """The paper's batch and lengths like SpokenSwag's: 94 % of what is computed is used."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 90, 5000) + rng.integers(15, 60, 5000) + rng.integers(15, 60, 5000)
-    batches = dpo.deal(lengths, 64, 1234, 0)
+    batches = dpo.deal_batches(lengths, 64, 1234, 0)
     assert batches.shape == (78, 64) and len(np.unique(batches)) == batches.size
-    assert (batches != dpo.deal(lengths, 64, 1234, 1)).any() and (
-        batches == dpo.deal(lengths, 64, 1234, 0)
-    ).all()
+    assert (batches == dpo.deal_batches(lengths, 64, 1234, 0)).all()
+    assert (batches != dpo.deal_batches(lengths, 64, 1234, 1)).any()
     totals = lengths[batches].sum(1)
     assert totals.std() < 0.01 * totals.mean()
-    width, filled = dpo.choose_width(lengths, batches[:8], 1024, 4)
-    assert lengths.max() <= width <= 1024 and filled >= 0.95
-    for batch in batches[:4]:
-        rows = dpo.pack(lengths[batch], width)
-        assert (
-            sorted(i for row in rows for i in row) == list(range(64))
-            and max(lengths[batch][row].sum() for row in rows) <= width
-        )
-    assert (
-        dpo.choose_width(np.array([2000, 30]), np.array([[0, 1]]), 1024, 1)[0] >= 2000
-    )  # a pair longer than the context has room
+    for row_tokens, world in ((1024, 1), (2048, 2), (8192, 1), (8192, 4)):
+        width = dpo.row_width(lengths, 64, row_tokens, world, 128)
+        rows = [len(dpo.pack_rows(lengths[batch], width)) for batch in batches]
+        assert width % 128 == 0 and width <= row_tokens
+        assert max(rows) % world == 0 and max(rows) == min(rows)
+        assert totals.sum() / (sum(rows) * width) > (0.94 if row_tokens > 1024 else 0.88)
+    assert dpo.row_width(np.array([2000, 30]), 2, 1024, 1, 128) == 2048  # the longest has room
 
 
 # -----------------------------------------------------------------------------
 # Reading
 
 
-def test_filter_is_brute_force_on_sentences():
-    def brute(words):
-        pairs = [(words[i], words[i + 1]) for i in range(len(words) - 1)]
-        return (
-            sum(
-                any(pairs[i] == pairs[j] for j in range(len(pairs)) if j != i)
-                for i in range(len(pairs))
-            )
-            / len(pairs)
-            if pairs
-            else 0.0
-        )
+def units(*values):
+    return dict(units=list(values))
 
-    for line in SENTENCES:
-        words = (
-            line.replace('|', ' ')
-            .replace('.', ' . ')
-            .replace(',', ' , ')
-            .replace(';', ' ; ')
-            .replace('!', ' ! ')
-            .split()
-        )
-        assert dpo.auto_bleu(words) == pytest.approx(brute(words))
-    assert dpo.auto_bleu([]) == dpo.auto_bleu(['one']) == 0.0
-    assert dpo.auto_bleu('a b a b'.split()) == pytest.approx(2 / 3)
+
+def write_rows(path, rows):
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return str(path)
 
 
 def test_filter_split_and_counts(tmp_path):
-    path = tmp_path / 'pairs.jsonl'
-    units, rows = lambda *u: dict(units=list(u)), []
-    for prompt, chosen in (line.split(' | ') for line in SENTENCES):
-        rows.append(
-            dict(
-                prompt=units(1, 2, 3),
-                chosen=units(4, 5),
-                rejected=units(6),
-                prompt_text=prompt,
-                chosen_text=chosen,
-            )
-        )
+    texts = [
+        ('Ann went to the market and bought bread.', 'She ate the bread at home.'),
+        ('the dog saw the dog and the dog saw the dog again', 'the dog saw the dog'),
+        ('He rows, rows, rows; rows, rows, rows the boat.', 'Then he rows, rows, rows again!'),
+        ('well', 'no'),
+    ]
+    pair = dict(prompt=units(1, 2, 3), chosen=units(4, 5), rejected=units(6))
+    rows = [dict(pair, prompt_text=prompt, chosen_text=chosen) for prompt, chosen in texts]
     rows += [
-        dict(
-            prompt=units(1, 2, 1, 2), chosen=units(1, 2), rejected=units(3)
-        ),  # no text: units repeat themselves
-        dict(prompt=units(1, 2), chosen=units(3, 4), rejected=units(5)),
+        dict(prompt=units(1, 2, 1, 2), chosen=units(1, 2), rejected=units(3)),  # no text
         dict(prompt=units(1), chosen=units(), rejected=units(5), chosen_text='x'),
         dict(prompt=units(1), chosen=units(5), rejected=units(5)),
         dict(prompt=units(), chosen=units(*range(30)), rejected=units(5)),
         dict(prompt=units(*range(30)), chosen=units(5), rejected=units(6), split='val'),
+        dict(pair, split='test'),
     ]
-    path.write_text('\n'.join(map(json.dumps, rows)) + '\n')
-    train, val, count = dpo.load_pairs(str(path), 30, 16, 0.3, 10)
-    kept = [dpo.auto_bleu(words) < 0.3 for *_, words in dpo.read_pairs(str(path)) if words]
-    assert kept[:6] == [True, False, False, True, True, False]
-    assert count == dict(read=12, without_text=5, unusable=2, repetitive=4, truncated=2)
-    assert len(train) == 5 and len(val) == 1
-    assert val[0][0].tolist() == [29 - k + OFFSET for k in range(13, -1, -1)] and val[0][
-        1
-    ].tolist() == [5 + OFFSET, EOS]
-    assert dpo.load_pairs(str(path), 30, 16, 1.1, 10)[2]['repetitive'] == 0
+    path = write_rows(tmp_path / 'pairs.jsonl', rows)
+    train, val, count = dpo.load_pairs(path, 30, 16, 0.3, 0.0, 10)
+    assert count == dict(read=10, repetitive=2, unusable=2, others=1, truncated=2)
+    assert len(train) == 4 and len(val) == 1
+    prompt, chosen, _ = parts_of(val[0])
+    assert prompt.tolist() == [OFFSET + unit for unit in range(16, 30)]
+    assert chosen.tolist() == [OFFSET + 5, EOS]
+    assert dpo.load_pairs(path, 30, 16, 0.3, 0.3, 10)[2]['repetitive'] == 3
+    assert dpo.load_pairs(path, 30, 16, 0.0, 0.0, 10)[2]['repetitive'] == 0
 
 
-def test_truncation_spares_the_end_of_the_prompt_and_the_beginning_of_completions():
-    a = np.arange(100)
-    prompt, chosen, rejected = dpo.truncate(a[:50], a[:30], a[:10], 64)
-    assert prompt.tolist() == list(range(16, 50)) and len(chosen) == 30 and len(rejected) == 10
-    prompt, chosen, rejected = dpo.truncate(a[:50], a[:80], a[:40], 64)
-    assert (
-        prompt.tolist() == list(range(18, 50))
-        and chosen.tolist() == list(range(32))
-        and rejected.tolist() == list(range(32))
-    )
-    assert [len(x) for x in dpo.truncate(a[:10], a[:80], a[:40], 64)] == [10, 54, 40]
-    assert [len(x) for x in dpo.truncate(a[:10], a[:20], a[:40], 64)] == [10, 20, 40]
+def test_truncation_spares_the_prompts_end_and_the_completions_beginnings():
+    prompt = np.arange(49)
+    for chosen, rejected, sizes in (
+        (29, 9, (34, 30, 10)),
+        (79, 39, (32, 32, 32)),
+        (20, 3, (43, 21, 4)),
+    ):
+        pair = dpo.make_pair(prompt, np.arange(chosen), np.arange(rejected), 64)
+        parts = parts_of(pair)
+        assert tuple(map(len, parts)) == sizes and pair.sizes == sizes[1:]
+        assert parts[0][-1] == 48 + OFFSET and parts[1][0] == parts[2][0] == OFFSET
+    whole = parts_of(dpo.make_pair(prompt[:9], np.arange(4), np.arange(5), 64))
+    assert whole[0][0] == BOS and whole[1][-1] == whole[2][-1] == EOS
+    assert list(map(len, whole)) == [10, 5, 6]
 
 
 def test_layouts_of_the_public_toolkit(tmp_path):
-    path, say = tmp_path / 'pairs.jsonl', lambda *u: ''.join(f'<Un{x}>' for x in u)
+    def say(*values):
+        return ''.join(f'<Un{value}>' for value in values)
+
+    texts = dict(prompt_text='Hi there.', chosen_text='It is ok')
+    prompt = dict(units=[1, 2], duration=[1, 1], text='Hi there.')
     rows = [
-        dict(
-            prompt=dict(units=[1, 2], duration=[1, 1], text='Hi there.'),
-            chosen=dict(units=[3], text="It's ok"),
-            rejected=dict(units=[4]),
-        ),
-        dict(
-            prompt=dict(audio_repr=say(1, 2)),
-            chosen=dict(audio_repr=say(3)),
-            rejected=dict(audio_repr=say(4)),
-            prompt_text='Hi there.',
-            chosen_text="It's ok",
-        ),
-        dict(prompt=say(1, 2), chosen=say(3), rejected=say(4)),
-        dict(prompt=[1, 2], chosen=[3], rejected=[4]),
+        dict(prompt=prompt, chosen=dict(units=[3], text='It is ok'), rejected=dict(units=[4])),
+        {key: dict(audio_repr=say(*value)) for key, value in TOOLKIT.items()} | texts,
+        {key: say(*value) for key, value in TOOLKIT.items()},
+        TOOLKIT,
     ]
-    path.write_text('\n'.join(map(json.dumps, rows)))
-    read = list(dpo.read_pairs(str(path)))
-    assert all([part.tolist() for part in row[:3]] == [[1, 2], [3], [4]] for row in read)
-    assert [row[4] for row in read] == [['Hi', 'there', '.', "It's", 'ok']] * 2 + [None] * 2
+    found = list(dpo.read_pairs(write_rows(tmp_path / 'pairs.jsonl', rows)))
+    assert all([part.tolist() for part in sides] == [[1, 2], [3], [4]] for sides, *_ in found)
+    words = tokenize_words('Hi there. It is ok')
+    assert [words for *_, words in found] == [words, words, [], []]
+
+
+TOOLKIT = dict(prompt=[1, 2], chosen=[3], rejected=[4])
 
 
 @pytest.mark.parametrize(
-    'line, message',
+    ('line', 'message'),
     [
-        ('{"prompt": {"units": [1]}, "cho', 'line 2 is no preference pair'),
-        ('{"prompt": {"units": [1]}, "chosen": {"units": [1]}}', 'line 2 is no'),
-        (
-            '{"prompt": {"units": [1]}, "chosen": {"text": "x"}, "rejected": {"units": [1]}}',
-            'line 2 is no',
-        ),
-        ('[1, 2]', 'line 2 is no'),
-        (
-            '{"prompt": {"units": [1]}, "chosen": {"units": [40]}, "rejected": {"units": [1]}}',
-            'has unit 40, the model knows 0 to 39',
-        ),
-        (
-            '{"prompt": {"units": [1]}, "chosen": {"units": [-1]}, "rejected": {"units": [1]}}',
-            'has unit -1',
-        ),
+        ('{"prompt": {"units": [1]}, "cho', 'line 2'),
+        ('{"prompt": [1], "chosen": [1]}', 'line 2: no preference pair'),
+        ('{"prompt": [1], "chosen": {"text": "x"}, "rejected": [1]}', 'line 2: no preference pair'),
+        ('{"prompt": [1], "chosen": [1.5], "rejected": [1]}', 'line 2: no preference pair'),
+        ('[1, 2]', 'line 2'),
+        ('{"prompt": [1], "chosen": [40], "rejected": [1]}', 'unit 40, the model knows 0 to 39'),
+        ('{"prompt": [1], "chosen": [-1], "rejected": [1]}', 'has unit -1'),
     ],
 )
 def test_a_bad_line_is_named(line, message, tmp_path):
     path = tmp_path / 'pairs.jsonl'
-    path.write_text(
-        '{"prompt": {"units": [1]}, "chosen": {"units": [2]}, "rejected": {"units": [3]}}\n'
-        + line
-        + '\n'
-    )
+    path.write_text(json.dumps(TOOLKIT) + '\n' + line + '\n')
     with pytest.raises(InputError, match=message):
-        dpo.load_pairs(str(path), 40, 128, 0.3, 10)
+        dpo.load_pairs(str(path), 40, 128, 0.3, 0, 10)
 
 
 def test_held_out_pairs_do_not_depend_on_the_order_of_lines(tmp_path):
+    """A tenth of the pairs, by a hash; where too few are marked, others go with them."""
     write_pairs(tmp_path / 'pairs.jsonl')
-    lines = [line.replace('"val"', '"train"') for line in open(tmp_path / 'pairs.jsonl')]
-    (
-        (tmp_path / 'a.jsonl').write_text(''.join(lines)),
-        (tmp_path / 'b.jsonl').write_text(''.join(lines[::-1])),
-    )
-    a, b = (
-        dpo.load_pairs(str(tmp_path / name), 40, 128, 0.3, 100)[1]
-        for name in ('a.jsonl', 'b.jsonl')
-    )
-    assert len(a) == 4 and all(np.array_equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
+    lines = (tmp_path / 'pairs.jsonl').read_text().splitlines()
+    unmarked = [line.replace('"val"', '"train"') for line in lines]
+    one_marked = [unmarked[0].replace('"train"', '"val"'), *unmarked[1:]]
+    for rows, n in ((unmarked, 8), (one_marked, 8), (lines, 10)):
+        found = []
+        for order in (rows, rows[::-1]):
+            (tmp_path / 'some.jsonl').write_text('\n'.join(order))
+            train, val, _ = dpo.load_pairs(str(tmp_path / 'some.jsonl'), 40, 128, 0.3, 0, 100)
+            assert len(train) + len(val) == 80
+            found.append([pair.tokens.tobytes() for pair in val])
+        assert found[0] == found[1] and len(found[0]) == n
 
 
 # -----------------------------------------------------------------------------
@@ -483,61 +421,52 @@ def test_held_out_pairs_do_not_depend_on_the_order_of_lines(tmp_path):
 
 
 def test_a_run_its_reference_and_the_same_command_again(place):
-    done = run(place, 'whole', warn_drop=-10)
+    done = run(place, 'whole')
     assert done.returncode == 0, done.stderr
     log = read_log(place / 'whole')
     first, last = log[0], log[-1]
     assert first['step'] == 0 and first['val_loss'] == pytest.approx(math.log(2), abs=1e-5)
-    assert first['val_margin'] == 0 and first['val_accuracy'] == 0.5 and first['val_drift'] == 0
-    assert (
-        last['val_accuracy'] > 0.9
-        and last['val_loss'] < 0.6
-        and 'lost' in last['warning']
-        and 'WARNING' in done.stdout
-    )
-    assert {'loss', 'accuracy', 'margin', 'chosen', 'rejected', 'norm', 'lr'} <= set(log[1])
-    for folder in ('whole', 'whole/best'):
-        model = SLM.from_pretrained(str(place / folder))
-        assert (
-            model.slam['encoder'] == 'mhubert25'
-            and model.slam['recipe']['beta'] == 0.1
-            and model.slam['recipe']['pretraining'] == dict(lr=1)
-        )
-    train, val, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 512)
-    [cache] = place.glob('reference-*.npz')
+    assert first['val_margin'] == first['val_drift'] == 0 and first['val_accuracy'] == 0.5
+    assert last['val_accuracy'] > 0.9 and last['val_loss'] < 0.6
+    assert {'loss', 'accuracy', 'margin', 'norm', 'lr', 'tokens'} <= set(log[1])
+    for words in ('10 pairs held out', 'units sampled', '± 31 points', 'of which step 24 is kept'):
+        assert words in done.stdout
+
+    model = SLM.from_pretrained(str(place / 'whole'))
+    slam = model.slam
+    assert (slam['encoder'], slam['stage'], slam['dedup']) == ('mhubert25', 'dpo', True)
+    assert slam['recipe']['beta'] == 0.1 and slam['recipe']['pretraining'] == dict(lr=1)
+    assert slam['compute']['pretraining'] == dict(hours=23.5) and slam['compute']['devices'] == 1
+    assert slam['scores']['step'] == 24 and slam['compute']['tokens'] == last['tokens']
+
+    train, val, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 0, 512)
+    [cache] = place.glob('reference-*.pt')
+    known, _ = torch.load(cache)
     with torch.no_grad():
-        again = packed_logps(SLM.from_pretrained(str(place / 'init')), train + val, 128, 4)
-    np.testing.assert_allclose(np.load(cache)['logps'], again, rtol=1e-5, atol=1e-4)
-    weights, written = (
-        (place / 'whole/model.safetensors').read_bytes(),
-        os.path.getmtime(place / 'whole/model.safetensors'),
-    )
+        again = single_logps(SLM.from_pretrained(str(place / 'init')), train + val)
+    torch.testing.assert_close(known, again, rtol=1e-5, atol=1e-4)
+
+    weights = (place / 'whole/model.safetensors').stat().st_mtime
     again = run(place, 'whole')
-    assert (
-        again.returncode == 0
-        and 'finished before' in again.stdout
-        and os.path.getmtime(place / 'whole/model.safetensors') == written
-    )
+    assert again.returncode == 0 and 'finished before' in again.stdout
     other = run(place, 'whole', beta=0.2)
-    assert (
-        other.returncode == 2
-        and 'beta=0.1, now 0.2' in other.stderr
-        and 'Traceback' not in other.stderr
-    )
-    assert (place / 'whole/model.safetensors').read_bytes() == weights
+    assert other.returncode == 2 and 'beta=0.1, not 0.2' in other.stderr
+    assert len(other.stderr.splitlines()) == 1
+    assert (place / 'whole/model.safetensors').stat().st_mtime == weights
 
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on_bit_for_bit(place, number):
-    """Stopped in the middle and run again: the weights, the optimizer and the log of a run that nothing disturbed."""
+    """The weights, the optimizer and the log of a run that nothing disturbed."""
     if not (place / 'whole').exists():
         run(place, 'whole')
     out = f'stopped{int(number)}'
     process = subprocess.Popen(
         [sys.executable, *command(place, out)],
         cwd=ROOT,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
+        env=ENV,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
     )
     for line in process.stdout:
@@ -549,223 +478,200 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, number):
     state = torch.load(place / out / 'train_state.pt', weights_only=True)
     assert state['step'] == 6 if number == signal.SIGKILL else state['step'] >= 10
     SLM.from_pretrained(str(place / out))
+
     done = run(place, out)
-    assert done.returncode == 0 and f'going on from step {state["step"]}' in done.stdout, (
-        done.stderr
+    assert done.returncode == 0, done.stderr
+    assert f'going on at step {state["step"]}' in done.stdout
+    assert filecontents(place / out) == filecontents(place / 'whole')
+    ours, whole = (
+        torch.load(place / name / 'train_state.pt', weights_only=True) for name in (out, 'whole')
     )
-    assert (place / out / 'model.safetensors').read_bytes() == (
-        place / 'whole/model.safetensors'
-    ).read_bytes()
-    a, b = (
-        torch.load(place / name / 'train_state.pt', weights_only=True)['optimizer']['state']
-        for name in (out, 'whole')
+    for i, moments in whole['optimizer']['state'].items():
+        for key in moments:
+            assert torch.equal(ours['optimizer']['state'][i][key], moments[key])
+    for key, value in whole['model'].items():
+        assert torch.equal(ours['model'][key], value)
+    if number == signal.SIGKILL:  # a signal leaves a line of its own, at the step where it came
+        assert read_log(place / out) == read_log(place / 'whole')
+
+
+def filecontents(folder):
+    return (folder / 'model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('weight', [0.0, 0.5])
+def test_the_first_gradient_is_the_closed_form(place, inside, weight):
+    """Where the policy is the reference: of -beta / 2 (chosen - rejected), pair by pair, and of the
+    mean negative log-likelihood of a chosen token times sft_weight, which the loss leaves out."""
+    train, _, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 0, 512)
+    lengths = np.array([len(pair.tokens) for pair in train])
+    pairs = [train[i] for i in dpo.deal_batches(lengths, 8, 1234, 0)[0]]
+    model = SLM.from_pretrained(str(place / 'init')).double()
+    chosen, rejected = single_logps(model, pairs).sum(0)
+    likelihood = chosen / sum(pair.sizes[0] for pair in pairs)
+    objective = -0.1 / 2 * (chosen - rejected) / 8 - weight * likelihood
+    gradient = torch.autograd.grad(objective, list(model.parameters()))
+    norm = math.sqrt(sum(float((part**2).sum()) for part in gradient))
+
+    out = f'weight{weight}'
+    code, said, _ = inside(out, max_steps=1, log_interval=1, sft_weight=weight)
+    assert code == 0, said
+    [row] = [row for row in read_log(place / out) if 'loss' in row]
+    assert row['norm'] == pytest.approx(norm, rel=1e-3, abs=1e-5)
+    assert row['loss'] == pytest.approx(math.log(2), abs=2e-5)
+
+
+@pytest.mark.parametrize(('loss', 'beta'), [('ipo', 1.0), ('simpo', 2.0)])
+def test_the_other_losses_learn_too(place, tmp_path, inside, loss, beta):
+    data = shutil.copy(place / 'pairs.jsonl', tmp_path)
+    code, _, _ = inside(tmp_path / 'out', data=data, loss=loss, beta=beta, max_steps=16)
+    first, *_, last = read_log(tmp_path / 'out')
+    assert code == 0 and last['val_accuracy'] > max(first['val_accuracy'], 0.55)
+    assert last['val_loss'] < first['val_loss'] and last['val_drift'] != 0
+    assert bool(list(tmp_path.glob('reference-*.pt'))) == (loss != 'simpo')
+
+
+def test_samples_are_measured_by_hand(monkeypatch):
+    model = small_model()
+    samples = [[5, 5, 6, 7, 6, 7], [9], []]
+    monkeypatch.setattr(
+        SLM, 'generate', lambda *_, **__: [torch.tensor(x, dtype=torch.int64) for x in samples]
     )
-    assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
-    if number == signal.SIGKILL:
-        assert [r for r in read_log(place / out) if 'loss' in r] == [
-            r for r in read_log(place / 'whole') if 'loss' in r
-        ]
+    found = dpo.measure_samples(model, [np.array([1, 5]), np.array([1, 9]), np.array([1, 2])])
+    repeats, bleu = (2 + 1) / 7, (2 / 5 + 0 + 0) / 3  # 67 twice of 55 56 67 76 67
+    assert found == dict(units=7, repeats=pytest.approx(repeats), auto_bleu=pytest.approx(bleu))
 
 
-def test_the_options_of_the_loss_against_its_closed_form(place, monkeypatch, capsys):
-    """The gradient of the first step, where the policy is the reference: of -beta / 2 (1 - 2 e) (chosen - rejected), pair by pair, and of the
-    mean negative log-likelihood of a chosen token times sft_weight. The loss: ln 2 whatever e, and sft_weight is no part of it."""
-    train, _, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 512)
-    pairs = [
-        train[i] for i in dpo.deal(np.array([sum(map(len, pair)) for pair in train]), 8, 1234, 0)[0]
-    ]
-    model, norms = SLM.from_pretrained(str(place / 'init')).double(), []
-    logps = [
-        model.logps(
-            torch.from_numpy(np.concatenate((prompt, one)))[None],
-            torch.tensor([[0] * len(prompt) + [1] * len(one)]),
-        )
-        for prompt, *both in pairs
-        for one in both
-    ]
-    margin, likelihood = (
-        sum(logps[::2]) - sum(logps[1::2]),
-        sum(logps[::2]) / sum(len(chosen) for _, chosen, _ in pairs),
-    )
-    for i, (e, weight) in enumerate(((0, 0), (0.2, 0), (0.2, 0.5))):
-        gradient = torch.autograd.grad(
-            -0.1 / 2 * (1 - 2 * e) * margin / 8 - weight * likelihood,
-            list(model.parameters()),
-            retain_graph=True,
-        )
-        norms.append(math.sqrt(sum(float((g**2).sum()) for g in gradient)))
-        code, out, _ = inside(
-            monkeypatch,
-            capsys,
-            place,
-            f'options{i}',
-            max_steps=1,
-            log_interval=1,
-            label_smoothing=e,
-            sft_weight=weight,
-        )
-        assert code == 0, out
-        [row] = [row for row in read_log(place / f'options{i}') if 'loss' in row]
-        assert row['norm'] == pytest.approx(norms[-1], rel=1e-3, abs=1e-5) and row[
-            'loss'
-        ] == pytest.approx(math.log(2), abs=2e-5)
-    assert (
-        norms[1] == pytest.approx(0.6 * norms[0]) and abs(norms[2] / norms[1] - 1) > 0.1
-    )  # so that each option shows
+def test_damage_is_told_with_its_remedy():
+    before = dict(val_repeats=0.01)
+    well = dict(val_drift=-0.1, val_repeats=0.012)
+    assert dpo.find_damage(well, before) == []
+    [sinks] = dpo.find_damage(dict(well, val_drift=-0.9), before)
+    [repeats] = dpo.find_damage(dict(well, val_repeats=0.023), before)
+    assert 'chosen completions lost 0.90 nats a token' in sinks
+    assert 'immediate repeats are 2.3% of the units' in repeats
+    assert all('--lr' in line and '--sft_weight' in line for line in (sinks, repeats))
 
 
-def test_steps_that_are_not_finite_are_skipped_and_end_the_run(place, monkeypatch, capsys):
+def test_a_run_that_only_damages_ends_as_it_began(place, inside):
+    code, out, _ = inside('damage', lr=0.3, warmup_steps=0, max_steps=40, batch_pairs=16)
+    assert code == 0 and 'WARNING: chosen completions lost' in out
+    assert 'no step was better' in out and 'epochs' in out
+    ours, theirs = (SLM.from_pretrained(str(place / name)) for name in ('damage', 'init'))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert ours.slam['stage'] == 'pretraining'
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run(place, inside):
     code, out, errors = inside(
-        monkeypatch,
-        capsys,
-        place,
-        'wild',
-        lr=1e30,
-        warmup_steps=0,
-        max_steps=40,
-        eval_interval=0,
-        save_interval=0,
+        'wild', lr=1e30, warmup_steps=0, max_steps=40, eval_interval=0, save_interval=0
     )
     assert code == 2 and len(errors) == 1 and 'steps in a row were not finite' in errors[0]
-    lines = [line for line in out.splitlines() if '2 not finite, skipped' in line]
-    assert lines and all(' | skipped | ' in line and '0.000' not in line for line in lines)
-    assert all(('loss' in row) == (row['skipped'] < 2) for row in read_log(place / 'wild'))
+    assert '2 not finite, skipped' in out
+    assert all(
+        (row['loss'] is None) == (row.get('skipped') == 2) for row in read_log(place / 'wild')
+    )
 
 
-def test_a_model_that_is_not_finite_is_one_line(place, tmp_path, monkeypatch, capsys):
+def test_a_model_that_is_not_finite_is_one_line(place, tmp_path, inside):
     model = SLM.from_pretrained(str(place / 'init'))
     model.embed.weight.data[5] = math.nan
     model.save_pretrained(tmp_path / 'init')
-    code, _, errors = inside(monkeypatch, capsys, place, 'broken', init=tmp_path / 'init')
+    code, _, errors = inside('broken', init=tmp_path / 'init')
     assert code == 2 and len(errors) == 1 and 'no finite log-probability' in errors[0]
 
 
-def test_memory_that_is_not_there_is_one_line(place, tmp_path, monkeypatch, capsys):
+def test_memory_that_is_not_there_is_one_line(place, tmp_path, inside, monkeypatch):
     def logps(*_, **__):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
 
     monkeypatch.setattr(SLM, 'logps', logps)
-    code, _, errors = inside(
-        monkeypatch,
-        capsys,
-        place,
-        tmp_path / 'out',
-        seed=7,
-        data=shutil.copy(place / 'pairs.jsonl', tmp_path),
-    )
-    assert (
-        code == 2
-        and len(errors) == 1
-        and all(word in errors[0] for word in ('out of memory', '--batch_size=2', '--context=128'))
-    )
+    data = shutil.copy(place / 'pairs.jsonl', tmp_path)
+    code, _, errors = inside(tmp_path / 'out', data=data)
+    assert code == 2 and len(errors) == 1
+    assert all(word in errors[0] for word in ('out of memory', 'row_tokens=256', 'context=128'))
 
 
 @pytest.mark.parametrize(
-    'knob, value',
+    ('knob', 'value'),
     [
         ('lr', -1),
         ('beta', 0),
         ('context', 0),
-        ('batch_size', 0),
-        ('accumulation', 0),
+        ('batch_pairs', 0),
+        ('row_tokens', 0),
         ('log_interval', 0),
         ('seed', -1),
-        ('label_smoothing', 0.5),
         ('sft_weight', -1),
         ('train_hours', -1),
+        ('loss', 'dro'),
     ],
 )
-def test_a_knob_out_of_range_is_one_line(knob, value, place, monkeypatch, capsys):
-    code, _, errors = inside(monkeypatch, capsys, place, 'wrong', **{knob: value})
-    assert (
-        code == 2 and len(errors) == 1 and f'--{knob}=' in errors[0] and 'out of range' in errors[0]
-    )
+def test_a_knob_out_of_range_is_one_line(knob, value, inside):
+    code, _, errors = inside('wrong', **{knob: value})
+    assert code == 2 and len(errors) == 1 and knob in errors[0]
+    assert ('unknown' if knob == 'loss' else 'out of range') in errors[0]
 
 
-def test_a_held_out_pair_may_be_the_longest_and_a_full_disk_loses_nothing(place, tmp_path):
-    lines = [json.loads(line) for line in open(place / 'pairs.jsonl')]
-    long = dict(
-        prompt=[1, 2, 3] * 20,
-        chosen=list(range(40)),
-        rejected=list(range(39, -1, -1)),
-        chosen_text='a b',
-        split='val',
-    )
-    (tmp_path / 'pairs.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in [*lines, long]))
-    knobs = dict(init=place / 'init', data=tmp_path / 'pairs.jsonl', context=128, max_steps=4)
+def test_a_full_disk_loses_nothing(place, tmp_path):
+    """Nor does a torn line of the log, a reader that leaves, or the longest pair held out."""
+    rows = [json.loads(line) for line in open(place / 'pairs.jsonl')]
+    rows.append(dict(prompt=[1, 2, 3] * 20, chosen=list(range(40)), rejected=[7], split='val'))
+    data = write_rows(tmp_path / 'pairs.jsonl', rows)
+    knobs = dict(init=place / 'init', data=data, max_steps=4)
     done = run(tmp_path, 'out', **knobs)
     assert done.returncode == 0, done.stderr
-    with open(tmp_path / 'out' / 'log.jsonl', 'a') as file:
+    out = tmp_path / 'out'
+    with open(out / 'log.jsonl', 'a') as file:
         file.write('{"step": 4')  # torn
-    names, knobs['max_steps'] = ('train_state.pt', 'model.safetensors'), 6
-    before = [(tmp_path / 'out' / name).read_bytes() for name in names]
+    names = ('train_state.pt', 'model.safetensors')
+    before = [(out / name).read_bytes() for name in names]
     full = subprocess.run(
-        [sys.executable, *command(tmp_path, 'out', **knobs)],
+        [sys.executable, *command(tmp_path, 'out', **knobs | dict(max_steps=6))],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
+        env=ENV,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000,) * 2),
     )
-    assert (
-        full.returncode == 2
-        and 'make room' in full.stderr.splitlines()[-1]
-        and 'Traceback' not in full.stderr
-    ), full.stderr
-    assert before == [(tmp_path / 'out' / name).read_bytes() for name in names]
+    assert full.returncode == 2 and 'make room' in full.stderr.splitlines()[-1], full.stderr
+    assert 'Traceback' not in full.stderr
+    assert before == [(out / name).read_bytes() for name in names]
     process = subprocess.Popen(
-        [sys.executable, *command(tmp_path, 'out', **knobs)],
+        [sys.executable, *command(tmp_path, 'out', **knobs | dict(max_steps=6))],
         cwd=ROOT,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
+        env=ENV,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     process.stdout.readline()
     process.stdout.close()  # a reader that leaves does not stop the run
-    assert (
-        'Error' not in process.stderr.read()
-        and process.wait() == 0
-        and read_log(tmp_path / 'out')[-1]['step'] == 6
-    )
+    assert 'Error' not in process.stderr.read()
+    assert process.wait() == 0 and read_log(out)[-1]['step'] == 6
 
 
 def test_two_processes_are_one(place):
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--nproc_per_node=2',
-            '--master_port=0',
-            '--rdzv_backend=c10d',
-            '--rdzv_endpoint=localhost:0',
-            *command(place, 'two', max_steps=6, sft_weight=0.1),
-        ],
-        cwd=ROOT,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    launcher = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d')
+    launcher += ('--rdzv_endpoint=localhost:0', '--master_port=0')
+    two = run(place, 'two', launcher, max_steps=6, sft_weight=0.1)
+    assert two.returncode == 0, two.stderr[-2000:]
     one = run(place, 'one', max_steps=6, sft_weight=0.1)
-    assert one.returncode == 0
-    for a, b in zip(read_log(place / 'two'), read_log(place / 'one')):
-        assert a.keys() == b.keys() and all(
-            a[k] == pytest.approx(b[k], abs=2e-5) for k in a if k != 'warning'
-        )
+    assert one.returncode == 0, one.stderr
+    for a, b in zip(read_log(place / 'two'), read_log(place / 'one'), strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], abs=2e-5) for key in a if key != 'damage')
 
 
 def test_mistakes_are_one_line(place, tmp_path):
     (tmp_path / 'empty.jsonl').write_text('')
     for knobs, message in (
         (dict(init=tmp_path / 'none'), 'none'),
-        (dict(data=tmp_path / 'empty.jsonl'), 'leaves 0 pairs to train on'),
+        (dict(data=tmp_path / 'empty.jsonl'), '0 pairs to train on are no batch'),
+        (dict(data=tmp_path / 'none.jsonl'), 'no pairs'),
+        (dict(out_dir=place / 'init'), 'would be lost'),
     ):
         done = run(place, 'wrong', **knobs)
-        assert (
-            done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
-        ), done.stderr
-    with pytest.raises(InputError, match='no pairs file'):
-        dpo.load_pairs(str(tmp_path / 'none.jsonl'), 40, 128, 0.3, 10)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
