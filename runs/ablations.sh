@@ -62,11 +62,12 @@ arm tab1-opt-div-syn           --init=facebook/opt-125m --data=$REAL,$DIV,$SYN
 arm tab1-opt-neither           --init=facebook/opt-125m --data=$REAL
 arm tab1-opt-div               --init=facebook/opt-125m --data=$REAL,$DIV
 
-# Table 9: context x batch
-arm tab9-512x128               --context=512  --batch_size=16 --global_batch=128
-arm tab9-512x256               --context=512  --batch_size=16 --global_batch=256
-arm tab9-1024x256              --context=1024 --batch_size=8  --global_batch=256
-arm tab9-1024x128              --context=1024 --batch_size=8  --global_batch=128
+# Table 9: context x batch. Chunks of at most 1,024 tokens have 620 on average, those of at most 512 about 385:
+# 128 x 385 = 6 rows of 8,192
+arm tab9-512x128               --context=512  --batch_tokens=49152
+arm tab9-512x256               --context=512  --batch_tokens=98304
+arm tab9-1024x256              --context=1024 --batch_tokens=163840
+arm tab9-1024x128              --context=1024 --batch_tokens=81920
 
 # Figure 5: minutes of DPO out of the 24 hours
 dpo fig5-dpo-0.25h             15

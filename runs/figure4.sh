@@ -11,10 +11,10 @@ python make_synthetic.py --task=stories --text="$TEXT" --out=out/figure4/audio
 python prepare_units.py config/demo_units.py --audio=out/figure4/audio/stories --out=out/figure4/units
 arm() {
     python train.py config/demo.py --data=out/figure4/units --out_dir="out/figure4/$1" --save_init=False --n_layer=6 --n_embd=384 --n_head=6 --n_ffn=1536 \
-        --context=1024 --min_lr=5e-5 --beta2=0.95 --warmup_fraction=0 --warmup_steps=50 "${@:2}" > "out/figure4/$1.txt" 2>&1
+        --context=1024 --row_tokens=1024 --batch_tokens=1024 --min_lr=5e-5 --beta2=0.95 --warmup_fraction=0 --warmup_steps=50 "${@:2}" > "out/figure4/$1.txt" 2>&1
     echo "$1: $(tail -n 1 "out/figure4/$1.txt")"
 }
-arm alone --lr=1e-3 --batch_size=4 --global_batch=8 --max_steps=1000000 --train_hours="$(awk "BEGIN {print $MINUTES / 60}")" --eval_interval=50
+arm alone --lr=1e-3 --batch_tokens=8192 --max_steps=1000000 --train_hours="$(awk "BEGIN {print $MINUTES / 60}")" --eval_interval=50
 for optimizer in adamw ademamix adalomo; do
     for schedule in cosine inverse_sqrt; do
         OMP_NUM_THREADS=1 arm "$optimizer-$schedule" --optimizer=$optimizer --schedule=$schedule --max_steps=$((MINUTES * 48)) --train_hours=100 \
