@@ -1,32 +1,51 @@
-"""Every metric of the field, straight from the official downloads, in one table beside the paper's rows.
+"""Every metric of the field, straight from the official downloads, in one table beside the paper's.
 
-    python eval_slm.py --init=out/slam,out/slam-dpo --data_dir=data --tasks=sblimp,swuggy,sstorycloze,tstorycloze,salmon
-    python eval_slm.py --init=out/slam --data_dir=data --tasks=sstorycloze,genppl,autobleu --html=out/report.html
+    python eval_slm.py --init=out/slam,out/slam-dpo --data_dir=data --tasks=sblimp,swuggy,salmon
+    python eval_slm.py --init=out/slam --tasks=sstorycloze,genppl,autobleu --html=out/report.html
+    python eval_slm.py --init="out/a-s*,B=out/b-s1+out/b-s2" --tasks=tstorycloze
 
-A pair counts 1 if its correct utterance has the higher log-likelihood, 1/2 on a tie: that of `<S>` units `<S>`, the mean over every token but the
-first (the public toolkit's convention), in packed rows without padding. ZeroSpeech is read as unpacked, paired by gold.csv, averaged officially:
-over voices within a pair, then over pairs. Intervals: 95 %, bootstrap over pairs; models are compared on the same pairs. A task that cannot run
-is 'not run', with the reason, and the exit code is 2; a checkpoint that cannot be loaded ends the run before it begins.
+A pair counts 1 if its correct utterance has the higher log-likelihood, 1/2 on a tie: that of
+`<S>` units `<S>`, the mean over every token but the first (the public toolkit's convention).
+Checkpoints that differ in their seed alone are an arm, by a pattern or by NAME=A+B: its row is
+their mean +- the standard deviation over seeds, and its intervals count seeds.
+
+Tasks, and where they are looked for in data_dir:
+    sblimp, swuggy                      ZeroSpeech 2021 as unpacked: syntactic/, lexical/
+    babyslm_syntactic, babyslm_lexical  BabySLM as unpacked: babyslm/syntactic/, babyslm/lexical/
+    sstorycloze, tstorycloze, salmon    the folders of that name, or parquet files in them
+    own, or any other name              your own pairs: NAME=PATH, or NAME in data_dir
+        a folder      <id>_correct.wav, <id>_incorrect.wav; type and voice from manifest.jsonl
+        .csv, .jsonl  columns correct, incorrect (paths from the file's folder), type, voice
+        .jsonl        of prepare_units.py: prompt, chosen, rejected, each with units
+        .parquet      a file, a folder of them or hub:OWNER/NAME: positive_audio, negative_audio
+    genppl, autobleu                    on prompt + continuation, as published; with
+                                        _continuation behind the name on that alone
+    gptscore, utmos                     a judge's opinion, a predictor's of the sound
+NAME_unseen beside a suite is scored with it.
+
+A task that cannot run is 'not run', with the reason, and the exit code is 2.
 """
 
 from config import configure, fail
 
 import base64
 import csv
+import glob
 import hashlib
 import io
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 import urllib.request
-from bisect import bisect_left, bisect_right, insort
-from collections import Counter, defaultdict
+from bisect import bisect_right
+from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -41,883 +60,1283 @@ from model import (
     InputError,
     UnitEncoder,
     UnitVocoder,
+    auto_bleu,
     dedup,
+    find_audio,
     load_audio,
+    pack_rows,
     pick_device,
     pick_dtype,
+    read_jsonl,
+    read_parquet,
+    tokenize_words,
+    write_atomic,
 )
 
 # -----------------------------------------------------------------------------
-init = 'out/slam'  # checkpoints to compare, comma-separated: folders or hub names
-tasks = 'sblimp,sstorycloze,tstorycloze'  # also swuggy, salmon, genppl, autobleu, gptscore, resynth, a sub-folder of data_dir, NAME=folder or .jsonl
-data_dir = 'data'  # holds the suites; for sblimp and swuggy ZeroSpeech 2021: its root, syntactic/ or lexical/
-split = 'dev'  # ZeroSpeech 2021: dev or test
+init = 'out/slam'  # checkpoints to compare, comma-separated: folders, hub names, patterns, NAME=A+B
+tasks = 'sblimp,sstorycloze,tstorycloze'  # comma-separated, see above
+data_dir = 'data'  # holds the suites
+split = 'dev'  # of ZeroSpeech 2021 and BabySLM: dev or test
 likelihood = 'mean'  # per token, or sum
 encoder = ''  # name or folder in place of the one each checkpoint names
 vocoder = ''
-prompts = ''  # folder of prompt audio; '': the correct utterances of sstorycloze, or else of the first suite
+# what is continued, and how (Table 6 of the paper)
+prompts = ''  # folder of prompts; '': the correct utterances of sstorycloze, or of the first suite
 n_prompts = 1000  # prompts to continue
-prompt_seconds = 3.0
+prompt_seconds = 3.0  # gptscore: at the end of the word nearest to it
 max_new_tokens = 150
-temperature = 0.8  # with top-k 25 and repetition penalty 1.1 (Table 6)
+temperature = 0.8
+top_k = 25
+top_p = 1.0
+repetition_penalty = None  # None: 1.1 after DPO, 1.0 before it
+# who listens
 asr = 'openai/whisper-large-v3-turbo'  # transcribes for genppl, autobleu and gptscore
 text_lm = 'meta-llama/Llama-3.2-1B'  # genppl's
-judge = ''  # gptscore's: an instruct model's folder or hub name, or an OpenAI-compatible URL (https://host/v1)
-judge_model = (
-    'gpt-4o'  # what to ask for at the URL; the key is read from the environment's OPENAI_API_KEY
-)
-out = 'out/eval.json'  # beside it: NAME.pairs.jsonl with every pair's scores, eval_cache/ with the encoded audio
-html = ''  # a self-contained page: tables, loss curves, bars, and three prompts to listen to
+judge = ''  # gptscore's: an instruct model, or an OpenAI-compatible URL (https://host/v1)
+judge_model = 'gpt-4o'  # what to ask for at the URL; the key is read from $OPENAI_API_KEY
+utmos = ''  # a TorchScript file: (1, samples) float at 16 kHz -> the opinion score
+# what is written
+out = 'out/eval.json'  # beside it NAME.pairs.jsonl, every pair's scores, and eval_cache/, the units
+html = ''  # a self-contained page: table, figures, prompts to listen to
+paper = 'results'  # rows of config/paper.csv to stand beside: results, data, context, all or none
 submission = ''  # folder for the files that ZeroSpeech's own tool takes
 seed = 1234
 device = 'auto'  # cuda, mps or cpu
 dtype = 'auto'  # bfloat16 on cuda, else float32
 # -----------------------------------------------------------------------------
 
-ZEROSPEECH = dict(sblimp='syntactic', swuggy='lexical')
-ALIASES = dict(
-    sstorycloze=('ssc', 'spoken_storycloze'), tstorycloze=('tsc', 'topic_storycloze')
-)  # folders that are taken for these tasks
+ROOT = os.path.dirname(os.path.abspath(__file__))
+ZEROSPEECH = dict(  # tasks of ZeroSpeech's layout, and their folders
+    sblimp='syntactic',
+    swuggy='lexical',
+    babyslm_syntactic='babyslm/syntactic',
+    babyslm_lexical='babyslm/lexical',
+)
+ALIASES = dict(  # folders that are taken for these tasks
+    sstorycloze=('ssc', 'spoken_storycloze'),
+    tstorycloze=('tsc', 'topic_storycloze'),
+    own=('minimal',),
+)
 SALMON = (
-    'bg_alignment',
-    'bg_all_consistency',
-    'bg_domain_consistency',
-    'gender_consistency',
-    'rir_consistency',
-    'sentiment_alignment',
-    'sentiment_consistency',
-    'speaker_consistency',
+    *('bg_alignment', 'bg_all_consistency', 'bg_domain_consistency', 'gender_consistency'),
+    *('rir_consistency', 'sentiment_alignment', 'sentiment_consistency', 'speaker_consistency'),
 )
 PERCENT = partial(np.multiply, 100)
-TRANSFORM = dict(
-    genppl=np.exp, gptscore=np.asarray, autobleu=PERCENT, resynth=PERCENT
-)  # of the mean over prompts
-TOY = dict(
-    grammar='sblimp', sstory='sstorycloze', tstory='tstorycloze'
-)  # the demo's suites, and the benchmarks they imitate
+TRANSFORM = dict(  # of the mean over prompts, of the tasks that continue prompts
+    genppl=np.exp,
+    genppl_continuation=np.exp,
+    autobleu=PERCENT,
+    autobleu_continuation=PERCENT,
+    gptscore=np.asarray,
+    utmos=np.asarray,
+)
 LABELS = dict(
     sblimp='sBLIMP',
-    swuggy='sWUGGY',
+    swuggy='sWUGGY, all',
+    swuggy_in_vocabulary='sWUGGY, in vocabulary',
     sstorycloze='sSC',
     tstorycloze='tSC',
     genppl='GenPPL ↓',
+    genppl_continuation='GenPPL of the continuation ↓',
     autobleu='auto-BLEU ↓',
+    autobleu_continuation='auto-BLEU of the continuation ↓',
     gptscore='GPTScore',
-    resynth='resynthesis error ↓',
+    utmos='MOS (UTMOS)',
 )
-JUDGE = (
-    'Below are transcripts of the beginning of a recording and of the continuation that a speech model made. Rate how well the continuation '
-    'follows: 1 very bad, 2 bad, 3 fair, 4 good, 5 very good (coherent, likely, well-formed). Forgive small recognition errors and an end cut off. '
-    'Answer with one line, "Rating: N".\n\nBeginning: {}\nContinuation: {}'
+MEASURES = dict(
+    genppl='perplexity, prompt + continuation',
+    genppl_continuation='perplexity',
+    autobleu='% of bigrams, prompt + continuation',
+    autobleu_continuation='% of bigrams',
+    gptscore='1 to 5',
+    utmos='1 to 5',
 )
+# what GenPPL and auto-BLEU of the paper were measured with (section 4 and Table 6)
+PAPER_SAMPLING = dict(
+    prompt_seconds=3.0, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, n_prompts=1000
+)
+SMALL = 50  # fewer pairs are said to be few
+BANDS = ('oov', '1-5', '6-20', '21-100', '>100')  # how often LibriSpeech has the word
+JUDGE = r"""A speech model heard the beginning of a recording and went on speaking. Below are the
+transcripts of both. Judge how relevant the continuation is to the beginning and how likely it is to
+follow it, on a scale from 1 (very unlikely and irrelevant) to 5 (very likely and highly relevant).
+Do not mind small mistakes of the transcription, nor that the continuation stops before its end.
+Write a brief analysis first, then close with: "The final answer is \boxed{x}", where x is 1 to 5.
+
+Beginning: %s
+Continuation: %s"""
+
+# An utterance: its files, laid end to end, `seconds` of the beginning (0: all); or its units.
+Clip = namedtuple('Clip', 'files seconds units', defaults=((), 0.0, ()))
+# What is scored: pairs are dict(id, voice, types, pos, neg, text, words), pos and neg Clips; clips:
+# {file name: Clip} of a submission; split: of the suite; official: the paper's own audio.
+Suite = namedtuple('Suite', 'pairs clips split official', defaults=({}, '', False))
+# A model with what it speaks through; sampling: the arguments of its `generate`.
+Speaker = namedtuple('Speaker', 'name model encoder vocoder sampling')
 
 
-def audio_files(folder):
-    """Audio below a folder, relative to it; sorted, so that the file system's order does not matter, and hidden files left out."""
-    found = sorted(
-        os.path.relpath(os.path.join(top, name), folder)
-        for top, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(('.wav', '.flac', '.ogg')) and not name.startswith('.')
-    )
-    if not found:
-        raise InputError(
-            f'no audio (.wav, .flac, .ogg) in {folder}'
-            if os.path.isdir(folder)
-            else f'no folder {folder!r}'
-        )
-    return found
+# -----------------------------------------------------------------------------
+# Suites: folders and files -> pairs. A new layout is a function that returns pairs
 
 
-def read_jsonl(path):
-    """A file's JSON objects, one a line; NaN and Infinity, which JSON proper and so the page lacks, are None."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            return [
-                dict(json.loads(line, parse_constant=lambda _: None))
-                for line in file
-                if line.strip()
-            ]
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f'{path}: expected a JSON object a line ({error})') from None
+def make_pair(key, pos, neg, about=None, **more):
+    """A pair. about: what a manifest knows of its correct utterance (voice, type, text, words)."""
+    about = about or {}
+    kind = str(about.get('type') or '')
+    pair = dict(id=str(key), voice=str(about.get('voice') or ''), types=[kind] if kind else [])
+    pair |= dict(pos=pos, neg=neg, text=about.get('text') or '', words=about.get('words') or [])
+    return pair | more
+
+
+def read_manifest(folder):
+    """{path: row} of a folder's manifest.jsonl; {} if there is none."""
+    path = os.path.join(folder, 'manifest.jsonl')
+    rows = read_jsonl(path) if os.path.exists(path) else ()
+    named = [row for _, row in rows if isinstance(row.get('path'), str)]
+    return {os.path.normpath(os.path.join(folder, row['path'])): row for row in named}
 
 
 def list_folder(folder):
-    """Pairs, dict(id, voice, types, pos, neg), of a StoryCloze folder (<n>_correct.wav, <n>_incorrect.wav) or a part of SALMon (sample_<n>_*.wav)."""
-    files, sides, pairs, manifest = (
-        audio_files(folder),
-        defaultdict(dict),
-        [],
-        os.path.join(folder, 'manifest.jsonl'),
-    )
+    """Pairs of a folder: StoryCloze's <n>_correct, <n>_incorrect (with <n>_mutual these are two
+    endings of that beginning) or a part of SALMon, sample_<n>_*, where the first name is correct.
+
+    Sub-folders that repeat the same n are voices.
+    """
+    files = [os.path.normpath(file) for file in find_audio(folder)]
     salmon = all(os.path.basename(file).startswith('sample_') for file in files)
-    wanted = 'expected ' + (
-        'two files sample_<n>_*.wav for each n'
-        if salmon
-        else '<n>_correct.wav and <n>_incorrect.wav'
-    )
+    rule = r'(.*?sample_\d+)_(.*)' if salmon else r'(.+)_(correct|incorrect|mutual)'
+    layout = 'two files sample_<n>_*.wav for each n' if salmon else '<n>_correct, <n>_incorrect'
+    manifest = read_manifest(folder)
+    sides = defaultdict(dict)
     for file in files:
-        match = re.fullmatch(
-            r'(.*?sample_\d+)_(.*)' if salmon else r'(.+)_(correct|incorrect)',
-            os.path.splitext(file)[0],
-        )
+        match = re.fullmatch(rule, os.path.splitext(os.path.relpath(file, folder))[0])
         if not match or match[2] in sides[match[1]]:
-            raise InputError(
-                f'{os.path.join(folder, file)}: {"a second file of this name" if match else "unknown file"}, {wanted}'
-            )
+            why = 'a second file of this name' if match else 'unknown file'
+            raise InputError(f'{file}: {why}, expected {layout}')
         sides[match[1]][match[2]] = file
-    about = (
-        {
-            os.path.normpath(row['path']): row
-            for row in read_jsonl(manifest)
-            if isinstance(row.get('path'), str)
-        }
-        if os.path.exists(manifest)
-        else {}
-    )
+    numbers = [os.path.basename(key) for key in sides]
+    by_voice = len(set(numbers)) < len(numbers)
+    pairs = []
     for key, side in sides.items():
+        start = () if salmon else tuple(filter(None, [side.pop('mutual', None)]))
         if len(side) != 2:
-            raise InputError(
-                f'{os.path.join(folder, min(side.values()))} {"has no counterpart" if len(side) == 1 else "and more"}: {wanted}'
-            )
-        (_, pos), (_, neg) = sorted(
-            side.items()
-        )  # the positive sorts first: 'correct' < 'incorrect', and so in SALMon
-        voice, kind = (str(about.get(pos, {}).get(what) or '') for what in ('voice', 'type'))
-        pairs.append(
-            dict(
-                id=key,
-                voice=voice,
-                types=[kind] * bool(kind),
-                pos=os.path.join(folder, pos),
-                neg=os.path.join(folder, neg),
-            )
-        )
+            why = 'has no counterpart' if len(side) < 2 else 'and more'
+            raise InputError(f'{min([*side.values(), *start])} {why}: expected {layout}')
+        pos, neg = (file for _, file in sorted(side.items()))  # 'correct' < 'incorrect'
+        pair = make_pair(key, Clip((*start, pos)), Clip((*start, neg)), manifest.get(pos))
+        if by_voice:
+            pair |= dict(id=os.path.basename(key), voice=pair['voice'] or os.path.dirname(key))
+        pairs.append(pair)
     return pairs
 
 
-def list_zerospeech(root, kind, split, blind=False):
-    """Pairs and {file name without suffix: path} of ZeroSpeech 2021's `syntactic` or `lexical`. blind: without gold.csv there are no pairs."""
-    folder = next(
-        (
-            f
-            for f in (os.path.join(root, kind, split), os.path.join(root, split), root)
-            if os.path.isdir(f)
-        ),
-        root,
-    )
-    files = {os.path.splitext(file)[0]: os.path.join(folder, file) for file in audio_files(folder)}
-    gold, sides, pairs = os.path.join(folder, 'gold.csv'), defaultdict(lambda: ([], [])), []
-    if blind and not os.path.exists(gold) and not any(os.path.dirname(file) for file in files):
-        return [], files
+def list_table(path):
+    """Pairs of a .csv or .jsonl: the columns correct and incorrect (paths, from the file's folder),
+    type and voice; or rows of prompt, chosen and rejected, each with units (those held out)."""
+    if path.endswith('.csv'):
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            rows = list(enumerate(csv.DictReader(file), 2))
+    else:
+        rows = list(read_jsonl(path))
+    held_out = [(i, row) for i, row in rows if row.get('split', 'train') != 'train']
+    pairs = []
+    for i, row in held_out or rows:
+        try:
+            if 'chosen' in row:
+                start, *ends = (tuple(row[k]['units']) for k in ('prompt', 'chosen', 'rejected'))
+                pos, neg = (Clip(units=tuple(map(int, start + end))) for end in ends)
+                if min(pos.units + neg.units) < 0:
+                    raise ValueError
+            else:
+                here = os.path.dirname(path)
+                names = [os.path.join(here, row[side]) for side in ('correct', 'incorrect')]
+                pos, neg = (Clip((name,)) for name in names)
+        except (KeyError, TypeError, ValueError):
+            wanted = 'correct and incorrect, or prompt, chosen and rejected with units (0, 1, ...)'
+            raise InputError(f'{path}, line {i}: expected {wanted}') from None
+        pairs.append(make_pair(row.get('id', i), pos, neg, row))
+    return pairs
+
+
+def list_parquet(where, cache):
+    """Pairs of rows with positive_audio and negative_audio; their sound is unpacked in `cache`."""
+    name = hashlib.sha256(os.path.abspath(where).encode()).hexdigest()[:16]
+    folder = os.path.join(cache, 'parquet_' + name)
+    pairs = []
+    for i, row in enumerate(read_parquet(where)):
+        clips = []
+        for side in ('positive_audio', 'negative_audio'):
+            sound = (row.get(side) or {}).get('bytes')
+            if not sound:
+                raise InputError(
+                    f'{where}, row {i}: expected bytes in positive_ and negative_audio'
+                )
+            file = os.path.join(folder, f'{i:06d}_{side}.wav')
+            if not os.path.exists(file) or os.path.getsize(file) != len(sound):
+                with write_atomic(file, 'wb') as unpacked:
+                    unpacked.write(sound)
+            clips.append(Clip((file,)))
+        about = dict(voice=row.get('speaker') or row.get('voice'), type=row.get('type'))
+        pairs.append(make_pair(row.get('id', i), *clips, about))
+    return pairs
+
+
+def read_gold(gold, kind, split):
+    """Rows of ZeroSpeech's gold.csv, checked. kind: syntactic or lexical, or a folder so named."""
+    columns = ['id', 'filename', 'voice', 'correct']
+    lexical = kind.endswith('lexical')
+    columns += ['frequency', 'length', 'word'] if lexical else ['type', 'subtype']
     try:
         with open(gold, newline='', encoding='utf-8-sig') as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         why = getattr(error, 'strerror', None) or error
-        raise InputError(
-            f'{gold}: {why}; expected ZeroSpeech 2021 as unpacked, {kind}/{split}/gold.csv with its .wav files'
-        ) from None
-    wanted = (
-        'id',
-        'filename',
-        'voice',
-        'correct',
-        *(('type', 'subtype') if kind == 'syntactic' else ('frequency', 'length')),
-    )
+        wanted = f'the data as unpacked, {kind}/{split}/gold.csv with its .wav files'
+        raise InputError(f'{gold}: {why}; expected {wanted}') from None
     for number, row in enumerate(rows or [{}], 1):
-        if any(row.get(key) is None for key in wanted) or not re.fullmatch(
-            r'(\d+\.?\d*)?', row.get('frequency') or ''
-        ):
-            raise InputError(
-                f'{gold}, row {number}: not that of the {kind} task; expected the columns {", ".join(wanted)}, numbers in frequency'
-            )
-        if row['filename'] not in files:
-            raise InputError(
-                f'{os.path.join(folder, row["filename"])}.wav is missing: gold.csv names it'
-            )
-        key = (
-            '/'.join((row['type'], row['subtype'], row['id'])) if kind == 'syntactic' else row['id']
-        )  # as the official tool groups
+        frequency = row.get('frequency') or ''
+        if any(row.get(key) is None for key in columns) or frequency.strip('0123456789.'):
+            wanted = f'expected the columns {", ".join(columns)}, numbers in frequency'
+            raise InputError(f'{gold}, row {number}: not that of the {kind} task; {wanted}')
+    return rows
+
+
+def list_zerospeech(root, kind, split, blind=False):
+    """Pairs and {file name without suffix: Clip} of a task of ZeroSpeech 2021 or BabySLM.
+
+    kind: syntactic, lexical, babyslm/syntactic or babyslm/lexical. Grouped as the official tools
+    do. blind: a test set without gold.csv has no pairs.
+    """
+    places = (os.path.join(root, kind, split), os.path.join(root, split), root)
+    folder = next((place for place in places if os.path.isdir(place)), root)
+    stems = {os.path.splitext(os.path.relpath(f, folder))[0]: f for f in find_audio(folder)}
+    gold = os.path.join(folder, 'gold.csv')
+    if blind and not os.path.exists(gold) and not any(os.path.dirname(stem) for stem in stems):
+        return [], {stem: Clip((file,)) for stem, file in stems.items()}
+    rows = read_gold(gold, kind, split)
+    lexical = kind.endswith('lexical')
+    sides = defaultdict(lambda: ([], []))
+    in_folders = {os.path.basename(stem): stem for stem in stems}
+    for row in rows:
+        if row['filename'] not in stems:
+            row['filename'] = in_folders.get(row['filename'], row['filename'])
+        if row['filename'] not in stems:
+            missing = os.path.join(folder, row['filename']) + '.wav'
+            raise InputError(f'{missing} is missing: gold.csv names it')
+        key = row['id'] if lexical else '/'.join((row['type'], row['subtype'], row['id']))
         sides[key, row['voice']][row['correct'].strip() != '1'].append(row)
-    if unknown := sorted(files.keys() - {row['filename'] for row in rows}):
-        print(
-            f'eval_slm.py: {files[unknown[0]]}: unknown file, gold.csv does not name it; {len(unknown)} such are left out',
-            file=sys.stderr,
-        )
+    if unknown := sorted(stems.keys() - {row['filename'] for row in rows}):
+        why = f'unknown file, gold.csv does not name it; {len(unknown)} such are left out'
+        print(f'eval_slm.py: {stems[unknown[0]]}: {why}', file=sys.stderr)
+    pairs = []
     for (key, voice), (correct, wrong) in sides.items():
-        one = (correct + wrong)[0]
+        about = (correct + wrong)[0]
         if not correct or not wrong:
-            raise InputError(
-                f'{gold}: {one["filename"]} has no counterpart, expected a correct and a wrong row of id {key} and voice {voice}'
-            )
-        types, band = (
-            [one.get('type')],
-            bisect_right((1, 5, 20, 100), float(one.get('frequency') or 0)),
-        )
-        if kind == 'lexical':  # the official bands of how often LibriSpeech has the word
-            types = [
-                ('oov', '1-5', '6-20', '21-100', '>100')[band],
-                f'length {one["length"]}',
-                'in vocabulary',
-            ][: 3 if band else 2]
-        pairs += [
-            dict(
-                id=key, voice=voice, types=types, pos=files[a['filename']], neg=files[b['filename']]
-            )
-            for a in correct
-            for b in wrong
-        ]
-    return pairs, files
+            wanted = f'expected a correct and a wrong row of id {key} and voice {voice}'
+            raise InputError(f'{gold}: {about["filename"]} has no counterpart, {wanted}')
+        types = [about.get('type')]
+        if lexical:
+            band = bisect_right((1, 5, 20, 100), float(about['frequency'] or 0))
+            types = [BANDS[band], f'length {about["length"]}', 'in vocabulary'][: 2 + bool(band)]
+            key = about['word'] if kind.startswith('babyslm') else key  # as BabySLM averages
+        for a in correct:
+            for b in wrong:
+                pos, neg = (Clip((stems[row['filename']],)) for row in (a, b))
+                pairs.append(make_pair(key, pos, neg, dict(voice=voice), types=types))
+    return pairs, {stem: Clip((file,)) for stem, file in stems.items()}
 
 
 def find_task(name, path, data_dir):
-    """[(task, path)] of a task as named by the user; SALMon becomes its eight parts. Raises InputError where there is no such folder."""
+    """[(task, path)] of a task as the user names it: SALMon becomes its eight parts, and what
+    stands beside it as NAME_unseen comes along. Raises InputError where nothing is found."""
+    there = {}
     if not path:
-        there = (
-            {child.lower(): child for child in sorted(os.listdir(data_dir))}
-            if os.path.isdir(data_dir)
-            else {}
-        )
-        names = (name.lower(), *ALIASES.get(name, ()), name.lower() + '.jsonl')
+        if os.path.isdir(data_dir):
+            there = {child.lower(): child for child in sorted(os.listdir(data_dir))}
+        plain = (name.lower(), *ALIASES.get(name, ()))
+        names = [stem + end for stem in plain for end in ('', '.jsonl', '.csv', '.parquet')]
         path = next((os.path.join(data_dir, there[n]) for n in names if n in there), data_dir)
-        if (
-            path == data_dir
-            and not (there and name in (*ZEROSPEECH, 'salmon'))
-            and os.path.basename(os.path.abspath(path)).lower() not in names
-        ):
-            raise InputError(
-                f'no {name!r} in {data_dir} (it has {", ".join([*there.values()][:9]) or "nothing"}): give --tasks={name}=FOLDER, a folder '
-                f'of data_dir, or of {", ".join((*ZEROSPEECH, *ALIASES, "salmon", *TRANSFORM))}'
-            )
+        is_root = os.path.basename(os.path.abspath(data_dir)).lower() in names
+        of_root = there and name in (*ZEROSPEECH, 'salmon')
+        if path == data_dir and not is_root and not of_root:
+            known = ', '.join((*ZEROSPEECH, *ALIASES, 'salmon', *TRANSFORM))
+            has = ', '.join([*there.values()][:9]) or 'nothing'
+            remedy = f'give --tasks={name}=PATH, a folder of data_dir, or of {known}'
+            raise InputError(f'no {name!r} in {data_dir} (it has {has}): {remedy}')
     parts = [part for part in SALMON if os.path.isdir(os.path.join(path, part))]
     if name == 'salmon' and not parts:
         raise InputError(f'no part of SALMon in {path}: expected the folders {", ".join(SALMON)}')
-    return (
-        [(f'{name}_{part}', os.path.join(path, part)) for part in SALMON]
-        if parts
-        else [(name, path)]
-    )
+    if parts:
+        return [(f'{name}_{part}', os.path.join(path, part)) for part in SALMON]
+    unseen = path.rstrip('/') + '_unseen'
+    return [(name, path)] + ([(name + '_unseen', unseen)] if os.path.isdir(unseen) else [])
 
 
-def list_task(name, path, split='dev', blind=False):
-    """Pairs in any layout, and the files of a submission. A .jsonl of prompt, chosen, rejected, each with units: its validation rows, if any."""
-    if name in ZEROSPEECH or os.path.exists(os.path.join(path, 'gold.csv')):
-        return list_zerospeech(path, ZEROSPEECH.get(name, 'syntactic'), split, blind)
-    if not path.endswith('.jsonl'):
-        return list_folder(path), {}
-    rows, pairs = list(enumerate(read_jsonl(path), 1)), []
-    for i, row in [(i, row) for i, row in rows if row.get('split', 'train') != 'train'] or rows:
-        try:
-            pos, neg = (
-                [*map(int, row['prompt']['units']), *map(int, row[side]['units'])]
-                for side in ('chosen', 'rejected')
-            )
-            if min(pos + neg) < 0:
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise InputError(
-                f'{path}, line {i}: expected prompt, chosen and rejected, each with units (0, 1, ...)'
-            ) from None
-        pairs.append(dict(id=str(i), voice=str(row.get('voice', '')), types=[], pos=pos, neg=neg))
+def list_suite(name, path, split, cache, blind=False):
+    """The Suite of a task. blind: ZeroSpeech's test set, which has no gold.csv, may have no pairs.
+
+    Raises InputError if a file is missing, unknown, or without counterpart.
+    """
+    base = name.removesuffix('_unseen')
+    # whoever made the audio himself has our manifest there: its numbers are not the paper's
+    around = (path, os.path.join(path, split), os.path.dirname(os.path.abspath(path)))
+    official = not any(os.path.exists(os.path.join(place, 'manifest.jsonl')) for place in around)
+    if base in ZEROSPEECH and not path.endswith(('.csv', '.jsonl', '.parquet')):
+        pairs, clips = list_zerospeech(path, ZEROSPEECH[base], split, blind)
+        return Suite(pairs, clips, split, official)
+    shards = glob.glob(os.path.join(glob.escape(path), '**', '*.parquet'), recursive=True)
+    if path.startswith('hub:') or path.endswith('.parquet') or shards:
+        pairs = list_parquet(path, cache)
+    else:
+        pairs = list_folder(path) if os.path.isdir(path) else list_table(path)
     if not pairs:
         raise InputError(f'{path} holds no pairs')
-    return pairs, {}
+    return Suite(pairs, official=official)
 
 
-def encode_files(paths, where, folder, device='cpu', seconds=0.0, batch=64):
-    """De-duplicated units of audio files, {path: int array}; seconds: of their beginnings alone. Raises InputError at a file that is no audio.
+# -----------------------------------------------------------------------------
+# Likelihoods: utterances -> units, once for an encoder -> the log-likelihood of each
 
-    A cache in `folder`, one file an encoder (told by its content), knows what was encoded before, by path, size and time of change: a line each,
-    added as soon as it is known, so that a killed run continues; a broken line is ignored.
-    """
-    digest, known, keys = hashlib.sha256(b'' if os.path.isdir(where) else where.encode()), {}, {}
-    for part in (
-        sorted(os.scandir(where), key=lambda part: part.name) if os.path.isdir(where) else ()
-    ):
+
+def load_clip(clip):
+    """(samples,) of a clip's files, laid end to end, and cut to its seconds."""
+    waves = [load_audio(file) for file in clip.files]
+    return torch.cat(waves)[: int(clip.seconds * SAMPLE_RATE) or None]
+
+
+def hash_encoder(where):
+    """Of an encoder's content if it is a folder, else of its name."""
+    digest = hashlib.sha256()
+    if not os.path.isdir(where):
+        return hashlib.sha256(where.encode()).hexdigest()[:16]
+    for part in sorted(os.scandir(where), key=lambda part: part.name):
         if part.is_file():
             with open(part, 'rb') as file:
                 digest.update(part.name.encode() + hashlib.file_digest(file, 'sha256').digest())
-    for path in paths:
-        stat = os.stat(path)
-        keys[path] = f'{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{seconds:g}'
+    return digest.hexdigest()[:16]
+
+
+def encode_clips(clips, where, folder, device='cpu', batch=64):
+    """De-duplicated units of clips, {clip: int array}. Raises InputError at what is no audio.
+
+    A cache in `folder`, one file an encoder, knows what was encoded before, by path, size and time
+    of change: a line each, added as soon as it is known, so that a killed run continues; a broken
+    line is ignored.
+    """
+    known = {}
+    keys = {}
+    for clip in clips:
+        stats = [(os.path.realpath(file), os.stat(file)) for file in clip.files]
+        parts = [f'{path}|{stat.st_size}|{stat.st_mtime_ns}' for path, stat in stats]
+        keys[clip] = '|'.join([*parts, f'{clip.seconds:g}'])
     os.makedirs(folder, exist_ok=True)
-    with (
-        open(
-            os.path.join(folder, f'units_{digest.hexdigest()[:16]}.jsonl'),
-            'a+',
-            encoding='utf-8',
-            errors='replace',
-        ) as cache,
-        ThreadPoolExecutor(8) as pool,
-    ):
+    path = os.path.join(folder, f'units_{hash_encoder(where)}.jsonl')
+    with open(path, 'a+', encoding='utf-8', errors='replace') as cache:
         cache.seek(0)
         for line in cache:
             with suppress(ValueError, TypeError):
                 key, units, check = json.loads(line)
-                known |= {key: np.array(units, np.int32)} if check == sum(units) else {}
-        todo = sorted(
-            (path for path in keys if keys[path] not in known),
-            key=lambda path: (os.path.getsize(path), path),
-        )  # batches of like lengths
-        enc = UnitEncoder.from_pretrained(where, device=device) if todo else None
-        for start in tqdm(
-            range(0, len(todo), batch),
-            desc='encoding',
-            unit='batch',
-            leave=False,
-            disable=len(todo) < 2 * batch,
-        ):
-            some = todo[start : start + batch]
-            waves = [
-                wave[: int(seconds * SAMPLE_RATE) or None] for wave in pool.map(load_audio, some)
-            ]
-            for path, frames in zip(some, enc.encode(waves)):
-                units = dedup(frames.cpu())[0].tolist()
-                known[keys[path]] = np.array(units, np.int32)
-                cache.write(f'\n{json.dumps([keys[path], units, sum(units)])}\n')
-            cache.flush()
-    return {path: known[key] for path, key in keys.items()}
+                if check == sum(units):
+                    known[key] = np.array(units, np.int32)
+
+        # like lengths in a batch
+        todo = [clip for clip in keys if not clip.units and keys[clip] not in known]
+        todo.sort(key=lambda clip: (sum(map(os.path.getsize, clip.files)), clip.files))
+        unit_encoder = UnitEncoder.from_pretrained(where, device=device) if todo else None
+        starts = range(0, len(todo), batch)
+        quiet = len(todo) < 2 * batch
+        with ThreadPoolExecutor(8) as pool:
+            for start in tqdm(starts, 'encoding', unit='batch', leave=False, disable=quiet):
+                part = todo[start : start + batch]
+                for clip, frames in zip(
+                    part, unit_encoder.encode(list(pool.map(load_clip, part))), strict=True
+                ):
+                    units = dedup(frames.cpu())[0].tolist()
+                    known[keys[clip]] = np.array(units, np.int32)
+                    cache.write(f'\n{json.dumps([keys[clip], units, sum(units)])}\n')
+                cache.flush()
+    return {clip: np.array(clip.units) if clip.units else known[keys[clip]] for clip in keys}
 
 
-def pack(lengths, width):
-    """Rows [[index, ...], ...] of at most `width`: the longest first, each into the fullest row that still takes it."""
-    rows, free = [], []  # free: (room, row), sorted
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect_left(free, (lengths[i], -1))
-        room, row = free.pop(at) if at < len(free) else (width, len(rows))
-        rows += [[]] * (row == len(rows))
-        rows[row].append(i)
-        insort(free, (room - lengths[i], row))
-    return rows
+def to_tokens(model, units):
+    """(T,) int64, what of an utterance is scored: `<S>` units `<S>`; the units alone for a model
+    trained without (slam['scoring'] == 'units'). What is beyond the model's context is cut off."""
+    tokens = np.asarray(units, np.int64) + OFFSET
+    if model.slam.get('scoring') != 'units':
+        tokens = np.array([BOS, *tokens, EOS])
+    if len(tokens) < 2:
+        raise InputError('an utterance of fewer than two units cannot be scored by this model')
+    return tokens[: model.config.context]
 
 
 @torch.inference_mode()
 def log_likelihoods(model, utterances, progress=False):
-    """Log-likelihoods in nats of unit sequences as `<S>` units `<S>`, each token given all before it: sums (n,), tokens predicted (n,).
+    """Log-likelihoods in nats of unit sequences, each token but the first given all before it.
 
-    Each distinct sequence is computed once, so that equal ones tie exactly. What is beyond the model's context is cut off.
+    Returns: sums (n,), tokens predicted (n,). Each distinct sequence is computed once, so that
+    equal ones tie exactly. Raises InputError for units that the model does not have, and for NaN.
     """
-    device, seen = next(model.parameters()).device, {}
-    whole = [
-        np.array([BOS, *(np.asarray(units, np.int64) + OFFSET), EOS])[: model.config.context]
-        for units in utterances
-    ]
-    index = [seen.setdefault(tokens.tobytes(), (len(seen), tokens))[0] for tokens in whole]
-    sequences, top = [tokens for _, tokens in seen.values()], max(tokens.max() for tokens in whole)
+    device = next(model.parameters()).device
+    whole = [to_tokens(model, units) for units in utterances]
+    distinct = {tokens.tobytes(): tokens for tokens in whole}
+    place = {key: i for i, key in enumerate(distinct)}
+    sequences = list(distinct.values())
+    lengths = [len(tokens) for tokens in sequences]
+    top = max(int(tokens.max()) for tokens in sequences)
     if top >= model.config.vocab_size:
-        raise InputError(
-            f'unit {top - OFFSET} is none of the {model.config.vocab_size - OFFSET} of the model: made by another encoder?'
-        )
-    width, batch, sums = (
-        max(2048, *map(len, sequences)),
-        1 if device.type == 'cpu' else 32,
-        np.zeros(len(sequences)),
-    )
-    rows = pack([*map(len, sequences)], width)
-    for start in tqdm(
-        range(0, len(rows), batch), desc='scoring', unit='batch', leave=False, disable=not progress
-    ):
-        x = np.zeros(
-            (4, batch, width), np.int64
-        )  # tokens, utterance, counted or not, sum to count towards; one shape, so that a GPU compiles once
-        x[1] = (
-            -1 - np.arange(width) // model.config.context
-        )  # what is left of a row: documents no longer than learned positions reach
+        has = f'none of the {model.config.vocab_size - OFFSET} of the model'
+        raise InputError(f'unit {top - OFFSET} is {has}: made by another encoder?')
+
+    # rows of one width, so that a GPU compiles once; on a CPU they are filled and done one by one
+    width = max(2048, *lengths)
+    batch = 1 if device.type == 'cpu' else 32
+    rows = pack_rows(lengths, width)
+    sums = np.zeros(len(sequences))
+    starts = range(0, len(rows), batch)
+    for start in tqdm(starts, 'scoring', unit='batch', leave=False, disable=not progress):
+        # tokens, utterance, predicted or not, the sum it counts towards
+        x = np.zeros((4, batch, width), np.int64)
+        # what is left of a row: documents no longer than learned positions reach
+        x[1] = -1 - np.arange(width) // model.config.context
         for r, row in enumerate(rows[start : start + batch]):
-            ends = np.cumsum([len(sequences[i]) for i in row])
-            for i, end in zip(row, ends):
-                x[:, r, end - len(sequences[i]) : end] = np.stack(
-                    np.broadcast_arrays(sequences[i], i + 1, 1, i)
-                )
-                x[2, r, end - len(sequences[i])] = 0  # nothing predicts the first token
+            end = 0
+            for i in row:
+                begin, end = end, end + lengths[i]
+                x[0, r, begin:end] = sequences[i]
+                x[1:, r, begin:end] = np.array([i + 1, 1, i])[:, None]
+                x[2, r, begin] = 0  # nothing predicts the first token
         tokens, doc, mask, segments = torch.from_numpy(x).to(device)
-        sums += (
-            model.logps(tokens, mask, doc, segments=segments, n=len(sequences))
-            .double()
-            .cpu()
-            .numpy()
-        )
+        part = model.logps(tokens, mask, doc, segments=segments, n=len(sequences))
+        sums += part.double().cpu().numpy()
     if not np.isfinite(sums).all():  # NaN would lose every comparison, and read as a score of 0
-        raise InputError(
-            'the model gives likelihoods that are no numbers: its weights hold NaN, or overflow'
-        )
+        why = 'its weights hold NaN, or overflow'
+        raise InputError(f'the model gives likelihoods that are no numbers: {why}')
+    index = [place[tokens.tobytes()] for tokens in whole]
     return sums[index], np.array([len(tokens) - 1 for tokens in whole])
 
 
-def interval(a, b=None, transform=PERCENT, draws=2000, seed=1234):
-    """Score and percentile bootstrap 95 % interval over items: transform(mean of a), or that less transform(mean of b), paired.
+# -----------------------------------------------------------------------------
+# Statistics
 
-    A resample is a multinomial draw over the distinct values: the same distribution as n draws with replacement, far cheaper. One item says
-    nothing of how sure it is: no interval, low and high are None.
+
+def interval(a, b=None, transform=PERCENT, draws=2000, seed=1234):
+    """Score of an arm with a 95 % interval, or the difference a - b of two.
+
+    a, b: (seeds, items) of the same items, or (items,) of one checkpoint. An arm's score is the
+    mean over its seeds of transform(mean over items). The interval is a bootstrap over items, the
+    same for all checkpoints, on which the spread of the seeds is laid: Student's t of their pooled
+    variance, because resampling two or three seeds knows too little of it. All of one arm's items
+    right or all wrong: the exact binomial bound (Clopper and Pearson). One item: no interval.
+    Returns: dict(score, low, high, n items), and of several seeds their number and spread, the
+    standard deviation.
     """
-    values, counts = np.unique(
-        np.stack([a] if b is None else [a, b], 1).astype(float), axis=0, return_counts=True
-    )
-    weights = np.concatenate(
-        (counts[None], np.random.default_rng(seed).multinomial(len(a), counts / len(a), size=draws))
-    )
-    means = transform((weights[..., None] * values).sum(1) / len(a))  # (1 + draws, 1 or 2)
-    scores = means[:, 0] - (0 if b is None else means[:, 1])
-    low, high = np.percentile(scores[1:], (2.5, 97.5)).tolist() if len(a) > 1 else (None, None)
-    return dict(score=float(scores[0]), low=low, high=high, n=len(a))
+    arms = [np.atleast_2d(np.asarray(arm, float)) for arm in (a, b) if arm is not None]
+    n = arms[0].shape[1]
+    rng = np.random.default_rng(seed)
+
+    # a resample of the items is a multinomial draw over the distinct columns: the same, far cheaper
+    columns, counts = np.unique(np.concatenate(arms), axis=1, return_counts=True)
+    weights = np.concatenate((counts[None], rng.multinomial(n, counts / n, size=draws)))
+    scores = transform(weights @ columns.T / n)  # (1 + draws, seeds of both)
+    scores = np.split(scores, [len(arms[0])], axis=1)[: len(arms)]
+    means = [arm.mean(1) for arm in scores]
+    difference = means[0] - (means[1] if b is not None else 0)
+    result = dict(score=float(difference[0]), low=None, high=None, n=n)
+
+    freedom = sum(len(arm) - 1 for arm in arms)
+    squares = sum(np.square(arm[0] - arm[0].mean()).sum() for arm in scores)
+    if freedom and b is None:
+        result |= dict(seeds=len(arms[0]), spread=float(np.sqrt(squares / freedom)))
+    if b is None and transform is PERCENT and n and set(np.unique(columns)) in ({0.0}, {1.0}):
+        bound = 100 * 0.025 ** (1 / n)
+        right = columns.any()
+        return result | dict(low=bound if right else 0.0, high=100.0 if right else 100 - bound)
+    if n < 2:
+        return result
+    deviations = difference[1:] - difference[0]
+    if freedom:
+        error = np.sqrt(squares / freedom * sum(1 / len(arm) for arm in arms))
+        deviations = deviations + error * rng.standard_t(freedom, size=(20, draws))
+    low, high = np.percentile(difference[0] + deviations, (2.5, 97.5)).tolist()
+    return result | dict(low=low, high=high)
 
 
 def summarise(pairs, wins, seed=1234):
-    """A task's result in percent (score, interval, pairs, by type, by voice) and {id: score in 0 .. 1}: first over voices within a pair, then over pairs."""
-    voices, types = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
-    for pair, win in zip(pairs, wins):
-        voices[pair['voice']][pair['id']].append(win)
+    """The official average: over voices within a pair, then over pairs.
+
+    wins: 0, 1/2 or 1 of each pair and voice. Returns: the result in percent (score, interval, by
+    type, by voice), and {id: score in 0 .. 1}.
+    """
+    by_voice = defaultdict(lambda: defaultdict(list))
+    for pair, win in zip(pairs, wins, strict=True):
+        by_voice[pair['voice']][pair['id']].append(win)
     voices = {
         voice: {key: float(np.mean(wins)) for key, wins in ids.items()}
-        for voice, ids in voices.items()
+        for voice, ids in by_voice.items()
     }
-    items = {
-        key: float(np.mean([ids[key] for ids in voices.values() if key in ids]))
-        for key in dict.fromkeys(pair['id'] for pair in pairs)
-    }
+    items = {}
+    for key in dict.fromkeys(pair['id'] for pair in pairs):
+        items[key] = float(np.mean([ids[key] for ids in voices.values() if key in ids]))
+    types = defaultdict(dict)
     for pair in pairs:
         for kind in pair['types']:
             types[kind][pair['id']] = items[pair['id']]
-    parts = {
-        what: {
+    result = interval([*items.values()], seed=seed)
+    for what, found in (('types', types), ('voices', voices)):
+        result[what] = {
             name: dict(score=100 * float(np.mean([*ids.values()])), n=len(ids))
             for name, ids in sorted(found.items())
         }
-        for what, found in (('types', types), ('voices', voices))
-    }
-    return interval([*items.values()], seed=seed) | parts, items
+    return result, items
 
 
-def auto_bleu(text, n=2):
-    """Share of a transcript's word n-grams that occur in it more than once; 0 where there is none. Punctuation marks are words."""
-    words = re.findall(r"[\w']+|[^\w\s]", text)
-    counts = Counter(zip(*(words[i:] for i in range(n))))
-    return sum(count for count in counts.values() if count > 1) / max(1, counts.total())
+# -----------------------------------------------------------------------------
+# Continuations and who listens to them
 
 
 @lru_cache(maxsize=4)
 def load_hf(model_class, processor_class, where, device):
-    """A transformers model and its tokenizer or processor. Raises InputError where neither a folder nor the hub has it."""
+    """A transformers model and its tokenizer or processor. Raises InputError if it cannot."""
     import transformers
 
     transformers.logging.set_verbosity_error()
+    dtype = pick_dtype('auto', device)
     try:
         processor = getattr(transformers, processor_class).from_pretrained(where)
-        model = getattr(transformers, model_class).from_pretrained(
-            where, dtype=pick_dtype('auto', device)
-        )
+        model = getattr(transformers, model_class).from_pretrained(where, dtype=dtype)
     except Exception as error:
-        raise InputError(
-            f'{where!r} cannot be loaded ({" ".join(str(error).split())[:120]}): give the folder of a downloaded copy'
-        ) from None
+        why = ' '.join(str(error).split())[:120]
+        remedy = 'give the folder of a downloaded copy'
+        raise InputError(f'{where!r} cannot be loaded ({why}): {remedy}') from None
     return model.eval().to(device), processor
 
 
 @torch.inference_mode()
 def transcribe(waves, where, device, batch=16):
-    """Whisper's transcripts of 16 kHz waves of up to 30 s; '' for an empty one."""
+    """Whisper's transcripts of 16 kHz waves, of their first 30 s; '' for an empty one."""
     model, processor = load_hf('WhisperForConditionalGeneration', 'WhisperProcessor', where, device)
-    options = (
-        dict(language='en', task='transcribe')
-        if getattr(model.generation_config, 'is_multilingual', False)
-        else {}
-    )
-    texts, spoken = [''] * len(waves), [i for i, wave in enumerate(waves) if len(wave)]
-    for start in tqdm(range(0, len(spoken), batch), desc='transcribing', disable=len(spoken) < 20):
-        some = spoken[start : start + batch]
+    options = {}
+    if getattr(model.generation_config, 'is_multilingual', False):
+        options = dict(language='en', task='transcribe')
+    texts = [''] * len(waves)
+    spoken = [i for i, wave in enumerate(waves) if len(wave)]
+    starts = range(0, len(spoken), batch)
+    for start in tqdm(starts, 'transcribing', leave=False, disable=len(spoken) < 20):
+        part = spoken[start : start + batch]
+        sound = [waves[i].numpy() for i in part]
         features = processor.feature_extractor(
-            [waves[i].numpy() for i in some], sampling_rate=SAMPLE_RATE, return_tensors='pt'
+            sound, sampling_rate=SAMPLE_RATE, return_tensors='pt'
         ).input_features
         ids = model.generate(features.to(device, model.dtype), **options)
-        for i, text in zip(some, processor.tokenizer.batch_decode(ids, skip_special_tokens=True)):
+        found = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for i, text in zip(part, found, strict=True):
             texts[i] = text
     return texts
 
 
 @torch.inference_mode()
 def text_nll(text, where, device):
-    """Mean negative log-likelihood per token of a text under a text LM, in nats; None where no token is predicted."""
+    """Mean negative log-likelihood per token of a text under a text LM, in nats; None where no
+    token is predicted."""
     lm, tokenizer = load_hf('AutoModelForCausalLM', 'AutoTokenizer', where, device)
     ids = tokenizer(text, return_tensors='pt').input_ids.long().to(device)
-    return (
-        None
-        if ids.shape[1] < 2
-        else torch.nn.functional.cross_entropy(lm(ids).logits[0, :-1].float(), ids[0, 1:]).item()
-    )
+    if ids.shape[1] < 2:
+        return None
+    return torch.nn.functional.cross_entropy(lm(ids).logits[0, :-1].float(), ids[0, 1:]).item()
+
+
+def ask_endpoint(question, url, model_name, retries=3):
+    """The answer of an OpenAI-compatible endpoint; what may pass is tried again."""
+    message = dict(role='user', content=question)
+    body = json.dumps(dict(model=model_name, temperature=0, messages=[message])).encode()
+    key = os.environ.get('OPENAI_API_KEY', '')
+    headers = {'Content-Type': 'application/json', 'Authorization': f'Bearer {key}'}
+    request = urllib.request.Request(url.rstrip('/') + '/chat/completions', body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return json.load(reply)['choices'][0]['message']['content'] or ''
+    except Exception as error:  # the network's, the server's, or an answer of another shape
+        if retries and getattr(error, 'code', 500) not in (400, 401, 403, 404):
+            time.sleep(2 ** (3 - retries))
+            return ask_endpoint(question, url, model_name, retries - 1)
+        remedy = 'check the URL, judge_model and $OPENAI_API_KEY'
+        raise InputError(f'the judge at {url} does not answer ({error}): {remedy}') from None
 
 
 @torch.inference_mode()
-def rate(question, where, device, model_name='', retries=3):
-    """The judge's rating, 1 to 5, None if its answer holds none. where: an endpoint's URL, or a transformers model."""
-    if where.startswith(('http://', 'https://')):
-        body = json.dumps(
-            dict(model=model_name, temperature=0, messages=[dict(role='user', content=question)])
-        ).encode()
-        headers = {
-            'Content-Type': 'application/json',
-            'Authorization': 'Bearer ' + os.environ.get('OPENAI_API_KEY', ''),
-        }
-        try:
-            with urllib.request.urlopen(
-                urllib.request.Request(where.rstrip('/') + '/chat/completions', body, headers),
-                timeout=120,
-            ) as reply:
-                answer = json.load(reply)['choices'][0]['message']['content'] or ''
-        except Exception as error:  # the network's, the server's, or an answer of another shape
-            if retries and getattr(error, 'code', 500) not in (400, 401, 403, 404):
-                time.sleep(2 ** (3 - retries))
-                return rate(question, where, device, model_name, retries - 1)
-            raise InputError(
-                f'the judge at {where} does not answer ({error}): check the URL, judge_model and $OPENAI_API_KEY'
-            ) from None
-    else:
-        model, tokenizer = load_hf('AutoModelForCausalLM', 'AutoTokenizer', where, device)
-        if tokenizer.chat_template:
-            question = tokenizer.apply_chat_template(
-                [dict(role='user', content=question)], add_generation_prompt=True, tokenize=False
-            )
-        ids = tokenizer(
-            question, return_tensors='pt', add_special_tokens=not tokenizer.chat_template
-        ).input_ids.to(device)
-        answer = tokenizer.decode(
-            model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False
-            )[0, ids.shape[1] :]
+def ask_model(question, where, device):
+    """The answer of an instruct model of transformers', decoded greedily."""
+    model, tokenizer = load_hf('AutoModelForCausalLM', 'AutoTokenizer', where, device)
+    chat = bool(tokenizer.chat_template)
+    if chat:
+        message = [dict(role='user', content=question)]
+        question = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=False
         )
-    match = re.search(r'rating\W*([1-5])(?!\d)', answer, re.I) or re.match(
-        r'\W*([1-5])(?!\d)', answer
-    )
-    return int(match[1]) if match else None
+    ids = tokenizer(question, return_tensors='pt', add_special_tokens=not chat).input_ids.to(device)
+    mask = torch.ones_like(ids)
+    answer = model.generate(ids, attention_mask=mask, max_new_tokens=512, do_sample=False)
+    return tokenizer.decode(answer[0, ids.shape[1] :])
 
 
-def write(path, text):
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + '.tmp', 'w', encoding='utf-8') as file:
-        file.write(text)
-    os.replace(path + '.tmp', path)
+def rate(question, where, device, model_name=''):
+    """A judge's rating, 1 to 5, from the last boxed number of its answer; None if it has none."""
+    if where.startswith(('http://', 'https://')):
+        answer = ask_endpoint(question, where, model_name)
+    else:
+        answer = ask_model(question, where, device)
+    boxed = re.findall(r'\\boxed\{\D{0,8}?([1-5](?:\.\d+)?)\D{0,2}\}', answer)
+    return float(boxed[-1]) if boxed and float(boxed[-1]) <= 5 else None
 
 
-def markdown(rows):
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |'
-        for row in rows
-    ]
-    return '\n'.join(
-        [lines[0], '|' + '|'.join('-' * (width + 2) for width in widths) + '|', *lines[1:], '']
-    )
-
-
-@contextmanager
-def part(result, *names):
-    """A part of the evaluation: if it cannot run, these tasks are reported as not run, and the rest goes on."""
+def predict_mos(waves, where, device):
+    """The opinion score of each wave (samples,) by a TorchScript file, None for an empty one."""
     try:
-        yield
+        predictor = torch.jit.load(where, map_location=device).eval()
+        with torch.inference_mode():
+            return [float(predictor(w[None].to(device))) if len(w) else None for w in waves]
+    except (RuntimeError, ValueError) as error:
+        why = str(error).strip().splitlines()[-1]
+        wanted = 'expected TorchScript that maps (1, samples) at 16 kHz to a score'
+        raise InputError(f'{where!r}: {wanted} ({why})') from None
+
+
+def read_words(prompt):
+    """[[word, start s, end s], ...] of a prompt: its manifest's, or `aligned_text` of the JSON file
+    beside the audio; [] where neither is known."""
+    beside = os.path.splitext(prompt['path'])[0] + '.json'
+    if not prompt['words'] and os.path.exists(beside):
+        with open(beside, encoding='utf-8') as file, suppress(ValueError, AttributeError):
+            return json.load(file).get('aligned_text') or []
+    return prompt['words']
+
+
+def cut_at_word(prompt, seconds):
+    """(seconds, text) of the beginning that ends with the word whose end is nearest to `seconds`;
+    (seconds, None) where the words are not known. None if the file is shorter than two of these."""
+    if len(load_audio(prompt['path'])) < 2 * seconds * SAMPLE_RATE:
+        return None
+    words = read_words(prompt)
+    if not words:
+        return seconds, None
+    last = min(range(len(words)), key=lambda i: abs(words[i][2] - seconds))
+    return words[last][2], ' '.join(word for word, *_ in words[: last + 1])
+
+
+def find_prompts(suites):
+    """[dict(path, text, words), ...]: of the knob `prompts`, or the correct utterances of
+    sstorycloze, else of the first suite of audio; at most n_prompts."""
+    found = []
+    if prompts:
+        manifest = read_manifest(prompts)
+        for file in map(os.path.normpath, find_audio(prompts)):
+            row = manifest.get(file, {})
+            found.append(dict(path=file, text=row.get('text', ''), words=row.get('words') or []))
+        return found[:n_prompts]
+    for task in ('sstorycloze', 'sstory', *suites):
+        pairs = suites[task].pairs if task in suites else ()
+        first = {pair['pos'].files[-1]: pair for pair in pairs if len(pair['pos'].files) == 1}
+        if first:
+            found = [dict(path=f, text=p['text'], words=p['words']) for f, p in first.items()]
+            return found[:n_prompts]
+    return found
+
+
+def continue_prompts(speaker, clips, cache, device):
+    """(units of the prompts, units of their continuations), both of each clip."""
+    units = encode_clips(clips, speaker.encoder, cache, device)
+    heads = [torch.as_tensor(units[clip]).long() for clip in clips]
+    tails = []
+    starts = range(0, len(heads), 32)
+    for start in tqdm(starts, 'continuing', leave=False, disable=len(heads) < 64):
+        part = [torch.cat((torch.tensor([BOS]), head + OFFSET)) for head in heads[start:][:32]]
+        new = speaker.model.generate(part, **speaker.sampling, seed=seed + start)
+        tails += [tail - OFFSET for tail in new]
+    return heads, tails
+
+
+# -----------------------------------------------------------------------------
+# The scores of one checkpoint
+
+
+def load_speaker(name, where, device, precision):
+    """The Speaker of a checkpoint. Raises InputError if its encoder is not known, or another's."""
+    model = SLM.from_pretrained(where).to(device, precision).eval()
+    unit_encoder = encoder or model.slam.get('encoder')
+    if not unit_encoder:
+        raise InputError(f'{where} names no encoder (a text LM?): give --encoder and --vocoder')
+    about = os.path.join(unit_encoder, 'encoder.json')
+    if os.path.exists(about):
+        with open(about, encoding='utf-8') as file:
+            has = json.load(file).get('n_units')
+        wanted = model.slam.get('n_units', model.config.vocab_size - OFFSET)
+        if has != wanted:
+            remedy = 'pass the --encoder with which it was trained'
+            raise InputError(f'encoder {unit_encoder} has {has} units, {where} {wanted}: {remedy}')
+    # tuned checkpoints of before slam.json told the stage have beta in their recipe
+    tuned = model.slam.get('stage') == 'dpo' or 'beta' in (model.slam.get('recipe') or {})
+    penalty = repetition_penalty if repetition_penalty is not None else 1.1 if tuned else 1.0
+    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    sampling |= dict(top_p=top_p, repetition_penalty=float(penalty))
+    return Speaker(name, model, unit_encoder, vocoder or model.slam.get('vocoder') or '', sampling)
+
+
+def score_suite(speaker, task, suite, cache, device, folder=''):
+    """Result, {pair id: score in 0 .. 1} and rows for the pairs file, of one suite.
+
+    folder: where the submission goes, if there is to be one.
+    """
+    sides = [pair[side] for side in ('pos', 'neg') for pair in suite.pairs]
+    clips = sides + list(suite.clips.values())
+    units = encode_clips(clips, speaker.encoder, cache, device)
+    sums, counts = log_likelihoods(speaker.model, [units[clip] for clip in clips], progress=True)
+    scores = sums / counts if likelihood == 'mean' else sums
+    if folder and suite.clips:
+        lines = zip(suite.clips, scores[len(sides) :], strict=True)
+        with write_atomic(os.path.join(folder, ZEROSPEECH[task], split + '.txt')) as file:
+            file.writelines(f'{name} {score:.8f}\n' for name, score in lines)
+    if not suite.pairs:
+        raise InputError('no gold.csv: the submission alone was written')
+    pos, neg = scores[: len(suite.pairs)], scores[len(suite.pairs) : len(sides)]
+    wins = (pos > neg) + 0.5 * (pos == neg)
+    result, items = summarise(suite.pairs, wins, seed)
+    rows = []
+    for pair, a, b, win in zip(suite.pairs, pos.tolist(), neg.tolist(), wins.tolist(), strict=True):
+        about = {key: pair[key] for key in ('id', 'voice', 'types', 'text')}
+        about |= {side: '+'.join(pair[side].files) or pair[side].units for side in ('pos', 'neg')}
+        rows.append(dict(model=speaker.name, task=task, **about, score_pos=a, score_neg=b, win=win))
+    return result, items, rows
+
+
+def only_in_vocabulary(pairs, items):
+    """sWUGGY's second column, result and items: the words that LibriSpeech has."""
+    inside = {pair['id'] for pair in pairs if 'in vocabulary' in pair['types']}
+    kept = {key: value for key, value in items.items() if key in inside}
+    if not kept:
+        raise InputError('no word of the suite is in the vocabulary of LibriSpeech')
+    return interval([*kept.values()], seed=seed), kept
+
+
+def listen(speaker, clips, task, heard, cache, device):
+    """(texts, waves) of what a speaker makes of prompts: prompt and continuation vocoded together,
+    or, for the tasks of the continuation and the judge, that alone. For utmos there are no texts.
+
+    heard: a dict in which tasks of one speaker find what those before them have computed.
+    """
+    said = heard.setdefault(tuple(clips), {})
+    alone = task.endswith('_continuation') or task == 'gptscore'
+    if 'units' not in said:
+        said['units'] = continue_prompts(speaker, clips, cache, device)
+    if ('waves', alone) not in said:
+        heads, tails = said['units']
+        whole = [torch.cat(both) for both in zip(heads, tails, strict=True)]
+        unit_vocoder = UnitVocoder.from_pretrained(speaker.vocoder, device=device)
+        waves = unit_vocoder.decode(tails if alone else whole)
+        said['waves', alone] = [wave.cpu() for wave in waves]
+    if ('texts', alone) not in said and task != 'utmos':
+        said['texts', alone] = transcribe(said['waves', alone], asr, device)
+    return said.get(('texts', alone), [''] * len(clips)), said['waves', alone]
+
+
+def score_generated(speaker, task, listing, heard, cache, device):
+    """Result, {prompt: value} and rows for the pairs file, of one task that continues prompts.
+
+    listing: of find_prompts. GPTScore takes those of at least two prompts' length, cut at a word.
+    heard: as in `listen`.
+    """
+    if not listing:
+        raise InputError('no prompts: give --prompts=FOLDER, or a suite of audio')
+    if task == 'gptscore' and not judge:
+        raise InputError('no judge: give --judge=MODEL or --judge=URL')
+    if task == 'utmos' and not utmos:
+        raise InputError('no predictor of opinion scores: give --utmos=FILE')
+    ends = {prompt['path']: (prompt_seconds, None) for prompt in listing}
+    if task == 'gptscore':
+        ends = {prompt['path']: cut_at_word(prompt, prompt_seconds) for prompt in listing}
+        ends = {path: end for path, end in ends.items() if end}
+    if not ends:
+        raise InputError(f'no prompt is {2 * prompt_seconds:g} s or longer')
+    clips = [Clip((path,), end) for path, (end, _) in ends.items()]
+    texts, waves = listen(speaker, clips, task, heard, cache, device)
+    if task.startswith('genppl'):
+        values = [text_nll(text, text_lm, device) for text in texts]
+    elif task.startswith('autobleu'):
+        values = [auto_bleu(tokenize_words(text)) for text in texts]
+    elif task == 'utmos':
+        values = predict_mos(waves, utmos, device)
+    else:
+        begins = [text for _, text in ends.values()]
+        unknown = [i for i, text in enumerate(begins) if text is None]
+        found = transcribe([load_clip(clips[i]) for i in unknown], asr, device)
+        for i, text in zip(unknown, found, strict=True):
+            begins[i] = text
+        both = list(zip(begins, texts, strict=True))
+        asked = tqdm([JUDGE % pair for pair in both], 'judging', leave=False)
+        values = [rate(question, judge, device, judge_model) for question in asked]
+    rated = {}
+    for path, value in zip(ends, values, strict=True):
+        if value is not None and np.isfinite(value):
+            rated[path] = value
+    if not rated:
+        raise InputError(f'none of {len(values)} continuations could be rated')
+    result = interval([*rated.values()], transform=TRANSFORM[task], seed=seed)
+    result |= dict(left_out=len(values) - len(rated), sampling=speaker.sampling)
+    rows = [
+        dict(model=speaker.name, task=task, id=path, seconds=clip.seconds, value=value, text=text)
+        for path, clip, value, text in zip(ends, clips, values, texts, strict=True)
+    ]
+    return result, rated, rows
+
+
+# -----------------------------------------------------------------------------
+# What is said about it: table and page
+
+
+def parse_count(text):
+    """'358M', '1.4B + 5M' -> a number; None for what is none."""
+    units = dict(K=1e3, M=1e6, B=1e9, T=1e12)
+    parts = re.findall(r'([\d.]+)\s*([KMBT])', text) if not text.startswith('+') else []
+    return sum(float(number) * units[unit] for number, unit in parts) or None
+
+
+def format_count(number):
+    """1_400_000_000 -> '1.4B'."""
+    for unit, size in (('B', 1e9), ('M', 1e6), ('K', 1e3)):
+        if number >= size:
+            return f'{number / size:.3g}{unit}'
+    return f'{number:.0f}'
+
+
+def describe(model, where):
+    """What stands beside a checkpoint's scores: GPUs, GPU-days, parameters, tokens (as text), and
+    FLOPs of its training, 6 x parameters x tokens (Kaplan et al. 2020), None where not known."""
+    slam = model.slam
+    runs = [slam.get('compute') or {}]
+    runs.insert(0, runs[0].get('pretraining') or {})
+    runs = [run for run in runs if run.get('tokens')]
+    counts = [run['tokens'] for run in runs] or [(slam.get('scores') or {}).get('tokens') or 0]
+    days = sum(run.get('devices', 1) * run.get('hours', 0) for run in runs) / 24
+    parameters = model.num_params()
+    return dict(
+        where=where,
+        gpus=f'{runs[-1].get("devices", 1)} {runs[-1].get("device", "")}'.strip() if runs else '',
+        gpu_days=f'{days:.3g}' if days else '',
+        parameters=format_count(parameters),
+        tokens=' + '.join(format_count(count) for count in counts if count),
+        flops=6 * parameters * sum(counts) or None,
+        n_tokens=counts[0],
+        n_parameters=parameters,
+    )
+
+
+def read_paper():
+    """Rows of config/paper.csv that the knob `paper` asks for."""
+    with open(os.path.join(ROOT, 'config', 'paper.csv'), encoding='utf-8') as file:
+        return [row for row in csv.DictReader(file) if paper in ('all', row['rows'])]
+
+
+def comparable(suites):
+    """Tasks whose numbers may stand in the paper's columns: its suite, split, and protocol."""
+    official = {task for task in suites if suites[task].official}
+    tasks = official & {'sstorycloze', 'tstorycloze'}
+    if split == 'dev' and likelihood == 'mean':
+        tasks |= official & {'sblimp'}
+    knobs = globals()
+    as_paper = all(knobs[name] == value for name, value in PAPER_SAMPLING.items())
+    if as_paper and repetition_penalty is None and not prompts and 'sstorycloze' in official:
+        if asr.rstrip('/').endswith('whisper-large-v3-turbo'):
+            tasks |= {'autobleu'}
+            tasks |= {'genppl'} if text_lm.rstrip('/').endswith('Llama-3.2-1B') else set()
+            tasks |= {'gptscore'} if judge.startswith('http') else set()
+    return tasks if likelihood == 'mean' else tasks - {'sstorycloze', 'tstorycloze'}
+
+
+def format_cell(task, result, sign=''):
+    """A result as text: score, spread over seeds, interval; '(n small)' below SMALL items."""
+    if result is None:
+        return ''
+    if 'not_run' in result:
+        return 'not run'
+    digits = sign + ('.2f' if task in TRANSFORM and not task.startswith('genppl') else '.1f')
+    cell = f'{result["score"]:{digits}}'
+    if 'spread' in result:
+        cell += f' ± {result["spread"]:{digits.strip("+")}}'
+    if result['low'] is not None:
+        cell += f' [{result["low"]:{digits}}, {result["high"]:{digits}}]'
+    return cell + (' (n small)' if result['n'] < SMALL else '')
+
+
+def make_tables(metrics, arms, differences, about, suites):
+    """(rows of the results, rows of the differences), lists of cells, the head first."""
+    columns = list(dict.fromkeys(task for result in metrics.values() for task in result))
+    head = ['model', 'GPUs', 'GPU-days', 'parameters', 'tokens']
+    what = ['', '', '', '', '']
+    for task in columns:
+        results = [results[task] for results in metrics.values() if task in results]
+        n = max((result.get('n', 0) for result in results), default=0)
+        base = task.removesuffix('_in_vocabulary')
+        suite_split = suites[base].split if base in suites else ''
+        measure = MEASURES.get(task, f'% of pairs, {likelihood}')
+        label = LABELS.get(task) or LABELS.get(task.removesuffix('_unseen'), task)
+        head.append(label + (', unseen voices' if task.endswith('_unseen') else ''))
+        items = f'n = {n:,}' if n else ''
+        what.append('; '.join(filter(None, [suite_split, items, measure])))
+    table = [head, what]
+    keys = ('gpus', 'gpu_days', 'parameters', 'tokens')
+    for name, results in metrics.items():
+        cells = [format_cell(task, results.get(task)) for task in columns]
+        table.append([name, *(about[name][key] for key in keys), *cells])
+    for name, (members, results) in arms.items():
+        cells = [format_cell(task, results.get(task)) for task in columns]
+        table.append([f'{name}: mean of {len(members)} seeds', '', '', '', '', *cells])
+    known = comparable(suites)
+    for row in read_paper():
+        cells = [row.get(task, '') if task in known else '' for task in columns]
+        if any(cells):
+            table.append([row['model'], *(row[key] for key in keys), *cells])
+    changes = [['difference', *head[5:]]]
+    for name, results in differences.items():
+        changes.append([name, *(format_cell(task, results.get(task), '+') for task in columns)])
+    return table, changes
+
+
+def make_notes(metrics, arms, suites, sampling):
+    """Lines under the table: what the intervals are, how was sampled, what was left out."""
+    notes = ['Intervals: 95 %, bootstrap over pairs; exact where all or none are right.']
+    notes.append(
+        'Means and differences of several seeds count the seeds too.'
+        if arms
+        else 'Differences are of these checkpoints: other seeds may differ by more (--init="a-s*").'
+    )
+    continued = {task for results in metrics.values() for task in results if task in TRANSFORM}
+    for name, knobs in sampling.items() if continued else ():
+        said = ', '.join(f'{key.replace("_", " ")} {value:g}' for key, value in knobs.items())
+        notes.append(f'{name} was sampled with {said}, prompts of {prompt_seconds:g} s.')
+    for name, results in metrics.items():
+        for task, result in results.items():
+            if result.get('left_out'):
+                label = LABELS.get(task, task).strip(' ↓')
+                notes.append(f'{name}: {result["left_out"]} without an answer left out of {label}.')
+    own = [task for task, suite in suites.items() if not suite.official]
+    if {*own} & {'sblimp', 'sstorycloze', 'tstorycloze'}:
+        notes.append(f"{', '.join(own)}: not the published audio, so without the paper's numbers.")
+    return notes
+
+
+def print_table(rows):
+    """A list of lists of cells as a table of Markdown, the head first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    lines.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')
+    print('\n' + '\n'.join(lines))
+
+
+def read_curve(about, points=300):
+    """Points of a run's log.jsonl for the page: dict(kind, loss, val), each [[tokens, FLOPs, hours,
+    loss], ...]; the loss averaged over as many steps as leave so few points. None without a log."""
+    path = os.path.join(about['where'], 'log.jsonl')
+    if not os.path.exists(path):
+        return None
+    rows = [row for _, row in read_jsonl(path)]
+    steps = max((row.get('step') or 0 for row in rows), default=0)
+    seconds = 0.0
+    loss, val = [], []
+    for row in rows:
+        seconds = row.get('elapsed') or seconds
+        tokens = row.get('tokens') or about['n_tokens'] * (row.get('step') or 0) / max(1, steps)
+        at = [tokens, 6 * about['n_parameters'] * tokens, seconds / 3600]
+        if row.get('loss') is not None:
+            loss.append([*at, row['loss']])
+        if row.get('val_loss') is not None:
+            val.append([*at, row['val_loss']])
+    together = max(1, len(loss) // points)
+    starts = range(0, len(loss) - together + 1, together)
+    loss = [np.mean(loss[start : start + together], axis=0).tolist() for start in starts]
+    tuned = any('margin' in row for row in rows)
+    return dict(kind='preference' if tuned else 'language', loss=loss, val=val)
+
+
+def to_uri(wave):
+    """A wave as a data: URI of 16-bit sound; '' for an empty one."""
+    import soundfile
+
+    sound = io.BytesIO()
+    soundfile.write(sound, wave.numpy(), SAMPLE_RATE, format='WAV', subtype='PCM_16')
+    data = base64.b64encode(sound.getvalue()).decode()
+    return 'data:audio/wav;base64,' + data if len(wave) else ''
+
+
+def record_clips(speaker, listing, players, cache, device):
+    """Adds to players, {path: dict(title, clips={label: URI})}, what a speaker makes of the first
+    three prompts: the prompt, its resynthesis, the continuation."""
+    clips = [Clip((prompt['path'],), prompt_seconds) for prompt in listing[:3]]
+    heads, tails = continue_prompts(speaker, clips, cache, device)
+    spoken = UnitVocoder.from_pretrained(speaker.vocoder, device=device).decode([*heads, *tails])
+    again, new = spoken[: len(heads)], spoken[len(heads) :]
+    for prompt, clip, *waves in zip(listing, clips, again, new, strict=False):
+        title = prompt['text'] or os.path.basename(prompt['path'])
+        entry = players.setdefault(prompt['path'], dict(title=title, clips={}))
+        known = dict(prompt=load_clip(clip), resynthesis=waves[0].cpu())
+        known[f'continuation, {speaker.name}'] = waves[1].cpu()
+        for label, wave in known.items():
+            entry['clips'].setdefault(label, to_uri(wave))
+
+
+def write_report(path, page):
+    """The page: config/report.html with `page`, a dict of what it shows, in place of DATA."""
+    with open(os.path.join(ROOT, 'config', 'report.html'), encoding='utf-8') as file:
+        template = file.read()
+    data = json.dumps(page).replace('<', '\\u003c')  # so that no text can end the script it is in
+    with write_atomic(path) as file:
+        file.write(template.replace('>DATA<', f'>{data}<'))
+
+
+def make_page(tables, notes, metrics, arms, about, suites, players, summary):
+    """What the page shows, as JSON can hold it."""
+    columns = list(dict.fromkeys(task for result in metrics.values() for task in result))
+    known = comparable(suites)
+    rows = read_paper()
+    for row in rows:
+        parameters, tokens = parse_count(row['parameters']), parse_count(row['tokens'])
+        row['n_parameters'] = parameters
+        row['flops'] = 6 * parameters * tokens if parameters and tokens else None
+    commit = subprocess.run(
+        ['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True
+    ).stdout.strip()
+    scores = {name: dict(results) for name, results in metrics.items()}
+    scores |= {f'{name} (mean)': results for name, (_, results) in arms.items()}
+    return dict(
+        made=time.strftime('%d %B %Y, %H:%M'),
+        commit=commit,
+        data=data_dir,
+        summary=summary,
+        notes=notes,
+        table=tables[0],
+        n_models=len(metrics) + len(arms),
+        changes=tables[1],
+        scores=scores,
+        about=about,
+        columns=[
+            dict(
+                task=task,
+                title=tables[0][0][5 + i],
+                what=tables[0][1][5 + i],
+                percent=task not in TRANSFORM,
+                paper=[[row['model'], float(row[task])] for row in rows if row.get(task)]
+                if task in known
+                else [],
+            )
+            for i, task in enumerate(columns)
+        ],
+        curves={name: read_curve(entry) for name, entry in about.items()},
+        scaling=[
+            dict(model=row['model'], tsc=float(row['tstorycloze']), flops=row['flops'])
+            | dict(parameters=row['n_parameters'])
+            for row in rows
+            if row['tstorycloze'] and row['n_parameters']
+        ]
+        if 'tstorycloze' in known
+        else [],
+        players=list(players.values()),
+    )
+
+
+# -----------------------------------------------------------------------------
+
+
+def find_checkpoints(text):
+    """({name: folder}, {arm: [names]}) of the knob init: NAME=A+B and patterns of several folders
+    are arms. Raises InputError for a pattern without a match."""
+    models, arms = {}, {}
+
+    def add(where):
+        name = os.path.basename(where.rstrip('/')) or where
+        if where in models.values() and not where.endswith('/'):
+            name = f'{name} ({len(models) + 1})'
+        elif name in models:
+            name = where.rstrip('/') if where.rstrip('/') not in models else f'{where} (again)'
+        models[name] = where
+        return name
+
+    for part in filter(None, map(str.strip, text.split(','))):
+        arm, _, members = part.rpartition('=')
+        folders = list(filter(None, members.split('+'))) if arm else [members]
+        found = []
+        for folder in folders:
+            matches = sorted(filter(os.path.isdir, glob.glob(folder))) or [folder]
+            if glob.has_magic(folder) and matches == [folder]:
+                raise InputError(f'--init={folder}: no folder has such a name')
+            found += [add(match) for match in matches]
+        if arm or len(found) > 1:
+            arms[arm or os.path.basename(members)] = found
+    return models, arms
+
+
+def attempt(results, name, function, *arguments):
+    """function(*arguments); where a file, a model or memory is missing, None, and results[name]
+    says why it is not run."""
+    try:
+        return function(*arguments)
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         reason = ' '.join(str(error).split()) or 'out of memory'
-        print(f'eval_slm.py: {", ".join(names)} not run: {reason}', file=sys.stderr)
-        result |= {name: dict(not_run=reason) for name in names}
+        print(f'eval_slm.py: {name} not run: {reason}', file=sys.stderr)
+        results[name] = dict(not_run=reason)
+        return None
+
+
+def check_outputs(paths):
+    """Ends at once, before anything is computed, if a file cannot be written."""
+    for path in filter(None, paths):
+        try:
+            if os.path.isdir(path):
+                raise IsADirectoryError(0, 'it is a folder')
+            with write_atomic(path + '.part') as file:
+                file.write('')
+            os.remove(path + '.part')
+        except OSError as error:
+            fail(f'{path} cannot be written: {error.strerror}')
+
+
+def evaluate(speaker, suites, generative, listing, cache, device, folder):
+    """({task: result}, {task: items}, rows) of one checkpoint, all its tasks."""
+    results, items, rows = {}, {}, []
+
+    def keep(task, found):
+        if found:
+            results[task], items[task] = found[:2]
+            rows.extend(*found[2:])
+
+    for task, suite in suites.items():
+        found = attempt(results, task, score_suite, speaker, task, suite, cache, device, folder)
+        keep(task, found)
+        if task == 'swuggy' and found:
+            name = 'swuggy_in_vocabulary'
+            inside = attempt(results, name, only_in_vocabulary, suite.pairs, found[1])
+            keep(name, inside and (*inside, []))
+    heard = {}
+    for task in generative:
+        arguments = (speaker, task, listing, heard, cache, device)
+        keep(task, attempt(results, task, score_generated, *arguments))
+    return results, items, rows
+
+
+def compare(models, arms, items):
+    """({arm: (its checkpoints, results)}, {'b - a': results}): arms by their seeds, and every two
+    arms or single checkpoints by the items that all of theirs share.
+
+    items: {checkpoint: {task: {id: value}}}.
+    """
+    in_arms = {name for members in arms.values() for name in members}
+    groups = {name: [name] for name in models if name not in in_arms} | arms
+    tasks = list(dict.fromkeys(task for found in items.values() for task in found))
+
+    def table(members, task, keys):
+        return [[items[name][task][key] for key in keys] for name in members]
+
+    def shared(members, task):
+        """Items that all have, and those in the first's order; none if one did not run."""
+        found = [items.get(name, {}).get(task, {}) for name in members]
+        return [key for key in found[0] if all(key in other for other in found[1:])]
+
+    means = {arm: (members, {}) for arm, members in arms.items()}
+    differences = {}
+    for task in tasks:
+        transform = TRANSFORM.get(task, PERCENT)
+        for members, results in means.values():
+            if keys := shared(members, task):
+                results[task] = interval(table(members, task, keys), None, transform, seed=seed)
+        for a, b in combinations(groups, 2):
+            if keys := shared(groups[a] + groups[b], task):
+                both = (table(groups[name], task, keys) for name in (b, a))
+                found = interval(*both, transform, seed=seed)
+                differences.setdefault(f'{b} - {a}', {})[task] = found
+    return means, differences
 
 
 if __name__ == '__main__':
     config = configure(globals())
-    began, device, models, suites, not_run, generative = (
-        time.time(),
-        pick_device(device),
-        {},
-        {},
-        {},
-        [],
-    )
-    for where in filter(None, map(str.strip, init.split(','))):
-        name = os.path.basename(where.rstrip('/'))
-        models[f'{name} ({len(models) + 1})' if name in models else name] = where
+    began = time.time()
     wanted = dict.fromkeys(filter(None, map(str.strip, tasks.split(','))))
-    if (
-        split not in ('dev', 'test')
-        or likelihood not in ('mean', 'sum')
-        or not (models and wanted and out)
-        or min(seed, n_prompts, prompt_seconds, max_new_tokens, temperature) < 0
-    ):
+    models, arms = find_checkpoints(init)
+    least = min(seed, n_prompts, prompt_seconds, max_new_tokens, temperature, top_k)
+    choices = split in ('dev', 'test') and likelihood in ('mean', 'sum')
+    if not (models and wanted and out and choices) or least < 0:
         fail(
-            'expected --init=CHECKPOINT[,...], --tasks=NAME[,...], --out=FILE, --split=dev or test, --likelihood=mean or sum, and no negative number'
+            'expected --init=CHECKPOINT[,...], --tasks=NAME[,...], --out=FILE, --split=dev or '
+            'test, --likelihood=mean or sum, and no negative number'
         )
+
     # what cannot be read or written is told at once, before anything is computed
-    for path in filter(None, (out, html, submission and os.path.join(submission, 'scores'))):
-        try:
-            if os.path.isdir(path):
-                raise IsADirectoryError(0, 'it is a folder')
-            write(path + '.part', '')
-            os.remove(path + '.part')
-        except OSError as error:
-            fail(f'{path} cannot be written: {error.strerror}')
-    precision = pick_dtype(dtype, device)
-    for where in models.values():
-        SLM.from_pretrained(where)
-    for name, _, path in (task.partition('=') for task in wanted):
-        generative += [name] * (name in TRANSFORM)
-        with part(not_run, name):
-            for task, folder in find_task(name, path, data_dir) if name not in TRANSFORM else ():
-                with part(not_run, task):
-                    suites[task] = list_task(task, folder, split, bool(submission))
+    side_file = os.path.splitext(out)[0] + '.pairs.jsonl'
+    check_outputs((out, side_file, html, submission and os.path.join(submission, 'scores')))
+    where_to_run = pick_device(device)
+    precision = pick_dtype(dtype, where_to_run)
+    about = {name: describe(SLM.from_pretrained(where), where) for name, where in models.items()}
+
+    # the suites; a task that is missing is told, and the rest goes on
+    cache = os.path.join(os.path.dirname(out) or '.', 'eval_cache')
+    suites, not_run = {}, {}
+    for name, _, path in (task.partition('=') for task in wanted if task not in TRANSFORM):
+        for task, place in attempt(not_run, name, find_task, name, path, data_dir) or ():
+            arguments = (task, place, split, cache, bool(submission))
+            suite = attempt(not_run, task, list_suite, *arguments)
+            suites |= {task: suite} if suite else {}
+    generative = [task for task in wanted if task in TRANSFORM]
     if not suites and not generative:
         fail('nothing can run')
-    spoken = {
-        task: [pair['pos'] for pair in pairs if isinstance(pair['pos'], str)]
-        for task, (pairs, _) in suites.items()
-    }
-    prompt_files = [
-        *dict.fromkeys(
-            next(
-                (spoken[task] for task in ('sstorycloze', 'sstory', *suites) if spoken.get(task)),
-                [],
-            )
-        )
-    ]
-    if prompts:
-        prompt_files = [os.path.join(prompts, file) for file in audio_files(prompts)]
-    prompt_files = prompt_files[: n_prompts if generative else 3]
+    listing = find_prompts(suites)
 
-    metrics, items, scored, heard, cache = (
-        {},
-        {},
-        [],
-        defaultdict(dict),
-        os.path.join(os.path.dirname(out) or '.', 'eval_cache'),
-    )
+    # one checkpoint after the other, each with all its tasks
+    metrics, items, scored, sampling, players = {}, {}, [], {}, {}
     for name, where in models.items():
-        result = metrics.setdefault(name, dict(not_run))
-        with part(result, *suites, *generative):
-            model = SLM.from_pretrained(where).to(device, precision).eval()
-            enc, voc = (
-                encoder or model.slam.get('encoder'),
-                vocoder or model.slam.get('vocoder') or '',
-            )
-            if not enc:
-                raise InputError(
-                    f'{where} names no encoder (a text LM?): give --encoder and --vocoder'
-                )
-            if os.path.exists(about := os.path.join(enc, 'encoder.json')):
-                its, wanted = (
-                    json.load(open(about)).get('n_units'),
-                    model.slam.get('n_units', model.config.vocab_size - OFFSET),
-                )
-                if its != wanted:
-                    raise InputError(
-                        f'encoder {enc} has {its} units, {where} {wanted}: pass the --encoder with which it was trained'
-                    )
-            for task, (pairs, files) in suites.items():
-                with part(result, task):
-                    wanted = [pair[side] for side in ('pos', 'neg') for pair in pairs] + [
-                        *files.values()
-                    ]
-                    units = encode_files(
-                        [x for x in wanted if isinstance(x, str)], enc, cache, device
-                    )
-                    scores, counts = log_likelihoods(
-                        model,
-                        [units[x] if isinstance(x, str) else x for x in wanted],
-                        progress=True,
-                    )
-                    scores = scores / counts if likelihood == 'mean' else scores
-                    if submission and files:
-                        folder = os.path.join(
-                            submission,
-                            name if len(models) > 1 else '',
-                            ZEROSPEECH.get(task, 'syntactic'),
-                        )
-                        lines = [
-                            f'{file} {score:.8f}\n'
-                            for file, score in zip(files, scores[2 * len(pairs) :])
-                        ]
-                        write(os.path.join(folder, split + '.txt'), ''.join(lines))
-                    if not pairs:
-                        raise InputError('no gold.csv: the submission alone was written')
-                    pos, neg = scores[: len(pairs)], scores[len(pairs) : 2 * len(pairs)]
-                    wins = (pos > neg) + 0.5 * (pos == neg)
-                    result[task], items[name, task] = summarise(pairs, wins, seed)
-                    scored += [
-                        dict(model=name, task=task, **pair, score_pos=a, score_neg=b, win=w)
-                        for pair, a, b, w in zip(pairs, pos.tolist(), neg.tolist(), wins.tolist())
-                    ]
-            with part(result, *generative or ['players']):
-                if not generative and not (html and prompt_files):
-                    continue
-                if not prompt_files:
-                    raise InputError('no prompts: give --prompts=FOLDER, or a suite of audio')
-                heads, tails, texts = (
-                    [*encode_files(prompt_files, enc, cache, device, prompt_seconds).values()],
-                    [],
-                    [],
-                )
-                begins = [
-                    load_audio(file)[: int(prompt_seconds * SAMPLE_RATE) or None]
-                    for file in prompt_files
-                ]
-                voc = UnitVocoder.from_pretrained(voc, device=device)
-                for i in tqdm(
-                    range(0, len(heads), 32),
-                    desc='continuing',
-                    leave=False,
-                    disable=len(heads) < 64,
-                ):
-                    some = [torch.tensor([BOS, *(x + OFFSET)]) for x in heads[i : i + 32]]
-                    tails += [
-                        x - OFFSET
-                        for x in model.generate(some, max_new_tokens, temperature, seed=seed + i)
-                    ]
-                for file, *clips in [*zip(prompt_files, begins, heads, tails)][: 3 if html else 0]:
-                    heard[file] |= {
-                        'prompt': clips[0],
-                        'resynthesis': voc.decode([clips[1]])[0],
-                        f'continuation, {name}': voc.decode([clips[2]])[0],
-                    }
-                for task in generative:
-                    with part(result, task):
-                        if task == 'gptscore' and not judge:
-                            raise InputError('no judge: give --judge=FOLDER or --judge=URL')
-                        if (
-                            task == 'resynth'
-                        ):  # share of frames whose unit changes on the way units -> wave -> units, durations kept
-                            encode = UnitEncoder.from_pretrained(enc, device=device).encode
-                            before = encode([load_audio(file) for file in prompt_files[:100]])
-                            after = encode(voc.decode(*zip(*map(dedup, before))))
-                            values = [
-                                1 - float((a[: len(b)] == b[: len(a)]).sum()) / max(1, len(a))
-                                for a, b in zip(before, after)
-                            ]
-                        else:
-                            texts = texts or transcribe(voc.decode(tails), asr, device)
-                        if task == 'autobleu':
-                            values = [*map(auto_bleu, texts)]
-                        elif task == 'genppl':
-                            values = [text_nll(text, text_lm, device) for text in texts]
-                        elif task == 'gptscore':
-                            asked = [
-                                JUDGE.format(*both)
-                                for both in zip(transcribe(begins, asr, device), texts)
-                            ]
-                            values = [
-                                rate(question, judge, device, judge_model)
-                                for question in tqdm(asked, desc='judging', leave=False)
-                            ]
-                        rated = {
-                            file: value
-                            for file, value in zip(prompt_files, values)
-                            if value is not None and np.isfinite(value)
-                        }
-                        if not rated:
-                            raise InputError(f'none of {len(values)} transcripts could be rated')
-                        result[task] = interval(
-                            [*rated.values()], transform=TRANSFORM[task], seed=seed
-                        ) | dict(left_out=len(values) - len(rated))
-                        items[name, task] = rated
-                        said = [''] * len(values) if task == 'resynth' else texts
-                        scored += [
-                            dict(model=name, task=task, id=file, value=value, text=text)
-                            for file, value, text in zip(prompt_files, values, said)
-                        ]
+        metrics[name] = dict(not_run)
+        broken = {}
+        speaker = attempt(broken, name, load_speaker, name, where, where_to_run, precision)
+        if not speaker:
+            metrics[name] |= dict.fromkeys((*suites, *generative), broken[name])
+            continue
+        sampling[name] = speaker.sampling
+        folder = os.path.join(submission, name if len(models) > 1 else '') if submission else ''
+        arguments = (suites, generative, listing, cache, where_to_run, folder)
+        results, items[name], rows = evaluate(speaker, *arguments)
+        metrics[name] |= results
+        scored += rows
+        if html and listing:
+            arguments = (speaker, listing, players, cache, where_to_run)
+            attempt({}, f'the players of {name}', record_clips, *arguments)
+    arm_results, differences = compare(models, arms, items)
 
-    differences, columns = (
-        {},
-        [*dict.fromkeys(task for result in metrics.values() for task in result)],
-    )
-    for (a, b), task in product(combinations(models, 2), columns):
-        both = [
-            (items[b, task][key], x)
-            for key, x in items.get((a, task), {}).items()
-            if key in items.get((b, task), {})
-        ]
-        if both:
-            differences.setdefault(f'{b} - {a}', {})[task] = interval(
-                *zip(*both), transform=TRANSFORM.get(task, PERCENT), seed=seed
-            )
-
-    def cells(results, sign=''):
-        for task, r in ((task, results.get(task)) for task in columns):
-            digits = sign + ('.2f' if task in ('autobleu', 'gptscore') else '.1f')
-            yield (
-                ''
-                if r is None
-                else 'not run'
-                if 'not_run' in r
-                else f'{r["score"]:{digits}} (1 item)'
-                if r['n'] == 1
-                else f'{r["score"]:{digits}} [{r["low"]:{digits}}, {r["high"]:{digits}}]'
-            )
-
-    head, here = (
-        [LABELS.get(task, task) for task in columns],
-        os.path.dirname(os.path.abspath(__file__)),
-    )
-    with open(os.path.join(here, 'config', 'paper.csv'), encoding='utf-8') as file:
-        paper = [
-            dict(model=row['model'])
-            | {task: row.get(TOY.get(task, task)) or '' for task in columns}
-            for row in csv.DictReader(file)
-        ]
-    paper = [row for row in paper if any([*row.values()][1:])]
-    toy = [LABELS[TOY[task]] for task in columns if task in TOY]
-    note = f'*paper: {", ".join(toy)}, not the toy suites*' if toy else '*paper*'
-    table = [['model', *head], *([name, *cells(result)] for name, result in metrics.items())]
-    table += [[note] + [''] * len(head)] * bool(paper) + [[*row.values()] for row in paper]
-    changes = [
-        ['difference', *head],
-        *([name, *cells(result, '+')] for name, result in differences.items()),
-    ]
-    write(
-        os.path.splitext(out)[0] + '.pairs.jsonl', ''.join(json.dumps(row) + '\n' for row in scored)
-    )
-    write(
-        out, json.dumps(dict(metrics=metrics, differences=differences, settings=config), indent=1)
-    )
-    print('\n' + markdown(table) + ('\n' + markdown(changes) if differences else ''))
+    # the files: every pair's scores, all results, the page
+    with write_atomic(side_file) as file:
+        file.writelines(json.dumps(row) + '\n' for row in scored)
+    record = dict(metrics=metrics, differences=differences, sampling=sampling, settings=config)
+    record |= {'arms': {arm: dict(seeds=m, metrics=r) for arm, (m, r) in arm_results.items()}}
+    with write_atomic(out) as file:
+        file.write(json.dumps(record, indent=1))
+    tables = make_tables(metrics, arm_results, differences, about, suites)
+    notes = make_notes(metrics, arm_results, suites, sampling)
     failed = {
-        f'{task} ({r["not_run"]})'
-        for result in metrics.values()
-        for task, r in result.items()
-        if 'not_run' in r
+        f'{task} ({result["not_run"]})'
+        for results in metrics.values()
+        for task, result in results.items()
+        if 'not_run' in result
     }
-    done = f'{len(models)} models, {len(columns)} tasks, {len(scored)} scores in {time.time() - began:.0f} s'
+    columns = len(tables[0][0]) - 5
+    summary = f'{len(models)} models, {columns} tasks, {len(scored)} scores'
     if html:
-        import soundfile
+        lines = notes + [f'Not run: {reason}' for reason in sorted(failed)]
+        arguments = (metrics, arm_results, about, suites, players, summary)
+        write_report(html, make_page(tables, lines, *arguments))
 
-        for clips in heard.values():
-            for label, wave in clips.items():
-                sound = io.BytesIO()
-                soundfile.write(sound, wave.numpy(), SAMPLE_RATE, format='WAV', subtype='PCM_16')
-                clips[label] = (
-                    'data:audio/wav;base64,' + base64.b64encode(sound.getvalue()).decode()
-                    if len(wave)
-                    else ''
-                )
-        curves = {}
-        for name, log in (
-            (name, os.path.join(where, 'log.jsonl')) for name, where in models.items()
-        ):
-            with part({}, f'the loss curve of {name}'):
-                curves |= {name: read_jsonl(log)} if os.path.exists(log) else {}
-        page = dict(
-            metrics=metrics,
-            table=table,
-            changes=changes,
-            tasks=columns,
-            titles=head,
-            paper=paper,
-            note=note.strip('*'),
-            heard=heard,
-            summary=done,
-            percent=[task for task in columns if TRANSFORM.get(task, PERCENT) is PERCENT],
-            lower=[task for task in columns if '↓' in LABELS.get(task, '')],
-            failed=sorted(failed),
-            curves=curves,
-        )
-        with open(os.path.join(here, 'config', 'report.html'), encoding='utf-8') as file:
-            data = json.dumps(page).replace('</', '<\\/')
-            write(
-                html,
-                file.read().replace('MODELS', ', '.join(models)).replace('>DATA<', f'>{data}<'),
-            )
-    print(f'{done} -> {out}' + f', {html}' * bool(html) + f'; {len(failed)} not run' * bool(failed))
+    # the table, and one line of summary last
+    print_table(tables[0])
+    if differences:
+        print_table(tables[1])
+    print('\n' + '\n'.join(notes))
+    summary += f' in {time.time() - began:.0f} s -> {out}' + (f', {html}' if html else '')
+    print(summary + (f'; {len(failed)} not run' if failed else ''))
     raise SystemExit(2 if failed else 0)
