@@ -1,46 +1,73 @@
 #!/usr/bin/env bash
 # The whole pipeline on one CPU, offline: speech in, speech out. Each line below can be run by hand.
-#     bash runs/demo.sh            15 hours of speech, about 10 minutes on 2 cores
-#     DEMO=short bash runs/demo.sh the same path in 3 minutes, too little speech to learn from
+#     bash runs/demo.sh               about 17 hours of speech, 8 minutes on 2 quiet cores
+#     DEMO=short bash runs/demo.sh    the same path in 3 minutes, too little speech to learn from
 # A killed run goes on where it stopped; rm -r out/demo begins anew.
 set -euo pipefail
 begin=$SECONDS
 source "$(dirname "$0")/setup.sh"
 mkdir -p out/demo
 echo "set-up,$((SECONDS - begin))" > out/demo/stages.csv
-synthetic='' units='' train='' dpo=''
+synthetic='' train='' dpo=''
 if [ "${DEMO:-full}" = short ]; then
     synthetic='--n_stories=600 --n_pairs=200 --n_suite=60' train='--max_steps=60' dpo='--max_steps=4'
 fi
 
-stage() {  # run one line, remember its seconds
-    echo; echo "\$ ${*:2}"
+stage() {  # name, command: run it, remember its seconds
+    echo
+    echo "\$ ${*:2}"
     local start=$SECONDS
     "${@:2}"
     echo "$1,$((SECONDS - start))" >> out/demo/stages.csv
 }
 stage synthetic python make_synthetic.py config/demo_synthetic.py $synthetic
-stage units     python prepare_units.py config/demo_units.py $units
+stage units     python prepare_units.py config/demo_units.py
 stage train     python train.py config/demo.py $train
 stage dpo       python dpo.py config/demo_dpo.py $dpo
 stage eval      python eval_slm.py config/demo_eval.py
 stage sample    python sample.py config/demo_sample.py
-stage resynth   python sample.py config/demo_sample.py --resynth --max_prompts=20 --out=out/demo/resynth --html=out/demo/resynth/page.html
+stage resynth   python sample.py config/demo_sample.py --resynth --max_prompts=20 \
+    --out=out/demo/resynth --html=out/demo/resynth/page.html
 echo "total,$((SECONDS - begin))" >> out/demo/stages.csv
 
-python - <<'EOF'
+# what came of it: a line a stage, and the same in out/demo/summary.json
+python - <<'PYTHON'
 import json
-seconds = {name: int(spent) for name, spent in (line.split(',') for line in open('out/demo/stages.csv'))}
-read = lambda path: json.load(open('out/demo/' + path))
-meta, scores = read('units/meta.json'), read('eval.json')['metrics']
-summary = dict(seconds=seconds, hours=sum(meta['hours'].values()), tokens=meta['tokens'], val_loss=read('slm/slam.json')['scores']['val_loss'],
-               metrics={model: {suite: round(score['score'], 2) for suite, score in suites.items()} for model, suites in scores.items()})
-json.dump(summary, open('out/demo/summary.json', 'w'), indent=2)
-line = lambda model: '  '.join(f'{suite} {score:.1f}' for suite, score in summary['metrics'][model].items())
-results = {'synthetic': f'{summary["hours"]:.1f} h of speech', 'units': f'{sum(meta["tokens"].values()):,} tokens of {meta["n_units"]} units',
-           'train': f'val loss {summary["val_loss"]:.3f}', 'eval': '; '.join(f'{model}: {line(model)}' for model in summary['metrics']),
-           'sample': 'out/demo/sample: prompt, continuation, full', 'total': 'out/demo/summary.json'}
+
+
+def read(path):
+    with open('out/demo/' + path) as file:
+        return json.load(file)
+
+
+with open('out/demo/stages.csv') as file:
+    seconds = {name: int(spent) for name, spent in (line.split(',') for line in file)}
+meta, slam = read('units/meta.json'), read('slm/slam.json')
+scores = {
+    model: {suite: round(result['score'], 2) for suite, result in suites.items()}
+    for model, suites in read('eval.json')['metrics'].items()
+}
+summary = dict(
+    seconds=seconds,
+    hours=sum(meta['hours'].values()),
+    tokens=meta['tokens'],
+    val_loss=slam['scores']['val_loss'],
+    metrics=scores,
+)
+with open('out/demo/summary.json', 'w') as file:
+    json.dump(summary, file, indent=2)
+
+results = dict(
+    synthetic=f'{summary["hours"]:.1f} h of speech',
+    units=f'{sum(meta["tokens"].values()):,} tokens of {meta["n_units"]} units',
+    train=f'validation loss {summary["val_loss"]:.3f}',
+    eval='out/demo/report.html',
+    sample='out/demo/sample: prompt, continuation, full; page.html',
+    total='out/demo/summary.json',
+)
 print(f'\n{"stage":<10} {"seconds":>7}  result')
 for name, spent in seconds.items():
     print(f'{name:<10} {spent:>7}  {results.get(name, "")}')
-EOF
+for model, suites in scores.items():
+    print(f'{model:<12}', *(f'{suite} {score:.1f} ' for suite, score in suites.items()))
+PYTHON

@@ -1,28 +1,38 @@
 #!/usr/bin/env bash
-# Does the demo's gain from preference tuning hold? Pre-training and DPO with other seeds on the demo's data (after runs/demo.sh), side by side, a
-# thread each; steps end them, not the clock, so that the table is the same on any machine.
-#     bash runs/seeds.sh ['1 2 3']      out/seeds/*/eval.json and a table of mean and spread
+# A recipe under other seeds: pre-training, DPO, and a table of means, spreads and differences.
+#     bash runs/seeds.sh                                   the demo's, seeds 1 2 3 (after demo.sh)
+#     bash runs/seeds.sh '1 2' config/slam_a5000.py config/slam_dpo.py --data_dir=data/eval
+# The demo's runs go side by side, a thread each, and are ended by steps, so that the table is the
+# same on any machine; those of other configs one after the other. Results: out/seeds/NAME.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-export OMP_NUM_THREADS=1
-UNITS=out/demo/units
-[ -e "$UNITS/pairs.jsonl" ] || { echo "seeds.sh: no $UNITS/pairs.jsonl: run bash runs/demo.sh first" >&2; exit 2; }
+SEEDS=${1:-1 2 3} TRAIN=${2:-config/demo.py} DPO=${3:-config/demo_dpo.py}
+NAME=$(basename "$TRAIN" .py)
+OUT=out/seeds/$NAME
+EVAL=("${@:4}") SIDE_BY_SIDE=no
+if [ "$NAME" = demo ]; then
+    [ -e out/demo/units/pairs.jsonl ] ||
+        { echo "seeds.sh: no out/demo/units/pairs.jsonl: run bash runs/demo.sh first" >&2; exit 2; }
+    EVAL=(config/demo_eval.py --html="$OUT/report.html") SIDE_BY_SIDE=yes
+    export OMP_NUM_THREADS=1
+fi
+
 seed() {
-    python train.py config/demo.py --seed="$1" --out_dir="out/seeds/$1/slm" --save_init=False --train_hours=100
-    python dpo.py config/demo_dpo.py --seed="$1" --init="out/seeds/$1/slm" --out_dir="out/seeds/$1/dpo" --train_hours=100
-    python eval_slm.py config/demo_eval.py --init="out/seeds/$1/slm,out/seeds/$1/dpo" --out="out/seeds/$1/eval.json" --html=
+    local hours=()
+    [ "$NAME" != demo ] || hours=(--train_hours=100)
+    python train.py "$TRAIN" --seed="$1" --out_dir="$OUT/slm-s$1" --save_init=False "${hours[@]}"
+    python dpo.py "$DPO" --seed="$1" --init="$OUT/slm-s$1" --out_dir="$OUT/dpo-s$1" "${hours[@]}"
 }
-mkdir -p out/seeds
-for n in ${1:-1 2 3}; do seed "$n" > "out/seeds/$n.txt" 2>&1 & done
-wait
-python - <<'EOF'
-import glob, json, statistics
-runs = [json.load(open(path))['metrics'] for path in sorted(glob.glob('out/seeds/*/eval.json'))]
-suites, stages = list(runs[0]['slm']), {'pre-trained': lambda run: run['slm'], 'DPO': lambda run: run['dpo']}
-print('| mean ± standard deviation of', len(runs), 'seeds |', *(f'{suite} |' for suite in suites))
-print('|---' * (len(suites) + 1) + '|')
-score = lambda stage: [[stages[stage](run)[suite]['score'] for run in runs] for suite in suites]
-gain = [[b - a for a, b in zip(*pair)] for pair in zip(score('pre-trained'), score('DPO'))]
-for name, rows, sign in (('pre-trained', score('pre-trained'), ''), ('DPO', score('DPO'), ''), ('DPO - pre-trained', gain, '+')):
-    print('|', name, '|', *(f'{statistics.mean(row):{sign}.1f} ± {statistics.stdev(row):.1f} |' for row in rows))
-EOF
+mkdir -p "$OUT"
+for n in $SEEDS; do
+    if [ $SIDE_BY_SIDE = yes ]; then
+        seed "$n" > "$OUT/$n.txt" 2>&1 &
+    else
+        seed "$n"
+    fi
+done
+for job in $(jobs -p); do
+    wait "$job" || { echo "seeds.sh: a run failed: see $OUT/*.txt" >&2; exit 1; }
+done
+python eval_slm.py "${EVAL[@]}" --init="pre-trained=$(echo $SEEDS | sed "s|[^ ]*|$OUT/slm-s&|g; s/ /+/g"),\
+DPO=$(echo $SEEDS | sed "s|[^ ]*|$OUT/dpo-s&|g; s/ /+/g")" --out="$OUT/eval.json"
