@@ -1213,12 +1213,95 @@ def _twist_rows(old, vocab_size, embed_init, seed, where):
 # -----------------------------------------------------------------------------
 # Audio
 
-HOP, WINDOW, N_FFT, N_MELS = (
-    160,
-    400,
-    512,
-    64,
-)  # samples at 16 kHz: 10 ms, 25 ms; 64 bands is the most that 31 Hz bins fill without gaps
+HOP, WINDOW, N_FFT = 160, 400, 512  # samples at 16 kHz: 10 ms, 25 ms
+N_MELS = 64  # bands: the most that bins of 31 Hz fill without gaps
+
+
+def load_audio(path, sample_rate=SAMPLE_RATE, start=0.0, seconds=None):
+    """Read a sound file, mix it to mono, resample: (samples,) float32, full scale 1.
+
+    path: a name or a binary file object, in a format that libsndfile knows (AUDIO_EXTENSIONS; of
+    .sph what is not compressed by shorten). start, seconds: the part that is wanted; no other is
+    kept in memory. Of a broken file, what decodes. Raises InputError naming the file where there
+    is no sound in it.
+    """
+    name = getattr(path, 'name', path)
+    opened = hasattr(path, 'read')
+    if not opened and not os.path.isfile(path):
+        raise InputError(f'{name}: no such audio file')
+    for size in (1 << 20, 1 << 10):  # of a broken flac a large read gives nothing, small ones do
+        if opened:
+            path.seek(0)
+        source = path if opened else os.fsencode(path)  # bytes: names need not be UTF-8
+        rate, blocks, error = _decode(source, start, seconds, size)
+        if blocks or not error:
+            break
+    if not blocks:
+        reason = f'not readable audio ({error})' if error else 'holds no samples'
+        raise InputError(f'{name}: {reason}' + (f' at {start:g} s' if start and not error else ''))
+    wave = torch.cat(blocks)
+    if not float(wave.abs().max()) < 1e6:  # NaN fails too
+        raise InputError(f'{name}: holds NaN or infinite samples, or such as are no sound')
+    return resample(wave, rate, sample_rate)
+
+
+def _decode(source, start, seconds, size):
+    """-> its rate, blocks (samples,) of at most `size` samples, and what stopped it or None."""
+    import soundfile
+
+    rate, blocks = 0, []
+    try:
+        with soundfile.SoundFile(source) as file:
+            rate = file.samplerate
+            if start:
+                file.seek(min(round(start * rate), file.frames))
+            left = math.inf if seconds is None else round(seconds * rate)
+            while left > 0 and len(block := file.read(min(size, left), dtype='float32')):
+                left -= len(block)
+                block = block if block.ndim == 1 else block.mean(axis=1)  # channels to mono
+                blocks.append(torch.from_numpy(block))
+    except (RuntimeError, OSError, TypeError) as error:  # TypeError: of .raw it asks for a rate
+        return rate, blocks, str(error).rsplit(': ', 1)[-1].rstrip('.')
+    return rate, blocks, None
+
+
+def save_audio(path, wave, sample_rate=SAMPLE_RATE):
+    """Write (samples,) float as 16-bit wav or flac, whole or not at all.
+
+    A wave that would clip is turned down as a whole.
+    """
+    import soundfile
+
+    wave = torch.as_tensor(wave).detach().float().cpu()
+    peak = float(wave.abs().max()) if len(wave) else 0.0
+    wave = wave * (0.99 / peak) if peak > 0.99 else wave
+    kind = 'FLAC' if str(path).endswith('.flac') else 'WAV'
+    buffer = io.BytesIO()  # written by us: soundfile's own errors do not name a full disk
+    soundfile.write(buffer, wave.numpy(), sample_rate, subtype='PCM_16', format=kind)
+    with write_atomic(path, 'wb') as file:
+        file.write(buffer.getbuffer())
+
+
+def resample(wave, rate, wanted):
+    """(samples,) at `rate` Hz -> (ceil(samples * wanted / rate),) at `wanted` Hz, float32.
+
+    The filter of torchaudio.functional.resample, a sinc under a squared cosine with six zero
+    crossings on each side and its cutoff at 0.99 of the lower Nyquist frequency, exact to 1e-6;
+    but as matrix products of 40 neighbouring outputs, which takes a third to a tenth of the time.
+    """
+    wave = torch.as_tensor(wave, dtype=torch.float32)
+    if rate == wanted or not len(wave):
+        return wave
+    (taken, made), reach, kernels = _sinc_kernels(rate, wanted)
+    count = -(-len(wave) * wanted // rate)
+    periods = -(-count // made)
+    end = (periods - 1) * taken + kernels[-1][1] + len(kernels[-1][2])
+    wave = F.pad(wave, (reach, max(0, end - reach - len(wave))))
+    out = wave.new_empty(periods, made)
+    for first, start, kernel in kernels:
+        inputs = wave[start:].unfold(0, len(kernel), taken)[:periods]  # (periods, inputs)
+        out[:, first : first + kernel.shape[1]] = inputs @ kernel.to(wave.device)
+    return out.flatten()[:count]
 
 
 @lru_cache(8)
@@ -1244,157 +1327,64 @@ def _sinc_kernels(rate, wanted, group=40):
     return (repeat * rate // common, repeat * wanted // common), reach, kernels
 
 
-def resample(wave, rate, wanted):
-    """(samples,) at `rate` Hz -> (ceil(samples * wanted / rate),) at `wanted` Hz, float32.
-
-    The filter of torchaudio.functional.resample, a sinc under a squared cosine with six zero
-    crossings on each side and its cutoff at 0.99 of the lower Nyquist frequency, exact to 1e-6;
-    but as matrix products of 40 neighbouring outputs, which takes a third to a tenth of the time.
-    """
-    wave = torch.as_tensor(wave, dtype=torch.float32)
-    if rate == wanted or not len(wave):
-        return wave
-    (taken, made), reach, kernels = _sinc_kernels(rate, wanted)
-    count = -(-len(wave) * wanted // rate)
-    periods = -(-count // made)
-    end = (periods - 1) * taken + kernels[-1][1] + len(kernels[-1][2])
-    wave = F.pad(wave, (reach, max(0, end - reach - len(wave))))
-    out = wave.new_empty(periods, made)
-    for first, start, kernel in kernels:
-        inputs = wave[start:].unfold(0, len(kernel), taken)[:periods]  # (periods, inputs)
-        out[:, first : first + kernel.shape[1]] = inputs @ kernel.to(wave.device)
-    return out.flatten()[:count]
-
-
-def load_audio(path, sample_rate=SAMPLE_RATE):
-    """Read a sound file (wav, flac, ogg, mp3, or a binary file object), mix to mono and resample.
-
-    Returns: (samples,) float32 in [-1, 1]. Of a truncated file, what decodes. Raises InputError naming the file if nothing does.
-    """
-    import soundfile
-
-    name = getattr(path, 'name', path)
-    if isinstance(path, (str, os.PathLike)) and not os.path.isfile(path):
-        raise InputError(f'{name}: no such audio file')
-    for size in (
-        1 << 20,
-        1 << 10,
-    ):  # of a truncated flac, a large read gives nothing: then by small ones up to the break
-        blocks, error = [], None
-        try:
-            if hasattr(path, 'seek'):
-                path.seek(0)
-            with soundfile.SoundFile(
-                path if hasattr(path, 'seek') else os.fsencode(path)
-            ) as file:  # bytes: names need not be UTF-8
-                rate = file.samplerate
-                while len(block := file.read(size, dtype='float32', always_2d=True)):
-                    blocks.append(
-                        torch.from_numpy(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
-                    )  # hours of stereo stay small
-            break
-        except (
-            RuntimeError,
-            OSError,
-            TypeError,
-        ) as caught:  # libsndfile's errors are RuntimeErrors; TypeError: .raw asks for a rate
-            error = str(caught).rsplit(': ', 1)[-1].rstrip('.')
-    if error and not blocks:
-        raise InputError(f'{name}: not readable audio ({error})')
-    if not blocks:
-        raise InputError(f'{name}: holds no samples')
-    wave = torch.cat(blocks)
-    if not float(wave.abs().max()) < 1e6:  # NaN fails too
-        raise InputError(f'{name}: holds NaN or infinite samples, or such as are no sound')
-    return resample(wave, rate, sample_rate)
-
-
-def save_audio(path, wave, sample_rate=SAMPLE_RATE):
-    """Write (samples,) float as 16-bit wav or flac, whole or not at all; a wave that would clip is turned down."""
-    import soundfile
-
-    wave = torch.as_tensor(wave).detach().float().cpu()
-    peak = float(wave.abs().max()) if len(wave) else 0.0
-    wave = wave * (0.99 / peak) if peak > 0.99 else wave
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    tmp = f'{path}.{os.getpid()}.tmp'
-    kind = 'FLAC' if str(path).endswith('.flac') else 'WAV'
-    soundfile.write(
-        buffer := io.BytesIO(), wave.numpy(), sample_rate, subtype='PCM_16', format=kind
-    )  # soundfile itself names no full disk
-    try:
-        with open(tmp, 'wb') as file:
-            file.write(buffer.getbuffer())
-        os.replace(tmp, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(tmp)
-
-
 def dedup(units):
-    """Collapse runs of equal units: (frames,) -> units (n,) and how many frames each lasts (n,), both long."""
+    """Collapse runs of equal units: (frames,) -> units (n,), and the frames of each (n,), long."""
     return torch.unique_consecutive(torch.as_tensor(units, dtype=torch.long), return_counts=True)
 
 
 @lru_cache
 def mel_filters():
-    """Triangles (N_FFT // 2 + 1, N_MELS) evenly spaced on the mel scale from 0 to 8,000 Hz, peak 1."""
-    edges = torch.linspace(
-        0, 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700), N_MELS + 2, dtype=torch.float64
-    )
-    edges = 700 * (10 ** (edges / 2595) - 1)  # Hz
+    """Triangles (N_FFT // 2 + 1, N_MELS) evenly spaced on the mel scale, 0 to 8,000 Hz, peak 1."""
+    top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
+    edges = torch.linspace(0, top, N_MELS + 2, dtype=torch.float64)  # mel
+    low, peak, high = (700 * (10 ** (edges / 2595) - 1)).unfold(0, N_MELS, 1)  # Hz
     bins = torch.arange(N_FFT // 2 + 1, dtype=torch.float64)[:, None] * SAMPLE_RATE / N_FFT
-    rise, fall = (
-        (bins - edges[:-2]) / (edges[1:-1] - edges[:-2]),
-        (edges[2:] - bins) / (edges[2:] - edges[1:-1]),
-    )
+    rise, fall = (bins - low) / (peak - low), (high - bins) / (high - peak)
     return torch.minimum(rise, fall).clamp(min=0).float()
 
 
 def log_mel(wave):
-    """Natural log of mel energies: (samples,) at 16 kHz -> (max(1, samples // 160), N_MELS), floored at -16.
+    """Natural log of mel energies: (samples,) at 16 kHz -> (max(1, samples // 160), N_MELS).
 
-    Frame t covers samples 160 t ... 160 t + 159: its 400-sample Hann window is centred on 160 t + 80; outside the wave is silence.
+    Frame t covers samples 160 t ... 160 t + 159: its 400-sample Hann window is centred on
+    160 t + 80; outside the wave is silence. Floored at -16.
     """
     frames = max(1, len(wave) // HOP)
     left = (WINDOW - HOP) // 2
-    wave = F.pad(wave, (left, max(0, (frames - 1) * HOP + WINDOW - left - len(wave))))
-    windows = wave.new_zeros(
-        frames, N_FFT
-    )  # whole rows, because the FFT is three times as fast on them
-    torch.mul(
-        wave.unfold(0, WINDOW, HOP)[:frames],
-        torch.hann_window(WINDOW, device=wave.device),
-        out=windows[:, :WINDOW],
-    )
-    spectrum = torch.fft.rfft(windows)
-    power = spectrum.real.square() + spectrum.imag.square()
-    return (power @ mel_filters().to(wave.device)).clamp(min=1e-7).log()
+    right = max(0, (frames - 1) * HOP + WINDOW - left - len(wave))
+    windows = F.pad(wave, (left, right)).unfold(0, WINDOW, HOP)[:frames]  # (frames, WINDOW)
+    hann, filters = torch.hann_window(WINDOW).to(wave.device), mel_filters().to(wave.device)
+    mel = wave.new_empty(frames, N_MELS)
+    for some, out in zip(windows.split(1000), mel.split(1000), strict=True):  # hours stay small
+        spectrum = torch.fft.rfft(F.pad(some * hann, (0, N_FFT - WINDOW)))  # padded: 3 x as fast
+        power = spectrum.real.square() + spectrum.imag.square()
+        torch.log((power @ filters).clamp(min=1e-7), out=out)
+    return mel
 
 
 # -----------------------------------------------------------------------------
 # UnitEncoder: wave -> units
 
-ENCODERS = {  # name: hub model, layer, samples of silence added at each end, vocoder, k-means file and its sha256 (None: not known)
-    'mhubert25': (
-        'slprl/mhubert-base-25hz',
-        11,
-        40,
-        'hifigan25',
-        (
-            'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
-            '03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad',
-        ),
+_TWIST = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/'
+ENCODERS = {  # the public ones: net, layer, zeros put at each end of the wave, vocoder, k-means
+    'mhubert25': dict(
+        model='slprl/mhubert-base-25hz',
+        layer=11,
+        pad=40,
+        vocoder='hifigan25',
+        kmeans=_TWIST + 'mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
+        sha256='03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad',
     ),
-    'hubert50': (
-        'facebook/hubert-base-ls960',
-        9,
-        0,
-        None,
-        ('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None),
+    'hubert50': dict(
+        model='facebook/hubert-base-ls960',
+        layer=9,
+        pad=0,
+        vocoder=None,
+        kmeans='https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin',
+        sha256=None,  # not known
     ),
 }
-MFCC = dict(
+MFCC = dict(  # the offline encoder
     kind='mfcc',
     name='mfcc',
     frame_rate=25.0,
@@ -1406,6 +1396,532 @@ MFCC = dict(
     distortion=0.0,
     vocoder='vocoder',
 )
+STRETCH = 100  # seconds that a net takes at once (WavLM, which keeps its attention, a third)
+BATCH_SECONDS = 300  # of padded audio that a GPU takes at once; a CPU gains nothing from batches
+CONVOLVE = 64  # frames that a CPU convolves at once
+BLOCK = 1000  # frames whose distances to all centroids are in memory at once
+BUCKET = 64  # on a GPU, batches are padded to a multiple of so many frames
+SMALL_NET = 100 << 20  # bytes: a local net up to this size is saved with its encoder
+
+
+@dataclass
+class Stretch:
+    """What a net takes at once: an utterance, or a part of a long one with its context."""
+
+    wave: torch.Tensor  # (samples,), as many as its frames need
+    norm: tuple  # scale and shift, (C,) each, of the first layer's group norm; () without one
+    frames: int
+    skip: int  # frames of context before those that are wanted
+    out: torch.Tensor  # (wanted frames, D): where the result goes
+
+
+class UnitEncoder:
+    """Speech to units: features at 25 or 50 frames a second, of each the nearest of n centroids.
+
+    HuBERT-like nets: a layer of transformers' HuBERT, wav2vec 2 or WavLM, of the raw wave, in
+    float32; on CUDA products are TF32 (10 bits of mantissa) unless dtype='float32' asks for all
+    24, or 'bfloat16' for fewer. Waves of up to STRETCH seconds are computed whole; longer ones in
+    stretches that see a tenth of that on either side, joined on the net's own frames.
+
+    The offline features ('mfcc') are two 20 ms cepstra a frame, of the log-mel spectrum relative
+    to the utterance's loudness. Frame t begins at sample 640 t; n samples have max(1, n // 640).
+
+    With `switch` in its configuration, neighbours share a unit unless a change gains more than
+    `switch` times `distortion`, the mean squared distance of a frame to its centroid (Kamper & van
+    Niekerk 2021, eq. 2): fewer tokens a second. No wave's units depend on the batch it is in.
+    """
+
+    def __init__(self, config, centroids=None, device='cpu', dtype='auto', net=None):
+        self.config, self.device = dict(config), pick_device(device)
+        self.tf32 = dtype == 'auto'
+        self.dtype = torch.float32 if dtype == 'auto' else pick_dtype(dtype, self.device)
+        self.centroids = None if centroids is None else centroids.to(self.device)  # None: to fit
+        self.batch_seconds = BATCH_SECONDS if self.device.type == 'cuda' else 0
+        if self.config['kind'] == 'mfcc':
+            self.basis = _cepstrum(self.config).to(self.device)  # (N_MELS, n_cep)
+        else:
+            self._take(_load_net(self.config) if net is None else net)
+        self.name, self.frame_rate = self.config['name'], self.config['frame_rate']
+        self.vocoder = self.config.get('vocoder')
+
+    def _take(self, net):
+        """Make the net ready: on the device, its frames' size known, on CUDA compiled."""
+        hf, self.net = net.config, net.to(self.device, self.dtype).eval().requires_grad_(False)
+        self.hop = math.prod(hf.conv_stride)  # samples from one frame to the next
+        self.reach = 1  # samples that one frame covers
+        for kernel, stride in zip(hf.conv_kernel[::-1], hf.conv_stride[::-1], strict=True):
+            self.reach = (self.reach - 1) * stride + kernel
+        self.config['frame_rate'] = SAMPLE_RATE / self.hop
+        self.wavlm = hf.model_type == 'wavlm'
+        self.longest = STRETCH * SAMPLE_RATE // self.hop // (3 if self.wavlm else 1)  # frames
+        if self.device.type == 'cuda':
+            self._hidden = torch.compile(self._hidden, dynamic=True)
+
+    @property
+    def n_units(self):
+        return 0 if self.centroids is None else len(self.centroids)
+
+    @classmethod
+    def from_pretrained(cls, where, layer=None, kmeans=None, device='cpu', dtype='auto'):
+        """Load an encoder, and its clusters as far as there are any.
+
+        where: a folder of save_pretrained; 'mhubert25' or 'hubert50'; a folder or hub name of any
+        HuBERT, wav2vec 2 or WavLM with `layer`; or 'mfcc'. kmeans: a file of clusters; '' for
+        none, to be fitted. Raises InputError naming what is missing.
+        """
+        folder, centroids, net = os.path.abspath(where), None, None
+        saved = os.path.exists(os.path.join(folder, 'encoder.json'))
+        public = ENCODERS.get(where, {}) if not saved else {}
+        if saved:
+            config, centroids, net = _read_encoder(folder)
+            if layer not in (None, config.get('layer')):
+                raise InputError(
+                    f'{where} is an encoder of layer {config.get("layer")}, not {layer}'
+                )
+        elif where == 'mfcc':
+            config = MFCC
+        elif public or layer is not None:
+            config = _net_encoder(where, layer, public)
+        else:
+            raise InputError(
+                f'no encoder {where!r}: expected {", ".join(ENCODERS)}, mfcc, a folder with '
+                'encoder.json, or a HuBERT, wav2vec 2 or WavLM and --layer'
+            )
+        encoder = cls(config, centroids, device, dtype, net)
+        if public and kmeans is None and config['layer'] == public['layer']:
+            kmeans = fetch(public['kmeans'], public['sha256'])
+        if kmeans:
+            encoder.centroids = KMeansReader.centroids(kmeans).to(encoder.device)
+            encoder.config.pop('distortion', None)  # it was that of other clusters
+        if saved and encoder.vocoder == 'vocoder':
+            encoder.vocoder = os.path.join(os.path.dirname(folder), 'vocoder')
+        return encoder
+
+    def save_pretrained(self, folder):
+        """Write encoder.json and encoder.safetensors, all that an encoder has, whole or not at all.
+
+        A net that lies in a local folder comes along if it has at most SMALL_NET bytes; any other
+        stays where it is, by name or path.
+        """
+        from safetensors.torch import save
+
+        config = dict(self.config, n_units=self.n_units)
+        tensors = dict(centroids=self.centroids)
+        if self.config['kind'] != 'mfcc':
+            weights = {f'net.{name}': tensor for name, tensor in self.net.state_dict().items()}
+            size = sum(tensor.nbytes for tensor in weights.values())
+            if 'net' in config or (os.path.isdir(config['model']) and size <= SMALL_NET):
+                config['net'] = json.loads(self.net.config.to_json_string(use_diff=False))
+                tensors |= weights
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        with write_atomic(os.path.join(folder, 'encoder.safetensors'), 'wb') as file:
+            file.write(save(tensors))
+        with write_atomic(os.path.join(folder, 'encoder.json')) as file:
+            json.dump(config, file, indent=2)
+
+    def encode(self, waves):
+        """List of (samples,) at 16 kHz -> list of (frames,) long units on the CPU, one a frame."""
+        return self.assign(self.features(waves))
+
+    @torch.inference_mode()
+    def features(self, waves):
+        """List of (samples,) at 16 kHz, of any length -> list of (frames, D) float32, on the device."""
+        waves = [torch.as_tensor(wave, dtype=torch.float32) for wave in waves]
+        if self.config['kind'] == 'mfcc':
+            return [self._mfcc(wave.to(self.device)) for wave in waves]
+        out, stretches = [], []
+        for wave in waves:
+            features, parts = self._stretches(wave)
+            out.append(features)
+            stretches += parts
+        batches = self._batches(stretches)
+        if self.device.type == 'cpu':
+            # a core an utterance: threads that share one wait for each other
+            threads = torch.get_num_threads()
+            with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
+                list(pool.map(self._compute, batches))
+            torch.set_num_threads(threads)  # also of the threads to come
+        else:
+            for batch in batches:
+                self._compute(batch)
+        return out
+
+    def _stretches(self, wave):
+        """-> features of a wave, (frames, D), yet to be filled, and the stretches that fill them."""
+        wave = F.pad(wave, (self.config['pad'],) * 2)
+        wave = F.pad(wave, (0, max(0, self.reach - len(wave))))
+        wave = wave.pin_memory() if self.device.type == 'cuda' else wave
+        wave = wave.to(self.device, non_blocking=True)
+        frames = (len(wave) - self.reach) // self.hop + 1
+        features = torch.empty(frames, self.net.config.hidden_size, device=self.device)
+        norm = self._first_norm(wave)
+        if frames <= self.longest:
+            count, context = 1, 0
+        else:
+            context = self.longest // 10
+            count = -(-frames // (self.longest - 2 * context))
+        stretches = []
+        for i in range(count):
+            start, stop = frames * i // count, frames * (i + 1) // count  # the wanted ones
+            first, last = max(0, start - context), min(frames, stop + context)
+            part = wave[first * self.hop : (last - 1) * self.hop + self.reach]
+            out = features[start:stop]
+            stretches.append(Stretch(part, norm, last - first, start - first, out))
+        return features, stretches
+
+    def _first_norm(self, wave):
+        """The first layer's group norm, a channel a group: scale and shift, (C,) each; () if none.
+
+        Its mean and variance are over all of the wave (samples,), whatever stretches it is cut
+        into. The convolution is linear in windows of k samples, so that they follow from the mean
+        and the covariance of the windows.
+        """
+        layer = self.net.feature_extractor.conv_layers[0]
+        conv, norm = layer.conv, getattr(layer, 'layer_norm', None)
+        if not isinstance(norm, nn.GroupNorm):
+            return ()
+        windows = wave.unfold(0, conv.kernel_size[0], conv.stride[0])  # (T, k)
+        mean = windows.mean(0)
+        parts = [part - mean for part in windows.split(1 << 18)]
+        covariance = sum(part.T @ part for part in parts) / len(windows)  # (k, k)
+        weight = conv.weight[:, 0].float()  # (C, k)
+        variance = ((weight @ covariance) * weight).sum(1)
+        scale = norm.weight.float() * (variance + norm.eps).rsqrt()
+        mean = weight @ mean + (0 if conv.bias is None else conv.bias.float())
+        return scale, norm.bias.float() - scale * mean
+
+    def _batches(self, stretches):
+        """Stretches of similar lengths, longest first, of batch_seconds at most; at least one."""
+        batches, frames = [], self.batch_seconds * self.config['frame_rate']
+        for stretch in sorted(stretches, key=lambda stretch: -stretch.frames):
+            if not batches or batches[-1][0].frames * (len(batches[-1]) + 1) > frames:
+                batches.append([])
+            batches[-1].append(stretch)
+        return batches
+
+    @torch.inference_mode()
+    def _compute(self, batch):
+        """Fill the results of a batch of stretches; nothing here waits for a GPU."""
+        longest = batch[0].frames
+        if self.device.type == 'cuda':
+            longest = -(-longest // BUCKET) * BUCKET
+        x = torch.zeros(len(batch), (longest - 1) * self.hop + self.reach, device=self.device)
+        for row, stretch in zip(x, batch, strict=True):
+            row[: len(stretch.wave)] = stretch.wave
+        norm = [torch.stack(part) for part in zip(*(s.norm for s in batch), strict=True)]  # (B, C)
+        frames = torch.tensor([stretch.frames for stretch in batch])
+        if self.device.type == 'cuda':
+            frames = frames.pin_memory().to(self.device, non_blocking=True)
+        elif batch[-1].frames == longest:
+            frames = None  # there is no padding
+        with self._precision():
+            x = self._hidden(x, norm, frames)
+        for row, stretch in zip(x, batch, strict=True):
+            stretch.out.copy_(row[stretch.skip : stretch.skip + len(stretch.out)])
+
+    @contextlib.contextmanager
+    def _precision(self):
+        """On CUDA: products in TF32, or not, as the dtype says, and afterwards as it was before."""
+        cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
+        if self.device.type != 'cuda':
+            yield
+            return
+        torch.set_float32_matmul_precision('high' if self.tf32 else 'highest')
+        convolutions, cudnn.allow_tf32 = cudnn.allow_tf32, self.tf32
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+            cudnn.allow_tf32 = convolutions
+
+    def _hidden(self, x, norm, frames):
+        """The net: waves (B, samples) -> (B, T, D), the output of the last layer that it keeps.
+
+        norm: scale and shift (B, C) of the first layer, or nothing. frames: how many of the T are
+        real, (B,), or None for all. What lies past an utterance's end changes nothing: attention
+        leaves it out, and the position convolution finds zeros there. Of nets with a norm before
+        each layer the last norm is left out, as the public k-means were made.
+        """
+        net, encoder = self.net, self.net.encoder
+        if self.device.type == 'cpu':  # in pieces that stay in the cache
+            step = CONVOLVE * self.hop
+            starts = range(0, x.shape[1] - self.reach + 1, step)
+            pieces = [x[:, start : start + step - self.hop + self.reach] for start in starts]
+            x = torch.cat([self._convolve(piece, norm) for piece in pieces], dim=1)
+        else:
+            x = self._convolve(x, norm)
+        x = _first(net.feature_projection(x))  # (B, T, D)
+        real = mask = bias = None
+        if frames is not None:
+            real = torch.arange(x.shape[1], device=x.device) < frames[:, None]  # (B, T)
+            mask = real if self.wavlm else real[:, None, None]
+        x = x + self._position(x, real)
+        x = x if net.config.do_stable_layer_norm else encoder.layer_norm(x)
+        for layer in encoder.layers:
+            if self.wavlm:
+                x, bias = layer(x, attention_mask=mask, position_bias=bias)[:2]
+            else:
+                x = _first(layer(x, attention_mask=mask))
+        return x
+
+    def _convolve(self, x, norm):
+        """The net's convolutions: (B, samples) -> (B, T, C)."""
+        x = x[:, None].to(self.dtype)
+        for layer in self.net.feature_extractor.conv_layers:
+            if norm:  # the first layer's
+                scale, shift = norm
+                x = torch.addcmul(shift[..., None], layer.conv(x), scale[..., None])
+                x, norm = layer.activation(x.to(self.dtype)), None
+            else:
+                x = layer(x)
+        return x.transpose(1, 2)
+
+    def _position(self, x, real):
+        """The position convolution: (B, T, D) -> (B, T, D); real (B, T), or None for all."""
+        position = self.net.encoder.pos_conv_embed
+        x = x.transpose(1, 2)
+        if getattr(position, 'batch_norm', None) is not None:
+            x = position.batch_norm(x)
+        x = x if real is None else x * real[:, None]
+        return position.activation(position.padding(position.conv(x))).transpose(1, 2)
+
+    def _mfcc(self, wave):
+        """The offline features: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
+        wave = F.pad(wave, (0, max(0, 4 * HOP - len(wave))))
+        mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4]
+        energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
+        loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
+        mel = (mel - loud + self.config['range']).clamp(min=0)
+        return (mel.view(-1, 2, 2, N_MELS).mean(2) @ self.basis).flatten(1)
+
+    @torch.inference_mode()
+    def assign(self, features):
+        """List of (frames, D) -> list of (frames,) long units on the CPU.
+
+        Raises InputError if there are no clusters, or of another width, or if a change of unit has
+        a price and `distortion`, its unit of measure, is not known.
+        """
+        if self.centroids is None:
+            raise InputError(f'{self.name} has no k-means')
+        width = self.centroids.shape[1]
+        if features and features[0].shape[1] != width:
+            raise InputError(
+                f'the k-means is for {width} features, {self.name} gives {features[0].shape[1]}'
+            )
+        if not self.config.get('switch'):
+            nearest = [self._costs(part).argmin(1) for f in features for part in f.split(BLOCK)]
+            lengths = [len(f) for f in features]
+            return list(torch.cat(nearest).cpu().split(lengths)) if features else []
+        price = self.config['switch'] * self.config.get('distortion', 0) / 2
+        if not price:
+            raise InputError(f'{self.name}: `switch` needs `distortion`, the mean squared distance')
+        order = sorted(range(len(features)), key=lambda i: len(features[i]))
+        units = {}
+        for some in (order[i : i + 32] for i in range(0, len(order), 32)):
+            paths = self._cheapest([features[i] for i in some], price)
+            units |= zip(some, paths, strict=True)
+        return [units[i] for i in range(len(features))]
+
+    @torch.inference_mode()
+    def distance(self, features):
+        """Mean squared distance of frames to their centroids, for `distortion`; list of (T, D)."""
+        parts = [part for f in features for part in f.split(BLOCK)]
+        nearest = [2 * self._costs(x).min(1).values + x.square().sum(1) for x in parts]
+        return float(torch.cat(nearest).mean())
+
+    def _costs(self, features):
+        """Half the squared distances (frames, n_units), less what all units of a frame share."""
+        return self.centroids.square().sum(1) / 2 - features @ self.centroids.T
+
+    def _cheapest(self, features, price):
+        """Units with the least sum of costs plus `price` a change: list of (frames, D) -> (frames,).
+
+        Viterbi, in step for all. Whoever changes at t comes from the unit that was cheapest at
+        t - 1; so a path is known by its last unit, when that began, and for each t the cheapest
+        unit and when that had begun. This is two numbers a frame, however many units there are.
+        """
+        rows = torch.arange(len(features))
+        total = torch.zeros(len(features), self.n_units)  # the least cost that ends in each unit
+        began = torch.zeros(len(features), self.n_units, dtype=torch.long)
+        source, before = [], []  # for each t, (B,): the cheapest unit at t - 1, and when it began
+        for start in range(0, max(map(len, features)), BLOCK):
+            # past an utterance's end all costs are 0, and its cheapest unit stays
+            costs = [self._costs(f[start : start + BLOCK]).cpu() for f in features]
+            for cost in nn.utils.rnn.pad_sequence(costs):  # (B, n_units)
+                best, cheapest = total.min(1)
+                total -= best[:, None]
+                source.append(cheapest)
+                before.append(began[rows, cheapest])
+                began[total > price] = len(source) - 1
+                total = total.clamp(max=price) + cost
+        source, before = torch.stack(source, 1).tolist(), torch.stack(before, 1).tolist()
+        paths = []
+        for row, f in enumerate(features):
+            unit = int(total[row].argmin())
+            start, stop = int(began[row, unit]), len(f)
+            path = torch.empty(stop, dtype=torch.long)
+            while stop:
+                path[start:stop] = unit
+                unit, start, stop = source[row][start], before[row][start], start
+            paths.append(path)
+        return paths
+
+
+def _first(result):
+    """What a module of transformers returns: in some versions the first of a tuple."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _cepstrum(config):
+    """The offline features' basis (N_MELS, n_cep): a cosine transform, its rows weighted."""
+    order = torch.arange(config['n_cep'])
+    angle = torch.outer(torch.arange(N_MELS) + 0.5, order) * math.pi / N_MELS
+    weight = order.clamp(min=1) ** config['lifter']
+    weight[0] = config['c0']
+    return angle.cos() * (2 / N_MELS) ** 0.5 * weight / 2**0.5
+
+
+def _net_encoder(where, layer, public):
+    """The configuration of an encoder of a net: `public`, an entry of ENCODERS, or a folder."""
+    model = os.path.abspath(where) if os.path.isdir(where) else where
+    return dict(
+        kind='hubert',
+        name=where if public else os.path.basename(model),
+        model=public.get('model', model),
+        layer=public['layer'] if layer is None else layer,
+        pad=public.get('pad', 0),
+        vocoder=public.get('vocoder', 'vocoder'),
+    )
+
+
+def _load_net(config):
+    """The net that an encoder's configuration names. Raises InputError saying what is missing."""
+    name = config['name']
+    public = ENCODERS.get(name)
+    here = public and os.path.isdir(cache_path(name))
+    try:
+        return _read_net(_find_checkpoint(cache_path(name) if here else config['model']), config)
+    except InputError as error:
+        if not public:
+            raise InputError(
+                f'{error} (the net of encoder {name!r}; --encoder names another)'
+            ) from None
+        raise InputError(
+            f'{name} is not on this machine ({error}). It needs three files: config.json and '
+            f'model.safetensors of https://huggingface.co/{config["model"]} in {cache_path(name)}, '
+            f'and {public["kmeans"]} in {cache_path("")}'
+        ) from None
+
+
+def _net_config(values, layer, where):
+    """transformers' configuration of a net of `layer` layers: what lies above is not computed."""
+    from transformers import AutoConfig
+
+    kind = values.get('model_type')
+    if kind not in ('hubert', 'wav2vec2', 'wavlm'):
+        raise InputError(f'{where}: model_type {kind!r} is no hubert, wav2vec2 or wavlm')
+    hf = AutoConfig.for_model(**values)
+    if not 0 <= layer <= min(hf.num_hidden_layers, 1000):
+        raise InputError(f'layer {layer} of {where}: it has {hf.num_hidden_layers}')
+    if min(*hf.conv_stride, *hf.conv_kernel) < 1:
+        raise InputError(f'{where}: convolutions of {hf.conv_kernel}, strides {hf.conv_stride}')
+    hf.num_hidden_layers = layer
+    hf._attn_implementation = 'eager' if kind == 'wavlm' else 'sdpa'
+    return hf
+
+
+def _read_net(folder, config):
+    """The net of a checkpoint, without the layers above the encoder's. Raises InputError."""
+    from transformers import AutoModel, logging
+
+    values = _read_json(os.path.join(folder, 'config.json'))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it lists each tensor of the layers above
+    logging.disable_progress_bar()
+    try:
+        hf = _net_config(values, config['layer'], folder)
+        net, report = AutoModel.from_pretrained(folder, config=hf, output_loading_info=True)
+    except InputError:
+        raise
+    except Exception as error:  # what transformers raises of a folder that is no checkpoint
+        reason = ' '.join(str(error).split())[:200]
+        raise InputError(f'{folder} is no {values.get("model_type")}: {reason}') from None
+    finally:
+        logging.set_verbosity(verbosity)
+    lost = sorted(name for name in report['missing_keys'] if name != 'masked_spec_embed')
+    if lost:
+        raise InputError(f'{folder}: {len(lost)} tensors are missing, such as {lost[0]}')
+    return _fold(net)
+
+
+def _fold(net):
+    """The net with the weight norm of its position convolution folded into the weights."""
+    conv = net.encoder.pos_conv_embed.conv
+    if nn.utils.parametrize.is_parametrized(conv):
+        nn.utils.parametrize.remove_parametrizations(conv, 'weight')
+    return net
+
+
+def _read_encoder(folder):
+    """-> configuration, centroids (n_units, D), net or None, of a folder of save_pretrained.
+
+    Whoever made the folder may be a stranger: raises InputError naming what cannot be right.
+    """
+    from safetensors.torch import load_file
+
+    path = os.path.join(folder, 'encoder.safetensors')
+    config = _read_json(os.path.join(folder, 'encoder.json'))
+    _check_encoder(config, os.path.join(folder, 'encoder.json'))
+    try:
+        tensors = load_file(path)
+    except Exception as error:
+        raise InputError(f'{path} cannot be read: {error}') from None
+    centroids = tensors.pop('centroids', None)
+    _check_centroids(centroids, path)
+    if config.get('n_units') not in (None, len(centroids)):
+        raise InputError(
+            f'{path} has {len(centroids)} units, encoder.json says {config["n_units"]}'
+        )
+    if not config.get('net'):
+        return config, centroids.float(), None
+    from transformers import AutoModel
+
+    try:
+        with torch.device('meta'):  # it takes no memory before its tensors fit
+            net = _fold(AutoModel.from_config(_net_config(config['net'], config['layer'], folder)))
+        net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items()}, assign=True)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise InputError(f'{path} does not hold the net of encoder.json: {reason}') from None
+    return config, centroids.float(), net
+
+
+def _check_encoder(config, path):
+    """Raises InputError naming the first value in an encoder.json that cannot be right."""
+    if not isinstance(config, dict) or config.get('kind') not in ('mfcc', 'hubert'):
+        raise InputError(f'{path}: expected an encoder of `kind` mfcc or hubert')
+    number, nothing = (int, float), type(None)
+    wanted = dict(name=[str], vocoder=[str, nothing], n_units=[int, nothing], net=[dict, nothing])
+    wanted |= dict(switch=[*number, nothing], distortion=[*number, nothing])
+    if config['kind'] == 'mfcc':
+        wanted |= dict(frame_rate=number, n_cep=[int], lifter=number, c0=number, range=number)
+    else:
+        wanted |= dict(model=[str], layer=[int], pad=[int])
+    for key, kinds in wanted.items():
+        value = config.get(key)
+        if type(value) not in kinds or (type(value) in number and not 0 <= value < 1e6):
+            raise InputError(f'{path}: `{key}` cannot be {value!r}')
+    if config['kind'] == 'mfcc' and (config['frame_rate'], config['n_cep'] <= N_MELS) != (25, True):
+        raise InputError(f'{path}: mfcc has 25 frames a second and at most {N_MELS} cepstra')
+
+
+def _check_centroids(centroids, path):
+    """Raises InputError if these are no clusters, (n_units, D) finite numbers."""
+    right = isinstance(centroids, torch.Tensor) and centroids.ndim == 2 and len(centroids)
+    if not right or not centroids.is_floating_point() or not centroids.isfinite().all():
+        raise InputError(f'{path}: no `centroids` (n_units, D) of finite numbers')
 
 
 def cache_path(name):
@@ -1414,33 +1930,45 @@ def cache_path(name):
 
 
 def fetch(url, sha256=None):
-    """The local copy of a public file, downloaded on first use and checked. Raises InputError offline, or if the file differs."""
-    import hashlib
+    """The local copy of a public file, downloaded on first use and checked.
+
+    Raises InputError offline, or if the file is not the published one.
+    """
+    path = cache_path(url.rsplit('/', 1)[-1])
+    if os.path.exists(path):
+        _check_sha256(path, path, sha256)
+        return path
     import urllib.request
 
-    path = cache_path(url.rsplit('/', 1)[-1])
-    new = path if os.path.exists(path) else f'{path}.{os.getpid()}.tmp'
-    if new != path:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            with urllib.request.urlopen(url, timeout=60) as remote, open(new, 'wb') as file:
+    try:
+        with write_atomic(path, 'wb') as file:
+            with urllib.request.urlopen(url, timeout=60) as remote:
                 shutil.copyfileobj(remote, file)
-        except OSError as error:
-            raise InputError(
-                f'{url} cannot be downloaded ({error}): put it at {path} (SLAM_CACHE sets the folder)'
-            ) from None
-    with open(new, 'rb') as file:
-        if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
-            raise InputError(
-                f'{new} is not the published {os.path.basename(path)} (its sha256 differs): delete it'
-            )
-    os.replace(new, path)
+            file.flush()
+            _check_sha256(file.name, path, sha256)
+    except OSError as error:
+        raise InputError(
+            f'{url} cannot be downloaded ({error}): put it at {path} (SLAM_CACHE sets the folder)'
+        ) from None
     return path
 
 
+def _check_sha256(path, name, sha256):
+    import hashlib
+
+    with open(path, 'rb') as file:
+        if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
+            published = os.path.basename(name)
+            raise InputError(f'{name} is not the published {published} (its sha256 differs)')
+
+
 class KMeansReader(pickle._Unpickler):
-    """Reads a joblib dump of scikit-learn's KMeans and can execute nothing: each class such a file names becomes an inert stand-in, any
-    other is refused. joblib writes an array as a wrapper that says dtype, shape and order, and its bytes after the BUILD of the wrapper."""
+    """Reads a joblib dump of scikit-learn's KMeans, and can execute nothing.
+
+    Each class that such a file names becomes an inert stand-in; any other is refused. joblib
+    writes an array as a wrapper that says dtype, shape and order; the array's bytes follow the
+    BUILD of the wrapper.
+    """
 
     Inert = type('Inert', (), dict(__init__=lambda self, *args, **kwargs: None))
     Array = type('Array', (Inert,), {})
@@ -1453,458 +1981,51 @@ class KMeansReader(pickle._Unpickler):
             return numpy.dtype
         if (module, name) == ('joblib.numpy_pickle', 'NumpyArrayWrapper'):
             return self.Array
-        if module.startswith(('sklearn.cluster.', 'numpy.random.')) or (
-            module.split('.')[0],
-            name,
-        ) in (('numpy', 'ndarray'), ('numpy', 'scalar')):
+        plain = (module.split('.')[0], name) in (('numpy', 'ndarray'), ('numpy', 'scalar'))
+        if plain or module.startswith(('sklearn.cluster.', 'numpy.random.')):
             return self.Inert
         raise InputError(f'it asks to run {module}.{name}; refused')
 
     def load_build(self):
+        import numpy
+
         super().load_build()
         array = self.stack[-1]
-        if isinstance(array, self.Array):
-            import numpy
-
-            if array.dtype.hasobject:
-                raise InputError('it holds an array of objects; refused')
-            if 'numpy_array_alignment_bytes' in vars(array):
-                self.file.read(self.file.read(1)[0])
-            flat = numpy.frombuffer(
-                self.file.read(math.prod(array.shape) * array.dtype.itemsize), array.dtype
-            )
-            self.stack[-1] = flat.reshape(array.shape, order=array.order)
+        if not isinstance(array, self.Array):
+            return
+        if array.dtype.hasobject:
+            raise InputError('it holds an array of objects; refused')
+        if 'numpy_array_alignment_bytes' in vars(array):
+            self.file.read(self.file.read(1)[0])
+        content = self.file.read(math.prod(array.shape) * array.dtype.itemsize)
+        self.stack[-1] = numpy.frombuffer(content, array.dtype).reshape(
+            array.shape, order=array.order
+        )
 
     dispatch[pickle.BUILD[0]] = load_build
 
     @classmethod
     def centroids(cls, path):
-        """The cluster centres (n_units, D), float32, of a joblib dump, or of a .safetensors with a tensor `centroids`."""
+        """The clusters (n_units, D), float32, of a joblib dump, or of a .safetensors file with a
+        tensor `centroids`. Raises InputError."""
         from safetensors.torch import load_file
 
         try:
             if path.endswith('.safetensors'):
-                return load_file(path)['centroids'].float()
-            with open(path, 'rb') as file:
-                reader = cls(file)
-                reader.file = file
-                return torch.from_numpy(vars(reader.load())['cluster_centers_'].astype('float32'))
+                centroids = load_file(path)['centroids'].float()
+            else:
+                with open(path, 'rb') as file:
+                    reader = cls(file)
+                    reader.file = file
+                    centres = vars(reader.load())['cluster_centers_']
+                centroids = torch.from_numpy(centres.astype('float32'))
         except Exception as error:
             raise InputError(
-                f'{path} is no k-means file (.safetensors with `centroids`, or a plain joblib dump of KMeans): {error}'
+                f'{path} is no k-means file (.safetensors with `centroids`, or a plain joblib dump '
+                f'of KMeans): {error}'
             ) from None
-
-
-class UnitEncoder:
-    """Speech to units: features at 25 or 50 frames a second, and of each the nearest of n_units centroids.
-
-    The offline features ('mfcc') are two 20 ms cepstra a frame, of the log-mel spectrum relative to the utterance's loudness. Frame t begins
-    at sample 640 t; n samples have max(1, n // 640). Neighbours share a unit unless a change gains more than its price, `switch` times
-    the mean distortion (Kamper & van Niekerk 2021, eq. 2): less flicker, a tenth fewer tokens. HuBERT-like nets have the frames their
-    convolutions leave. No wave's units depend on the batch it is in.
-    """
-
-    def __init__(self, config, centroids=None, device='cpu', dtype='auto'):
-        self.config, self.device, self.dtype = (
-            dict(config),
-            pick_device(device),
-            pick_dtype(dtype, pick_device(device)),
-        )
-        self.centroids = (
-            None if centroids is None else centroids.to(self.device)
-        )  # (n_units, D); None: to be fitted
-        self.batch_seconds = (
-            300 if self.device.type == 'cuda' else 0
-        )  # of padded audio a batch; a CPU gains nothing from batches
-        if self.config['kind'] == 'mfcc':
-            at = (
-                torch.outer(torch.arange(N_MELS) + 0.5, torch.arange(self.config['n_cep']))
-                * math.pi
-                / N_MELS
-            )
-            weight = torch.arange(self.config['n_cep']).clamp(min=1) ** self.config['lifter']
-            weight[0] = self.config['c0']
-            self.basis = (at.cos() * (2 / N_MELS) ** 0.5 * weight / 2**0.5).to(
-                self.device
-            )  # (N_MELS, n_cep)
-        else:
-            self._load_net()
-        self.name, self.frame_rate, self.vocoder = (
-            self.config[key] for key in ('name', 'frame_rate', 'vocoder')
-        )
-
-    @property
-    def n_units(self):
-        return 0 if self.centroids is None else len(self.centroids)
-
-    @classmethod
-    def from_pretrained(cls, where, layer=None, kmeans=None, device='cpu', dtype='auto'):
-        """Load an encoder. where: a folder of save_pretrained; 'mhubert25', 'hubert50'; a folder or hub name of any HuBERT, wav2vec 2 or
-        WavLM with `layer` and `kmeans` ('': to be fitted); or 'mfcc' (to be fitted). Raises InputError naming what is missing."""
-        folder, vocoder = os.path.abspath(where), None
-        if os.path.exists(os.path.join(folder, 'encoder.json')):
-            config, kmeans = (
-                _read_json(os.path.join(folder, 'encoder.json')),
-                kmeans or os.path.join(folder, 'encoder.safetensors'),
-            )
-            vocoder = (
-                os.path.join(os.path.dirname(folder), 'vocoder')
-                if config['vocoder'] == 'vocoder'
-                else config['vocoder']
-            )
-            if layer not in (None, config.get('layer')):
-                raise InputError(
-                    f'{where} is an encoder of layer {config.get("layer")}, not {layer}: name the net itself'
-                )
-        elif where == 'mfcc':
-            config = MFCC
-        elif where in ENCODERS:
-            model, its_layer, pad, vocoder, public = ENCODERS[where]
-            config = dict(
-                kind='hubert',
-                name=where,
-                model=model,
-                layer=its_layer if layer is None else layer,
-                pad=pad,
-                vocoder=vocoder,
-            )
-        elif layer is not None:
-            model = folder if os.path.isdir(folder) else where
-            config = dict(
-                kind='hubert',
-                name=os.path.basename(model),
-                model=model,
-                layer=layer,
-                pad=0,
-                vocoder='vocoder',
-            )
-        else:
-            raise InputError(
-                f'no encoder {where!r}: expected {", ".join(ENCODERS)}, mfcc, a folder with encoder.json, or a HuBERT and --layer'
-            )
-        encoder = cls(config, None, device, dtype)
-        encoder.vocoder = vocoder or encoder.vocoder
-        if kmeans is None and where in ENCODERS and layer in (None, its_layer):
-            kmeans = fetch(*public)
-        if kmeans:
-            encoder.centroids = KMeansReader.centroids(kmeans).to(encoder.device)
-        return encoder
-
-    def _load_net(self):
-        """Load the net and cut it after `layer`: what lies above is not computed."""
-        from transformers import AutoModel
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        c = self.config
-        where = (
-            cache_path(c['name'])
-            if c['name'] in ENCODERS and os.path.isdir(cache_path(c['name']))
-            else c['model']
-        )
-        try:
-            where = _find_checkpoint(where)
-            its = _read_json(os.path.join(where, 'config.json'))
-            if its.get('model_type') not in ('hubert', 'wav2vec2', 'wavlm'):
-                raise InputError(
-                    f'{where}: model_type {its.get("model_type")!r} is no hubert, wav2vec2 or wavlm'
-                )
-            self.net = AutoModel.from_pretrained(
-                where, attn_implementation='eager' if its['model_type'] == 'wavlm' else 'sdpa'
-            )
-        except (InputError, OSError) as error:
-            if c['name'] not in ENCODERS:
-                raise InputError(error) from None
-            url = ENCODERS[c['name']][4][0]
-            raise InputError(
-                f'{c["name"]} is not on this machine ({error}). It needs three files: config.json and model.safetensors of '
-                f'https://huggingface.co/{c["model"]} in {cache_path(c["name"])}, and {url} in {cache_path("")}'
-            ) from None
-        hf, layers = self.net.config, self.net.encoder.layers
-        if not 0 <= c['layer'] <= len(layers):
-            raise InputError(f'layer {c["layer"]} of {c["model"]}: it has {len(layers)}')
-        self.net.encoder.layers = layers[: c['layer']]
-        self.net = self.net.to(self.device, self.dtype).eval().requires_grad_(False)
-        c['frame_rate'] = SAMPLE_RATE / math.prod(hf.conv_stride)
-        self.shortest = 1  # samples that give one frame
-        for kernel, stride in reversed(list(zip(hf.conv_kernel, hf.conv_stride))):
-            self.shortest = (self.shortest - 1) * stride + kernel
-        preprocessor = os.path.join(where, 'preprocessor_config.json')
-        self.normalize = os.path.exists(preprocessor) and _read_json(preprocessor).get(
-            'do_normalize', False
-        )
-        conv = self.net.encoder.pos_conv_embed.conv
-        if nn.utils.parametrize.is_parametrized(conv):  # weight norm, folded
-            nn.utils.parametrize.remove_parametrizations(conv, 'weight')
-        self.spectra = None
-        if self.device.type == 'cuda':
-            self._hidden = torch.compile(self._hidden, dynamic=True)
-        elif self.device.type == 'cpu':
-            for layer in (
-                self.net.feature_extractor.conv_layers
-            ):  # laid out as _convolve_in_pieces multiplies by it
-                layer.conv.weight.data = (
-                    layer.conv.weight.data.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-                )
-            if self.dtype == torch.float32:
-                spectra = (
-                    torch.fft.rfft(conv.weight, 3 * conv.kernel_size[0])
-                    .conj()
-                    .unflatten(0, (conv.groups, -1))
-                )  # (groups, out, in, bins)
-                self.spectra = (
-                    spectra.permute(3, 0, 2, 1).contiguous().flatten(0, 1)
-                )  # (bins * groups, in, out)
-
-    def _convolve(self, x, lengths):
-        """The net's convolutions: waves (B, samples) -> (B, T, C), and the frames (B,) of each utterance."""
-        layers, samples, norm = (
-            self.net.feature_extractor.conv_layers,
-            lengths,
-            getattr(self.net.feature_extractor.conv_layers[0], 'layer_norm', None),
-        )
-        for layer in layers:
-            lengths = (lengths - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
-        scale = shift = None
-        if isinstance(
-            norm, nn.GroupNorm
-        ):  # a group a channel: mean and variance, over the utterance's own time, of what is linear in k samples
-            conv = layers[0].conv
-            windows = x.float().unfold(1, conv.kernel_size[0], conv.stride[0])  # (B, T, k)
-            n = ((samples - conv.kernel_size[0]) // conv.stride[0] + 1)[:, None]
-            real = (torch.arange(windows.shape[1], device=x.device) < n)[..., None]
-            mean = (windows * real).sum(1) / n  # (B, k)
-            windows = (windows - mean[:, None]) * real
-            weight = conv.weight[:, 0].float()  # (C, k)
-            scale = (
-                norm.weight
-                * (
-                    (weight @ (windows.mT @ windows / n[..., None]) * weight).sum(-1) + norm.eps
-                ).rsqrt()
-            )  # (B, C)
-            shift = norm.bias - scale * (mean @ weight.T)  # a bias of the convolution would cancel
-        if x.device.type == 'cpu' and len(x) == 1:
-            return self._convolve_in_pieces(x[0].to(self.dtype), int(lengths), scale, shift)[
-                None
-            ], lengths
-        x = x.to(self.dtype)[:, None]
-        for layer in layers:
-            x = F.conv1d(
-                x,
-                layer.conv.weight,
-                None if scale is not None and layer is layers[0] else layer.conv.bias,
-                layer.conv.stride,
-            )  # (B, C, T)
-            if scale is not None and layer is layers[0]:
-                x = (x * scale[..., None] + shift[..., None]).to(self.dtype)
-            elif getattr(layer, 'layer_norm', None) is not None:
-                x = layer.layer_norm(x.transpose(1, 2)).transpose(1, 2)
-            x = layer.activation(x)
-        return x.transpose(1, 2), lengths
-
-    def _convolve_in_pieces(self, wave, frames, scale, shift, at_once=128):
-        """The same for one wave (samples,) on the CPU -> (frames, C): a stretch at a time, so that it stays in the cache, as matrix products."""
-        layers, out, hop, reach = self.net.feature_extractor.conv_layers, [], 1, 1
-        for layer in layers:
-            reach, hop = reach + (layer.conv.kernel_size[0] - 1) * hop, hop * layer.conv.stride[0]
-        for start in range(0, frames, at_once):
-            x = wave[start * hop : (min(start + at_once, frames) - 1) * hop + reach, None]  # (T, C)
-            for layer in layers:
-                k, stride, weight, bias = (
-                    layer.conv.kernel_size[0],
-                    layer.conv.stride[0],
-                    layer.conv.weight,
-                    layer.conv.bias,
-                )
-                if scale is not None and layer is layers[0]:
-                    weight, bias = (
-                        (weight * scale[0, :, None, None]).to(x.dtype),
-                        shift[0].to(x.dtype),
-                    )
-                T, weight = (len(x) - k) // stride + 1, weight.permute(2, 1, 0)  # (k, C, C_out)
-                taps = [
-                    (j, min(stride, k - j)) for j in range(0, k, stride)
-                ]  # first tap and number of neighbours that one product takes
-                y = None if bias is None else bias
-                for j, width in taps:
-                    part = x.as_strided(
-                        (T, width * x.shape[1]),
-                        (stride * x.shape[1], 1),
-                        x.storage_offset() + j * x.shape[1],
-                    )
-                    w = weight[j : j + width].flatten(0, 1)
-                    y = part @ w if y is None else torch.addmm(y, part, w)
-                if getattr(layer, 'layer_norm', None) is not None and not (
-                    scale is not None and layer is layers[0]
-                ):
-                    y = layer.layer_norm(y)
-                x = layer.activation(y)
-            out.append(x)
-        return torch.cat(out)
-
-    def _position(self, x):
-        """The position convolution, (B, C, T) -> (B, C, T + 1 for an even kernel); on the CPU in blocks by FFT, 5 to 13 times as fast there."""
-        conv, (B, C, T), (k,) = (
-            self.net.encoder.pos_conv_embed.conv,
-            x.shape,
-            self.net.encoder.pos_conv_embed.conv.kernel_size,
-        )
-        if self.spectra is None:
-            return conv(x)
-        n, hop, out, pad = 3 * k, 2 * k + 1, T + 2 * conv.padding[0] - k + 1, conv.padding[0]
-        blocks = -(-out // hop)
-        x = F.pad(x, (pad, blocks * hop + k - 1 - pad - T)).unfold(2, n, hop)  # (B, C, blocks, n)
-        x = (
-            torch.fft.rfft(x).unflatten(1, (conv.groups, -1)).permute(4, 1, 0, 3, 2)
-        )  # (bins, groups, B, blocks, C / groups)
-        y = (
-            (x.flatten(2, 3).flatten(0, 1) @ self.spectra).view(x.shape).permute(2, 1, 4, 3, 0)
-        )  # (B, groups, C / groups, blocks, bins)
-        return torch.fft.irfft(y, n)[..., :hop].reshape(B, C, -1)[..., :out] + conv.bias[:, None]
-
-    def _hidden(self, x, lengths):
-        """Waves (B, samples), `lengths` (B,) samples of them real -> features (B, T, D) and frames (B,). What lies past an utterance's end
-        changes nothing: it is left out of the first layer's group norm and of attention, and is zero where the position convolution looks."""
-        net, alone = self.net, len(x) == 1
-        x, lengths = self._convolve(x, lengths)
-        project, encoder = net.feature_projection, net.encoder
-        x = project.projection(
-            project.layer_norm(x) if hasattr(project, 'layer_norm') else x
-        )  # (B, T, D)
-        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T)
-        conv = encoder.pos_conv_embed
-        y = (
-            conv.batch_norm(x.transpose(1, 2))
-            if getattr(conv, 'batch_norm', None)
-            else x.transpose(1, 2)
-        ) * real[:, None]
-        x = x + conv.activation(conv.padding(self._position(y))).transpose(1, 2)
-        x = x if net.config.do_stable_layer_norm else encoder.layer_norm(x)
-        wavlm, bias = net.config.model_type == 'wavlm', None
-        mask = None if alone else real if wavlm else real[:, None, None]
-        for layer in encoder.layers:
-            if wavlm:
-                x, bias = layer(x, attention_mask=mask, position_bias=bias)[:2]
-            else:
-                x = layer(x, attention_mask=mask)
-                x = x[0] if isinstance(x, tuple) else x
-        return x, lengths  # of pre-norm nets without the final norm, as fairseq's k-means had it
-
-    def _mfcc(self, wave):
-        wave = F.pad(wave, (0, max(0, 4 * HOP - len(wave))))
-        mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4]
-        energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
-        level = (
-            energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)
-        )  # loud speech of this utterance; -7 is silence
-        mel = (mel - level + self.config['range']).clamp(min=0)
-        return (mel.view(-1, 2, 2, N_MELS).mean(2) @ self.basis).flatten(1)
-
-    @torch.inference_mode()
-    def features(self, waves):
-        """List of (samples,) at 16 kHz -> list of (frames, D) float32 on the encoder's device."""
-        waves = [torch.as_tensor(wave, dtype=torch.float32).to(self.device) for wave in waves]
-        if self.config['kind'] == 'mfcc':
-            return [self._mfcc(wave) for wave in waves]
-        if self.normalize:
-            waves = [
-                (wave - wave.mean()) * (wave.var(unbiased=False) + 1e-7).rsqrt() for wave in waves
-            ]
-        waves = [F.pad(wave, (self.config['pad'],) * 2) for wave in waves]
-        waves = [F.pad(wave, (0, max(0, self.shortest - len(wave)))) for wave in waves]
-        order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
-        out, batches = [None] * len(waves), []
-        for i in order:
-            if (
-                not batches
-                or len(waves[batches[-1][0]]) * (len(batches[-1]) + 1)
-                > self.batch_seconds * SAMPLE_RATE
-            ):
-                batches.append([])
-            batches[-1].append(i)
-
-        @torch.inference_mode()
-        def compute(batch):
-            x = nn.utils.rnn.pad_sequence([waves[i] for i in batch], batch_first=True)
-            x, lengths = self._hidden(
-                x, torch.tensor([len(waves[i]) for i in batch], device=self.device)
-            )
-            for i, row, n in zip(batch, x, lengths.tolist()):
-                out[i] = row[:n].float()
-
-        if (
-            self.device.type == 'cpu'
-        ):  # a core an utterance: threads that share one wait for each other, and round otherwise with their number
-            with ThreadPoolExecutor(
-                torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
-            ) as pool:
-                list(pool.map(compute, batches))
-        else:
-            for batch in batches:
-                compute(batch)
-        return out
-
-    @torch.inference_mode()
-    def encode(self, waves):
-        """List of (samples,) at 16 kHz -> list of (frames,) long units on the CPU, one a frame."""
-        return self.assign(self.features(waves))
-
-    def assign(self, features):
-        """List of (frames, D) -> list of (frames,) long units. Raises InputError if the k-means is not fitted, or of another width."""
-        if self.centroids is None or features and features[0].shape[1] != self.centroids.shape[1]:
-            raise InputError(
-                f'{self.name} has no k-means'
-                if self.centroids is None
-                else f'the k-means is for {self.centroids.shape[1]} features, {self.name} gives {features[0].shape[1]}'
-            )
-        half = self.centroids.square().sum(1) / 2
-        costs = [
-            half - f @ self.centroids.T for f in features
-        ]  # half the squared distance, less what all centroids share
-        price = self.config.get('switch', 0) * self.config.get('distortion', 0) / 2
-        if not price:
-            units = [cost.argmin(1) for cost in costs]
-            return list(torch.cat(units).cpu().split([len(u) for u in units])) if units else []
-        return [
-            row[: len(cost)]
-            for i in range(0, len(costs), 32)
-            for row, cost in zip(_segment(costs[i : i + 32], price), costs[i : i + 32])
-        ]
-
-    def save_pretrained(self, folder):
-        """Write encoder.json and encoder.safetensors, each whole or not at all. The net itself stays where it is, by name or path."""
-        from safetensors.torch import save_file
-
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, 'encoder')
-        save_file(dict(centroids=self.centroids.cpu().contiguous()), path + '.safetensors.tmp')
-        with open(path + '.json.tmp', 'w', encoding='utf-8') as file:
-            json.dump(dict(self.config, n_units=self.n_units), file, indent=2)
-        for end in ('.safetensors', '.json'):
-            os.replace(path + end + '.tmp', path + end)
-
-
-def _segment(costs, price):
-    """The units (B, T) that minimise the sum of their costs, list of (frames, n_units), plus `price` a change (Viterbi, in step for all)."""
-    costs = nn.utils.rnn.pad_sequence(
-        costs, batch_first=True
-    ).cpu()  # past an utterance's end all costs are 0: its path stays
-    total, change, source = (
-        costs[:, 0],
-        torch.zeros(costs.shape, dtype=torch.bool),
-        torch.zeros(costs.shape[:2], dtype=torch.long),
-    )
-    for t in range(1, costs.shape[1]):
-        best, source[:, t] = total.min(1)
-        total = total - best[:, None]
-        change[:, t] = total > price
-        total = total.clamp(max=price) + costs[:, t]
-    path = [total.argmin(1)]
-    for t in range(costs.shape[1] - 1, 0, -1):
-        path.append(
-            torch.where(change[:, t].gather(1, path[-1][:, None])[:, 0], source[:, t], path[-1])
-        )
-    return torch.stack(path[::-1], dim=1)
+        _check_centroids(centroids, path)
+        return centroids
 
 
 # -----------------------------------------------------------------------------

@@ -1,20 +1,15 @@
-"""prepare_units.py, the audio helpers and the encoders: transformers is the oracle for the nets, an uninterrupted run for all others."""
+"""prepare_units.py: an uninterrupted run is the oracle for all others."""
 
 import fcntl
-import hashlib
-import io
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-import types
 
-import joblib
 import numpy as np
 import pytest
 import soundfile
@@ -23,17 +18,10 @@ import transformers
 
 import prepare_units as P
 from model import (
-    HOP,
-    MFCC,
-    N_MELS,
     InputError,
-    KMeansReader,
     UnitEncoder,
-    _segment,
     dedup,
-    fetch,
     load_audio,
-    log_mel,
     save_audio,
 )
 
@@ -72,6 +60,22 @@ def run(*args, check=0):
     )
 
 
+def small_net():
+    """A random HuBERT of 25 Hz."""
+    config = transformers.HubertConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        conv_dim=(24,) * 8,
+        conv_kernel=(10, 3, 3, 3, 3, 2, 2, 2),
+        conv_stride=(5, 2, 2, 2, 2, 2, 2, 2),
+    )
+    return transformers.HubertModel(config)
+
+
 def rows(path):
     return [json.loads(line) for line in open(path, encoding='utf-8')]
 
@@ -83,86 +87,7 @@ def same_files(a, b, names):
         ), name
 
 
-# --------------------------------------------------------------- audio
-
-
-def test_load_audio_mixes_resamples_and_names_bad_files(tmp_path):
-    wave = speech(1.0).numpy()
-    soundfile.write(tmp_path / 'stereo.ogg', np.stack([wave, wave], 1), 16000)
-    for rate in (8000, 22050, 44100, 11127):
-        soundfile.write(tmp_path / 'r.wav', np.tile(wave, 2)[: rate // 2], rate)
-        assert abs(len(load_audio(tmp_path / 'r.wav')) - 8000) <= 0.004 * 8000
-    assert torch.allclose(load_audio(tmp_path / 'stereo.ogg'), torch.from_numpy(wave), atol=0.2)
-    soundfile.write(tmp_path / 'a.flac', wave, 16000)
-    whole = (tmp_path / 'a.flac').read_bytes()
-    (tmp_path / 'truncated.flac').write_bytes(whole[: len(whole) // 2])
-    part = load_audio(tmp_path / 'truncated.flac')
-    assert 1000 < len(part) < 16000 and torch.allclose(
-        part, load_audio(tmp_path / 'a.flac')[: len(part)]
-    )
-    (tmp_path / 'text.wav').write_text('this is no sound')
-    (tmp_path / 'empty.wav').write_bytes(b'')
-    (tmp_path / 'cut.flac').write_bytes(whole[:50])
-    soundfile.write(tmp_path / 'none.wav', wave[:0], 16000)
-    soundfile.write(tmp_path / 'nan.wav', np.full(100, np.nan, 'float32'), 16000, subtype='FLOAT')
-    for name in ('text.wav', 'empty.wav', 'cut.flac', 'none.wav', 'nan.wav', 'missing.wav'):
-        with pytest.raises(InputError, match=name):
-            load_audio(tmp_path / name)
-    assert torch.equal(load_audio(io.BytesIO(whole)), load_audio(tmp_path / 'a.flac'))
-
-
-def test_save_audio_never_clips_and_log_mel_counts_frames(tmp_path):
-    for name in ('x.wav', 'x.flac'):
-        save_audio(tmp_path / 'new' / name, 3 * speech(0.5) / speech(0.5).abs().max())
-        assert 0.98 < float(load_audio(tmp_path / 'new' / name).abs().max()) <= 0.99
-        assert len(os.listdir(tmp_path / 'new')) == 1 or name == 'x.flac'
-    for samples in (0, 1, 159, 160, 639, 640, 16001):
-        assert log_mel(torch.zeros(samples)).shape == (max(1, samples // HOP), N_MELS)
-    wave = speech(1.0)
-    assert torch.allclose(
-        log_mel(wave)[10:50],
-        log_mel(wave[1600:])[:40].where(torch.arange(40)[:, None] > 0, log_mel(wave)[10:50]),
-        atol=1e-4,
-    )
-    units, durations = dedup([3, 3, 5, 3])
-    assert units.tolist() == [3, 5, 3] and durations.tolist() == [2, 1, 1]
-
-
-# --------------------------------------------------------------- the offline encoder
-
-
-@pytest.fixture(scope='module')
-def mfcc(tmp_path_factory):
-    encoder = UnitEncoder.from_pretrained('mfcc')
-    x = torch.cat(encoder.features([speech(20, seed) for seed in range(3)]))
-    encoder.centroids, encoder.config['distortion'] = P.fit(x, 40, seed=1)
-    folder = tmp_path_factory.mktemp('mfcc') / 'encoder'
-    encoder.save_pretrained(folder)
-    return UnitEncoder.from_pretrained(str(folder))
-
-
-def test_mfcc_units_need_neither_batch_nor_loudness_nor_the_rest(mfcc):
-    waves = [speech(seconds, 7 + i) for i, seconds in enumerate((3.0, 0.01, 6.3, 1.0))]
-    together = mfcc.encode(waves)
-    assert (
-        [len(u) for u in together] == [75, 1, 157, 25]
-        and mfcc.frame_rate == 25
-        and mfcc.n_units == 40
-    )
-    for wave, units in zip(waves, together):
-        assert torch.equal(mfcc.encode([wave])[0], units)
-        assert (mfcc.encode([wave * 0.05])[0] == units).float().mean() > 0.99
-    assert (mfcc.encode([waves[2][:48000]])[0][:74] == together[2][:74]).float().mean() > 0.9
-    with pytest.raises(InputError, match='no k-means'):
-        UnitEncoder(MFCC).encode(waves)
-
-
-def test_segment_is_the_cheapest_path():
-    torch.manual_seed(0)
-    costs, price = torch.rand(5, 3), 0.3
-    paths = torch.cartesian_prod(*[torch.arange(3)] * 5)
-    total = costs[torch.arange(5), paths].sum(1) + price * (paths[:, 1:] != paths[:, :-1]).sum(1)
-    assert torch.equal(_segment([costs, torch.rand(9, 3)], price)[0, :5], paths[total.argmin()])
+# --------------------------------------------------------------- clusters
 
 
 def test_fit_finds_clusters_and_moves_empty_ones():
@@ -176,194 +101,6 @@ def test_fit_finds_clusters_and_moves_empty_ones():
     assert sorted(found[:, 0].tolist()) == [0, 1]
     with pytest.raises(InputError, match='too few'):
         P.fit(x[:5], 12, seed=0)
-
-
-# --------------------------------------------------------------- HuBERT-like nets
-
-SMALL = dict(
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=48,
-    conv_dim=(24,) * 7,
-    num_conv_pos_embeddings=16,
-    num_conv_pos_embedding_groups=4,
-)
-NETS = {
-    'HuBERT base': lambda: transformers.HubertModel(transformers.HubertConfig(**SMALL)),
-    'HuBERT base, 25 Hz': lambda: transformers.HubertModel(
-        transformers.HubertConfig(
-            **SMALL | dict(conv_dim=(24,) * 8),
-            conv_kernel=(10, 3, 3, 3, 3, 2, 2, 2),
-            conv_stride=(5, 2, 2, 2, 2, 2, 2, 2),
-        )
-    ),
-    'HuBERT large, batch norm': lambda: transformers.HubertModel(
-        transformers.HubertConfig(
-            **SMALL,
-            feat_extract_norm='layer',
-            do_stable_layer_norm=True,
-            conv_bias=True,
-            conv_pos_batch_norm=True,
-        )
-    ),
-    'wav2vec 2': lambda: transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**SMALL)),
-    'WavLM': lambda: transformers.WavLMModel(transformers.WavLMConfig(**SMALL)),
-    'WavLM large': lambda: transformers.WavLMModel(
-        transformers.WavLMConfig(
-            **SMALL, feat_extract_norm='layer', do_stable_layer_norm=True, conv_bias=True
-        )
-    ),
-}
-
-
-@pytest.mark.parametrize('name', NETS)
-def test_nets_give_transformers_hidden_states_in_any_batch(name, tmp_path):
-    torch.manual_seed(0)
-    net = NETS[name]().eval()
-    for parameter in net.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)  # norms and biases that do something
-    if 'batch norm' in name:
-        net.encoder.pos_conv_embed.batch_norm.running_mean += torch.randn(32)
-    net.save_pretrained(tmp_path)
-    normalize = 'large' in name
-    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(dict(do_normalize=normalize)))
-    waves = [speech(seconds, i) + 0.01 for i, seconds in enumerate((1.0, 0.4, 2.03, 0.01))]
-    for layer in (
-        1,
-        2 if 'large' in name else 3,
-    ):  # at the last layer of a pre-norm net, transformers 4 norms and 5 does not
-        encoder = UnitEncoder.from_pretrained(str(tmp_path), layer=layer, kmeans='')
-        assert (
-            encoder.frame_rate == (25 if '25' in name else 50)
-            and len(encoder.net.encoder.layers) == layer
-        )
-        alone = encoder.features(waves)
-        for wave, ours in zip(waves[:3], alone):
-            wave = (
-                (wave - wave.mean()) / (wave.var(unbiased=False) + 1e-7).sqrt()
-                if normalize
-                else wave
-            )
-            with torch.no_grad():
-                theirs = net(wave[None], output_hidden_states=True).hidden_states[layer][0]
-            assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
-        encoder.batch_seconds = 100
-        encoder.centroids = torch.cat(alone)[torch.randperm(len(torch.cat(alone)))[:20]]
-        for one, many in zip(alone, encoder.features(waves)):
-            assert torch.allclose(one, many, atol=2e-4), (one - many).abs().max()
-        units = encoder.encode(waves)
-        assert all(torch.equal(encoder.encode([wave])[0], u) for wave, u in zip(waves, units))
-        assert all(torch.equal(a, b) for a, b in zip(encoder.encode(waves[::-1]), units[::-1]))
-    with pytest.raises(InputError, match='layer 4'):
-        UnitEncoder.from_pretrained(str(tmp_path), layer=4, kmeans='')
-
-
-def test_public_encoder_offline_names_its_files(tmp_path, monkeypatch):
-    monkeypatch.setenv('SLAM_CACHE', str(tmp_path))
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    with pytest.raises(InputError) as error:
-        UnitEncoder.from_pretrained('mhubert25')
-    for word in (
-        'config.json',
-        'model.safetensors',
-        'slprl/mhubert-base-25hz',
-        str(tmp_path / 'mhubert25'),
-        'km500.bin',
-    ):
-        assert word in str(error.value)
-    NETS['HuBERT base']().save_pretrained(tmp_path / 'hubert50')  # what the message says to do
-    (tmp_path / 'hubert_base_ls960_L9_km500.bin').write_bytes(b'x')
-    with pytest.raises(InputError, match='layer 9'):
-        UnitEncoder.from_pretrained('hubert50')
-    (tmp_path / 'f.bin').write_bytes(b'abc')
-    assert fetch('https://example.org/f.bin', hashlib.sha256(b'abc').hexdigest()) == str(
-        tmp_path / 'f.bin'
-    )
-    with pytest.raises(InputError, match='sha256'):
-        fetch('https://example.org/f.bin', '0' * 64)
-
-
-# --------------------------------------------------------------- k-means files
-
-
-@pytest.fixture
-def kmeans_dump(tmp_path):
-    """A joblib dump as scikit-learn's KMeans makes it, by scikit-learn if it is there, else by a class of the same name and attributes."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((400, 8))
-    path = str(tmp_path / 'km.bin')
-    try:
-        from sklearn.cluster import MiniBatchKMeans
-
-        model = MiniBatchKMeans(20, random_state=np.random.RandomState(0), n_init=1).fit(x)
-        joblib.dump(model, path)
-        return path, model.cluster_centers_, x, model.predict(x)
-    except ImportError:
-        module = types.ModuleType('sklearn.cluster._kmeans')
-        module.MiniBatchKMeans = type('MiniBatchKMeans', (), dict(__module__=module.__name__))
-        names = {
-            'sklearn': types.ModuleType('sklearn'),
-            'sklearn.cluster': types.ModuleType('sklearn.cluster'),
-            module.__name__: module,
-        }
-        sys.modules.update(names)
-        try:
-            model = module.MiniBatchKMeans()
-            centres = np.asfortranarray(x[:20]).astype('float64')
-            vars(model).update(
-                n_clusters=20,
-                random_state=np.random.RandomState(0),
-                inertia_=np.float64(3.5),
-                labels_=np.arange(400, dtype='int32'),
-                cluster_centers_=centres,
-                counts_=np.ones(20),
-                init='k-means++',
-                _sklearn_version='1.0',
-            )
-            joblib.dump(model, path)
-        finally:
-            for name in names:
-                del sys.modules[name]
-        return path, centres, x, ((x[:, None] - centres) ** 2).sum(2).argmin(1)
-
-
-def test_kmeans_file_of_scikit_learn(kmeans_dump):
-    path, centres, x, predicted = kmeans_dump
-    ours = KMeansReader.centroids(path)
-    assert np.allclose(ours.numpy(), centres, atol=1e-6)
-    encoder = UnitEncoder(dict(MFCC, switch=0), ours)
-    assert encoder.assign([torch.from_numpy(x).float()])[0].tolist() == predicted.tolist()
-
-
-class Malice:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize('how', ['system', 'eval', 'getattr', 'objects', 'nested'])
-def test_malicious_kmeans_file_is_refused(how, tmp_path):
-    mark, path = tmp_path / 'mark', str(tmp_path / 'km.bin')
-    bad = {
-        'system': Malice(os.system, f'touch {mark}'),
-        'eval': Malice(eval, f'open({str(mark)!r}, "w")'),
-        'getattr': Malice(getattr, os, 'sep'),
-        'objects': np.array([Malice(os.system, f'touch {mark}')], dtype=object),
-        'nested': dict(cluster_centers_=np.zeros((2, 2)), extra=[Malice(os.mkdir, str(mark))]),
-    }[how]
-    joblib.dump(bad, path) if how != 'getattr' else open(path, 'wb').write(
-        b'cbuiltins\ngetattr\n(cos\npath\nVsep\ntR.'
-    )
-    with pytest.raises(InputError, match='refused'):
-        KMeansReader.centroids(path)
-    assert not mark.exists()
-    open(path, 'wb').write(pickle.dumps(3))
-    with pytest.raises(InputError, match='no k-means file'):
-        KMeansReader.centroids(path)
 
 
 # --------------------------------------------------------------- cutting, listing, packing
@@ -703,7 +440,7 @@ def test_manifests_pairs_and_public_unit_files(corpus, whole, tmp_path):
 
 def test_a_net_with_its_own_clusters_and_a_folder_of_broken_files(corpus, tmp_path):
     torch.manual_seed(0)
-    NETS['HuBERT base, 25 Hz']().save_pretrained(tmp_path / 'net')
+    small_net().save_pretrained(tmp_path / 'net')
     said = run(
         f'--audio={corpus}/dev',
         f'--encoder={tmp_path}/net',
