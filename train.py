@@ -67,7 +67,7 @@ context = 1024  # tokens a chunk at most: longer utterances are cut, the remaind
 row_tokens = 8192  # of whole chunks laid end to end in the row of one pass: what memory bears
 batch_tokens = 81920  # a step, over passes and devices: 128 chunks of 620 tokens
 dropout = 0.0
-optimizer = 'adamw'  # adamw, ademamix, adalomo (Figure 4), muon (matrices; AdamW the rest)
+optimizer = 'adamw'  # adamw, ademamix, adalomo (Figure 4), adamw8bit, muon (on the matrices)
 lr = 1e-3
 min_lr = 5e-5  # where cosine and wsd end
 schedule = 'cosine'  # cosine, inverse_sqrt, wsd (warm up, stay, decay)
@@ -360,12 +360,18 @@ def make_optimizers(model):
     if optimizer == 'adalomo':
         # Lv et al. 2023: Adafactor's update, fused into the backward pass to save its gradients
         return [torch.optim.Adafactor(groups, lr, eps=(1e-15, 1e-3))]
-    if optimizer == 'ademamix':
-        try:
+    try:
+        if optimizer == 'ademamix':
             from pytorch_optimizer import AdEMAMix
-        except ImportError:
-            raise InputError('ademamix needs a package: pip install pytorch-optimizer') from None
-        return [AdEMAMix(groups, lr, (*betas, 0.9999), eps=eps, weight_decouple=True)]
+
+            return [AdEMAMix(groups, lr, (*betas, 0.9999), eps=eps, weight_decouple=True)]
+        if optimizer == 'adamw8bit':
+            from bitsandbytes.optim import AdamW8bit
+
+            return [AdamW8bit(groups, lr, betas, eps)]
+    except ImportError as error:
+        packages = 'pip install pytorch-optimizer (ademamix) or bitsandbytes (adamw8bit)'
+        raise InputError(f'optimizer {optimizer}: {error}; {packages}') from None
     if optimizer == 'muon':
         # the matrices between layers; embedding, head, norms and biases stay with AdamW
         hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
@@ -375,7 +381,9 @@ def make_optimizers(model):
             torch.optim.Muon(hidden, lr, weight_decay, adjust_lr_fn='match_rms_adamw'),
             torch.optim.AdamW(groups, lr, betas, eps, fused=True),
         ]
-    raise InputError(f'optimizer {optimizer!r} is unknown: use adamw, ademamix, adalomo or muon')
+    raise InputError(
+        f'optimizer {optimizer!r} is unknown: adamw, ademamix, adalomo, adamw8bit, muon'
+    )
 
 
 def describe_run(first_set, config):
@@ -490,6 +498,13 @@ def start_processes(device):
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return device, rank, world
+
+
+def stop_processes(world):
+    """All leave together: one that is gone is an error to another that still talks to it."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def share(numbers, device):
@@ -771,10 +786,8 @@ if __name__ == '__main__':
         totals[:4] = 0
         clock, seen_before = time.perf_counter(), seen
 
-    # --- the end: all leave together, as one that is gone is an error to the others
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    # --- the end
+    stop_processes(world)
     result = f'{out_dir}: {step} steps, {seen:,} tokens, {duration(elapsed)}'
     if skipped:
         result += f', {skipped} steps skipped'

@@ -415,6 +415,9 @@ def test_the_clock_ends_a_run_at_the_foot_of_its_cosine(data, tmp_path):
 # Optimizers
 
 
+PACKAGES = dict(ademamix='pytorch_optimizer', adamw8bit='bitsandbytes')
+
+
 def train_some(model, optimizers, steps):
     """Plain steps -> their losses."""
     curve = []
@@ -436,12 +439,12 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize('name', ['adamw', 'muon', 'ademamix', 'adalomo'])
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'ademamix', 'adalomo', 'adamw8bit'])
 def test_each_optimizer_lowers_the_loss_and_resumes(name, data, monkeypatch):
     monkeypatch.setattr(train, 'optimizer', name)
     monkeypatch.setattr(train, 'lr', 5e-2 if name == 'adalomo' else 5e-3)
-    if name == 'ademamix':
-        pytest.importorskip('pytorch_optimizer')
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
     source = train.Loader(train.open_data(data), 32, 64, 0).steps(4)
     steps = list(itertools.islice(source, 40))
     model = small_model()
@@ -477,10 +480,12 @@ def test_adalomo_is_that_of_its_authors(data, monkeypatch):
 
 
 def test_a_missing_package_and_an_unknown_name_are_one_line(monkeypatch):
-    monkeypatch.setattr(train, 'optimizer', 'ademamix')
-    monkeypatch.setitem(sys.modules, 'pytorch_optimizer', None)
-    with pytest.raises(InputError, match='pip install pytorch-optimizer'):
-        train.make_optimizers(small_model())
+    for name, package in PACKAGES.items():
+        monkeypatch.setattr(train, 'optimizer', name)
+        for module in (package, package + '.optim'):
+            monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(InputError, match='pip install'):
+            train.make_optimizers(small_model())
     monkeypatch.setattr(train, 'optimizer', 'sgd')
     with pytest.raises(InputError, match='adamw'):
         train.make_optimizers(small_model())
