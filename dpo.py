@@ -599,9 +599,10 @@ if __name__ == '__main__':
 
     # --- how long the run is: steps, epochs or hours, whichever end first
     per_epoch = len(train) // batch_pairs
-    limits = [limit for limit in (max_steps, round(epochs * per_epoch)) if limit]
-    last_step = min(limits, default=0 if train_hours else per_epoch) or math.inf
     budget = 3600 * train_hours or math.inf  # seconds
+    last_step = min(max_steps or math.inf, round(epochs * per_epoch) or math.inf)
+    if last_step == budget == math.inf:
+        fail('max_steps, epochs and train_hours are all 0: one of them must end the run')
     validating = bool(val and eval_interval)
 
     # --- where a run of this command stopped before
@@ -668,19 +669,19 @@ if __name__ == '__main__':
         parameter.grad = torch.zeros_like(parameter)
 
     # --- what will be done is said before it is
+    n_epochs = last_step / per_epoch
     filled = lengths[: len(train)].mean() * batch_pairs / width
-    n_epochs = min(last_step, max_steps or math.inf) / per_epoch
     say(f'{init}: {model.num_params():,} parameters on {world} x {place}, {product_dtype}', rank)
     say(
-        f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs, or {train_hours:.3g} '
-        f'h; rows of {width}, {filled / math.ceil(filled):.0%} filled',
+        f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs, or {duration(budget)}'
+        f'; rows of {width} tokens, {filled / math.ceil(filled):.0%} filled',
         rank,
     )
-    if n_epochs > 3:
+    if 3 < n_epochs < math.inf:
         say(f'WARNING: {n_epochs:.3g} epochs: few pairs are soon known by heart; --epochs=3', rank)
     if validating and len(val) < FEW:
-        points = 98 / math.sqrt(len(val))
-        say(f'WARNING: accuracy of {len(val)} held-out pairs is ± {points:.0f} points', rank)
+        points = 98 / math.sqrt(len(val))  # 95 % of the time, at an accuracy of one half
+        say(f'WARNING: accuracy of {len(val)} pairs means little: ± {points:.0f} points', rank)
     if step:
         say(f'going on at step {step}', rank)
     machine = torch.cuda.get_device_name(place) if cuda else place.type
@@ -801,7 +802,8 @@ if __name__ == '__main__':
         if rank == 0 and (keep or over or halt):
             kept, kept_slam = model, slam
             if validating:
-                kept = SLM.from_pretrained(os.path.join(out_dir, 'best') if best_step else init)
+                where = os.path.join(out_dir, 'best') if best_step else init
+                kept = SLM.from_pretrained(where, rope_theta=rope_theta or None)
                 kept_slam = kept.slam
             state = dict(step=step, elapsed=elapsed, seen=seen, skipped=skipped, scores=scores)
             state |= dict(before=before, best=best, best_step=best_step, key=key, config=config)

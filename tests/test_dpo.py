@@ -429,7 +429,12 @@ def test_a_run_its_reference_and_the_same_command_again(place):
     assert first['val_margin'] == first['val_drift'] == 0 and first['val_accuracy'] == 0.5
     assert last['val_accuracy'] > 0.9 and last['val_loss'] < 0.6
     assert {'loss', 'accuracy', 'margin', 'norm', 'lr', 'tokens'} <= set(log[1])
-    for words in ('10 pairs held out', 'units sampled', '± 31 points', 'of which step 24 is kept'):
+    for words in (
+        '10 pairs held out',
+        'units sampled',
+        'means little: ± 31 points',
+        'of which step 24 is kept',
+    ):
         assert words in done.stdout
 
     model = SLM.from_pretrained(str(place / 'whole'))
@@ -671,6 +676,7 @@ def test_mistakes_are_one_line(place, tmp_path):
         (dict(data=tmp_path / 'empty.jsonl'), '0 pairs to train on are no batch'),
         (dict(data=tmp_path / 'none.jsonl'), 'no pairs'),
         (dict(out_dir=place / 'init'), 'would be lost'),
+        (dict(max_steps=0), 'one of them must end the run'),
     ):
         done = run(place, 'wrong', **knobs)
         assert done.returncode == 2 and message in done.stderr, done.stderr
