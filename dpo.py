@@ -17,6 +17,7 @@ no checkpoint that a warning was given for. train_state.pt goes on from the last
 
 from config import configure, fail
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -393,7 +394,8 @@ def tell(record, last_step):
         parts += [f'margin {record["margin"]:.3f}', f'norm {record["norm"]:.2f}']
     if 'skipped' in record:
         parts.append(f'{record["skipped"]} not finite, skipped')
-    return ' | '.join([*parts, f'lr {record["lr"]:.2e}'])
+    parts += [f'lr {record["lr"]:.2e}', f'{record["pairs_per_s"]:.1f} pairs/s']
+    return ' | '.join(parts)
 
 
 def tell_validation(scores, before, n_pairs):
@@ -419,10 +421,11 @@ def find_damage(scores, before):
 
 
 def describe_run(model, config):
-    """What slam.json will say, but for scores and compute."""
-    commit = subprocess.getoutput('git rev-parse HEAD 2>/dev/null') or None
+    """What slam.json keeps: what it knew of the units, and the recipes."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git_commit = subprocess.getoutput(f"git -C '{here}' rev-parse HEAD 2>/dev/null") or None
     recipe = dict(config, pretraining=model.slam.get('recipe'))
-    return dict(model.slam, stage='dpo', recipe=recipe, git_commit=commit)
+    return model.slam | dict(stage='dpo', recipe=recipe, git_commit=git_commit)
 
 
 # -----------------------------------------------------------------------------
@@ -465,13 +468,6 @@ def start_processes(device):
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return device, rank, world
-
-
-def stop_processes(world):
-    """All leave together: one that is gone is an error to another that still talks to it."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def share(numbers, device):
@@ -545,9 +541,13 @@ def save(folder, model, slam, state=None):
         if state is not None:
             with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
                 torch.save(state, file)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # of a full disk torch.save says that a position is unexpected; the OSError lies behind it
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         remedy = 'make room and run the same command to continue'
-        fail(f'cannot write {folder} ({error}): the checkpoint before it is kept; {remedy}')
+        fail(f'cannot write {folder} ({cause}): the checkpoint before it is kept; {remedy}')
 
 
 def open_log(out_dir, step, rank=0):
@@ -576,8 +576,8 @@ if __name__ == '__main__':
     if os.path.abspath(init) == os.path.abspath(out_dir):
         fail(f'init and out_dir are both {init}: choose another --out_dir, this one would be lost')
     explain_memory(f'lower --row_tokens={row_tokens} (the batch stays) or --context={context}')
-    place, rank, world = start_processes(device)
-    cuda, product_dtype = place.type == 'cuda', pick_dtype(dtype, place)
+    torch_device, rank, world = start_processes(device)
+    cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)
 
     # --- the model, which is its own reference until the first step, and the pairs
     model = SLM.from_pretrained(init, rope_theta=rope_theta or None)
@@ -606,7 +606,7 @@ if __name__ == '__main__':
     validating = bool(val and eval_interval)
 
     # --- where a run of this command stopped before
-    key = fingerprint(model, pairs, product_dtype)
+    key = fingerprint(model, pairs, torch_dtype)
     state = dict(step=0, elapsed=0.0, seen=0, skipped=0, scores={}, before={})
     state |= dict(best=math.inf, best_step=0, key=key, model=None, optimizer=None)
     if resume:
@@ -619,20 +619,23 @@ if __name__ == '__main__':
     if step >= last_step or elapsed >= budget:
         done = f'finished before, {step} steps in {duration(elapsed)}, {scores}'
         say(f'{out_dir}: {done}; nothing to do (--resume=False starts over)', rank)
-        stop_processes(world)
         raise SystemExit
 
     # --- how log-probabilities are computed: rows of one width, so that one compilation does
     width = row_width(lengths, batch_pairs, row_tokens, world, multiple=128 if cuda else 8)
     slots = width // 5  # for the pairs of a row: the shortest is <S>, then twice a unit and <S>
     compiled = cuda if compile is None else compile
-    model.to(place)
+    model.to(torch_device)
     logps = torch.compile(model.logps, dynamic=False) if compiled else model.logps
+
+    autocast = contextlib.nullcontext()
+    if torch_dtype != torch.float32:
+        autocast = torch.autocast(torch_device.type, torch_dtype)
 
     def row_logps(row, m):
         """Log-probabilities (m, 2) of chosen and rejected of the m pairs in a row."""
-        with torch.autocast(place.type, product_dtype, enabled=product_dtype != torch.float32):
-            return logps(*to_device(row, place), n=2 * slots).view(slots, 2)[:m]
+        with autocast:
+            return logps(*to_device(row, torch_device), n=2 * slots).view(slots, 2)[:m]
 
     # --- the reference's log-probabilities, once, before the policy moves or takes up a former run
     os.makedirs(out_dir, exist_ok=True)
@@ -642,13 +645,13 @@ if __name__ == '__main__':
     clock = time.perf_counter()
     if not needs_reference:  # but those held out, to see how far the chosen drift
         known = torch.full((len(pairs), 2), math.nan)
-        known[len(train) :] = score(row_logps, val, width, place, rank, world)
+        known[len(train) :] = score(row_logps, val, width, torch_device, rank, world)
     elif os.path.exists(cache):
         known, seconds = torch.load(cache, weights_only=True)
         clock -= seconds
         say(f'reference: known from {cache}', rank)
     else:
-        known = score(row_logps, pairs, width, place, rank, world, 'reference')  # (pairs, 2)
+        known = score(row_logps, pairs, width, torch_device, rank, world, 'reference')  # (pairs, 2)
         seconds = time.perf_counter() - clock
         if not known.isfinite().all():
             fail(f'{init} gives some pairs no finite log-probability: are its weights whole?')
@@ -669,9 +672,10 @@ if __name__ == '__main__':
         parameter.grad = torch.zeros_like(parameter)
 
     # --- what will be done is said before it is
+    machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
     n_epochs = last_step / per_epoch
     filled = lengths[: len(train)].mean() * batch_pairs / width
-    say(f'{init}: {model.num_params():,} parameters on {world} x {place}, {product_dtype}', rank)
+    say(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
     say(
         f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs, or {duration(budget)}'
         f'; rows of {width} tokens, {filled / math.ceil(filled):.0%} filled',
@@ -684,7 +688,6 @@ if __name__ == '__main__':
         say(f'WARNING: accuracy of {len(val)} pairs means little: ± {points:.0f} points', rank)
     if step:
         say(f'going on at step {step}', rank)
-    machine = torch.cuda.get_device_name(place) if cuda else place.type
     slam = describe_run(model, config)
     log_file = open_log(out_dir, step, rank)
     tracker = None
@@ -695,7 +698,10 @@ if __name__ == '__main__':
     # --- validation: what is held out, and samples, against what they were
     def validate():
         """Scores by name; before the first step they are what later ones are held against."""
-        policy, reference = score(row_logps, val, width, place, rank, world), known[len(train) :]
+        policy, reference = (
+            score(row_logps, val, width, torch_device, rank, world),
+            known[len(train) :],
+        )
         values = measure(*preference_loss(policy, reference, sizes[len(train) :], beta)) / len(val)
         drift = (policy - reference)[:, 0].sum() / sizes[len(train) :, 0].sum()
         prompts = [pair.tokens[pair.branch == 0] for pair in (val + train)[:SAMPLES]]
@@ -705,7 +711,7 @@ if __name__ == '__main__':
         return scores | {f'val_{name}': value for name, value in samples.items()}
 
     # --- the loop
-    totals = torch.zeros(7, device=place)  # see add_up
+    totals = torch.zeros(7, device=torch_device)  # see add_up
     batches, first_step, clock, halt = None, step, time.perf_counter(), 0
     if validating and not step:
         scores = before = validate()
@@ -721,11 +727,11 @@ if __name__ == '__main__':
         n_chosen = int(sizes[batch, 0].sum())
 
         # gradients of the mean loss over the pairs, a row at a time
-        values = torch.zeros(3, device=place)
+        values = torch.zeros(3, device=torch_device)
         for row, indices in lay_out([train[i] for i in batch], width)[rank::world]:
             members = batch[indices]
             policy = row_logps(row, len(members))  # (m, 2)
-            reference, tokens = (to_device(x[members], place) for x in (known, sizes))
+            reference, tokens = (to_device(x[members], torch_device) for x in (known, sizes))
             losses, rewards = preference_loss(policy, reference, tokens, beta)
             likelihood = policy[:, 0].sum() / n_chosen
             (losses.sum() / batch_pairs - sft_weight * likelihood).backward()
@@ -757,10 +763,12 @@ if __name__ == '__main__':
         # --- now and then: read the numbers, agree with the other processes on clock and end
         *sums, good, bad, in_a_row = totals.tolist()  # here the host waits for the device
         took = time.perf_counter() - clock
-        elapsed, halt = share([(elapsed + took) * (rank == 0), len(stopping)], place)
+        elapsed, halt = share([(elapsed + took) * (rank == 0), len(stopping)], torch_device)
         over = step >= last_step or elapsed >= budget
         skipped += round(bad)
+        pace = took / max(1, good + bad)  # seconds a step
         record = dict(step=step, lr=rate, tokens=seen, elapsed=round(elapsed, 2))
+        record |= dict(pairs_per_s=round(batch_pairs / pace, 2))
         for name, total in zip(('loss', 'accuracy', 'margin', 'norm'), sums, strict=True):
             record[name] = total / good if good else None
         if bad:
@@ -775,13 +783,8 @@ if __name__ == '__main__':
         log_file.write(json.dumps(record) + '\n')
         if tracker:
             tracker.log(record, step=step)
-        pace = took / max(1, good + bad)  # seconds a step
         left = min((last_step - step) * pace, budget - elapsed)
-        say(
-            f'{tell(record, last_step)} | {batch_pairs / pace:.1f} pairs/s | '
-            f'{duration(max(0, left))} left',
-            rank,
-        )
+        say(f'{tell(record, last_step)} | {duration(max(0, left))} left', rank)
         if validating and (evaluate or over):
             say(tell_validation(scores, before, len(val)), rank)
         for line in damage:
@@ -812,8 +815,10 @@ if __name__ == '__main__':
         totals[:6] = 0
         clock = time.perf_counter()
 
-    # --- the end
-    stop_processes(world)
+    # --- the end: all leave together, as one that is gone is an error to the others
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
     result = f'{out_dir}: {step} steps of {batch_pairs} pairs, {duration(elapsed)}'
     if skipped:
         result += f', {skipped} steps skipped'

@@ -29,7 +29,7 @@ dpo() {  # name, minutes of DPO out of the 24 hours; 17,625 steps are 23.5 hours
     launch train.py config/slam_a5000.py --out_dir="out/ablations/$1" --train_hours="$hours" \
         --max_steps="$(awk "BEGIN {print int(17625 * $hours / 23.5)}")"
     launch dpo.py config/slam_dpo.py --init="out/ablations/$1" --out_dir="out/ablations/$1-dpo" \
-        --train_hours="$share" --max_steps=0
+        --train_hours="$share" --max_steps=0 --epochs=0
     evaluate "out/ablations/$1-dpo"
 }
 SLAM=config/slam_a5000.py

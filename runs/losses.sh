@@ -1,39 +1,35 @@
 #!/usr/bin/env bash
-# The three losses of dpo.py on the demo, from the models of runs/seeds.sh: one table of mean and spread.
-#     bash runs/losses.sh ['1 2 3']      out/losses/SEED/eval.json
+# The losses of dpo.py on the demo, from the models of runs/seeds.sh: suites and immediate repeats.
+#     bash runs/losses.sh ['1 2 3']      out/losses/eval.json, report.html
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
+SEEDS=${1:-1 2 3} SLM=out/seeds/demo/slm-s OUT=out/losses
 export OMP_NUM_THREADS=1
-seed() {
-    local slm=out/seeds/$1/slm out=out/losses/$1
-    [ -e "$slm/slam.json" ] || { echo "losses.sh: no $slm: run bash runs/seeds.sh first" >&2; exit 2; }
+tune() {  # seed
+    [ -e "$SLM$1/slam.json" ] || { echo "losses.sh: run bash runs/seeds.sh first" >&2; exit 2; }
     for loss in dpo:0.1 ipo:1 simpo:2; do
-        python dpo.py config/demo_dpo.py --seed="$1" --init="$slm" --out_dir="$out/${loss%:*}" \
-            --loss="${loss%:*}" --beta="${loss#*:}" --train_hours=0
+        python dpo.py config/demo_dpo.py --seed="$1" --init="$SLM$1" --train_hours=0 \
+            --out_dir="$OUT/${loss%:*}-s$1" --loss="${loss%:*}" --beta="${loss#*:}"
     done
-    python eval_slm.py config/demo_eval.py --init="$slm,$out/dpo,$out/ipo,$out/simpo" --out="$out/eval.json" --html=
 }
-mkdir -p out/losses
-for n in ${1:-1 2 3}; do seed "$n" > "out/losses/$n.txt" 2>&1 & done
-wait
-python - <<'EOT'
-import glob, json, statistics
+mkdir -p "$OUT"
+for n in $SEEDS; do tune "$n" > "$OUT/$n.txt" 2>&1 & done
+for job in $(jobs -p); do wait "$job" || { echo "losses.sh: see $OUT/*.txt" >&2; exit 1; }; done
 
-rows = {}
-for path in sorted(glob.glob('out/losses/*/eval.json')):
-    with open(path) as file:
-        metrics = json.load(file)['metrics']
-    for model, suites in metrics.items():
-        scores = [suites[suite]['score'] for suite in ('grammar', 'sstory', 'tstory')]
-        log = path.replace('eval.json', ('dpo' if model == 'slm' else model) + '/log.jsonl')
-        with open(log) as file:
+models=pre-trained=$(echo $SEEDS | sed "s|[^ ]*|$SLM&|g; s/ /+/g")
+for loss in dpo ipo simpo; do
+    models+=,$loss=$(echo $SEEDS | sed "s|[^ ]*|$OUT/$loss-s&|g; s/ /+/g")
+done
+python eval_slm.py config/demo_eval.py --init="$models" --out="$OUT/eval.json" --html="$OUT/report.html"
+python - "$OUT" $SEEDS <<'EOT'
+import json, sys
+
+out, *seeds = sys.argv[1:]
+for loss in ('dpo', 'ipo', 'simpo'):
+    found = []
+    for seed in seeds:
+        with open(f'{out}/{loss}-s{seed}/log.jsonl') as file:
             repeats = [row['val_repeats'] for row in map(json.loads, file) if 'val_repeats' in row]
-        scores.append(100 * repeats[0 if model == 'slm' else -1])
-        rows.setdefault(model, []).append(scores)
-print('| mean ± standard deviation | grammar | sstory | tstory | immediate repeats, % |')
-print('|---' * 5 + '|')
-for model, scores in rows.items():
-    columns = zip(*scores, strict=True)
-    cells = [f'{statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}' for c in columns]
-    print(f'| {model}, {len(scores)} seeds |', ' | '.join(cells), '|')
+        found.append(f'{repeats[0]:.1%} to {repeats[-1]:.1%}')
+    print(f'immediate repeats under {loss}, before to after, a seed each:', ', '.join(found))
 EOT
