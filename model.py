@@ -1,11 +1,13 @@
 """The three networks and how they load and save.
 
-SLM           units -> next unit     a transformer over speech units, the same function as transformers' qwen2, llama, opt, gpt-neox
-UnitEncoder   wave  -> units         HuBERT-like features, or MFCC offline, and k-means
-UnitVocoder   units -> wave          the unit HiFi-GAN, or offline a table of spectra and Griffin-Lim
+SLM           units -> next unit   a transformer over speech units; it computes what transformers'
+                                   model of the same family computes (FAMILIES)
+UnitEncoder   wave  -> units       HuBERT-like features, or MFCC offline, and k-means
+UnitVocoder   units -> wave        the unit HiFi-GAN, or offline a table of spectra and Griffin-Lim
 """
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -25,6 +27,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 PAD, BOS, EOS, OFFSET = 0, 1, 1, 2  # <S> is both ends of an utterance; unit u is token u + OFFSET
 SAMPLE_RATE = 16000
@@ -34,380 +37,98 @@ class InputError(ValueError):
     """Something the user can mend; scripts print it as one line and exit with code 2."""
 
 
-def pick_device(device='auto'):
-    """'auto' -> cuda, else mps, else cpu; anything else as torch.device reads it. Raises InputError if it is unknown or not there."""
-    if device == 'auto':
-        device = (
-            'cuda'
-            if torch.cuda.is_available()
-            else 'mps'
-            if torch.backends.mps.is_available()
-            else 'cpu'
-        )
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f'device {device!r} cannot be used here: {str(error).splitlines()[0]}'
-        ) from None
-
-
-def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 on cuda, float32 elsewhere; else the torch dtype of that name."""
-    if dtype == 'auto':
-        return torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f'dtype {dtype!r} is unknown: use auto, float32 or bfloat16')
-    return getattr(torch, dtype)
-
-
 # -----------------------------------------------------------------------------
 # SLM: the speech language model
-
-# Where each family's checkpoint keeps the tensors of our modules; several names are joined along the output dimension, so that one
-# matrix product computes them. Biases follow their weights.
-LLAMA_NAMES = dict(
-    prefix='model.',
-    layer='layers',
-    embed='embed_tokens',
-    norm='norm',
-    head='lm_head',
-    norm1='input_layernorm',
-    norm2='post_attention_layernorm',
-    qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
-    out='self_attn.o_proj',
-    up=('mlp.gate_proj', 'mlp.up_proj'),
-    down='mlp.down_proj',
-)
-NAMES = dict(
-    qwen2=LLAMA_NAMES,
-    llama=LLAMA_NAMES,
-    opt=dict(
-        prefix='model.decoder.',
-        layer='layers',
-        embed='embed_tokens',
-        embed_positions='embed_positions',
-        project_in='project_in',
-        project_out='project_out',
-        norm='final_layer_norm',
-        head='lm_head',
-        norm1='self_attn_layer_norm',
-        norm2='final_layer_norm',
-        qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
-        out='self_attn.out_proj',
-        up='fc1',
-        down='fc2',
-    ),
-    gpt_neox=dict(
-        prefix='gpt_neox.',
-        layer='layers',
-        embed='embed_in',
-        norm='final_layer_norm',
-        head='embed_out',
-        norm1='input_layernorm',
-        norm2='post_attention_layernorm',
-        qkv='attention.query_key_value',
-        out='attention.dense',
-        up='mlp.dense_h_to_4h',
-        down='mlp.dense_4h_to_h',
-    ),
-)
-_KEYS = dict(
-    vocab_size='vocab_size',
-    n_layer='num_hidden_layers',
-    n_embd='hidden_size',
-    n_head='num_attention_heads',
-    context='max_position_embeddings',
-    tied='tie_word_embeddings',
-)
-_LLAMA_KEYS = _KEYS | dict(
-    n_kv_head='num_key_value_heads',
-    n_ffn='intermediate_size',
-    norm_eps='rms_norm_eps',
-    act='hidden_act',
-)
-HF_KEYS = dict(  # our names of the dimensions -> those of a transformers config.json
-    qwen2=_LLAMA_KEYS,
-    llama=_LLAMA_KEYS | dict(head_dim='head_dim', mlp_bias='mlp_bias'),
-    opt=_KEYS
-    | dict(
-        n_ffn='ffn_dim',
-        embed_dim='word_embed_proj_dim',
-        pre_norm='do_layer_norm_before',
-        act='activation_function',
-    ),
-    gpt_neox=_KEYS
-    | dict(
-        n_ffn='intermediate_size',
-        norm_eps='layer_norm_eps',
-        rotary_pct='rotary_pct',
-        act='hidden_act',
-        parallel='use_parallel_residual',
-    ),
-)
-HF_DEFAULTS = dict(  # what a config.json may leave out
-    qwen2=dict(tied=False),
-    llama=dict(tied=False),
-    opt=dict(tied=True, norm_eps=1e-5, act='relu'),
-    gpt_neox=dict(tied=False, rotary_pct=0.25, norm_eps=1e-5, act='gelu'),
-)
-ARCHITECTURES = dict(
-    qwen2='Qwen2ForCausalLM',
-    llama='LlamaForCausalLM',
-    opt='OPTForCausalLM',
-    gpt_neox='GPTNeoXForCausalLM',
-)
-OBSOLETE = (
-    'rotary_emb.inv_freq',
-    'attention.bias',
-    'attention.masked_bias',
-    'decoder.version',
-)  # buffers that old files carry
-POSITION_OFFSET = 2  # OPT's learned positions begin at row 2
-ACTIVATIONS = dict(
-    relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=lambda x: F.gelu(x, approximate='tanh')
-)
 
 
 @dataclass
 class SLMConfig:
-    """The dimensions of an SLM; `family` spells the rest (norms, activation, biases, positions) as transformers' model does."""
+    """The dimensions of an SLM; what stays None is what FAMILIES says of its family."""
 
-    family: str = 'qwen2'  # qwen2, llama, opt or gpt_neox
+    family: str = 'qwen2'  # a name of FAMILIES
     vocab_size: int = 502  # n_units + OFFSET
     n_layer: int = 24
     n_embd: int = 896
     n_head: int = 14
-    n_kv_head: int = 2  # grouped-query attention: fewer heads for keys and values
+    n_kv_head: int = 2  # grouped-query attention; opt and gpt_neox have none: n_head
     n_ffn: int = 4864
-    head_dim: int = 0  # 0: n_embd / n_head
-    context: int = 1024  # tokens; with learned positions (opt) a hard limit
+    head_dim: int | None = None  # None: n_embd / n_head
+    embed_dim: int | None = None  # None: n_embd; OPT-350M projects 512 -> 1024 -> 512
+    context: int = 1024  # tokens; with learned positions a hard limit
+    dropout: float = 0.0  # on the residual branches, as OPT has it
+    norm: str | None = None  # 'rms' or 'layer'
+    norm_eps: float | None = None
+    pre_norm: bool | None = None  # False: OPT-350M normalises after each residual
+    parallel: bool | None = None  # attention and MLP read the same input
+    positions: str | None = None  # 'rope' or 'learned'
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3's, or linear, as in its config.json
-    rotary_pct: float = 1.0  # share of each head that RoPE turns (gpt_neox: 0.25)
-    tied: bool = True  # the head is the embedding
-    embed_dim: int = 0  # 0: n_embd; OPT-350M projects 512 -> 1024 -> 512
-    pre_norm: bool = True  # False: OPT-350M normalises after each residual
-    parallel: bool = True  # gpt_neox: attention and MLP read the same input
-    qkv_bias: bool = (
-        True  # llama may have none; qwen2 has it on q, k, v alone; opt and gpt_neox on every layer
-    )
-    out_bias: bool = False  # llama's attention_bias puts one on the output projection too
-    mlp_bias: bool = False
-    norm_eps: float = 1e-6
-    act: str = 'silu'
-    dropout: float = 0.0  # on the residual branches, as OPT has it
+    rotary_share: float | None = None  # of each head's features, what RoPE turns
+    qk_norm: bool | None = None  # RMSNorm of each head's query and key
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
+    mlp_bias: bool | None = None
+    act: str | None = None  # a name of ACTIVATIONS
+    gated: bool | None = None  # SwiGLU
+    tied: bool | None = None  # the head is the embedding
 
     def __post_init__(self):
-        if self.family not in NAMES:
-            raise InputError(
-                f'model family {self.family!r} is not supported: use one of {", ".join(NAMES)} (MobileLLM loads as llama)'
-            )
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
-        self.embed_dim = self.embed_dim or self.n_embd
-        self.parallel = self.parallel and self.family == 'gpt_neox'
-        self.learned_positions = self.family == 'opt'
-        self.rms_norm = self.gated = self.family in ('qwen2', 'llama')
-        if self.family in ('opt', 'gpt_neox'):
-            self.qkv_bias = self.out_bias = self.mlp_bias = True
-        if self.act not in ACTIVATIONS:
-            raise InputError(
-                f'activation {self.act!r} is not supported: use one of {", ".join(ACTIVATIONS)}'
-            )
-        if (
-            self.n_embd % self.n_head
-            and self.head_dim * self.n_head != self.n_embd
-            or self.n_head % self.n_kv_head
-        ):
-            raise InputError(
-                f'{self.n_head} heads do not divide width {self.n_embd} or are no multiple of {self.n_kv_head} kv heads'
-            )
-
-    @classmethod
-    def from_hf(cls, hf):
-        """From the dict of a transformers config.json. Raises InputError for a family or a feature that SLM does not have."""
-        family = {'mobilellm': 'llama'}.get(hf.get('model_type'), hf.get('model_type'))
-        rope = (
-            hf.get('rope_parameters') or hf.get('rope_scaling') or {}
-        )  # transformers 5 writes the former, 4 the latter
-        kind = rope.get('rope_type', rope.get('type', 'default'))
-        if kind not in ('default', 'linear', 'llama3'):
-            raise InputError(
-                f'RoPE scaling {kind!r} is not supported: use default, linear or llama3'
-            )
-        for key in ('use_sliding_window', 'layer_sharing', '_remove_final_layer_norm'):
-            if hf.get(key):
-                raise InputError(f'{key}={hf[key]} in config.json is not supported')
-        if family not in NAMES:
-            return cls(family=family)  # raises: names the families there are
-        fields = {
-            ours: hf[theirs]
-            for ours, theirs in HF_KEYS[family].items()
-            if hf.get(theirs) is not None
-        }
-        fields.setdefault('n_kv_head', fields['n_head'])
-        fields['rope_theta'] = float(
-            rope.get('rope_theta') or hf.get('rope_theta') or hf.get('rotary_emb_base') or 10000.0
-        )
-        if kind != 'default':
-            fields['rope_scaling'] = {
-                key: value for key, value in rope.items() if key != 'rope_theta'
-            }
-        if family in ('qwen2', 'llama'):
-            fields['qkv_bias'] = family == 'qwen2' or hf.get('attention_bias', False)
-            fields['out_bias'] = fields['qkv_bias'] and family == 'llama'
-            fields['tied'] = bool(
-                fields.get('tied') or hf.get('share_embedding')
-            )  # MobileLLM's word for it
-        if family == 'gpt_neox' and 'partial_rotary_factor' in rope:
-            fields['rotary_pct'] = rope['partial_rotary_factor']
-        return cls(family=family, **dict(HF_DEFAULTS[family], **fields))
-
-    def to_hf(self):
-        """The dict of a config.json that transformers opens (4.x and 5.x read these keys)."""
-        hf = {theirs: getattr(self, ours) for ours, theirs in HF_KEYS[self.family].items()}
-        hf |= dict(
-            architectures=[ARCHITECTURES[self.family]],
-            model_type=self.family,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            pad_token_id=PAD,
-        )
-        if self.family == 'opt':
-            return hf | dict(
-                dropout=self.dropout,
-                attention_dropout=0.0,
-                enable_bias=True,
-                _remove_final_layer_norm=False,
-            )
-        hf |= dict(rope_theta=self.rope_theta, rope_scaling=self.rope_scaling)
-        if self.family == 'llama':
-            hf |= dict(attention_bias=self.qkv_bias)
-        return hf | dict(rotary_emb_base=self.rope_theta) if self.family == 'gpt_neox' else hf
-
-
-def _qwen2(n_layer, n_embd, n_head, n_kv_head, n_ffn):
-    return dict(
-        family='qwen2',
-        n_layer=n_layer,
-        n_embd=n_embd,
-        n_head=n_head,
-        n_kv_head=n_kv_head,
-        n_ffn=n_ffn,
-        rope_theta=1e6,
-        context=32768,
-    )
-
-
-def _llama(n_layer, n_embd, n_head, n_kv_head, n_ffn, rope_theta, context):
-    return dict(
-        family='llama',
-        n_layer=n_layer,
-        n_embd=n_embd,
-        n_head=n_head,
-        n_kv_head=n_kv_head,
-        n_ffn=n_ffn,
-        rope_theta=rope_theta,
-        context=context,
-        qkv_bias=False,
-        norm_eps=1e-5,
-    )
-
-
-def _opt(n_layer, n_embd, n_head, n_ffn, **odd):
-    return dict(
-        family='opt',
-        n_layer=n_layer,
-        n_embd=n_embd,
-        n_head=n_head,
-        n_kv_head=n_head,
-        n_ffn=n_ffn,
-        context=2048,
-        act='relu',
-        norm_eps=1e-5,
-        **odd,
-    )
-
-
-def _pythia(n_layer, n_embd, n_head, n_ffn):
-    return dict(
-        family='gpt_neox',
-        n_layer=n_layer,
-        n_embd=n_embd,
-        n_head=n_head,
-        n_kv_head=n_head,
-        n_ffn=n_ffn,
-        context=2048,
-        act='gelu',
-        rotary_pct=0.25,
-        tied=False,
-        norm_eps=1e-5,
-    )
-
-
-PRESETS = {  # Table 7 of the paper, and Slam (large)'s base
-    'qwen2.5-0.5b': _qwen2(24, 896, 14, 2, 4864),
-    'qwen2.5-1.5b': _qwen2(28, 1536, 12, 2, 8960),
-    'smollm2-135m': _llama(30, 576, 9, 3, 1536, 1e5, 8192),
-    'mobilellm-125m': _llama(30, 576, 9, 3, 1536, 1e4, 2048),
-    'smollm2-360m': _llama(32, 960, 15, 5, 2560, 1e5, 8192),
-    'mobilellm-350m': _llama(32, 960, 15, 5, 2560, 1e4, 2048),
-    'opt-125m': _opt(12, 768, 12, 3072),
-    'opt-350m': _opt(24, 1024, 16, 4096, embed_dim=512, pre_norm=False),
-    'pythia-160m': _pythia(12, 768, 12, 3072),
-    'pythia-410m': _pythia(24, 1024, 16, 4096),
-}
+        complete_config(self)
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm, computed in fp32."""
+    """RMSNorm or LayerNorm over the last dimension, computed in fp32."""
 
-    def __init__(self, config):
+    def __init__(self, config, size):
         super().__init__()
         self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = None if config.rms_norm else nn.Parameter(torch.zeros(config.n_embd))
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if config.norm == 'layer' else None
 
     def forward(self, x):
+        weight = self.weight.float()
         if self.bias is None:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(
-                x.dtype
-            )
-        return F.layer_norm(
-            x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps
-        ).to(x.dtype)
+            return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), weight.shape, weight, self.bias.float(), self.eps).to(
+            x.dtype
+        )
+
+
+def rotate(x, cos, sin):
+    """RoPE. x: (B, H, T, D); cos, sin: (B, 1, T, R / 2), the first R of the D features turn, feature
+    i together with feature i + R / 2."""
+    R = 2 * cos.shape[-1]
+    first, second, rest = x.split([R // 2, R // 2, x.shape[-1] - R], dim=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.cat((*turned, rest), dim=-1)
 
 
 class Block(nn.Module):
-    """One transformer layer of any of the four families."""
+    """One transformer layer of any family."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.norm1 = Norm(c)
+        self.norm1 = Norm(c, c.n_embd)
         self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
-        self.norm2 = Norm(c)
-        self.up = nn.Linear(
-            c.n_embd, c.n_ffn * (2 if c.gated else 1), bias=c.mlp_bias
-        )  # gated: gate and up in one product
+        if c.qk_norm:
+            self.norm_q = Norm(c, c.head_dim)
+            self.norm_k = Norm(c, c.head_dim)
+        self.norm2 = Norm(c, c.n_embd)
+        # gated: gate and up in one product
+        self.up = nn.Linear(c.n_embd, c.n_ffn * (1 + c.gated), bias=c.mlp_bias)
         self.down = nn.Linear(c.n_ffn, c.n_embd, bias=c.mlp_bias)
         self.act = ACTIVATIONS[c.act]
 
     def attention(self, x, rope, attend):
         c, (B, T, _) = self.config, x.shape
-        qkv = (
-            self.qkv(x).view(B, T, c.n_head + 2 * c.n_kv_head, c.head_dim).transpose(1, 2)
-        )  # (B, heads, T, D)
-        qk, v = qkv.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+        heads = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, heads, T, D)
+        q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
+        if c.qk_norm:
+            q, k = self.norm_q(q), self.norm_k(k)
         if rope is not None:
-            cos, sin = rope  # (B, 1, T, R): the first R of the D features of each head turn
-            R = cos.shape[-1]
-            turned = qk[..., :R]
-            half = torch.cat((-turned[..., R // 2 :], turned[..., : R // 2]), dim=-1)
-            turned = turned * cos + half * sin
-            qk = turned if R == c.head_dim else torch.cat((turned, qk[..., R:]), dim=-1)
-        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+            q, k = rotate(q, *rope), rotate(k, *rope)
         return self.out(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
 
     def mlp(self, x):
@@ -419,17 +140,10 @@ class Block(nn.Module):
 
     def forward(self, x, rope, attend):  # x (B, T, C)
         c = self.config
-        drop = (
-            partial(F.dropout, p=c.dropout, training=self.training)
-            if c.dropout
-            else lambda branch: branch
-        )
+        drop = partial(F.dropout, p=c.dropout, training=self.training)
         if c.parallel:
-            return (
-                x
-                + drop(self.attention(self.norm1(x), rope, attend))
-                + drop(self.mlp(self.norm2(x)))
-            )
+            attended = drop(self.attention(self.norm1(x), rope, attend))
+            return x + attended + drop(self.mlp(self.norm2(x)))
         if c.pre_norm:
             x = x + drop(self.attention(self.norm1(x), rope, attend))
             return x + drop(self.mlp(self.norm2(x)))
@@ -437,160 +151,36 @@ class Block(nn.Module):
         return self.norm2(x + drop(self.mlp(x)))
 
 
-def _sdpa(q, k, v, mask=None, causal=False):
-    """Scaled dot-product attention; q (B, H, T, D), k and v (B, H_kv, S, D)."""
-    if q.shape[1] == k.shape[1]:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
-        )
-    groups = q.shape[1] // k.shape[1]  # the CPU's fused kernel wants equal heads
-    return F.scaled_dot_product_attention(
-        q,
-        k.repeat_interleave(groups, 1),
-        v.repeat_interleave(groups, 1),
-        attn_mask=mask,
-        is_causal=causal,
-    )
-
-
-def _attend_pieces(q, k, v, pieces):
-    """Packed attention as one call an utterance: on the CPU the cost is the sum of squares, not the square of the row.
-
-    pieces: (prompt, start, stop) in the rows laid end to end: that stretch sees itself causally, and before it the prompt, a slice, if any.
-    """
-    B, H, T, D = q.shape
-    q, k, v = (x.transpose(1, 2).reshape(1, B * T, -1, D).transpose(1, 2) for x in (q, k, v))
-    out = []
-    for prompt, start, stop in pieces:
-        own = [x[:, :, start:stop] for x in (q, k, v)]
-        if prompt is None:
-            out.append(_sdpa(*own, causal=True))
-        else:
-            shared = prompt.stop - prompt.start
-            mask = torch.ones(stop - start, shared + stop - start, dtype=torch.bool).tril(shared)
-            out.append(
-                _sdpa(
-                    own[0],
-                    *(
-                        torch.cat((x[:, :, prompt], part), dim=2)
-                        for x, part in zip((k, v), own[1:])
-                    ),
-                    mask=mask,
-                )
-            )
-    return torch.cat(out, dim=2).transpose(1, 2).reshape(B, T, H, D).transpose(1, 2)
-
-
-def _pieces(doc, branch):
-    """The (prompt, start, stop) of _attend_pieces from doc and branch (B, T); a prompt and its first alternative are one piece."""
-    rows = torch.arange(len(doc)).repeat_interleave(doc.shape[1])
-    kinds = torch.stack(
-        (rows, doc.reshape(-1), torch.zeros_like(rows) if branch is None else branch.reshape(-1))
-    )
-    runs, lengths = torch.unique_consecutive(kinds, dim=1, return_counts=True)
-    pieces, start, utterance = [], 0, None
-    for (*this, branch), length in zip(runs.T.tolist(), lengths.tolist()):
-        stop = start + length
-        if this != utterance:  # a new utterance, or the prompt of one
-            utterance, prompt = this, slice(start, stop)
-            pieces.append((None, start, stop))
-        elif pieces[-1] == (None, prompt.start, prompt.stop):
-            pieces[-1] = (None, prompt.start, stop)
-        else:
-            pieces.append((prompt, start, stop))
-        start = stop
-    return pieces
-
-
-@lru_cache(maxsize=1)
-def _flex():
-    """flex_attention and create_block_mask, compiled for callers that are not: the plain ones materialise the (T, T) scores."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    return torch.compile(flex_attention, dynamic=False), torch.compile(
-        create_block_mask, dynamic=False
-    )
-
-
-def _attention(doc, branch, device, flex=None):
-    """How every layer attends: a function of q, k, v made once a forward.
-
-    doc, branch: (B, T) or None, see SLM.forward. flex: use the block-masked flash kernel; None: on CUDA.
-    """
-    if doc is None:
-        return partial(_sdpa, causal=True)
-    B, T = doc.shape
-    if device.type == 'cpu' and not flex and not torch.compiler.is_compiling():
-        return partial(_attend_pieces, pieces=_pieces(doc, branch))
-
-    def visible(b, h, i, j):
-        seen = (doc[b, i] == doc[b, j]) & (j <= i)
-        return (
-            seen
-            if branch is None
-            else seen & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
-        )
-
-    if device.type == 'cuda' if flex is None else flex:
-        if torch.compiler.is_compiling():
-            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        else:
-            flex_attention, create_block_mask = _flex()
-        mask = create_block_mask(visible, B, None, T, T, device=device)
-        return lambda q, k, v: flex_attention(
-            q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    row, i = torch.arange(B, device=device)[:, None, None], torch.arange(T, device=device)
-    return partial(_sdpa, mask=visible(row, None, i[:, None], i[None, :])[:, None])  # (B, 1, T, T)
-
-
-def _draw(logits, noise, top_k, top_p):
-    """One token a row from softmax(logits) cut to the top_k likeliest and to the smallest set that holds top_p.
-
-    logits: (B, V). noise: (B, top_k) of Exp(1): argmax(p / noise) falls on each token with its probability p. Returns: (B,)
-    """
-    logits, ids = logits.topk(top_k, dim=-1)
-    probs = logits.softmax(-1)
-    if top_p < 1:
-        probs = probs.masked_fill(probs.cumsum(-1) - probs > top_p, 0)
-    return ids.gather(1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
-
-
 class SLM(nn.Module):
-    """A decoder-only transformer over speech units: the same function as transformers' model of its family.
+    """A decoder-only transformer over speech units.
 
-    Tokens: PAD 0, `<S>` 1 (both ends of an utterance), unit u at u + OFFSET (RECIPE: the convention of slprl/slam).
+    Tokens: PAD 0, `<S>` 1 (both ends of an utterance), unit u at u + OFFSET, the convention of
+    slprl/slam. `slam` is what slam.json knew: encoder, vocoder, n_units, frame_rate, dedup, recipe,
+    scores; and `scoring`: 'units' where the model was trained without `<S>` at the front, so that
+    an utterance is scored as its units alone, the first of which nothing predicts.
     """
 
     def __init__(self, config, seed=0):
         super().__init__()
         c = self.config = config
-        self._step = None  # the compiled step of generate
-        self.slam = {}  # what slam.json knew: encoder, vocoder, n_units, frame_rate, recipe, scores ...
-        # _weight: nn.Embedding's own initialisation would import the whole compiler for a model on the meta device
+        self.slam = {}
+        self.compiled_step = self.static_cache = None  # of generate
+        # _weight: nn.Embedding's own initialisation would import the whole compiler on meta
         self.embed = nn.Embedding(
             c.vocab_size, c.embed_dim, _weight=torch.empty(c.vocab_size, c.embed_dim)
         )
-        if c.learned_positions:
+        if c.positions == 'learned':
             rows = c.context + POSITION_OFFSET
             self.embed_positions = nn.Embedding(rows, c.n_embd, _weight=torch.empty(rows, c.n_embd))
         if c.embed_dim != c.n_embd:
-            self.project_in, self.project_out = (
-                nn.Linear(c.embed_dim, c.n_embd, bias=False),
-                nn.Linear(c.n_embd, c.embed_dim, bias=False),
-            )
+            self.project_in = nn.Linear(c.embed_dim, c.n_embd, bias=False)
+            self.project_out = nn.Linear(c.n_embd, c.embed_dim, bias=False)
         self.blocks = nn.ModuleList([Block(c) for _ in range(c.n_layer)])
         if c.pre_norm:
-            self.norm = Norm(c)
+            self.norm = Norm(c, c.n_embd)
         self.head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
-        R = int(c.head_dim * c.rotary_pct)
-        self.inv_freq = _rope_frequencies(
-            c, R
-        )  # (R / 2,) fp32: no buffer, because .to(bfloat16) would round it
         if not self.embed.weight.is_meta:
             generator = torch.Generator().manual_seed(seed)
             for module in self.modules():  # transformers' cold start: normal(0, 0.02), biases 0
@@ -598,116 +188,163 @@ class SLM(nn.Module):
                     nn.init.normal_(module.weight, std=0.02, generator=generator)
                     if getattr(module, 'bias', None) is not None:
                         nn.init.zeros_(module.bias)
+        self._apply(lambda tensor: tensor)
 
     def _apply(self, fn, recurse=True):
+        """Where .to, .cuda, .bfloat16 arrive: RoPE's tables are made anew in fp32, then rounded."""
         super()._apply(fn, recurse)
-        self.inv_freq = self.inv_freq.to(
-            'cpu' if self.embed.weight.is_meta else self.embed.weight.device
-        )
+        weight = self.embed.weight
+        if self.config.positions == 'rope' and not weight.is_meta:
+            self.rope = [table.to(weight) for table in rope_tables(self.config)]
         return self
 
-    # ------------------------------------------------------------------ forward
-
     def hidden(self, tokens, doc=None, positions=None, branch=None, attend=None):
-        """The last hidden states (B, T, embed_dim), ready for the head; arguments as in forward."""
+        """The last hidden states (B, T, embed_dim), ready for the head; arguments as in forward.
+
+        attend: a function of q, k, v in place of attention within documents (generation's).
+        """
         c, (B, T) = self.config, tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-            if (
-                doc is not None
-            ):  # restart at each utterance: subtract the index at which the present one began
-                first = torch.cat(
-                    (torch.ones_like(doc[:, :1]), (doc[:, 1:] != doc[:, :-1])), dim=1
-                ).bool()
+            if doc is not None:
+                # restart at each utterance: subtract the index at which the present one began
+                first = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True)
                 positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
-        if (
-            c.learned_positions
-            and T > c.context
-            and not torch.compiler.is_compiling()
-            and positions.max() >= c.context
-        ):
+        limit = position_limit(c)
+        if T > limit and not torch.compiler.is_compiling() and positions.max() >= limit:
             raise InputError(
-                f'{int(positions.max()) + 1} tokens are more than the {c.context} learned positions of this {c.family} model'
+                f'{int(positions.max()) + 1} tokens are more than the {limit} '
+                f'{c.positions} positions of this {c.family} model'
             )
+
         x = self.embed(tokens)  # (B, T, embed_dim)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(
-                torch.get_autocast_dtype(x.device.type)
-            )  # the residual stream in bf16, as a bf16 model has it
+            # the residual stream in bf16, as a bf16 model has it
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if c.embed_dim != c.n_embd:
             x = self.project_in(x)
-        if c.learned_positions:
+        rope = None
+        if c.positions == 'learned':
             x = x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
-            rope = None
         else:
-            angle = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, T, R / 2)
-            angle = torch.cat((angle, angle), dim=-1)
-            rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        attend = _attention(doc, branch, tokens.device) if attend is None else attend
+            rope = [table[positions][:, None].to(x.dtype) for table in self.rope]  # (B, 1, T, R/2)
+
+        if attend is None:
+            attend = attention_within(doc, branch, tokens.device, min(T, c.context))
         for block in self.blocks:
             x = block(x, rope, attend)
         if c.pre_norm:
             x = self.norm(x)
         return self.project_out(x) if c.embed_dim != c.n_embd else x
 
+    def logits(self, x, precise=False):
+        """The head: (..., embed_dim) -> (..., vocab_size). precise: the product in fp32."""
+        weight = self.head.weight
+        if x.is_cuda:  # 502 columns are unaligned and slow, 512 are not
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % 128))
+        if not precise:
+            return F.linear(x, weight)[..., : self.config.vocab_size]
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), weight.float())[..., : self.config.vocab_size]
+
+    def cross_entropy(self, x, targets, precise=False):
+        """-log p in nats, fp32, of each target: x (N, embed_dim), targets (N,) -> (N,); 0 where the
+        target is -100. A large vocabulary's logits never all exist at once, nor in backward."""
+
+        def piece(x, targets):
+            logits = self.logits(x, precise).float()
+            return F.cross_entropy(logits, targets, reduction='none', ignore_index=-100)
+
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(x) <= rows:
+            return piece(x, targets)
+        pieces = zip(x.split(rows), targets.split(rows), strict=True)
+        return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in pieces])
+
     def forward(self, tokens, targets=None, doc=None, positions=None, branch=None):
-        """Next-token logits, and the loss where targets are given.
+        """Next-token logits, or the loss where targets are given.
 
-        tokens: (B, T) int64. targets: (B, T) int64, the token after each, -100 where none is to be predicted.
-        doc: (B, T) integers, equal along one utterance and changing at its border; a token sees its own utterance alone, with
-        positions from 0. None: each row is one utterance. positions: (B, T), in place of those.
-        branch: (B, T), 0 for a shared prompt, 1, 2, ... for its alternatives, which see the prompt and themselves.
+        tokens: (B, T) int64. targets: (B, T) int64, the token after each, -100 where none is to be
+        predicted. doc: (B, T) integers, equal along one utterance and changing at its border; a
+        token sees its own utterance alone, with positions from 0. None: each row is one utterance.
+        positions: (B, T), in place of those. branch: (B, T), 0 for a shared prompt, 1, 2, ... for
+        its alternatives, which see the prompt and themselves.
 
-        Returns: logits (B, T, vocab_size), or (logits, loss) with the mean cross-entropy in fp32 over targets != -100, in nats.
-        Raises: InputError if learned positions do not reach that far.
+        Returns: logits (B, T, vocab_size); with targets the mean cross-entropy over those that are
+        not -100, in nats, a scalar computed in fp32.
+        Raises: InputError if the model's positions do not reach that far.
         """
-        logits = self.head(self.hidden(tokens, doc, positions, branch))
+        x = self.hidden(tokens, doc, positions, branch)
         if targets is None:
-            return logits
-        return logits, F.cross_entropy(
-            logits.float().view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100
-        )
+            return self.logits(x)
+        losses = self.cross_entropy(x.flatten(0, 1), targets.flatten())
+        return losses.sum() / (targets != -100).sum()
 
     def logps(
         self, tokens, mask, doc=None, positions=None, branch=None, segments=None, n=None, mean=False
     ):
-        """Log-probabilities in nats of the tokens where mask is 1, each given what it may see before it; differentiable, fp32.
+        """Log-probabilities in nats of the tokens where mask is 1, each given what it may see
+        before it; differentiable; the head's product in fp32 (bf16 logits above 8 are 1/16 apart).
 
-        tokens, doc, positions, branch: as in forward. mask: (B, T), 0 on the first token of every utterance, which nothing predicts.
-        segments: (B, T) int64, the output that each token counts towards, in 0 .. n - 1; None: its row.
-        Returns: (n,) or (B,) sums, or means per token. The metrics of the field take means (sBLIMP, StoryCloze); DPO takes sums.
+        tokens, doc, positions, branch: as in forward. mask: (B, T), 0 on the first token of every
+        utterance, which nothing predicts. segments: (B, T) int64, the output that each token counts
+        towards, in 0 .. n - 1; None: its row.
+        Returns: (n,) or (B,) sums, or means per token. The metrics of the field take means (sBLIMP,
+        StoryCloze); DPO takes sums.
         """
         B, T = tokens.shape
         before = torch.arange(T, device=tokens.device).expand(B, T) - 1
-        if (
-            branch is not None
-        ):  # an alternative's first token follows the prompt's last, not the alternative laid before it
+        if branch is not None:
+            # an alternative's first token follows the prompt's last, not the alternative before it
             prompt_end = torch.where(branch == 0, before + 1, 0).cummax(dim=1).values
-            begins = torch.cat(
-                (torch.zeros_like(branch[:, :1]), branch[:, 1:] != branch[:, :-1]), dim=1
-            ).bool() & (branch > 0)
+            begins = F.pad(branch[:, 1:] != branch[:, :-1], (1, 0)) & (branch > 0)
             before = torch.where(begins, prompt_end, before)
         x = self.hidden(tokens, doc, positions, branch)
         x = x.gather(1, before.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[-1]))
-        token_logps = -F.cross_entropy(
-            self.head(x).float().flatten(0, 1), tokens.flatten(), reduction='none'
-        )  # (B * T,)
+        token_logps = -self.cross_entropy(x.flatten(0, 1), tokens.flatten(), precise=True)
+
         mask = mask.flatten().to(token_logps.dtype)
         if segments is None:
             segments, n = torch.arange(B, device=tokens.device).repeat_interleave(T), B
-        sums = torch.zeros(n, device=tokens.device).index_add(
-            0, segments.flatten(), token_logps * mask
-        )
-        return (
-            sums / torch.zeros_like(sums).index_add(0, segments.flatten(), mask).clamp(min=1)
-            if mean
-            else sums
-        )
+        zeros = torch.zeros(n, dtype=token_logps.dtype, device=tokens.device)
+        sums = zeros.index_add(0, segments.flatten(), token_logps * mask)
+        if not mean:
+            return sums
+        return sums / zeros.index_add(0, segments.flatten(), mask).clamp(min=1)
+
+    def num_params(self):
+        """Parameters, tied ones once: what Table 7 counts."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, span=None):
+        """Floating-point operations of one token, forward and backward: 6 a weight that multiplies,
+        and causal attention.
+
+        span: mean tokens of an utterance (attention reaches half of it); None: the context.
+        """
+        c = self.config
+        weights = c.vocab_size * c.embed_dim  # the head
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and 'embed' not in name and name != 'head.weight':
+                weights += parameter.numel()
+        return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * (span or c.context)
 
     # ------------------------------------------------------------------ generation
 
+    def generate(self, prompts, *options, **more_options):
+        """Continue prompts; arguments as in generate_steps.
+
+        Returns: list of 1-D int64 tensors on the CPU, the new tokens alone, without the final `<S>`.
+        """
+        steps = list(self.generate_steps(prompts, *options, **more_options))
+        if not steps:
+            return [torch.empty(0, dtype=torch.long) for _ in prompts]
+        rows = torch.stack(steps, dim=1).cpu()  # (B, steps)
+        lengths = (rows >= OFFSET).long().cumprod(dim=1).sum(dim=1)
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
     @torch.inference_mode()
-    def generate(
+    def generate_steps(
         self,
         prompts,
         max_new_tokens=150,
@@ -717,78 +354,87 @@ class SLM(nn.Module):
         repetition_penalty=1.1,
         seed=None,
         compile=False,
+        ban_repeats=None,
     ):
-        """Continue prompts (defaults: Table 6 of the paper).
+        """Continue prompts token by token (defaults: Table 6 of the paper).
 
-        prompts: list of 1-D int64 tensors, `<S>` + units + OFFSET, of any lengths >= 1. temperature: 0 takes the likeliest. top_k: 0 is off.
-        repetition_penalty: over prompt and continuation, as transformers defines it. seed: of a generator of its own, None: torch's.
-        compile: torch.compile the step of one token; half a minute the first time, then two to three times as fast where launching small
-        operations is what costs. Pays for many tokens in batches of one size.
-        Returns: list of 1-D int64 tensors on the CPU, the new tokens alone, without the final `<S>`.
-        Raises: InputError if learned positions do not reach prompt + continuation.
+        prompts: list of 1-D int64 tensors, `<S>` + units + OFFSET, of any lengths >= 1.
+        temperature: 0 takes the likeliest. top_k: 0 is off. repetition_penalty: over prompt and
+        continuation, as transformers defines it. seed: of a generator of its own, None: torch's.
+        ban_repeats: no unit directly after itself, which de-duplicated units never show; None:
+        where slam says dedup. compile: torch.compile the step of one token; half a minute the first
+        time, then faster where launching small operations is what costs.
+
+        Yields: (B,) int64, the new tokens as they are made, on the model's device; `<S>` where a
+        row ends, PAD after that. Stops when all rows have ended.
+        Raises: InputError if the model's positions do not reach prompt + continuation.
         """
-        c, device, dtype = self.config, self.embed.weight.device, self.embed.weight.dtype
-        B, longest = len(prompts), max(len(p) for p in prompts)
-        total = longest + max_new_tokens
-        if c.learned_positions and total > c.context:
+        c, device = self.config, self.embed.weight.device
+        longest = max(len(prompt) for prompt in prompts)
+        if longest + max_new_tokens > position_limit(c):
             raise InputError(
-                f'{longest} prompt + {max_new_tokens} new tokens are more than the {c.context} learned positions of this model'
+                f'{longest} prompt + {max_new_tokens} new tokens are more than the '
+                f'{position_limit(c)} {c.positions} positions of this model'
             )
-        if (
-            compile and self._step is None
-        ):  # on a CPU no Python between the kernels, and small ones in one thread
-            options = (
-                {'cpp_wrapper': True, 'cpp.min_chunk_size': 8192} if device.type == 'cpu' else None
-            )
-            self._step = torch.compile(self._next, fullgraph=True, dynamic=True, options=options)
-        pad = torch.tensor([longest - len(p) for p in prompts])
-        tokens, seen = torch.full((B, total), PAD), torch.zeros(B, c.vocab_size, dtype=torch.bool)
-        for i, prompt in enumerate(prompts):
-            tokens[i, pad[i] : longest] = (
-                prompt  # left-padded: all rows continue at the same column
-            )
-            seen[i, prompt] = True
-        pad, tokens, seen = pad.to(device), tokens.to(device), seen.to(device)
-        columns = torch.arange(total, device=device)
-        keep = columns >= pad[:, None]  # (B, total)
-        cache = [
-            [
-                torch.zeros(B, c.n_kv_head, total, c.head_dim, device=device, dtype=dtype)
-                for _ in 'kv'
-            ]
-            for _ in range(c.n_layer)
-        ]
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        cut = temperature, min(top_k or c.vocab_size, c.vocab_size), top_p, repetition_penalty
-        noise = torch.empty(max_new_tokens, B, cut[1], device=device).exponential_(
-            generator=generator
-        )
+
+        # prompts padded on the left: all rows continue at the same column
+        B, V = len(prompts), c.vocab_size
+        now, seen = torch.full((B, longest), PAD), torch.zeros(B, V, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            now[row, longest - len(prompt) :] = prompt
+            seen[row, prompt] = True
+        padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+        now, seen, padding = now.to(device), seen.to(device), padding.to(device)
+        where = torch.arange(longest, device=device)
+        positions = (where - padding[:, None]).clamp(min=0)
+
+        # the cache has room for all columns, in steps of 128: few shapes, so little to compile
+        columns = -(-(longest + max_new_tokens) // 128) * 128
+        keep = torch.arange(columns, device=device) >= padding[:, None]
+        cache = self._cache(B, columns, compile)
         ended = torch.zeros(B, dtype=torch.bool, device=device)
-        now, at = tokens[:, :longest], (columns[:longest] - pad[:, None]).clamp(min=0)
-        for t in range(longest, total):
-            step = self._step if compile and t > longest else self._next
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        noise = torch.empty(max_new_tokens, B, min(top_k or V, V), device=device)
+        noise.exponential_(generator=generator)
+
+        # numbers as tensors, which need no other compilation for other values
+        numbers = torch.tensor([temperature or 1.0, min(top_p, 1.0), repetition_penalty])
+        numbers = numbers.to(device).unbind()
+        ban_repeats = bool(self.slam.get('dedup') if ban_repeats is None else ban_repeats)
+        for i in range(max_new_tokens):
+            step = self._compiled(device) if compile and i > 0 else self._next
             now = step(
-                now,
-                at,
-                columns[t - now.shape[1] : t],
-                keep,
-                cache,
-                t,
-                seen,
-                ended,
-                noise[t - longest],
-                *cut,
-            )
-            tokens[:, t] = now[:, 0]
-            if (
-                device.type == 'cpu' or t % 16 == 0
-            ) and ended.all():  # reading the flag waits for the GPU: not every token
-                break
-            at = at[:, -1:] + 1
-        rows, ends = tokens[:, longest:].cpu(), (tokens[:, longest:].cpu() < OFFSET)
-        return [
-            row[: int(end.float().argmax())] if end.any() else row for row, end in zip(rows, ends)
-        ]
+                *(now, positions, where, keep, cache, seen, ended, noise[i], numbers),
+                *(temperature == 0, ban_repeats),
+            ).clone()
+            yield now[:, 0]
+            # reading the flag waits for a GPU: not every token
+            if (device.type == 'cpu' or i % 16 == 15) and ended.all():
+                return
+            positions, where = positions[:, -1:] + 1, where[-1:] + 1
+
+    def _cache(self, B, columns, compile):
+        """Keys and values of each layer, a list of (B, n_kv_head, columns, head_dim). A compiled
+        step keeps them at one address, as CUDA graphs want it, and finds them there next time."""
+        c, weight = self.config, self.embed.weight
+        shape = (B, c.n_kv_head, columns, c.head_dim)
+        if not (compile and weight.is_cuda):
+            return [weight.new_zeros(shape) for _ in range(2 * c.n_layer)]
+        old = self.static_cache
+        if old is None or old[0].shape != shape or old[0].dtype != weight.dtype:
+            self.static_cache = [weight.new_zeros(shape) for _ in range(2 * c.n_layer)]
+            for tensor in self.static_cache:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        return self.static_cache
+
+    def _compiled(self, device):
+        """The compiled step: CUDA graphs on a GPU, on a CPU no Python between the kernels."""
+        if self.compiled_step is None:
+            how = dict(mode='reduce-overhead')
+            if device.type == 'cpu':  # small kernels in one thread
+                how = dict(options={'cpp_wrapper': True, 'cpp.min_chunk_size': 8192})
+            self.compiled_step = torch.compile(self._next, fullgraph=True, dynamic=True, **how)
+        return self.compiled_step
 
     def _next(
         self,
@@ -797,59 +443,49 @@ class SLM(nn.Module):
         where,
         keep,
         cache,
-        end,
         seen,
         ended,
         noise,
-        temperature,
-        top_k,
-        top_p,
-        repetition_penalty,
+        numbers,
+        greedy,
+        ban_repeats,
     ):
-        """One round of generation: tokens (B, T) enter the cache at columns `where`, the next ones (B, 1) leave; seen and ended are updated.
+        """One round of generation: tokens (B, T) enter the cache at columns `where`, the next ones
+        (B, 1) leave; cache, seen and ended are updated.
 
-        keep: (B, total), False on padding. cache: a layer's keys and values, (B, n_kv_head, total, head_dim); the first `end` columns are read.
-        seen: (B, V) tokens under repetition penalty. noise: (B, top_k) of Exp(1), whose race against the probabilities draws the token.
+        keep: (B, columns), False on padding. cache: as _cache makes it. seen: (B, V) tokens under
+        repetition penalty. noise: (B, top_k) of Exp(1), whose race against the probabilities draws
+        the token. numbers: temperature, top_p, repetition_penalty.
         """
-        c, (B, T), layers = self.config, tokens.shape, iter(cache)
-        visible = keep[:, None, None, :end] & (
-            torch.arange(end, device=where.device) <= where[:, None]
-        )  # (B, 1, T, end)
-        if T > 1:
-            visible = visible | torch.eye(
-                T, end, dtype=torch.bool, device=where.device
-            )  # padding sees itself: no NaN
+        B, T = tokens.shape
+        columns = torch.arange(keep.shape[1], device=keep.device)
+        visible = keep[:, None, None] & (columns <= where[:, None])  # (B, 1, T, columns)
+        if T > 1:  # padding sees itself: no NaN
+            visible = visible | (columns == where[:, None])
+        layers = iter(zip(cache[0::2], cache[1::2], strict=True))
 
         def attend(q, k, v):
             keys, values = next(layers)
             keys.index_copy_(2, where, k)
             values.index_copy_(2, where, v)
-            keys, values = keys[:, :, :end], values[:, :, :end]
             if T > 1:
-                return _sdpa(q, keys, values, mask=visible)
-            # one new token: the query heads of a key's group as that many queries, so that no key is copied
-            q = q.view(B, c.n_kv_head, -1, c.head_dim)
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).view(
-                B, c.n_head, 1, c.head_dim
-            )
+                return sdpa(q, keys, values, mask=visible)
+            # one new token: the query heads of a key's group as that many queries, no key is copied
+            groups = q.reshape(B, keys.shape[1], -1, q.shape[-1])
+            out = F.scaled_dot_product_attention(groups, keys, values, attn_mask=visible)
+            return out.reshape(q.shape)
 
-        logits = self.head(
-            self.hidden(tokens, positions=positions, attend=attend)[:, -1]
-        ).float()  # (B, V)
-        if repetition_penalty != 1.0:
-            logits = torch.where(
-                seen,
-                torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty),
-                logits,
-            )
-        logits = logits.masked_fill(
-            torch.arange(c.vocab_size, device=where.device) == PAD, -torch.inf
-        )  # padding is no speech
-        new = (
-            logits.argmax(-1)
-            if temperature == 0
-            else _draw(logits / temperature, noise, top_k, top_p)
-        )
+        x = self.hidden(tokens, positions=positions, attend=attend)
+        logits = self.logits(x[:, -1]).float()  # (B, V)
+        temperature, top_p, penalty = numbers
+        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(seen, penalised, logits)
+        vocabulary, last = torch.arange(logits.shape[1], device=logits.device), tokens[:, -1:]
+        banned = vocabulary == PAD
+        if ban_repeats:
+            banned = banned | ((vocabulary == last) & (last >= OFFSET))
+        logits = logits.masked_fill(banned, -torch.inf)
+        new = logits.argmax(-1) if greedy else draw(logits / temperature, noise, top_p)
         new = torch.where(ended, PAD, new)[:, None]
         seen.scatter_(1, new, True)
         ended |= new[:, 0] == EOS
@@ -859,11 +495,12 @@ class SLM(nn.Module):
 
     @classmethod
     def from_preset(cls, name, vocab_size=502, context=None, rope_theta=None, dropout=0.0, seed=0):
-        """A freshly initialised model of one of the paper's shapes (Table 7), no download: the cold start of Figure 2."""
+        """A freshly initialised model of one of the paper's shapes (Table 7), no download: the cold
+        start of Figure 2. Raises InputError naming the shapes there are."""
         if name.lower() not in PRESETS:
             raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
         config = SLMConfig(**PRESETS[name.lower()], vocab_size=vocab_size, dropout=dropout)
-        _set(config, context, rope_theta)
+        set_positions(config, context, rope_theta)
         return cls(config, seed)
 
     @classmethod
@@ -880,176 +517,642 @@ class SLM(nn.Module):
     ):
         """Load a folder or a hub name; no code of the checkpoint is ever run.
 
-        (a) A text LM of a supported family: TWIST, everything but the embedding (and head) stays; the new vocabulary of vocab_size
-        (None: 502) rows begins as `embed_init`: 'first_rows' of the old one (what resizing leaves; Hassid et al. 2023), 'random', or
-        'mean', its mean row. (b) A checkpoint of ours, (c) a public SLM (`lm.` prefix, slprl/slam), (d) a TWIST checkpoint
-        (`offset` in its config; rows are put in our order). Of these the vocabulary stays, and vocab_size, if given, must fit in it.
-        context: tokens to note in the config (learned positions stay as many as they are). rope_theta: in place of the checkpoint's.
+        (a) A text LM of a family in FAMILIES: TWIST, everything but the embedding (and head) stays;
+        the new vocabulary of vocab_size (None: 502) rows begins as `embed_init`: 'first_rows' of
+        the old one (what resizing leaves; Hassid et al. 2023), 'random', or 'mean', its mean row.
+        (b) A checkpoint of ours, (c) a public SLM (`lm.` prefix, slprl/slam), (d) a TWIST
+        checkpoint (`offset` in its config), (e) one of tiagoCuervo/slm_scaling (slam['scoring'] is
+        'units'). Their vocabulary stays, in our order, and vocab_size, if given, must fit in it.
+        context: tokens to note in the config (learned positions stay as many as they are).
+        rope_theta: in place of the checkpoint's.
 
-        Raises: InputError when there is no such folder or hub name, the family or a feature is not supported, tensors are missing or
-        left over (named), the vocabulary cannot hold the units, or context is longer than the learned positions.
+        Raises: InputError when there is no such folder or hub name, the family or a feature is not
+        supported, config.json and the tensors do not fit (named), the vocabulary cannot hold the
+        units or is that of text and units, or context is longer than the model's positions.
         """
-        folder = _find_checkpoint(where)
-        hf = _read_json(os.path.join(folder, 'config.json'))
-        slam_file = os.path.join(folder, 'slam.json')
-        slam = _read_json(slam_file) if os.path.exists(slam_file) else {}
-        public, prefix = hf.get('model_type') == 'speech_language_model', ''
-        if public:
-            if not isinstance(hf.get('base_config'), dict):
-                raise InputError(
-                    f"{where}: config.json has no base_config, the text LM's own config"
-                )
-            hf, prefix = hf['base_config'] | {'vocab_size': hf['vocab_size']}, 'lm.'
-        units_lm = bool(slam) or public or 'offset' in hf
-        config = SLMConfig.from_hf(hf)
+        folder = find_checkpoint(where)
+        hf, prefix, slam = read_description(folder, where)
+        config = from_hf_config(hf)
         config.dropout = dropout
-        _set(config, context, rope_theta)
-        state = _to_ours(_read_tensors(folder), config, prefix, where)
-        if (
-            units_lm and not slam and not public
-        ):  # TWIST: unit u is token u + offset; ours is u + OFFSET
-            bos = hf.get('bos_token_id')
-            bos = bos if isinstance(bos, int) and bos < hf['offset'] else 0
-            rows = torch.cat(
-                (
-                    torch.tensor([hf.get('pad_token_id') or 0, bos]).clamp(
-                        max=config.vocab_size - 1
-                    ),
-                    torch.arange(hf['offset'], config.vocab_size),
-                )
-            )
-            state |= {name: state[name][rows] for name in ('embed.weight', 'head.weight')}
-            config.vocab_size = len(rows)
-        if units_lm:
-            if vocab_size is not None and vocab_size > config.vocab_size:
-                raise InputError(
-                    f'{where} has a vocabulary of {config.vocab_size}, which cannot hold the {vocab_size - OFFSET} units of the data'
-                )
-        else:
-            config.vocab_size = 502 if vocab_size is None else vocab_size
-            for name in ('embed.weight', 'head.weight'):
-                state[name] = _twist_rows(state[name], config.vocab_size, embed_init, seed, where)
+        set_positions(config, context, rope_theta)
+        check_vocabulary(config.vocab_size, vocab_size, slam, where)
+        state = load_state(folder, config, FAMILIES[hf['model_type']], prefix)
+
+        embeddings = ['embed.weight'] if config.tied else ['embed.weight', 'head.weight']
+        order = token_order(hf, config.vocab_size)
+        for name in embeddings:
+            if slam is None:
+                size = vocab_size or 502
+                state[name] = twist_rows(state[name], size, embed_init, seed, where)
+            elif order is not None:
+                state[name] = state[name][order]
+        config.vocab_size = len(state['embed.weight'])
         if config.tied:
             state['head.weight'] = state['embed.weight']
+
         with torch.device('meta'):
             model = cls(config)
-        model.load_state_dict(
-            {name: tensor.to(dtype) for name, tensor in state.items()}, assign=True
-        )
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        model.load_state_dict(state, assign=True)
         if config.tied:
             model.head.weight = model.embed.weight
         model._apply(lambda tensor: tensor)
-        for key in ('encoder', 'vocoder'):  # folders beside slam.json, or public names
-            path = os.path.join(folder, str(slam.get(key) or '?'))
-            if os.path.isdir(path):
-                slam[key] = os.path.abspath(path)
-        model.slam = slam or (
-            dict(
-                encoder='mhubert25',
-                vocoder='hifigan25',
-                n_units=config.vocab_size - OFFSET,
-                frame_rate=25.0,
-            )
-            if units_lm
-            else {}
-        )
+        if slam is not None:
+            model.slam = dict(n_units=config.vocab_size - OFFSET) | slam
         return model
 
     def save_pretrained(self, folder, slam=None, state=None):
-        """Write config.json, model.safetensors (both as transformers reads them) and slam.json, each whole or not at all.
+        """Write config.json, model.safetensors (both as transformers reads them) and slam.json,
+        each whole or not at all.
 
-        slam: dict for slam.json; None: self.slam. Where `encoder` and `vocoder` name folders, these are copied in, so that the checkpoint
-        is complete by itself. state: a full state dict in place of self's (a sharded model's).
+        slam: dict for slam.json; None: self.slam. Where `encoder` and `vocoder` name folders, these
+        are copied in, so that the checkpoint is complete by itself. state: a state dict in place of
+        self's. Raises OSError naming the folder where it cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        os.makedirs(folder, exist_ok=True)
         slam = dict(self.slam if slam is None else slam, offset=OFFSET)
-        for key in ('encoder', 'vocoder'):
-            source, target = str(slam.get(key) or ''), os.path.join(folder, key)
-            if os.path.isdir(source):
-                if os.path.abspath(source) != os.path.abspath(target):
-                    shutil.copytree(source, target + '.tmp', dirs_exist_ok=True)
-                    shutil.rmtree(target, ignore_errors=True)
-                    os.replace(target + '.tmp', target)
-                slam[key] = key
-        tensors = _to_hf(self.state_dict() if state is None else state, self.config)
-        write = dict([('config.json', self.config.to_hf()), ('slam.json', slam)])
-        names = ('model.safetensors', *write)
-        try:
-            save_file(
-                tensors, os.path.join(folder, 'model.safetensors.tmp'), metadata={'format': 'pt'}
-            )
-            for name, content in write.items():
-                with open(os.path.join(folder, name + '.tmp'), 'w', encoding='utf-8') as file:
-                    json.dump(content, file, indent=2)
-            for name in names:
-                os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
-        except SafetensorError as error:  # a full disk
-            raise OSError(f'{folder} cannot be written: {error}') from None
-        finally:  # nothing half-written stays
-            for name in names:
-                with contextlib.suppress(OSError):
-                    os.remove(os.path.join(folder, name + '.tmp'))
-
-    def num_params(self):
-        """Parameters, tied ones once: what Table 7 counts."""
-        return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self, span=None):
-        """Floating-point operations of one token, forward and backward: 6 a weight that multiplies, and causal attention.
-
-        span: mean tokens of an utterance (attention reaches half of it); None: the context.
-        """
-        c = self.config
-        weights = sum(
-            p.numel() for name, p in self.named_parameters() if p.ndim == 2 and 'embed' not in name
-        ) + (c.vocab_size * c.embed_dim if c.tied else 0)
-        return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * (span or c.context)
+        for part in ('encoder', 'vocoder'):
+            if os.path.isdir(str(slam.get(part) or '')):
+                copy_part(slam[part], folder, part)
+                slam[part] = part
+        tensors = to_hf_tensors(self.state_dict() if state is None else state, self.config)
+        config_file, slam_file = (
+            os.path.join(folder, name) for name in ('config.json', 'slam.json')
+        )
+        with write_atomic(config_file) as about_model, write_atomic(slam_file) as about_units:
+            json.dump(to_hf_config(self.config), about_model, indent=2)
+            json.dump(slam, about_units, indent=2)
+            write_tensors(os.path.join(folder, 'model.safetensors'), tensors)
 
 
-def _set(config, context, rope_theta):
+ROPE_POSITIONS = 1 << 15  # rows of RoPE's tables: no utterance is longer than 32,768 tokens
+LOGITS_AT_ONCE = 1 << 28  # numbers; a vocabulary of units never comes near
+
+
+def position_limit(config):
+    """Tokens of the longest utterance that the model can take."""
+    return config.context if config.positions == 'learned' else ROPE_POSITIONS
+
+
+def rope_tables(config):
+    """cos and sin of RoPE's angles by position, (ROPE_POSITIONS, R / 2) each, fp32; scaled as in
+    Llama 3 or linearly if the config says so."""
+    R = int(config.head_dim * config.rotary_share)
+    turning = torch.arange(0, R, 2, dtype=torch.float32, device='cpu')
+    frequency = config.rope_theta ** (-turning / R)  # radians a token
+    scaling = config.rope_scaling or {}
+    if rope_kind(scaling) == 'linear':
+        frequency = frequency / scaling['factor']
+    elif rope_kind(scaling) == 'llama3':
+        # full turns within the original context; 0: slow enough to be stretched, 1: kept
+        turns = scaling['original_max_position_embeddings'] * frequency / (2 * math.pi)
+        low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / scaling['factor'])
+    positions = torch.arange(ROPE_POSITIONS, dtype=torch.float32, device='cpu')
+    angles = torch.outer(positions, frequency)
+    return angles.cos(), angles.sin()
+
+
+# -----------------------------------------------------------------------------
+# Attention within documents
+
+# On CUDA, of documents without branches in training: 'flex' (flex_attention, block-masked) or
+# 'varlen' (flash attention by cumulative lengths). Everything else takes flex.
+ATTENTION = 'flex'
+VARLEN_TOKENS = 64  # varlen: tokens of a document on average, at least; its lists have fixed length
+
+# flex_attention's blocks by the card's compute capability: with these ptxas spills no register.
+# Every token sees itself, so that no row is empty.
+FLEX_OPTIONS = {
+    9: dict(
+        ROWS_GUARANTEED_SAFE=True,
+        PRESCALE_QK=True,
+        fwd_num_warps=8,
+        bwd_BLOCK_M1=64,
+        bwd_BLOCK_N1=64,
+        bwd_BLOCK_M2=64,
+        bwd_BLOCK_N2=64,
+        bwd_num_warps=4,
+        bwd_num_stages=2,
+    ),
+    8: dict(ROWS_GUARANTEED_SAFE=True, PRESCALE_QK=True),
+}
+
+# cuDNN's attention plans anew for each shape, and here shapes vary
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def sdpa(q, k, v, mask=None, causal=False):
+    """Scaled dot-product attention; q (B, H, T, D), k and v (B, H_kv, S, D)."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and not q.is_cuda:  # the CPU's fused kernel wants equal heads
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1 and q.is_cuda
+    )
+
+
+def visibility(doc, branch):
+    """Whether token i sees token j: its own document's, from the prompt or its own branch, before
+    it. A function of indices (row, head, i, j), as flex_attention takes it."""
+
+    def visible(b, h, i, j):
+        seen = (doc[b, i] == doc[b, j]) & (j <= i)
+        if branch is None:
+            return seen
+        return seen & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
+
+    return visible
+
+
+def attention_within(doc, branch, device, longest):
+    """How every layer attends: a function of q, k, v made once a forward.
+
+    doc, branch: (B, T) or None, as in SLM.forward. longest: tokens of the longest document that is
+    to be expected (varlen).
+    """
+    if doc is None:
+        return partial(sdpa, causal=True)
+    B, T = doc.shape
+    if device.type == 'cpu' and not torch.compiler.is_compiling():
+        return partial(attend_pieces, pieces=find_pieces(doc, branch))
+    if (
+        device.type == 'cuda'
+        and ATTENTION == 'varlen'
+        and branch is None
+        and torch.is_grad_enabled()
+    ):
+        return attend_varlen(doc, longest)
+
+    visible = visibility(doc, branch)
+    if device.type == 'cuda':
+        return attend_flex(visible, B, T, device)
+    rows, i = torch.arange(B, device=device)[:, None, None], torch.arange(T, device=device)
+    return partial(sdpa, mask=visible(rows, None, i[:, None], i[None, :])[:, None])  # (B, 1, T, T)
+
+
+@lru_cache(maxsize=1)
+def compiled_flex():
+    """flex_attention and create_block_mask for callers that are not compiled: the plain ones
+    materialise the (T, T) scores."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+def attend_flex(visible, B, T, device):
+    """Block-masked flash attention: blocks in which `visible` is nowhere true are not computed."""
+    if torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    else:
+        flex_attention, create_block_mask = compiled_flex()
+    mask = create_block_mask(visible, B, None, T, T, device=device)
+    options = None
+    if device.type == 'cuda':
+        options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0])
+
+    def attend(q, k, v):
+        grouped = q.shape[1] != k.shape[1]
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=options)
+
+    return attend
+
+
+def attend_varlen(doc, longest):
+    """Flash attention by the documents' cumulative lengths, of rows laid end to end."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, T = doc.shape
+    first = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
+    number = first.cumsum(0) - 1  # (B * T,): which document a token is of
+    most = max(B, B * T // VARLEN_TOKENS)
+    torch._assert_async(number[-1] < most, f'documents shorter than {VARLEN_TOKENS} on average')
+    starts = torch.full((most + 1,), B * T, dtype=torch.int32, device=doc.device)
+    starts = starts.scatter_reduce(
+        0, number, torch.arange(B * T, dtype=torch.int32, device=doc.device), 'amin'
+    )
+
+    def attend(q, k, v):
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
+        out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))
+        return out.unflatten(0, (B, T)).transpose(1, 2)
+
+    return attend
+
+
+def attend_pieces(q, k, v, pieces):
+    """Packed attention as one call an utterance: on a CPU the cost is then the sum of squares, not
+    the square of the row.
+
+    pieces: (prompt, start, stop) in the rows laid end to end: that stretch sees itself causally,
+    and before it the prompt, a slice, if any.
+    """
+    B, H, T, D = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(1, B * T, -1, D).transpose(1, 2) for x in (q, k, v))
+    out = []
+    for prompt, start, stop in pieces:
+        queries, keys, values = (x[:, :, start:stop] for x in (q, k, v))
+        if prompt is None:
+            out.append(sdpa(queries, keys, values, causal=True))
+            continue
+        keys = torch.cat((k[:, :, prompt], keys), dim=2)
+        values = torch.cat((v[:, :, prompt], values), dim=2)
+        mask = torch.ones(stop - start, keys.shape[2], dtype=torch.bool)
+        out.append(sdpa(queries, keys, values, mask=mask.tril(prompt.stop - prompt.start)))
+    return torch.cat(out, dim=2).transpose(1, 2).reshape(B, T, H, D).transpose(1, 2)
+
+
+def find_pieces(doc, branch):
+    """The (prompt, start, stop) of attend_pieces from doc and branch (B, T); a prompt and its first
+    alternative are one piece."""
+    rows = torch.arange(len(doc)).repeat_interleave(doc.shape[1])
+    branches = torch.zeros_like(rows) if branch is None else branch.reshape(-1)
+    kinds = torch.stack((rows, doc.reshape(-1), branches))
+    runs, lengths = torch.unique_consecutive(kinds, dim=1, return_counts=True)
+    pieces, start, utterance = [], 0, None
+    for (*this, _), length in zip(runs.T.tolist(), lengths.tolist(), strict=True):
+        stop = start + length
+        if this != utterance:  # a new utterance, or the prompt of one
+            utterance, prompt = this, slice(start, stop)
+            pieces.append((None, start, stop))
+        elif pieces[-1] == (None, prompt.start, prompt.stop):
+            pieces[-1] = (None, prompt.start, stop)
+        else:
+            pieces.append((prompt, start, stop))
+        start = stop
+    return pieces
+
+
+def draw(logits, noise, top_p):
+    """One token a row from softmax(logits) cut to the likeliest and to the smallest set of them
+    that holds top_p.
+
+    logits: (B, V). noise: (B, top_k) of Exp(1): argmax(p / noise) falls on each token with its
+    probability p. top_p: a number, 1 is off. Returns: (B,)
+    """
+    logits, ids = logits.topk(noise.shape[1], dim=-1)
+    probs = logits.softmax(-1)
+    before = probs.cumsum(-1) - probs
+    probs = torch.where((before > top_p) & (top_p < 1), 0, probs)
+    return ids.gather(1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
+
+
+# -----------------------------------------------------------------------------
+# Families, and the files of an SLM
+
+POSITION_OFFSET = 2  # OPT's learned positions begin at row 2
+ACTIVATIONS = dict(
+    relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=partial(F.gelu, approximate='tanh')
+)
+
+# All that differs between families, one entry each. Values of SLMConfig's fields are what a new
+# model has; `keys` are our fields in config.json, `absent` what leaving one out means there, and
+# `constant` what else is written. `tensors` are the names of our modules in the checkpoint, under
+# `prefix`; several are joined along the output, so that one product computes them. A family with
+# `becomes` is only read.
+LLAMA = dict(
+    architecture='LlamaForCausalLM',
+    becomes=None,
+    norm='rms',
+    norm_eps=1e-6,
+    pre_norm=True,
+    parallel=False,
+    positions='rope',
+    rotary_share=1.0,
+    qk_norm=False,
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    act='silu',
+    gated=True,
+    tied=True,
+    keys=dict(
+        vocab_size='vocab_size',
+        n_layer='num_hidden_layers',
+        n_embd='hidden_size',
+        n_head='num_attention_heads',
+        n_kv_head='num_key_value_heads',
+        head_dim='head_dim',
+        n_ffn='intermediate_size',
+        context='max_position_embeddings',
+        norm_eps='rms_norm_eps',
+        qkv_bias='attention_bias',
+        out_bias='attention_bias',
+        mlp_bias='mlp_bias',
+        act='hidden_act',
+        tied='tie_word_embeddings',
+    ),
+    absent=dict(tied=False),
+    constant={},
+    prefix='model.',
+    layer='layers',
+    tensors=dict(
+        embed='embed_tokens',
+        norm='norm',
+        head='lm_head',
+        norm1='input_layernorm',
+        norm2='post_attention_layernorm',
+        qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+        out='self_attn.o_proj',
+        norm_q='self_attn.q_norm',
+        norm_k='self_attn.k_norm',
+        up=('mlp.gate_proj', 'mlp.up_proj'),
+        down='mlp.down_proj',
+    ),
+    other_names={},  # beginnings of names in some files
+    qkv_by_head=False,  # rows of q, k and v lie head by head
+    rope_pairs=False,  # RoPE turns features 2 i and 2 i + 1 together
+    units=None,  # what slam.json would say where the family is of unit LMs
+)
+
+
+def without(mapping, *names):
+    return {name: value for name, value in mapping.items() if name not in names}
+
+
+FAMILIES = dict(
+    llama=LLAMA,
+    qwen2=LLAMA
+    | dict(
+        architecture='Qwen2ForCausalLM',
+        qkv_bias=True,
+        keys=without(LLAMA['keys'], 'head_dim', 'qkv_bias', 'out_bias', 'mlp_bias'),
+    ),
+    qwen3=LLAMA
+    | dict(
+        architecture='Qwen3ForCausalLM',
+        qk_norm=True,
+        keys=without(LLAMA['keys'], 'mlp_bias'),
+        absent=dict(tied=False, head_dim=128),
+    ),
+    # facebook/MobileLLM-125M names a model type and code of its own
+    mobilellm=LLAMA | dict(becomes='llama', keys=LLAMA['keys'] | dict(tied='share_embedding')),
+    # tiagoCuervo/slm_scaling: unit u is token u, then <S>, then padding
+    slm=LLAMA
+    | dict(
+        becomes='llama',
+        keys=dict(
+            vocab_size='vocab_size',
+            n_layer='n_layers',
+            n_embd='dim',
+            n_head='n_heads',
+            n_kv_head='n_kv_heads',
+            n_ffn='hidden_dim',
+            context='block_size',
+            norm_eps='norm_eps',
+        ),
+        absent=dict(norm_eps=1e-5),
+        prefix='',
+        tensors=dict(
+            embed='tok_embeddings',
+            norm='norm',
+            head='output',
+            norm1='attention_norm',
+            norm2='ffn_norm',
+            qkv=('attention.wq', 'attention.wk', 'attention.wv'),
+            out='attention.wo',
+            up=('feed_forward.w1', 'feed_forward.w3'),
+            down='feed_forward.w2',
+        ),
+        rope_pairs=True,
+        units=dict(scoring='units'),
+    ),
+    opt=LLAMA
+    | dict(
+        architecture='OPTForCausalLM',
+        norm='layer',
+        norm_eps=1e-5,
+        positions='learned',
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        act='relu',
+        gated=False,
+        keys=dict(
+            vocab_size='vocab_size',
+            n_layer='num_hidden_layers',
+            n_embd='hidden_size',
+            n_head='num_attention_heads',
+            n_ffn='ffn_dim',
+            embed_dim='word_embed_proj_dim',
+            context='max_position_embeddings',
+            dropout='dropout',
+            pre_norm='do_layer_norm_before',
+            act='activation_function',
+            tied='tie_word_embeddings',
+        ),
+        absent=dict(tied=True),
+        constant=dict(attention_dropout=0.0, enable_bias=True, _remove_final_layer_norm=False),
+        prefix='model.decoder.',
+        tensors=dict(
+            embed='embed_tokens',
+            embed_positions='embed_positions',
+            project_in='project_in',
+            project_out='project_out',
+            norm='final_layer_norm',
+            head='lm_head',
+            norm1='self_attn_layer_norm',
+            norm2='final_layer_norm',
+            qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+            out='self_attn.out_proj',
+            up='fc1',
+            down='fc2',
+        ),
+        other_names={'decoder.': 'model.decoder.'},
+    ),
+    gpt_neox=LLAMA
+    | dict(
+        architecture='GPTNeoXForCausalLM',
+        norm='layer',
+        norm_eps=1e-5,
+        parallel=True,
+        rotary_share=0.25,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        act='gelu',
+        gated=False,
+        tied=False,
+        keys=dict(
+            vocab_size='vocab_size',
+            n_layer='num_hidden_layers',
+            n_embd='hidden_size',
+            n_head='num_attention_heads',
+            n_ffn='intermediate_size',
+            context='max_position_embeddings',
+            norm_eps='layer_norm_eps',
+            parallel='use_parallel_residual',
+            rope_theta='rotary_emb_base',
+            rotary_share='rotary_pct',
+            act='hidden_act',
+            tied='tie_word_embeddings',
+        ),
+        prefix='gpt_neox.',
+        tensors=dict(
+            embed='embed_in',
+            norm='final_layer_norm',
+            head='embed_out',
+            norm1='input_layernorm',
+            norm2='post_attention_layernorm',
+            qkv='attention.query_key_value',
+            out='attention.dense',
+            up='mlp.dense_h_to_4h',
+            down='mlp.dense_4h_to_h',
+        ),
+        other_names={'lm_head.': 'embed_out.'},  # transformers 5's name for it
+        qkv_by_head=True,
+    ),
+)
+
+
+def preset(family, n_layer, n_embd, n_head, n_kv_head, n_ffn, context, **more):
+    sizes = dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, n_ffn=n_ffn)
+    return dict(family=family, context=context, **sizes, **more)
+
+
+SMOL = dict(norm_eps=1e-5, rope_theta=1e5)
+PRESETS = {  # Table 7 of the paper, Slam (large)'s base, and a newer one of the first's size
+    'qwen2.5-0.5b': preset('qwen2', 24, 896, 14, 2, 4864, 32768, rope_theta=1e6),
+    'qwen2.5-1.5b': preset('qwen2', 28, 1536, 12, 2, 8960, 32768, rope_theta=1e6),
+    'smollm2-135m': preset('llama', 30, 576, 9, 3, 1536, 8192, **SMOL),
+    'mobilellm-125m': preset('llama', 30, 576, 9, 3, 1536, 2048, norm_eps=1e-5),
+    'smollm2-360m': preset('llama', 32, 960, 15, 5, 2560, 8192, **SMOL),
+    'mobilellm-350m': preset('llama', 32, 960, 15, 5, 2560, 2048, norm_eps=1e-5),
+    'opt-125m': preset('opt', 12, 768, 12, 12, 3072, 2048),
+    'opt-350m': preset('opt', 24, 1024, 16, 16, 4096, 2048, embed_dim=512, pre_norm=False),
+    'pythia-160m': preset('gpt_neox', 12, 768, 12, 12, 3072, 2048),
+    'pythia-410m': preset('gpt_neox', 24, 1024, 16, 16, 4096, 2048),
+    'qwen3-0.6b': preset('qwen3', 28, 1024, 16, 8, 3072, 40960, head_dim=128, rope_theta=1e6),
+}
+
+
+def find_family(name):
+    """The entry of a family. Raises InputError naming those there are."""
+    if name not in FAMILIES:
+        there = [name for name, entry in FAMILIES.items() if not entry['becomes']]
+        raise InputError(
+            f'model family {name!r} is not supported: use one of {", ".join(there)} '
+            f'(MobileLLM loads as llama)'
+        )
+    return FAMILIES[name]
+
+
+LARGEST = dict(n_layer=1000)  # what no model exceeds; any other dimension: 2 ** 24
+
+
+def complete_config(config):
+    """Fill in what the family says, and hold the dimensions against each other. Raises InputError."""
+    entry = find_family(config.family)
+    for name, field in config.__dataclass_fields__.items():
+        value, most = getattr(config, name), LARGEST.get(name, 1 << 24)
+        if value is None and name in entry:
+            setattr(config, name, entry[name])
+        elif field.type in (int, int | None) and value is not None and not 1 <= value <= most:
+            raise InputError(f'{name} is {value}: expected 1 to {most:,}')
+    if 'n_kv_head' not in entry['keys']:
+        config.n_kv_head = config.n_head
+    if config.act not in ACTIVATIONS:
+        raise InputError(
+            f'activation {config.act!r} is not supported: use one of {", ".join(ACTIVATIONS)}'
+        )
+    if config.head_dim is None and config.n_embd % config.n_head:
+        raise InputError(f'{config.n_head} heads do not divide width {config.n_embd}')
+    if config.n_head % config.n_kv_head:
+        raise InputError(f'{config.n_head} heads are no multiple of {config.n_kv_head} kv heads')
+    config.head_dim = config.head_dim or config.n_embd // config.n_head
+    config.embed_dim = config.embed_dim or config.n_embd
+
+
+def set_positions(config, context, rope_theta):
+    """Note another context (tokens) and RoPE theta, where given."""
     if context is not None:
-        if config.learned_positions and context > config.context:
+        if context > position_limit(config):
             raise InputError(
-                f'context {context} is longer than the {config.context} learned positions of this {config.family} model'
+                f'context {context} is longer than the {position_limit(config)} '
+                f'{config.positions} positions of this {config.family} model'
             )
-        config.context = config.context if config.learned_positions else context
+        if config.positions != 'learned':
+            config.context = context
     if rope_theta is not None:
         config.rope_theta = float(rope_theta)
 
 
-def _rope_frequencies(config, R):
-    """Angular frequencies (R / 2,) of RoPE in radians a token, scaled as Llama 3 does if asked."""
-    freq = config.rope_theta ** (-torch.arange(0, R, 2, dtype=torch.float32, device='cpu') / R)
-    scaling = config.rope_scaling
-    if not scaling:
-        return freq
-    if scaling.get('rope_type', scaling.get('type')) == 'linear':
-        return freq / scaling['factor']
-    turns = (
-        scaling['original_max_position_embeddings'] * freq / (2 * math.pi)
-    )  # full turns within the original context
-    low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow enough to be stretched, 1: kept
-    return freq * (smooth + (1 - smooth) / scaling['factor'])
+def rope_kind(rope):
+    return rope.get('rope_type', rope.get('type', 'default'))
 
 
-def _read_json(path):
+def from_hf_config(hf):
+    """SLMConfig from the dict of a transformers config.json. Raises InputError for a family or a
+    feature that SLM does not have, and for values that are none."""
+    entry = find_family(hf.get('model_type'))
+    # transformers 5 writes the former, 4 the latter
+    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
+    if rope_kind(rope) not in ('default', 'linear', 'llama3'):
+        raise InputError(
+            f'RoPE scaling {rope_kind(rope)!r} is not supported: use default, linear or llama3'
+        )
+    for key in ('use_sliding_window', 'layer_sharing', '_remove_final_layer_norm'):
+        if hf.get(key):
+            raise InputError(f'{key}={hf[key]} in config.json is not supported')
+
+    fields = dict(entry['absent'])
+    for ours, theirs in entry['keys'].items():
+        kind, value = SLMConfig.__dataclass_fields__[ours].type, hf.get(theirs)
+        if value is None:
+            continue
+        if not isinstance(value, kind | int if kind in (float, float | None) else kind):
+            raise InputError(f'config.json has {theirs}={value!r}, which is no such value')
+        fields[ours] = value
+    missing = {'n_layer', 'n_embd', 'n_head', 'vocab_size'} - set(fields)
+    if missing:
+        raise InputError(f'config.json lacks {entry["keys"][missing.pop()]}')
+    fields.setdefault('n_kv_head', fields['n_head'])
+    hidden = -(-int(8 * fields['n_embd'] / 3) // 256) * 256  # Llama's rule, for slm
+    fields.setdefault('n_ffn', hidden)
+    theta = rope.get('rope_theta') or hf.get('rope_theta') or fields.get('rope_theta')
+    fields['rope_theta'] = float(theta or 10000.0)
+    if rope_kind(rope) != 'default':
+        fields['rope_scaling'] = without(rope, 'rope_theta')
+    if 'rotary_share' in entry['keys'] and 'partial_rotary_factor' in rope:
+        fields['rotary_share'] = rope['partial_rotary_factor']
+    return SLMConfig(entry['becomes'] or hf['model_type'], **fields)
+
+
+def to_hf_config(config):
+    """The dict of a config.json that transformers opens (4.x and 5.x read these keys)."""
+    entry = FAMILIES[config.family]
+    hf = {theirs: getattr(config, ours) for ours, theirs in entry['keys'].items()}
+    if config.positions == 'rope':
+        hf |= dict(rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)
+    return hf | dict(
+        architectures=[entry['architecture']],
+        model_type=config.family,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        **entry['constant'],
+    )
+
+
+def read_json(path):
+    """The object of a JSON file. Raises InputError where there is none."""
     try:
         with open(path, encoding='utf-8') as file:
-            return json.load(file)
+            content = json.load(file)
     except FileNotFoundError:
         raise InputError(
             f'{path} is missing: a checkpoint is a folder with config.json and model.safetensors'
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f'{path} is not JSON: {error}') from None
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: expected a JSON object {{...}}')
+    return content
 
 
-def _find_checkpoint(where):
-    """The folder `where`, or that of a hub name in the local cache, downloaded if need be (no code, safetensors before pickles)."""
+def find_checkpoint(where):
+    """The folder `where`, or that of a hub name in the local cache, downloaded if need be (no code,
+    safetensors before pickles)."""
     if os.path.isdir(where):
         return where
     if where.count('/') != 1 or where.startswith(('.', '/', 'out/')):
@@ -1063,151 +1166,253 @@ def _find_checkpoint(where):
         return folder
     except Exception as error:
         raise InputError(
-            f'{where!r} is no folder, and the hub did not give it ({type(error).__name__}): download it elsewhere '
-            f'and pass the folder'
+            f'{where!r} is no folder, and the hub did not give it ({type(error).__name__}): '
+            f'download it elsewhere and pass the folder'
         ) from None
 
 
-def _read_tensors(folder):
-    """All tensors of a checkpoint: one file or shards, safetensors or (weights_only) pickles."""
-    from safetensors.torch import load_file
-
-    for name, load in (
-        ('model.safetensors', load_file),
-        ('pytorch_model.bin', partial(torch.load, map_location='cpu', weights_only=True)),
-    ):
-        path, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
-        if os.path.exists(index):
-            paths = [
-                os.path.join(folder, os.path.basename(shard))
-                for shard in sorted(set(_read_json(index)['weight_map'].values()))
-            ]
-        elif os.path.exists(path):
-            paths = [path]
-        else:
-            continue
-        state = {}
-        for path in paths:
-            try:
-                state |= load(path)
-            except Exception as error:
-                raise InputError(
-                    f'{path} cannot be read: {" ".join(str(error).split())[:200]}'
-                ) from None
-        return state
-    raise InputError(
-        f'{folder} has no model.safetensors (or pytorch_model.bin): is it a checkpoint?'
-    )
+PUBLIC_UNITS = dict(encoder='mhubert25', vocoder='hifigan25', frame_rate=25.0, dedup=True)
 
 
-def _their_names(name, config):
-    """The names of our tensor in the family's own checkpoint."""
-    names, (*path, kind) = NAMES[config.family], name.split('.')
-    theirs = names[path[-1]]
-    if path[-1] == 'head':
-        return [f'{theirs}.{kind}']
-    layer = f'{names["layer"]}.{path[1]}.' if path[0] == 'blocks' else ''
-    return [
-        f'{names["prefix"]}{layer}{one}.{kind}'
-        for one in ([theirs] if isinstance(theirs, str) else theirs)
-    ]
+def read_description(folder, where):
+    """What a checkpoint's json files say: the text LM's own config.json, the prefix of the tensors'
+    names, and slam: None for a text LM. Parts beside slam.json are named by their full path; a path
+    that leads elsewhere is not followed."""
+    hf, prefix = read_json(os.path.join(folder, 'config.json')), ''
+    hf |= hf.get('model_args') or {}  # slm_scaling
+    slam = FAMILIES.get(hf.get('model_type'), LLAMA)['units']
+    if hf.get('model_type') == 'speech_language_model':
+        if not isinstance(hf.get('base_config'), dict):
+            raise InputError(f"{where}: config.json has no base_config, the text LM's own config")
+        hf, prefix, slam = hf['base_config'] | {'vocab_size': hf.get('vocab_size')}, 'lm.', {}
+    if 'offset' in hf:
+        slam = {}
+    if slam is not None:
+        slam = PUBLIC_UNITS | slam
+    if os.path.exists(os.path.join(folder, 'slam.json')):
+        slam = read_json(os.path.join(folder, 'slam.json'))
+        for part in ('encoder', 'vocoder'):
+            name = str(slam.get(part) or '')
+            if os.path.isdir(os.path.join(folder, os.path.basename(name) or '?')):
+                slam[part] = os.path.abspath(os.path.join(folder, os.path.basename(name)))
+            elif os.path.isabs(name) or '..' in name:
+                slam[part] = None
+    return hf, prefix, slam
 
 
-def _regroup_neox(tensor, config, to_theirs):
-    """GPT-NeoX lays q, k, v out head by head, (H, 3, D, ...); ours is (3, H, D, ...)."""
-    first, second = (3, config.n_head) if to_theirs else (config.n_head, 3)
-    return tensor.view(first, second, config.head_dim, -1).transpose(0, 1).reshape(tensor.shape)
-
-
-def _to_ours(state, config, prefix, where):
-    """Rename and join the tensors of a transformers checkpoint. Raises InputError naming what is missing, left over or of wrong shape."""
-    with torch.device('meta'):
-        shapes = {name: tensor.shape for name, tensor in SLM(config).state_dict().items()}
-    state = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        if not name.endswith(OBSOLETE)
-    }
-    if config.family == 'opt':  # some files were saved without the outer module
-        state = {
-            ('model.' + name if name.startswith('decoder.') else name): tensor
-            for name, tensor in state.items()
-        }
-    if config.family == 'gpt_neox' and 'lm_head.weight' in state:  # transformers 5's name for it
-        state['embed_out.weight'] = state.pop('lm_head.weight')
-    wanted = {
-        name: _their_names(name, config)
-        for name in shapes
-        if not (config.tied and name == 'head.weight')
-    }
-    missing = [their for theirs in wanted.values() for their in theirs if their not in state]
-    extra = set(state).difference(
-        *wanted.values(), _their_names('head.weight', config) if config.tied else []
-    )
-    if missing or extra:
-        what = [
-            f'{word} {len(names)} ({", ".join(sorted(names)[:4])}{", ..." if len(names) > 4 else ""})'
-            for word, names in (('misses', missing), ('has unknown', extra))
-            if names
-        ]
+def check_vocabulary(size, wanted, slam, where):
+    """Raises InputError where a unit LM cannot hold the vocabulary of the data, or knows text too."""
+    if slam is None:
+        return
+    if size > max(20_000, slam.get('n_units', 0) + OFFSET):
         raise InputError(
-            f'{where}: the checkpoint {" and ".join(what)} tensors of a {config.family} model'
+            f'{where} has a vocabulary of {size:,}, that of a text LM and units: an interleaved '
+            f'speech-text model, which is not supported yet'
         )
-    ours = {}
-    for name, theirs in wanted.items():
-        tensor = (
-            torch.cat([state[their] for their in theirs]) if len(theirs) > 1 else state[theirs[0]]
+    if wanted is not None and wanted > size:
+        raise InputError(
+            f'{where} has a vocabulary of {size}, which cannot hold the {wanted - OFFSET} units '
+            f'of the data'
         )
-        if tensor.shape != shapes[name]:
-            raise InputError(
-                f'{where}: {theirs[0]} has shape {tuple(tensor.shape)}, config.json says {tuple(shapes[name])}'
-            )
-        ours[name] = (
-            _regroup_neox(tensor, config, False)
-            if config.family == 'gpt_neox' and '.qkv.' in name
-            else tensor
-        )
-    ours.setdefault('head.weight', ours['embed.weight'])
-    return ours
 
 
-def _to_hf(state, config):
-    """The tensors under the family's own names, joined ones apart again, contiguous and on the CPU."""
-    out = {}
-    for name, tensor in state.items():
-        if config.tied and name == 'head.weight':
-            continue
-        tensor, theirs = tensor.detach().cpu(), _their_names(name, config)
-        if config.family == 'gpt_neox' and '.qkv.' in name:
-            tensor = _regroup_neox(tensor, config, True)
-        sizes = [len(tensor)]
-        if len(theirs) == 3:
-            sizes = [
-                config.n_head * config.head_dim,
-                config.n_kv_head * config.head_dim,
-                config.n_kv_head * config.head_dim,
-            ]
-        elif len(theirs) == 2:
-            sizes = [config.n_ffn, config.n_ffn]
-        out |= {their: part.contiguous() for their, part in zip(theirs, tensor.split(sizes))}
-    return out
+def token_order(hf, vocab_size):
+    """Which of a checkpoint's tokens each of ours is: PAD, `<S>`, the units. None: they are equal."""
+    if 'offset' in hf:  # TWIST: unit u is token u + offset
+        bos, pad = hf.get('bos_token_id'), hf.get('pad_token_id') or 0
+        bos = bos if isinstance(bos, int) and bos < hf['offset'] else 0
+        return torch.tensor([min(pad, vocab_size - 1), bos, *range(hf['offset'], vocab_size)])
+    if FAMILIES[hf['model_type']]['units']:  # slm_scaling: the units, <S>, padding
+        return torch.tensor([vocab_size - 1, vocab_size - 2, *range(vocab_size - 2)])
+    return None
 
 
-def _twist_rows(old, vocab_size, embed_init, seed, where):
-    """The rows (vocab_size, C) with which a unit embedding begins, out of the text embedding (V, C)."""
+def twist_rows(old, vocab_size, embed_init, seed, where):
+    """The rows (vocab_size, C) with which a unit embedding begins, out of the text LM's (V, C)."""
     if embed_init == 'first_rows':
         if vocab_size > len(old):
             raise InputError(
-                f'{where} has {len(old)} embedding rows, too few for {vocab_size}: use embed_init=random or mean'
+                f'{where} has {len(old)} embedding rows, too few for {vocab_size}: '
+                f'use embed_init=random or mean'
             )
         return old[:vocab_size].clone()
     if embed_init == 'mean':
         return old.float().mean(0, keepdim=True).repeat(vocab_size, 1)
     if embed_init == 'random':
-        return torch.empty(vocab_size, old.shape[1]).normal_(
-            std=0.02, generator=torch.Generator().manual_seed(seed)
-        )
+        generator = torch.Generator().manual_seed(seed)
+        return torch.empty(vocab_size, old.shape[1]).normal_(std=0.02, generator=generator)
     raise InputError(f'embed_init {embed_init!r} is unknown: use first_rows, random or mean')
+
+
+def tensor_layout(config, entry):
+    """Where our tensors lie in a checkpoint of the family: {our name: [(their name, shape), ...]},
+    to be joined along the first dimension. Biases follow their weights."""
+    with torch.device('meta'):
+        state = SLM(config).state_dict()
+    queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    rows = {3: (queries, keys, keys), 2: (config.n_ffn, config.n_ffn)}
+    layout = {}
+    for name, tensor in state.items():
+        *path, module, kind = name.split('.')
+        theirs = entry['tensors'][module]
+        theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+        prefix = '' if module == 'head' else entry['prefix']
+        if path:
+            prefix += f'{entry["layer"]}.{path[1]}.'
+        layout[name] = [
+            (f'{prefix}{one}.{kind}', (size, *tensor.shape[1:]))
+            for one, size in zip(theirs, rows.get(len(theirs), tensor.shape), strict=False)
+        ]
+    if config.tied:
+        del layout['head.weight']
+    return layout
+
+
+# buffers that old files carry
+OBSOLETE = ('rotary_emb.inv_freq', 'attention.bias', 'attention.masked_bias', 'decoder.version')
+
+
+def our_names(names, config, entry, prefix):
+    """{a name in the file: the family's own name}, for the tensors that count."""
+    found = {}
+    for name in names:
+        if name.endswith(OBSOLETE):
+            continue
+        proper = name.removeprefix(prefix)
+        for other, usual in entry['other_names'].items():
+            if proper.startswith(other):
+                proper = usual + proper.removeprefix(other)
+        found[name] = proper
+    if config.tied:  # the head is the embedding; a file may hold either, or both
+        head = f'{entry["tensors"]["head"]}.weight'
+        embed = f'{entry["prefix"]}{entry["tensors"]["embed"]}.weight'
+        for name in [name for name, proper in found.items() if proper == head]:
+            if embed in found.values():
+                del found[name]
+            else:
+                found[name] = embed
+    return found
+
+
+def tensor_files(folder):
+    """The paths of a checkpoint's tensors: model.safetensors or pytorch_model.bin, or its shards."""
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        path, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
+        if os.path.exists(index):
+            shards = read_json(index).get('weight_map') or {}
+            names = sorted({os.path.basename(str(shard)) for shard in shards.values()})
+            return [os.path.join(folder, name) for name in names]
+        if os.path.exists(path):
+            return [path]
+    raise InputError(
+        f'{folder} has no model.safetensors (or pytorch_model.bin): is it a checkpoint?'
+    )
+
+
+def read_tensors(path, device='cpu'):
+    """The tensors of a file by name; device 'meta': their shapes alone, of safetensors out of its
+    header. Pickles are read with weights_only: no code runs."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    try:
+        if not path.endswith('.safetensors'):
+            return torch.load(path, map_location=device, weights_only=True)
+        if device != 'meta':
+            return load_file(path, device=device)
+        with safe_open(path, 'pt') as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        return {name: torch.empty(shape, device='meta') for name, shape in shapes.items()}
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise InputError(f'{path} cannot be read: {reason}') from None
+
+
+def check_shapes(shapes, layout, config, where):
+    """Hold a file's tensors against the layout. Raises InputError naming those that do not fit."""
+    wanted = dict(part for parts in layout.values() for part in parts)
+    problems = []
+    for word, names in (
+        ('misses', wanted.keys() - shapes),
+        ('has unknown', shapes - wanted.keys()),
+    ):
+        if names:
+            some = ', '.join(sorted(names)[:4]) + (', ...' if len(names) > 4 else '')
+            problems.append(f'{word} {len(names)} ({some})')
+    if problems:
+        raise InputError(
+            f'{where}: the checkpoint {" and ".join(problems)} tensors of a {config.family} model'
+        )
+    for name, shape in wanted.items():
+        if tuple(shapes[name]) != tuple(shape):
+            raise InputError(
+                f'{where}: {name} has shape {tuple(shapes[name])}, config.json says {tuple(shape)}'
+            )
+
+
+def load_state(folder, config, entry, prefix=''):
+    """The state dict of an SLM out of a checkpoint's files; names and shapes are held against the
+    config before anything large is read or made. Raises InputError naming what does not fit."""
+    paths, layout = tensor_files(folder), tensor_layout(config, entry)
+    shapes = {}
+    for path in paths:
+        shapes |= {name: tensor.shape for name, tensor in read_tensors(path, 'meta').items()}
+    names = our_names(shapes, config, entry, prefix)
+    check_shapes({names[name]: shapes[name] for name in names}, layout, config, folder)
+    state = {}
+    for path in paths:
+        tensors = read_tensors(path)
+        state |= {names[name]: tensors[name] for name in tensors if name in names}
+    return to_our_tensors(state, config, entry)
+
+
+def regroup(tensor, config, first, second):
+    """Rows in groups (first, second, head_dim) -> (second, first, head_dim)."""
+    return tensor.view(first, second, config.head_dim, -1).transpose(0, 1).reshape(tensor.shape)
+
+
+def pair_to_halves(tensor, config):
+    """Rows of queries or keys for RoPE on features 2 i and 2 i + 1 -> on i and i + head_dim / 2."""
+    pairs = tensor.view(-1, config.head_dim // 2, 2, tensor.shape[-1])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def to_our_tensors(state, config, entry):
+    """Tensors under the family's names -> ours, joined."""
+    ours = {}
+    for name, parts in tensor_layout(config, entry).items():
+        tensors = [state[theirs] for theirs, _ in parts]
+        if '.qkv.' in name and entry['rope_pairs']:
+            tensors[:2] = (pair_to_halves(tensor, config) for tensor in tensors[:2])
+        if '.qkv.' in name and entry['qkv_by_head']:
+            tensors = [regroup(tensors[0], config, config.n_head, 3)]
+        ours[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    return ours
+
+
+def to_hf_tensors(state, config):
+    """Our tensors -> under the family's own names, apart again, contiguous and on the CPU."""
+    entry, out = FAMILIES[config.family], {}
+    for name, parts in tensor_layout(config, entry).items():
+        tensor = state[name].detach().cpu()
+        if '.qkv.' in name and entry['qkv_by_head']:
+            tensor = regroup(tensor, config, 3, config.n_head)
+        pieces = tensor.split([shape[0] for _, shape in parts])
+        for (theirs, _), piece in zip(parts, pieces, strict=True):
+            out[theirs] = piece.contiguous()
+    return out
+
+
+def copy_part(source, folder, part):
+    """Copy an encoder or a vocoder into folder/part: its two files and nothing else."""
+    target = os.path.join(folder, part)
+    if os.path.realpath(source) == os.path.realpath(target):
+        return
+    for name in (f'{part}.json', f'{part}.safetensors'):
+        path = os.path.join(source, name)
+        if os.path.isfile(path):
+            with open(path, 'rb') as old, write_atomic(os.path.join(target, name), 'wb') as new:
+                shutil.copyfileobj(old, new)
 
 
 # -----------------------------------------------------------------------------
@@ -1800,7 +2005,7 @@ def _load_net(config):
     public = ENCODERS.get(name)
     here = public and os.path.isdir(cache_path(name))
     try:
-        return _read_net(_find_checkpoint(cache_path(name) if here else config['model']), config)
+        return _read_net(find_checkpoint(cache_path(name) if here else config['model']), config)
     except InputError as error:
         if not public:
             raise InputError(
@@ -1834,7 +2039,7 @@ def _read_net(folder, config):
     """The net of a checkpoint, without the layers above the encoder's. Raises InputError."""
     from transformers import AutoModel, logging
 
-    values = _read_json(os.path.join(folder, 'config.json'))
+    values = read_json(os.path.join(folder, 'config.json'))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it lists each tensor of the layers above
     logging.disable_progress_bar()
@@ -1870,7 +2075,7 @@ def _read_encoder(folder):
     from safetensors.torch import load_file
 
     path = os.path.join(folder, 'encoder.safetensors')
-    config = _read_json(os.path.join(folder, 'encoder.json'))
+    config = read_json(os.path.join(folder, 'encoder.json'))
     _check_encoder(config, os.path.join(folder, 'encoder.json'))
     try:
         tensors = load_file(path)
@@ -2157,7 +2362,7 @@ class UnitVocoder:
             from safetensors.torch import load_file
 
             config, path = (
-                _read_json(os.path.join(where, 'vocoder.json')),
+                read_json(os.path.join(where, 'vocoder.json')),
                 os.path.join(where, 'vocoder.safetensors'),
             )
             try:
@@ -2181,7 +2386,7 @@ class UnitVocoder:
             raise InputError(
                 f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt, or one of {", ".join(HIFIGAN)}'
             )
-        c = _read_json(config)
+        c = read_json(config)
         try:
             state = torch.load(path, map_location='cpu', weights_only=True)['generator']
             state = {
@@ -2435,6 +2640,29 @@ class UnitVocoder:
 # -----------------------------------------------------------------------------
 # What several scripts need
 
+
+def pick_device(device='auto'):
+    """'auto' -> cuda, else mps, else cpu; anything else as torch.device reads it. Raises InputError
+    if it is unknown or not there."""
+    if device == 'auto':
+        has_mps = torch.backends.mps.is_available()
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f'device {device!r} cannot be used here: {reason}') from None
+
+
+def pick_dtype(dtype, device):
+    """'auto' -> bfloat16 on cuda, float32 elsewhere; else the torch dtype of that name."""
+    if dtype == 'auto':
+        return torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f'dtype {dtype!r} is unknown: use auto, float32 or bfloat16')
+    return getattr(torch, dtype)
+
+
 AUDIO_EXTENSIONS = (
     *('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3'),
     *('.aiff', '.aif', '.aifc', '.au', '.sph', '.caf', '.w64'),
@@ -2598,6 +2826,23 @@ def write_atomic(path, mode='w'):
     finally:
         with contextlib.suppress(OSError):
             os.remove(aside)
+
+
+def write_tensors(path, tensors):
+    """A .safetensors file that appears whole or not at all, with the mode of any new file. Raises
+    OSError naming it where it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with write_atomic(path, 'wb') as file:
+        mode = os.stat(file.name).st_mode
+        try:
+            save_file(tensors, file.name, metadata={'format': 'pt'})
+        except SafetensorError as error:  # a full disk, say: "... (os error 28)"
+            number = re.search(r'os error (\d+)', str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code), path) from None
+        os.chmod(file.name, mode)  # safetensors' own is 0600
 
 
 # The Penn Treebank's word rule as NLTK's word_tokenize has it, each rule in its turn: what is to

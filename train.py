@@ -423,7 +423,7 @@ def validate(model, validation, device, autocast, rank=0, world=1):
         for row, predicted in rows[rank::world]:
             tokens, targets, doc = row.to(device, non_blocking=True)[:, None]
             with autocast:
-                sums[s] += model(tokens, targets, doc=doc)[1] * predicted
+                sums[s] += model(tokens, targets, doc=doc) * predicted
     model.train()
     if world > 1:
         dist.all_reduce(sums)
@@ -721,7 +721,7 @@ if __name__ == '__main__':
             if world > 1:  # gradients travel between processes once a step, with the last row
                 model.require_backward_grad_sync = i == len(batch['passes']) - 1
             with autocast:
-                part = model(tokens, targets, doc=doc)[1] * (predicted / batch['total'])
+                part = model(tokens, targets, doc=doc) * (predicted / batch['total'])
             (part * world).backward()  # of which DDP takes the mean over processes
             loss += part.detach()
 

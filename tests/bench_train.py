@@ -87,7 +87,7 @@ def side_by_side(data, utterances, config, rows, steps):
     def packed(step):
         batch = next(batches)
         tokens, targets, doc = batch['micro'][0]
-        model(tokens, targets, doc=doc)[1].backward()
+        model(tokens, targets, doc=doc).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.5, norm)
         optimizer.step()
@@ -130,7 +130,7 @@ def profile(batch_size, context, data):
     def step():
         tokens, targets, doc = next(batches)['micro'][0].cuda()
         with torch.autocast('cuda', torch.bfloat16):
-            loss = model(tokens, targets, doc=doc)[1]
+            loss = model(tokens, targets, doc=doc)
         loss.backward()
         optimizer.step()
         model.zero_grad()

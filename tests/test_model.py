@@ -179,12 +179,14 @@ def test_gradients_equal_transformers(pair):
     tokens = torch.randint(OFFSET, V, (2, 40))
     loss = hf(tokens, labels=tokens).loss
     loss.backward()
-    _, mine = ours(tokens, F.pad(tokens[:, 1:], (0, 1), value=-100))
+    mine = ours(tokens, F.pad(tokens[:, 1:], (0, 1), value=-100))
     mine.backward()
     assert abs(loss.item() - mine.item()) < 1e-5
-    theirs = slam._to_ours(
-        {name: p.grad for name, p in hf.named_parameters()}, ours.config, '', 'hf'
-    )
+    entry = slam.FAMILIES[ours.config.family]
+    grads = {name: p.grad for name, p in hf.named_parameters()}
+    names = slam.our_names(grads, ours.config, entry, '')
+    grads = {names[name]: grad for name, grad in grads.items() if name in names}
+    theirs = slam.to_our_tensors(grads, ours.config, entry)
     for name, p in ours.named_parameters():
         torch.testing.assert_close(
             p.grad, theirs[name], atol=1e-5, rtol=1e-3, msg=lambda m: f'{name}: {m}'
@@ -233,20 +235,25 @@ def test_packed_equals_alone_with_gradients(pair):
 
 
 def test_every_attention_path_gives_the_same(monkeypatch):
-    """The CPU's per-utterance calls, the dense mask, and the block-masked kernel that CUDA uses (its CPU reference, forward)."""
+    """The CPU's per-utterance calls, the dense mask, and the block-masked kernel that CUDA uses
+    (its CPU reference, forward)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    ours, path = small(), slam._attention
+    ours = small()
     tokens, doc = pack([[30, 50, 48], [100, 1, 27]], 128)
+
     with torch.no_grad():
         expected = ours(tokens, doc=doc)
         monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)  # the dense mask
         assert (ours(tokens, doc=doc) - expected).abs().max() < 1e-5
         monkeypatch.undo()
-        monkeypatch.setattr(slam, '_flex', lambda: (flex_attention, create_block_mask))
-        monkeypatch.setattr(
-            slam, '_attention', lambda doc, branch, device: path(doc, branch, device, flex=True)
-        )
+        flex = slam.attend_flex
+        monkeypatch.setattr(slam, 'compiled_flex', lambda: (flex_attention, create_block_mask))
+
+        def attend(doc, branch, device, longest):
+            return flex(slam.visibility(doc, branch), *doc.shape, device)
+
+        monkeypatch.setattr(slam, 'attention_within', attend)
         assert (ours(tokens, doc=doc) - expected).abs().max() < 1e-5
 
 
@@ -298,7 +305,7 @@ def test_loss_and_logps_against_the_definition():
             logp = ours(u[None])[0].double().log_softmax(-1)
             sums.append(sum(logp[t, u[t + 1]].item() for t in range(len(u) - 1)))
             counts.append(len(u) - 1)
-        assert abs(ours(tokens, targets, doc=doc)[1].item() + sum(sums) / sum(counts)) < 1e-5
+        assert abs(ours(tokens, targets, doc=doc).item() + sum(sums) / sum(counts)) < 1e-5
         mask = F.pad(doc[:, 1:] == doc[:, :-1], (1, 0))
         segments = doc + torch.tensor([[0], [2]])
         torch.testing.assert_close(
@@ -489,7 +496,7 @@ def test_errors_name_the_cause(tmp_path):
         SLM.from_pretrained(str(tmp_path / 'opt'), vocab_size=V)
     transformers.MambaConfig().save_pretrained(tmp_path / 'mamba')
     with pytest.raises(
-        InputError, match="'mamba' is not supported: use one of qwen2, llama, opt, gpt_neox"
+        InputError, match="'mamba' is not supported: use one of llama, qwen2, qwen3, opt, gpt_neox"
     ):
         SLM.from_pretrained(str(tmp_path / 'mamba'))
     for where, message in (
@@ -578,8 +585,8 @@ def test_sampled_distribution(options):
     noise = torch.empty(draws, options['top_k'] or 12).exponential_(
         generator=torch.Generator().manual_seed(0)
     )
-    sampled = slam._draw(
-        (logits / 0.8).expand(draws, -1), noise, noise.shape[1], options.get('top_p', 1.0)
+    sampled = slam.draw(
+        (logits / 0.8).expand(draws, -1), noise, torch.tensor(options.get('top_p', 1.0))
     )
     counts = torch.bincount(sampled, minlength=12).float()
     assert counts[expected == 0].sum() == 0
@@ -597,9 +604,9 @@ def test_compiles_whole_and_once():
         doc = torch.randint(0, 5, (2, 64)).sort(dim=1).values
         tokens, targets = torch.randint(OFFSET, V, (2, 64)), torch.randint(OFFSET, V, (2, 64))
         targets[0, :step] = -100
-        loss = compiled(tokens, targets, doc=doc)[1]
+        loss = compiled(tokens, targets, doc=doc)
         loss.backward()
-        assert abs(loss.item() - ours(tokens, targets, doc=doc)[1].item()) < 1e-5
+        assert abs(loss.item() - ours(tokens, targets, doc=doc).item()) < 1e-5
     assert (
         torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
         and not torch._dynamo.utils.counters['graph_break']

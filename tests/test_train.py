@@ -293,7 +293,7 @@ def test_loss_and_gradient_are_those_of_unpacked_utterances(data):
     model = small_model()
     packed = 0
     for (tokens, targets, doc), predicted in zip(step['passes'], step['predicted'], strict=True):
-        part = model(tokens[None], targets[None], doc=doc[None])[1] * predicted / step['total']
+        part = model(tokens[None], targets[None], doc=doc[None]) * predicted / step['total']
         part.backward()
         packed += part.item()
 
@@ -423,7 +423,7 @@ def train_some(model, optimizers, steps):
     curve = []
     for step in steps:
         tokens, targets, doc = step['passes'].transpose(0, 1)
-        loss = model(tokens, targets, doc=doc)[1]
+        loss = model(tokens, targets, doc=doc)
         loss.backward()
         for each in optimizers:
             each.step()
@@ -471,10 +471,10 @@ def test_adalomo_is_that_of_its_authors(data, monkeypatch):
     [optimizer] = train.make_optimizers(ours)
     reference = pytorch_optimizer.AdaLOMO(theirs, lr=1e-2, weight_decay=0.0, loss_scale=0)
     for _ in range(5):
-        ours(tokens, targets, doc=doc)[1].backward()
+        ours(tokens, targets, doc=doc).backward()
         optimizer.step()
         ours.zero_grad()
-        reference.fused_backward(theirs(tokens, targets, doc=doc)[1], 1e-2)
+        reference.fused_backward(theirs(tokens, targets, doc=doc), 1e-2)
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
 
