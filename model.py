@@ -75,6 +75,10 @@ class SLMConfig:
     def __post_init__(self):
         complete_config(self)
 
+    def to_hf(self):
+        """The dict of a config.json that transformers opens."""
+        return to_hf_config(self)
+
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, computed in fp32."""

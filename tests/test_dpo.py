@@ -226,7 +226,7 @@ def test_learning_rate_is_the_inverse_square_root():
     [
         ('qwen2', {}),
         ('opt', dict(act='relu')),
-        ('gpt_neox', dict(act='gelu', tied=False, rotary_pct=0.25)),
+        ('gpt_neox', dict(act='gelu', tied=False, rotary_share=0.25)),
     ],
 )
 def test_packed_logps_are_transformers(family, more, tmp_path):
