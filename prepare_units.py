@@ -1,45 +1,56 @@
 """Any audio -> units: fit k-means if asked, encode, pack into token files.
 
-    python prepare_units.py config/demo_units.py                                                  the demo, offline, on a CPU
-    python prepare_units.py --audio=LibriSpeech --encoder=mhubert25 --val_folders=dev-clean,dev-other --out=data/librispeech
-    torchrun --nproc_per_node=8 prepare_units.py --audio=librilight ...                           a GPU a shard; the first merges them all
-    python prepare_units.py --audio=librilight ... --shard=3/64     one of 64 jobs; after the last: the same with --only_pack in place of --shard
-    python prepare_units.py --audio=speech --encoder=facebook/hubert-base-ls960 --layer=9 --fit_kmeans=500 --fit_vocoder    your own language
-    python prepare_units.py --from_units=features.jsonl --out=data/theirs                         units of the public toolkit, no audio
+    python prepare_units.py config/demo_units.py                      the demo, offline, on a CPU
+    python prepare_units.py --audio=LibriSpeech --out=data/librispeech
+    python prepare_units.py --audio=hub:slprl/sTinyStories:train --out=data/stinystories
+    torchrun --nproc_per_node=8 prepare_units.py --audio=librilight --out=data/librilight
+    python prepare_units.py --audio=librilight --out=data/librilight --shard=3/64     one of 64 jobs
+    python prepare_units.py --audio=speech --encoder=facebook/hubert-base-ls960 --layer=9 \\
+        --fit_kmeans=500 --fit_vocoder                                your own language
+    python prepare_units.py --from_units=features.jsonl --out=data/theirs             no audio
+    python prepare_units.py --audio=speech --report=mfcc:100,mfcc:100:4,out/units/encoder
 
---audio takes, comma-separated: folders (searched), files, globs, manifest.jsonl (a folder that has one is read by it), lists of paths (.txt) and
-.tar shards. Preference manifests (prompt_path, chosen_path, rejected_path) give pairs.jsonl, all else units.jsonl, train.bin and val.bin:
-per utterance <S>, its de-duplicated units + 2, <S>. Work goes by chunks of files in a fixed order, each written when all before it are, so the
-files do not depend on the number of workers or shards, and a killed run goes on after the last whole chunk. Bad files go to failed.jsonl.
+--audio takes, comma-separated: folders (searched), files, globs, manifest.jsonl (a folder that has
+one is read by it), lists of paths (.txt), .parquet, hub:owner/name[:split], .tar and .tar.gz. A
+.json with `voice_activity` beside a recording (Libri-Light) or an .stm (TEDLIUM) cuts it. Manifests
+and parquet of preference pairs (prompt, chosen, rejected) give pairs.jsonl, all else units.jsonl,
+train.bin and val.bin: of each utterance <S>, its de-duplicated units + 2, <S>. Folders called
+dev-clean, validation and so on validate, those called test-clean, test and so on are left alone.
+
+The work is a list of parts, some files each; parts/00012.jsonl is there, whole, once part 12 is
+done. Whoever finds all parts there joins them in order. So a killed run goes on where it stopped,
+several may work in one folder, and what comes out depends neither on workers nor on shards. Bad
+files go to failed.jsonl.
 """
 
 from config import configure
 
-import fcntl
 import glob
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
 import shutil
-import signal
 import sys
 import tarfile
 import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache, partial
-from multiprocessing import get_context
+from contextlib import ExitStack
+from fnmatch import fnmatch
+from functools import partial
+from itertools import islice
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from model import (
+    AUDIO_EXTENSIONS,
     BOS,
     ENCODERS,
     EOS,
@@ -50,828 +61,1261 @@ from model import (
     UnitTable,
     dedup,
     load_audio,
+    parquet_files,
+    read_jsonl,
+    read_parquet,
+    start_worker,
+    write_atomic,
 )
 
 # -----------------------------------------------------------------------------
-audio = ''  # folders, files, globs, manifest.jsonl, lists (.txt), .tar; comma-separated
-out = 'data/units'  # units.jsonl, pairs.jsonl, train.bin, val.bin, meta.json, failed.jsonl; of fitted ones also encoder/, vocoder/
-from_units = ''  # or units made elsewhere: features.jsonl, tokens.jsonl of the public toolkit, our units.jsonl; comma-separated
+audio = ''  # folders, files, globs, manifests, lists, parquet, hub:owner/name, tars; see above
+exclude = ''  # leave out files and folders of these names (patterns, comma-separated)
+out = 'data/units'  # a folder: units.jsonl, train.bin, val.bin, meta.json, encoder, vocoder ...
+from_units = ''  # instead of audio: units.jsonl, features.jsonl, tokens.jsonl, packed shards; globs
 n_units = 500  # that those were made with
+report = ''  # judge instead: encoders (NAME[:clusters[:switch]]) and units files, with phone times
+report_hours = 0.5  # on so much of --audio
 # the encoder
-encoder = 'mhubert25'  # mhubert25, hubert50, mfcc (offline), a folder with encoder.json, or any HuBERT, wav2vec 2, WavLM with:
-layer = None  # whose hidden states are taken
+encoder = 'mhubert25'  # mhubert25, hubert50, mfcc (offline), a folder with encoder.json, or any net
+layer = None  # of a HuBERT, wav2vec 2 or WavLM: whose hidden states are taken
 kmeans = ''  # .safetensors with `centroids`, or a joblib dump of scikit-learn's KMeans
 fit_kmeans = 0  # fit this many clusters on the speech itself instead
 fit_frames = 300_000  # on so many frames of training speech, drawn evenly
-switch = 1.0  # mfcc: the price of a change of unit, in mean distortions; 0: the nearest cluster of each frame
+switch = None  # the price of a change of unit, in mean distortions; None: the encoder's (mfcc 1.0)
 fit_vocoder = False  # also fit the table vocoder, a voice for any encoder
-vocoder_hours = 0.5  # on so much speech, drawn evenly
+vocoder_hours = 0.5  # on so much training speech, drawn evenly
 # how it is cut and split
-max_seconds = 30.0  # longer utterances are cut at the quietest point of the last third
-val_folders = (
-    ''  # files below these folders validate; if empty, and where a manifest has no `split`:
-)
-val_fraction = 0.01  # this share of the files, chosen by a hash of their names
+max_seconds = 0.0  # longer utterances are cut at the quietest point of the last third; 0: never
+val_folders = ''  # files below folders of these names validate; '': dev, dev-*, validation, ...
+val_fraction = 0.01  # where there is none of these: this share, chosen by a hash of the names
 max_failed = 1000  # stop when more files than this cannot be used
 # scale
-shard = ''  # i/n: this run encodes part i (from 0) of n; torchrun sets it
-only_pack = False  # merge the shards into token files
-workers = 0  # processes that read, and with mfcc encode; 0: one a core
+shard = ''  # i/n: this run encodes parts i, i + n, ... (i from 0); torchrun sets it
+workers = 0  # processes that read, and with mfcc encode; 0: one a core of this process's share
 seed = 1234
 device = 'auto'
-dtype = 'auto'  # of the net: bfloat16 on CUDA, float32 elsewhere
+dtype = 'float32'  # of the net: units are data, made once
 # -----------------------------------------------------------------------------
 
-CHUNK_FILES, CHUNK_BYTES = (
-    128,
-    32 << 20,
-)  # what a worker reads at a time: the window from which batches of like length are made
-AUDIO = ('.wav', '.flac', '.ogg', '.opus', '.mp3', '.aiff', '.aif')
-GRID = 640  # samples: 40 ms, where utterances are cut, so that frames fall where they would uncut
-PARTS = ('prompt', 'chosen', 'rejected')
+PART_FILES = 128  # at most, of a large corpus
+PART_BYTES = 32 << 20  # about 17 minutes of wav
+BATCH_SECONDS = 600  # of speech that a worker reads before it hands it on
+SAMPLE_SECONDS = 60.0  # what is drawn to fit on is cut to this
+CUT_GRID = (
+    640  # samples, 40 ms: utterances are cut there, so that frames fall where they would uncut
+)
+PAIR = ('prompt', 'chosen', 'rejected')
+ARCHIVES = ('.tar', '.tar.gz', '.tgz')
 SPLITS = dict(validation='val', valid='val', dev='val')  # what others call it
+# Settings that decide what is in a part. A folder's parts all have the same.
+RECIPE = (
+    *('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch', 'dtype'),
+    *('max_seconds', 'val_folders', 'val_fraction', 'exclude', 'seed'),
+)
+
+
+# -----------------------------------------------------------------------------
+# What there is: items, a file each, or a row, a member, a row group of one
 
 
 class Item(NamedTuple):
-    """Where an utterance, or a row of a preference manifest, is to be read."""
+    """Where an utterance, or several, are to be read."""
 
-    kind: str  # file; row or pair of a manifest; member of a tar
-    path: str  # the audio file, the manifest, the tar
-    offset: int = 0  # of the row or member, bytes
+    kind: str  # file; row of a manifest; member of a tar; archive (tar.gz); parquet
+    path: str
+    at: int = 0  # byte of the row or member; row group of a parquet file (-1: all)
     size: int = 0  # bytes, as far as known
-    split: str = ''  # train, val, or not said
-    name: str = ''  # of the member
+    split: str = ''  # train, val or test, where the data says so
+    name: str = ''  # of the member, or the path in the row
 
 
-def list_items(path):
-    """The items of one file or folder, in a fixed order."""
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, 'manifest.jsonl')):
-        seen = set()
-        for folder, below, names in os.walk(path, followlinks=True):
-            below.sort()
-            if (real := os.path.realpath(folder)) in seen:  # links may lead in circles
-                below[:], names = [], []
-            seen.add(real)
-            if 'manifest.jsonl' in names:  # it knows what lies here
-                below[:], names = [], ['manifest.jsonl']
-            for name in sorted(names):
-                if name.lower().endswith(AUDIO + ('.tar', 'manifest.jsonl')):
-                    yield from list_items(os.path.join(folder, name))
-    elif os.path.isdir(path) or path.endswith('.jsonl'):
-        path = os.path.join(path, 'manifest.jsonl') if os.path.isdir(path) else path
-        with open(path, 'rb') as file:
-            at = 0
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                    kind, split = 'pair' if 'prompt_path' in row else 'row', row.get('split') or ''
-                    size = int(float(row.get('seconds') or 10) * 20000)
-                    if not all(
-                        isinstance(x, str) and x
-                        for x in (
-                            row[key]
-                            for key in ('path', *(f'{p}_path' for p in PARTS))
-                            if key in row
-                        )
-                    ) or (kind == 'row' and 'path' not in row or not isinstance(split, str)):
-                        raise ValueError
-                except (ValueError, KeyError, TypeError, OverflowError):
-                    raise InputError(
-                        f'{path}, line {number}: expected JSON with `path` (or prompt_path, chosen_path, rejected_path)'
-                        ' and, if any, seconds and split'
-                    ) from None
-                yield Item(kind, path, at, size, SPLITS.get(split, split))
-                at += len(line)
-    elif path.endswith('.tar'):
-        try:
-            with tarfile.open(path, 'r:') as tar:
-                for member in tar:
-                    if member.isfile() and member.name.lower().endswith(AUDIO):
-                        yield Item('member', path, member.offset_data, member.size, '', member.name)
-                    tar.members = []  # else it remembers them all
-        except tarfile.TarError as error:
-            raise InputError(f'{path} is no uncompressed tar ({error})') from None
+def size_of(path):
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def find_items(path):
+    """Yields the items of a file, a folder or a data set of the hub, in a fixed order."""
+    if path.startswith('hub:'):
+        for name in parquet_files(path):
+            yield Item('parquet', name, -1)
+    elif os.path.isdir(path):
+        yield from items_below(path)
+    elif path.endswith('.jsonl'):
+        yield from items_of_manifest(path)
     elif path.endswith('.txt'):
-        with open(path, encoding='utf-8', errors='surrogateescape') as file:
-            for name in filter(None, (line.split('\t')[0].strip() for line in file)):
-                full = os.path.join(os.path.dirname(path), name)
-                yield Item('file', full, 0, os.path.getsize(full) if os.path.exists(full) else 0)
+        yield from items_of_list(path)
+    elif path.endswith('.parquet'):
+        yield from items_of_parquet(path)
+    elif path.endswith('.tar'):
+        yield from items_of_tar(path)
     else:
-        yield Item('file', path, 0, os.path.getsize(path) if os.path.exists(path) else 0)
+        yield Item('archive' if path.endswith(ARCHIVES) else 'file', path, 0, size_of(path))
+
+
+def items_below(path):
+    """A folder, searched; links are followed, each folder once. A manifest knows what lies there."""
+    seen = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders.sort()
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        if 'manifest.jsonl' in names:
+            folders.clear()
+            names = ['manifest.jsonl']
+        for name in sorted(names):
+            wanted = (*AUDIO_EXTENSIONS, *ARCHIVES, '.parquet', 'manifest.jsonl')
+            if name.lower().endswith(wanted) and not name.startswith('.'):
+                yield from find_items(os.path.join(folder, name))
+
+
+def items_of_manifest(path):
+    """A row each: `path`, or prompt_path, chosen_path and rejected_path."""
+    at = 0
+    with open(path, 'rb') as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                paths = paths_of_row(row)
+                split = row.get('split') or ''
+                size = int(float(row.get('seconds') or 10) * 20_000)
+                if not all(isinstance(text, str) for text in (*paths, split)) or not all(paths):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+                raise InputError(
+                    f'{path}, line {number}: expected JSON with `path` (or prompt_path, '
+                    'chosen_path, rejected_path) and, if any, seconds and split'
+                ) from None
+            yield Item('row', path, at, size, SPLITS.get(split, split), paths[0])
+            at += len(line)
+
+
+def paths_of_row(row):
+    """The audio of a manifest's row: one path, or three of a preference pair."""
+    return [row[f'{part}_path'] for part in PAIR] if 'prompt_path' in row else [row['path']]
+
+
+def items_of_list(path):
+    """A path a line (what follows a tab is ignored), relative to the list or to where we are."""
+    with open(path, encoding='utf-8', errors='surrogateescape') as file:
+        for line in file:
+            name = line.split('\t')[0].strip()
+            if name:
+                full = find_path(name, os.path.dirname(path))
+                yield Item('file', full, 0, size_of(full))
+
+
+def items_of_parquet(path):
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise InputError(f'{path}: to read parquet, pip install pyarrow') from None
+    try:
+        with ParquetFile(path) as file:
+            sizes = [
+                file.metadata.row_group(group).total_byte_size
+                for group in range(file.num_row_groups)
+            ]
+    except (ArrowException, OSError) as error:
+        raise InputError(f'{path}: not readable as parquet ({error})') from None
+    for group, size in enumerate(sizes):
+        yield Item('parquet', path, group, size)
+
+
+def items_of_tar(path):
+    try:
+        with tarfile.open(path, 'r:') as tar:
+            for member in tar:
+                if member.isfile() and member.name.lower().endswith(AUDIO_EXTENSIONS):
+                    yield Item('member', path, member.offset_data, member.size, '', member.name)
+                tar.members = []  # else it remembers them all
+    except tarfile.TarError as error:
+        raise InputError(f'{path} is no uncompressed tar ({error})') from None
+
+
+def find_path(path, folder):
+    """A path from a manifest or list: relative to its folder or, if there is none, to where we are."""
+    beside = os.path.join(folder, path)
+    return path if not os.path.exists(beside) and os.path.exists(path) else beside
 
 
 def list_audio(where):
-    """What --audio names -> (root, items); names are given relative to root, the folder of it all. Raises InputError if there is nothing."""
-    items, folders = [], []
+    """What --audio names -> [(source, items)], and the folder of it all. Raises InputError."""
+    sources, folders = [], []
     for source in filter(None, (part.strip() for part in where.split(','))):
-        found = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
-        if '**' in source and not os.path.exists(source):  # it names folders and what lies in them
-            found = [
-                path
-                for path in found
-                if path.lower().endswith(AUDIO + ('.tar',)) and os.path.isfile(path)
-            ]
+        direct = source.startswith('hub:') or os.path.exists(source)
+        found = [source] if direct else sorted(glob.glob(source, recursive=True))
+        if not direct and '**' in source:  # it names folders and again what lies in them
+            found = [path for path in found if not os.path.isdir(path)]
+            found = [path for path in found if path.lower().endswith(AUDIO_EXTENSIONS + ARCHIVES)]
             found = sorted({os.path.realpath(path): path for path in reversed(found)}.values())
-        before = len(items)
+        items = [item for path in found for item in find_items(path)]
+        if not items:
+            what = 'no audio in it' if found else 'no such file or folder'
+            kinds = ' '.join((*AUDIO_EXTENSIONS, *ARCHIVES, '.parquet', 'manifest.jsonl'))
+            raise InputError(f'--audio={source}: {what} (looked for {kinds})')
+        sources.append((source, items))
         for path in found:
-            items.extend(list_items(path))
-            folders.append(os.path.abspath(path if os.path.isdir(path) else os.path.dirname(path)))
-        if len(items) == before:
-            raise InputError(
-                f'--audio={source}: {"no audio in it" if found else "no such file or folder"} (looked for {" ".join(AUDIO)} .tar)'
-            )
-    if not items:
-        raise InputError(
-            '--audio names nothing: give folders, files, globs, a manifest.jsonl, a list of paths (.txt) or .tar shards'
-        )
-    return os.path.commonpath(folders), list(
-        dict.fromkeys(items)
-    )  # what was named twice comes once
+            if not path.startswith('hub:'):
+                folder = path if os.path.isdir(path) else os.path.dirname(path)
+                folders.append(os.path.abspath(folder))
+    if not sources:
+        raise InputError('--audio names nothing: give folders, files, globs, manifests, hub:NAME')
+    return sources, os.path.commonpath(folders) if folders else os.getcwd()
 
 
-def make_chunks(items):
-    """Lists of consecutive items, each at most CHUNK_FILES (fewer of a small corpus) and, but for one that is larger alone, CHUNK_BYTES."""
-    chunks, size, most = [[]], 0, max(1, min(CHUNK_FILES, len(items) // 32))
-    for item in items:
-        if chunks[-1] and (len(chunks[-1]) == most or size + item.size > CHUNK_BYTES):
-            chunks.append([])
-            size = 0
-        chunks[-1].append(item)
-        size += item.size
-    return chunks
+def name_below(path, root):
+    """How a file is called in units.jsonl: relative to the folder of it all."""
+    return path.removeprefix('hub:') if path.startswith('hub:') else os.path.relpath(path, root)
 
 
-def split_of(name, val_folders, val_fraction):
-    """'train' or 'val' for a file, by its folders if val_folders (comma-separated) says some, else by a hash of its name."""
-    if val_folders:
-        return (
-            'val'
-            if set(os.path.dirname(name).split('/'))
-            & {folder.strip(' /') for folder in val_folders.split(',')}
-            else 'train'
-        )
-    return (
-        'val'
-        if int.from_bytes(hashlib.sha1(os.fsencode(name)).digest()[:6], 'big')
-        < val_fraction * 2**48
-        else 'train'
+def split_by_folder(name, val_folders):
+    """'val' or 'test' where a folder in the name says so (LibriSpeech: dev-clean, test-other)."""
+    for folder in name.split('/')[:-1]:
+        if val_folders and any(fnmatch(folder, pattern) for pattern in val_folders):
+            return 'val'
+        if re.match(r'test([-_.].*)?$', folder):
+            return 'test'
+        if not val_folders and re.match(r'(dev|val|valid|validation)([-_.].*)?$', folder):
+            return 'val'
+    return ''
+
+
+def split_by_hash(name, val_fraction):
+    """'train' or 'val', by the name alone."""
+    digest = hashlib.sha1(os.fsencode(name)).digest()
+    return 'val' if int.from_bytes(digest[:6], 'big') < val_fraction * 2**48 else 'train'
+
+
+def choose_items(sources, root, val_folders, exclude):
+    """-> the items to encode, each with its split if its folder says one, and how many are left out:
+    what --exclude names, and test sets, except where all of a source is one: it was meant."""
+    val_folders, exclude = (
+        [name.strip(' /') for name in names.split(',') if name.strip(' /')]
+        for names in (val_folders, exclude)
     )
+    chosen, left_out = [], 0
+    for _, items in sources:
+        kept = []
+        for item in items:
+            name = os.path.join(name_below(item.path, root), item.name)
+            if item.kind == 'row':
+                name = os.path.join(name_below(os.path.dirname(item.path), root), item.name)
+            if any(fnmatch(part, pattern) for part in name.split('/') for pattern in exclude):
+                continue
+            if item.kind in ('parquet', 'archive'):
+                name += '/'  # dev-clean.tar.gz, test-00000-of-00001.parquet
+            folder_split = '' if item.split else split_by_folder(name, val_folders)
+            kept.append((item, folder_split))
+        if any(folder_split != 'test' for _, folder_split in kept):
+            kept = [(item, folder_split) for item, folder_split in kept if folder_split != 'test']
+        for item, folder_split in kept:
+            split = item.split or (folder_split if folder_split == 'val' else '')
+            chosen.append(item._replace(split=split))
+        left_out += len(items) - len(kept)
+    if not chosen:
+        raise InputError('--exclude leaves nothing of --audio')
+    by_folder = bool(val_folders) or any(item.split == 'val' for item in chosen)
+    if by_folder:
+        chosen = [item._replace(split=item.split or 'train') for item in chosen]
+    return list(dict.fromkeys(chosen)), left_out  # what was named twice comes once
+
+
+def make_parts(items):
+    """The work: lists of consecutive items, each of some megabytes unless one item is larger."""
+    parts, size, most = [[]], 0, max(1, min(PART_FILES, len(items) // 32))
+    for item in items:
+        if parts[-1] and (len(parts[-1]) == most or size + item.size > PART_BYTES):
+            parts.append([])
+            size = 0
+        parts[-1].append(item)
+        size += item.size
+    return parts
+
+
+# -----------------------------------------------------------------------------
+# Reading: items -> utterances
+
+
+class Piece(NamedTuple):
+    """An utterance, or a preference pair, read."""
+
+    row: dict  # what is known of it, as units.jsonl will say
+    waves: list  # (samples,) float32 at 16 kHz each: one, or of a pair three
+
+
+class Failure(NamedTuple):
+    name: str
+    reason: str
+
+
+def open_item(item):
+    """Yields (path or name, what is known, [audio] or of a pair three) of what an item holds."""
+    folder = os.path.dirname(item.path)
+    if item.kind == 'file':
+        yield item.path, {}, [item.path]
+    elif item.kind == 'row':
+        with open(item.path, 'rb') as file:
+            file.seek(item.at)
+            row = json.loads(file.readline())
+        paths = [find_path(path, folder) for path in paths_of_row(row)]
+        yield paths[0], row, paths
+    elif item.kind == 'member':
+        with open(item.path, 'rb') as file:
+            file.seek(item.at)
+            source = io.BytesIO(file.read(item.size))
+        yield os.path.join(item.path.removesuffix('.tar'), item.name), {}, [source]
+    elif item.kind == 'archive':
+        with tarfile.open(item.path, 'r|gz') as tar:
+            for member in tar:
+                if member.isfile() and member.name.lower().endswith(AUDIO_EXTENSIONS):
+                    source = io.BytesIO(tar.extractfile(member).read())
+                    yield (
+                        os.path.join(re.sub(r'(\.tar\.gz|\.tgz)$', '', item.path), member.name),
+                        {},
+                        [source],
+                    )
+                tar.members = []
+    else:
+        group = None if item.at < 0 else item.at
+        for number, row in enumerate(read_parquet(item.path, group)):
+            yield open_parquet_row(row, item, number)
+
+
+def open_parquet_row(row, item, number):
+    """The same of a row of parquet: columns prompt, chosen, rejected, or the one with audio."""
+    structs = {
+        key: row.pop(key)
+        for key, value in list(row.items())
+        if isinstance(value, dict) and 'bytes' in value
+    }
+    keys = PAIR if all(part in structs for part in PAIR) else list(structs)[:1]
+    if not keys:
+        raise InputError(f'{item.path}: no column holds audio, a struct of bytes and path')
+    sources = []
+    for struct in (structs[key] for key in keys):
+        where = find_path(struct.get('path') or '', os.path.dirname(item.path))
+        sources.append(io.BytesIO(struct['bytes']) if struct['bytes'] else where)
+    stem = item.path.removesuffix('.parquet') + (f'/{item.at:05d}' if item.at >= 0 else '')
+    name = os.path.basename(structs[keys[0]].get('path') or '')
+    if 'speaker' in row:
+        row.setdefault('voice', row.pop('speaker'))
+    if 'raw_text' in row:
+        row.setdefault('text', row['raw_text'])
+    return f'{stem}/{number:05d}' + (f'-{name}' if name else ''), row, sources
+
+
+def find_segments(path):
+    """Yields (what is known, [(start s, end s), ...] to be joined) where a file beside a recording
+    says how it is cut: Libri-Light's .json or TEDLIUM's .stm. Nothing otherwise."""
+    stem, extension = os.path.splitext(path)
+    if extension == '.flac' and os.path.exists(stem + '.json'):
+        with open(stem + '.json', encoding='utf-8') as file:
+            activity = json.load(file).get('voice_activity', [])
+        yield from (({}, spans) for spans in join_activity(activity))
+    folder, name = os.path.split(stem)
+    for stm in (f'{stem}.stm', os.path.join(os.path.dirname(folder), 'stm', name + '.stm')):
+        if extension == '.sph' and os.path.exists(stm):
+            with open(stm, encoding='utf-8', errors='replace') as file:
+                for line in file:
+                    fields = line.split(maxsplit=6)
+                    if len(fields) < 7 or line.startswith(';;') or 'ignore_time_segment' in line:
+                        continue
+                    _, _, speaker, start, end, _, text = fields
+                    yield dict(voice=speaker, text=text.strip()), [(float(start), float(end))]
+            break
+
+
+def join_activity(activity, longest=60):
+    """Voice activity [[start, end], ...] in seconds -> lists of spans of at most `longest` seconds
+    together (a longer span is alone), as Libri-Light's cut_by_vad.py joins them."""
+    group, seconds = [], 0.0
+    for start, end in activity:
+        if group and seconds + (end - start) > longest:
+            yield group
+            group, seconds = [], 0.0
+        group.append((start, end))
+        seconds += end - start
+    if group:
+        yield group
 
 
 def cut(wave, longest):
-    """Spans [(start, end)] in samples that tile (samples,), none over `longest`: cut at the quietest 200 ms of the last third, on the 40 ms grid."""
+    """Spans [(start, end)] in samples that tile (samples,), none over `longest`.
+
+    Cut at the quietest 200 ms of the last third, on the 40 ms grid. 0: one span.
+    """
     spans, start = [], 0
-    while len(wave) - start > longest:
+    while longest and len(wave) - start > longest:
         last = min(longest, len(wave) - start - longest // 6)  # what remains is no scrap
-        energy = (
-            torch.from_numpy(wave[start : start + last // GRID * GRID])
-            .view(-1, GRID)
-            .square()
-            .mean(1)
-        )
+        blocks = torch.from_numpy(wave[start : start + last // CUT_GRID * CUT_GRID])
+        energy = blocks.view(-1, CUT_GRID).square().mean(1)
         energy = torch.nn.functional.avg_pool1d(energy[None], 5, 1, 2, count_include_pad=False)[0]
-        first = max(1, longest * 2 // 3 // GRID)
-        end = start + (first + int(energy[first:].argmin())) * GRID
+        first = max(1, longest * 2 // 3 // CUT_GRID)
+        end = start + (first + int(energy[first:].argmin())) * CUT_GRID
         spans.append((start, end))
         start = end
     return spans + [(start, len(wave))]
 
 
-def read_item(item, plan):
-    """-> list of (row, waves): what is known of each utterance, and its (samples,) at 16 kHz; of a pair the three of PARTS."""
-    row, source, folder = {}, item.path, os.path.dirname(item.path)
-    if item.kind == 'member':
-        with open(item.path, 'rb') as file:
-            file.seek(item.offset)
-            source = io.BytesIO(file.read(item.size))
-        source.name = os.path.join(item.path.removesuffix('.tar'), item.name)
-    elif item.kind != 'file':
-        with open(item.path, 'rb') as file:
-            file.seek(item.offset)
-            row = json.loads(file.readline())
-        source = os.path.join(folder, row.pop('path', row.get('prompt_path')))
-    name = os.path.relpath(getattr(source, 'name', source), plan['root'])
-    split = item.split or split_of(name, plan['val_folders'], plan['val_fraction'])
-    if item.kind == 'pair':
-        waves = [load_audio(os.path.join(folder, row[part + '_path'])).numpy() for part in PARTS]
-        known = {
-            part: dict(units=[], duration=[], text=row.get(part + '_text', '')) for part in PARTS
-        }
-        return [(dict(file_name=name, **known, voice=row.get('voice'), split=split), waves)]
-    wave = load_audio(source).numpy()
-    spans = cut(wave, int(plan['max_seconds'] * SAMPLE_RATE))
-    pieces = []
-    for start, end in spans:
-        piece = dict(file_name=name, units=[], duration=[], split=split) | {
-            key: row[key] for key in row if key != 'split'
-        }
-        piece['seconds'] = round((end - start) / SAMPLE_RATE, 4)
-        if len(spans) > 1:
-            begin = piece['start'] = start / SAMPLE_RATE  # seconds within the file
-            words = [
-                [word, round(max(0, a - begin), 3), round(min(b - begin, piece['seconds']), 3)]
-                for word, a, b in row.get('words') or []
-                if begin <= (a + b) / 2 < end / SAMPLE_RATE
-            ]
-            piece |= dict(words=words, text=' '.join(word for word, _, _ in words)) if words else {}
-            if not words:
-                piece.pop('text', None)  # it is the whole file's
-        pieces.append((piece, [wave[start:end]]))
-    return pieces
-
-
-# The jobs: what an encoder does with the pieces of one chunk.
-
-
-def features(encoder, pieces):
+def marks_within(marks, start, end):
+    """Of [[word or phone, start s, end s], ...] those within a piece, in its own time."""
+    length = end - start
     return [
-        x.cpu().numpy()
-        for x in encoder.features(
-            [wave for row, waves in pieces if row['split'] == 'train' for wave in waves]
-        )
+        [label, round(max(0, first - start), 3), round(min(last - start, length), 3)]
+        for label, first, last in marks or []
+        if start <= (first + last) / 2 < end
     ]
 
 
-def encode(encoder, pieces, table_seconds=0):
-    """-> list of (file, line), seconds. Of the first table_seconds of training speech also what the table vocoder needs to know of it."""
-    units, lines, table = (
-        iter(encoder.encode([wave for _, waves in pieces for wave in waves])),
-        [],
-        None,
-    )
-    for row, waves in pieces:
-        for said, wave in zip([row] if len(waves) == 1 else [row[part] for part in PARTS], waves):
-            frames = next(units)
-            said['units'], said['duration'] = (x.tolist() for x in dedup(frames))
-            if table_seconds > 0 and row['split'] == 'train':
-                table = table or UnitTable(encoder.n_units, encoder.frame_rate)
-                table.add(wave, frames)
-                table_seconds -= len(wave) / SAMPLE_RATE
-        line = json.dumps(row, ensure_ascii=False, separators=(',', ':')).encode(
-            errors='backslashreplace'
-        )  # names need not be UTF-8
-        lines.append(('units' if len(waves) == 1 else 'pairs', line + b'\n'))
-    if table:
-        lines.append(('table', table.to_bytes()))
-    return lines, sum(len(wave) for _, waves in pieces for wave in waves) / SAMPLE_RATE
+def cut_pieces(wave, row, longest):
+    """Yields the pieces of one utterance; row: what is known of it, with its start if not 0."""
+    spans = cut(wave, int(longest * SAMPLE_RATE))
+    for number, (first, last) in enumerate(spans, 1):
+        piece = dict(row, seconds=round((last - first) / SAMPLE_RATE, 4))
+        if len(spans) > 1:
+            start, end = first / SAMPLE_RATE, last / SAMPLE_RATE
+            piece |= dict(start=row.get('start', 0.0) + start, piece=f'{number}/{len(spans)}')
+            piece.pop('text', None)  # it is the whole utterance's
+            for key in ('words', 'phones'):
+                if row.get(key):
+                    piece[key] = marks_within(row[key], start, end)
+            if row.get('words'):
+                piece['text'] = ' '.join(word for word, _, _ in piece['words'])
+        yield Piece(piece, [wave[first:last]])
 
 
-def begin_worker():
-    """One core each; Ctrl-C is the parent's to handle; on Linux a killed parent (kill -9) takes its workers along."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == 'linux':
-        import ctypes
+def read_utterance(path, known, sources, split, plan):
+    """Yields the pieces of what open_item tells of."""
+    name = name_below(path, plan.root)
+    split = split or split_by_hash(name, plan.val_fraction)
+    if len(sources) == 3:
+        waves = [load_audio(source).numpy() for source in sources]
+        row = dict(file_name=name)
+        for part in PAIR:
+            row[part] = dict(units=[], duration=[], text=known.get(f'{part}_text') or '')
+        own = {key: known[key] for key in known if not key.startswith(PAIR)}
+        yield Piece(row | own | dict(split=split), waves)
+        return
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-@lru_cache(1)
-def worker_encoder(where):
-    return (
-        UnitEncoder(json.loads(where))
-        if where.startswith('{')
-        else UnitEncoder.from_pretrained(where)
-    )  # not fitted yet: its config alone
-
-
-def work(job, items, plan, where):
-    """In a worker: read, and do the job if its encoder can (mfcc); nets run in the parent. -> result, failures [(name, reason)]."""
-    pieces, failures = [], []
-    for item in items:
-        try:
-            pieces += read_item(item, plan)
-        except (
-            Exception
-        ) as error:  # whatever is wrong with one file of millions must not end the run
-            name = item.name or f'{item.path}{f", byte {item.offset}" if item.offset else ""}'
-            failures.append((name, ' '.join(str(error).split()) or repr(error)))
-    return (pieces if where is None else job(worker_encoder(where), pieces)), failures
+    known = {key: value for key, value in known.items() if key not in ('path', 'split')}
+    row = dict(file_name=name, units=[], duration=[], split=split, **known)
+    segments = list(find_segments(sources[0])) if isinstance(sources[0], str) else []
+    wave = load_audio(sources[0]).numpy()
+    if not segments:
+        yield from cut_pieces(wave, row, plan.max_seconds)
+    for known, spans in segments:
+        samples = [(int(a * SAMPLE_RATE), int(b * SAMPLE_RATE)) for a, b in spans]
+        part = np.concatenate([wave[a:b] for a, b in samples])
+        if len(part):
+            segment = row | known | dict(start=spans[0][0])
+            yield from cut_pieces(part, segment, plan.max_seconds)
 
 
-def in_order(pool, ahead, jobs, plan, encoder, where):
-    """Yield (result, failures, chunk) of each (job, chunk) in turn, workers reading at most `ahead` of them in advance."""
-    waiting, jobs = deque(), iter(jobs)
+def read_item(item, plan):
+    """Yields the Pieces of an item, and a Failure for what cannot be read: one file of millions
+    must not end the run. What the hub does not give ends it: it is not the data's fault."""
     try:
-        while True:
-            while len(waiting) < ahead and (job := next(jobs, None)) is not None:
-                waiting.append((pool.submit(work, *job, plan, where), *job))
-            if not waiting:
-                return
-            future, job, chunk = waiting.popleft()
-            result, failures = future.result()
-            yield (result if where else job(encoder, result)), failures, chunk
-    except BrokenProcessPool:
+        for path, known, sources in open_item(item):
+            try:
+                yield from read_utterance(path, known, sources, item.split, plan)
+            except Exception as error:
+                yield Failure(path, ' '.join(str(error).split()) or repr(error))
+    except Exception as error:
+        if item.path.startswith('hub:'):
+            raise
+        where = f', byte {item.at}' if item.kind == 'row' else ''
+        yield Failure(item.path + where, ' '.join(str(error).split()) or repr(error))
+
+
+def read_batches(items, plan):
+    """Yields (pieces, failures, whether these are the last) of a part, some minutes at a time."""
+    pieces, failures, seconds = [], [], 0.0
+    for item in items:
+        for found in read_item(item, plan):
+            if isinstance(found, Failure):
+                failures.append(found)
+                continue
+            pieces.append(found)
+            seconds += sum(map(len, found.waves)) / SAMPLE_RATE
+            if seconds > BATCH_SECONDS:
+                yield pieces, failures, False
+                pieces, failures, seconds = [], [], 0.0
+    yield pieces, failures, True
+
+
+class Reader(IterableDataset):
+    """What worker processes do: `work(items)` of each job (key, items), which yields results."""
+
+    def __init__(self, jobs, work):
+        self.jobs, self.work = jobs, work
+
+    def __iter__(self):
+        worker = get_worker_info()
+        for key, items in self.jobs[worker.id :: worker.num_workers]:
+            try:
+                for result in self.work(items):
+                    yield key, result
+            except InputError as error:
+                yield key, error
+
+
+def begin_worker(number):
+    start_worker()
+
+
+def hand_on(result):
+    return result  # arrays stay arrays, which go through a pipe and need no shared memory
+
+
+def work_ahead(jobs, work, n_workers, in_order):
+    """Yields (key, result) of `work(items)` for each job (key, items), made by worker processes in
+    advance. in_order: of jobs with one result each, in their order; else as they come."""
+    loader = DataLoader(
+        Reader(jobs, work),
+        batch_size=None,
+        num_workers=max(1, min(n_workers, len(jobs))),
+        worker_init_fn=begin_worker,
+        collate_fn=hand_on,
+        multiprocessing_context='fork',  # it takes what is loaded along
+        in_order=in_order,
+    )
+    try:
+        for key, result in loader:
+            if isinstance(result, InputError):
+                raise result
+            yield key, result
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
         raise InputError(
-            'a worker died, most likely for want of memory: use fewer --workers; the same command continues'
+            'a worker died, most likely for want of memory: use fewer --workers; '
+            'the same command continues'
         ) from None
-    finally:
-        for future, *_ in waiting:
-            future.cancel()
+
+
+# -----------------------------------------------------------------------------
+# The encoder: what is fitted, on speech drawn evenly
+
+
+def draw_speech(items, seconds, plan, work, n_workers):
+    """Yields work(pieces) of training speech drawn evenly from all items, 16 pieces at a time.
+
+    seconds: how much will be asked for, about; of each item no more pieces are read than that
+    needs. The order depends on the seed alone.
+    """
+    items = [item for item in items if item.split != 'val'] or items
+    items = random.Random(seed).sample(items, min(len(items), 100_000))
+    per_item = min(64, math.ceil(seconds / 5 / len(items)))  # few are shorter than 5 s
+    per_job = max(1, 16 // per_item)
+    short = SimpleNamespace(**vars(plan) | dict(max_seconds=SAMPLE_SECONDS))
+
+    def read(items):
+        found = [piece for item in items for piece in islice(read_item(item, short), per_item)]
+        pieces = [piece for piece in found if isinstance(piece, Piece)]
+        yield work([piece for piece in pieces if piece.row['split'] == 'train'] or pieces)
+
+    jobs = [(i, items[i : i + per_job]) for i in range(0, len(items), per_job)]
+    for _, result in work_ahead(jobs, read, n_workers, in_order=True):
+        yield result
+
+
+def draw_frames(net, items, n_frames, plan, n_workers):
+    """(frames, D) features of training speech, on the encoder's device."""
+
+    def features(pieces):
+        waves = [wave for piece in pieces for wave in piece.waves]
+        return [x.cpu().numpy() for x in net.features(waves)]
+
+    in_worker = net.config['kind'] == 'mfcc'
+    seconds = n_frames / net.frame_rate
+    drawn = draw_speech(items, seconds, plan, features if in_worker else hand_on, n_workers)
+    frames, total = [], 0
+    with tqdm(
+        total=n_frames, desc='frames to fit on', unit='', unit_scale=True, leave=False
+    ) as bar:
+        for result in drawn:
+            found = result if in_worker else features(result)
+            frames += found
+            total += sum(map(len, found))
+            bar.update(sum(map(len, found)))
+            if total >= n_frames:
+                break
+    if not frames:
+        raise InputError('no training speech to fit on: none of the files drawn can be read')
+    return torch.from_numpy(np.concatenate(frames)[:n_frames]).to(net.device)
 
 
 def fit(x, k, seed):
-    """k-means of (frames, D): a k-means++ start on a part, five epochs of mini-batches (Sculley 2010), three rounds of Lloyd on all. An empty
-    cluster is moved to the frame that is worst served. -> centroids (k, D), mean squared distance."""
-    generator = torch.Generator().manual_seed(seed)
+    """k-means of (frames, D): a k-means++ start on a part, then Lloyd's rounds on all.
+
+    An empty cluster is moved to the frame that is worst served. Returns: centroids (k, D) on the
+    CPU, and the mean squared distance. Raises InputError where there are too few frames.
+    """
     if len(x) < k:
         raise InputError(
             f'{len(x)} frames are too few for {k} clusters: give more speech, or lower --fit_kmeans'
         )
-    shuffled = lambda: x[torch.randperm(len(x), generator=generator).to(x.device)]
-    some = shuffled()[: max(20_000, 30 * k)]
-    centroids = some[:1]
-    nearest = (some - centroids).square().sum(1)
+    generator = torch.Generator().manual_seed(seed)
+
+    # k-means++ (Arthur & Vassilvitskii 2007): each next one by its squared distance to the others
+    part = x[torch.randperm(len(x), generator=generator)[: max(20_000, 30 * k)].to(x.device)]
+    centroids = part[:1]
+    far = (part - centroids).square().sum(1)
     for _ in range(k - 1):
-        i = torch.multinomial(nearest.cpu().double().clamp(min=1e-12), 1, generator=generator).to(
-            x.device
+        chance = far.cpu().double().clamp(min=1e-12)
+        i = torch.multinomial(chance, 1, generator=generator).to(x.device)
+        centroids = torch.cat((centroids, part[i]))
+        far = torch.minimum(far, (part - part[i]).square().sum(1))
+
+    # Lloyd: until a round gains less than a thousandth
+    before = float('inf')
+    for _ in tqdm(range(30), desc='k-means, rounds', leave=False):
+        sums = torch.zeros_like(centroids, dtype=torch.float64)
+        counts = torch.zeros(k, dtype=torch.float64, device=x.device)
+        far = []
+        for block in x.split(1 << 15):
+            half, unit = (centroids.square().sum(1) / 2 - block @ centroids.T).min(1)
+            far.append(half * 2 + block.square().sum(1))
+            # a product: index_add on CUDA adds in no fixed order
+            member = (unit[:, None] == torch.arange(k, device=x.device)).to(x.dtype)
+            sums += (member.T @ block).double()
+            counts += member.sum(0).double()
+        far = torch.cat(far)
+        mean = float(far.double().mean())
+        if mean > 0.999 * before:
+            break
+        before = mean
+        centroids = (sums / counts.clamp(min=1)[:, None]).to(x.dtype)
+        empty = int((counts == 0).sum())
+        if empty:
+            centroids[counts == 0] = x[far.topk(empty).indices]
+    return centroids.cpu(), mean
+
+
+def load_encoder(name, clusters, price, items, plan, n_workers):
+    """The encoder of that name; if asked with `clusters` fitted, and `price` set for a change of
+    unit, in the mean distortion of its own (measured, where it is not known)."""
+    net = UnitEncoder.from_pretrained(
+        name, layer, '' if clusters else kmeans or None, device, dtype
+    )
+    if net.centroids is None and not clusters:
+        raise InputError(
+            f'{name} has no k-means yet: --fit_kmeans=N fits one, --kmeans=FILE or '
+            '--encoder=FOLDER takes one'
         )
-        centroids = torch.cat((centroids, some[i]))
-        nearest = torch.minimum(nearest, (some - some[i]).square().sum(1))
-
-    def assign(block):  # sums (k, D), counts (k,), squared distances (frames,)
-        best, unit = (centroids.square().sum(1) / 2 - block @ centroids.T).min(1)
-        one = (unit[:, None] == torch.arange(k, device=x.device)).to(
-            x.dtype
-        )  # a product: CUDA's index_add is not deterministic
-        return one.T @ block, one.sum(0), best * 2 + block.square().sum(1)
-
-    seen = torch.zeros(k, device=x.device)  # frames that a centroid is the mean of
-    with tqdm(
-        total=8 * len(x), desc='k-means, frames', unit='', unit_scale=True, leave=False
-    ) as bar:
-        for _ in range(5):
-            seen *= 0.25  # what was assigned to a worse centroid weighs less
-            for block in shuffled().split(1 << 12):
-                sums, counts, far = assign(block)
-                seen += counts
-                centroids = (
-                    centroids + (sums - counts[:, None] * centroids) / seen.clamp(min=1)[:, None]
-                )
-                if empty := min(int((seen == 0).sum()), len(block)):
-                    centroids[(seen == 0).nonzero()[:empty, 0]] = block[far.topk(empty).indices]
-                bar.update(len(block))
-            bar.set_postfix_str(f'mean squared distance {float(far.mean()):.4g}')
-        for _ in range(3):
-            sums, counts, far = zip(*map(assign, x.split(1 << 15)))
-            sums, counts, far = sum(part.double() for part in sums), sum(counts), torch.cat(far)
-            centroids = (sums / counts.clamp(min=1)[:, None]).to(x.dtype)
-            if empty := int((counts == 0).sum()):
-                centroids[counts == 0] = x[far.topk(empty).indices]
-            bar.update(len(x))
-    return centroids.cpu(), float(far.mean())
+    if price is not None:
+        net.config['switch'] = price
+    if clusters:
+        frames = draw_frames(net, items, fit_frames, plan, n_workers)
+        net.centroids, net.config['distortion'] = fit(frames, clusters, seed)
+        net.centroids = net.centroids.to(net.device)
+    elif net.config.get('switch') and not net.config.get('distortion'):
+        x = draw_frames(net, items, min(fit_frames, 30_000), plan, n_workers)
+        nearest = torch.cdist(x, net.centroids).min(1).values
+        net.config['distortion'] = float(nearest.double().square().mean())
+    return net
 
 
-def public_rows(path):
-    """The rows of a units file: ours, or the public toolkit's features.jsonl (units, duration) or tokens.jsonl (audio_repr)."""
-    with open(path, encoding='utf-8', errors='replace') as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                units = (
-                    row['units']
-                    if 'units' in row
-                    else [int(u) for u in re.findall(r'<Un(\d+)>', row['audio_repr'])]
-                )
-                if (
-                    not all(type(u) is int and u >= 0 for u in units)
-                    or not isinstance(row.get('file_name', ''), str)
-                    or len(row.get('duration', units)) != len(units)
-                ):
-                    raise ValueError
-                units, runs = dedup(units)
-                if 'duration' in row:  # runs that were not collapsed are added up
-                    runs = [sum(part) for part in np.split(row['duration'], np.cumsum(runs)[:-1])]
-                yield {
-                    'file_name': f'{os.path.basename(path)}:{number}',
-                    **row,
-                    'units': units.tolist(),
-                    'duration': [int(d) for d in runs],
-                }
-            except (ValueError, KeyError, TypeError, RuntimeError):
-                raise InputError(
-                    f'{path}, line {number}: expected a JSON object with `units` (numbers from 0) or `audio_repr`'
-                ) from None
+def publish(folder, write):
+    """A folder that is there whole or not at all, made by write(folder); the first to come stays."""
+    aside = f'{folder}.{os.uname().nodename}.{os.getpid()}.tmp'
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    try:
+        write(aside)
+        os.rename(aside, folder)
+    except OSError:
+        if not os.path.isdir(folder):
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_json(path, value):
-    with open(path + '.tmp', 'w', encoding='utf-8') as file:
-        json.dump(value, file, indent=2)
-    os.replace(path + '.tmp', path)
+# -----------------------------------------------------------------------------
+# Encoding: parts -> parts/00012.jsonl
 
 
-def pack(rows, folder, vocab_size, frame_rate, val_folders='', val_fraction=0.01):
-    """Write train.bin, val.bin of rows (units de-duplicated), one at a time in memory. -> what meta.json says of them."""
-    dtype = np.uint16 if vocab_size <= 65_536 else np.uint32
-    count = {split: dict(tokens=0, utterances=0, seconds=0.0) for split in ('train', 'val')}
-    usage = np.zeros(vocab_size - OFFSET, dtype=np.int64)
-    files = {split: open(os.path.join(folder, split + '.bin.tmp'), 'wb') for split in count}
-    for row in rows:
-        split = row.get('split') or split_of(row['file_name'], val_folders, val_fraction)
-        split = SPLITS.get(split, split)
-        if split not in count or not row['units']:
-            continue  # a test split is in units.jsonl alone
-        units = np.array(row['units'])
-        if units.max() >= len(usage):
+def to_line(row):
+    """A row as a line of JSON; names need not be UTF-8."""
+    text = json.dumps(row, ensure_ascii=False, separators=(',', ':'), default=str)
+    return text.encode(errors='backslashreplace') + b'\n'
+
+
+def encode(net, pieces):
+    """The lines of some pieces, their units filled in."""
+    units = iter(net.encode([wave for piece in pieces for wave in piece.waves]))
+    lines = []
+    for row, waves in pieces:
+        for utterance in [row] if len(waves) == 1 else [row[part] for part in PAIR]:
+            runs, durations = dedup(next(units))
+            utterance |= dict(units=runs.tolist(), duration=durations.tolist())
+        lines.append(to_line(row))
+    return lines
+
+
+def encode_parts(todo, net, plan, n_workers):
+    """Encode the parts [(number, items), ...]; yields (number, its lines, failures, seconds).
+
+    MFCC are computed where the files are read. A net runs here, while workers read ahead.
+    """
+    in_worker = net.config['kind'] == 'mfcc'
+
+    def work(items):
+        for pieces, failures, last in read_batches(items, plan):
+            seconds = sum(len(wave) for piece in pieces for wave in piece.waves) / SAMPLE_RATE
+            yield encode(net, pieces) if in_worker else pieces, failures, seconds, last
+
+    begun = {}
+    for number, (found, failures, seconds, last) in work_ahead(todo, work, n_workers, False):
+        lines, failed, total = begun.get(number, ([], [], 0.0))
+        lines += found if in_worker else encode(net, found)
+        begun[number] = lines, failed + failures, total + seconds
+        if last:
+            yield number, *begun.pop(number)
+
+
+def part_path(number):
+    return os.path.join(out, 'parts', f'{number:05d}.jsonl')
+
+
+def write_part(number, lines, failures, seconds, n_files):
+    """A part is its rows, and a last line that tells of it."""
+    summary = dict(files=n_files, audio_seconds=round(seconds, 3), failed=failures)
+    with write_atomic(part_path(number), 'wb') as file:
+        file.writelines(lines)
+        file.write(to_line(dict(part=number, **summary)))
+
+
+def check_recipe(path, recipe):
+    """Refuse a folder that was begun with other settings or other audio."""
+    with open(path, encoding='utf-8') as file:
+        there = json.load(file)
+    there = there.get('recipe', there)
+    others = [key for key in recipe if there.get(key) != recipe[key]]
+    if others:
+        raise InputError(
+            f'{path}: begun with another {", ".join(others)}; give the same settings and audio, '
+            'another --out, or delete the folder'
+        )
+
+
+# -----------------------------------------------------------------------------
+# Packing: rows -> units.jsonl, pairs.jsonl, token files
+
+
+def rows_of_parts(n_parts, total):
+    """Yields the rows of all parts, in order; adds up in the dict `total` what they tell."""
+    for number in range(n_parts):
+        for _, row in read_jsonl(part_path(number)):
+            if 'part' not in row:
+                total['cut'] += str(row.get('piece', '')).startswith('1/')
+                yield row
+                continue
+            total['files'] += row['files']
+            total['audio_seconds'] += row['audio_seconds']
+            total['failed'] += row['failed']
+
+
+def rows_of_units(path):
+    """Yields the rows of units made elsewhere: our units.jsonl; the public toolkit's
+    features.jsonl (units, duration), tokens.jsonl (audio_repr) and tokenised pairs; a packed shard
+    of slm_scaling (a folder with audio.bin, audio.len, meta.json)."""
+    if os.path.isdir(path):
+        yield from rows_of_shard(path)
+        return
+    for number, row in read_jsonl(path):
+        try:
+            row = {'file_name': f'{os.path.basename(path)}:{number}', **row}
+            if not isinstance(row['file_name'], str):
+                raise ValueError
+            if all(isinstance(row.get(part), dict) for part in PAIR):
+                yield row | {part: row[part] | collapse(row[part]) for part in PAIR}
+            else:
+                yield row | collapse(row)
+        except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):
             raise InputError(
-                f'{row["file_name"]}: unit {units.max()}, but there are {len(usage)} (--n_units)'
-            )
-        files[split].write(np.concatenate(([BOS], units + OFFSET, [EOS])).astype(dtype).tobytes())
-        usage += np.bincount(units, minlength=len(usage))
-        total = count[split]
-        total['tokens'] += len(units) + 2
-        total['utterances'] += 1
-        total['seconds'] += row.get('seconds') or sum(row.get('duration', ())) / frame_rate
-    for split, file in files.items():
-        file.close()
-        os.replace(file.name, os.path.join(folder, split + '.bin'))
+                f'{path}, line {number}: expected a JSON object with `units` (numbers from 0) or '
+                '`audio_repr`'
+            ) from None
+
+
+def collapse(row):
+    """dict(units=..., duration=...) of a row with either format, runs of equal units added up."""
+    units = row.get('units')
+    if units is None:
+        units = [int(unit) for unit in re.findall(r'<Un(\d+)>', row['audio_repr'])]
+    duration = row.get('duration') or [1] * len(units)
+    if not all(type(unit) is int and unit >= 0 for unit in units) or len(duration) != len(units):
+        raise ValueError
+    units, runs = dedup(units)
+    duration = [sum(part) for part in np.split(duration, np.cumsum(runs)[:-1])]
+    return dict(units=units.tolist(), duration=[int(frames) for frames in duration])
+
+
+def rows_of_shard(path):
+    """A packed shard: int16 units of all utterances, int64 lengths; each ends with its EOS."""
+    try:
+        with open(os.path.join(path, 'meta.json'), encoding='utf-8') as file:
+            made = json.load(file)['preprocessing']
+        special = [made['eos_token'], made['pad_token']]
+        lengths = np.fromfile(os.path.join(path, 'audio.len'), np.int64)
+        units = np.memmap(os.path.join(path, 'audio.bin'), np.int16, 'r', shape=(lengths.sum(),))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f'{path}: no packed shard, a folder with audio.bin, audio.len and meta.json ({error})'
+        ) from None
+    samples = os.path.join(path, 'samples.jsonl')
+    rows = [row for _, row in read_jsonl(samples)] if os.path.exists(samples) else []
+    rows += [{}] * (len(lengths) - len(rows))
+    for number, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
+        name = rows[number].get('id', f'{os.path.basename(path)}:{number + 1}')
+        found = units[end - length : end]
+        found = found[~np.isin(found, special)].tolist()
+        split = dict(split=rows[number]['split']) if rows[number].get('split') else {}
+        yield dict(file_name=name, **collapse(dict(units=found)), **split)
+
+
+def find_unit_files(where):
+    """The files and packed shards that --from_units names, globs and folders of shards too."""
+    found = []
+    for source in filter(None, (part.strip() for part in where.split(','))):
+        paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+        if not paths:
+            raise InputError(f'--from_units={source}: no such file or folder')
+        for path in paths:
+            if os.path.isdir(path) and not os.path.exists(os.path.join(path, 'audio.bin')):
+                below = sorted(glob.glob(os.path.join(glob.escape(path), '*/audio.bin')))
+                if not below:
+                    raise InputError(f'--from_units={path}: no packed shard in this folder')
+                found += map(os.path.dirname, below)
+            else:
+                found.append(path)
+    return found
+
+
+def pack(rows, folder, vocab_size, frame_rate, split=None):
+    """Write units.jsonl, pairs.jsonl, train.bin and val.bin of rows, one at a time in memory.
+
+    split: function of a name, for rows that do not say theirs. Rows of the test split are in
+    units.jsonl alone. Returns: what meta.json says of them. Raises InputError naming a row whose
+    unit is out of the vocabulary.
+    """
+    token_type = np.uint16 if vocab_size <= 65_536 else np.uint32
+    count = {part: dict(tokens=0, utterances=0, seconds=0.0) for part in ('train', 'val')}
+    usage = np.zeros(vocab_size - OFFSET, dtype=np.int64)
+    pairs, units_and_pairs = 0, {}
+    with ExitStack() as stack:
+
+        def create(name):
+            return stack.enter_context(write_atomic(os.path.join(folder, name), 'wb'))
+
+        tokens = {part: create(f'{part}.bin') for part in count}
+        units_and_pairs['units'] = create('units.jsonl')
+        for row in rows:
+            if 'prompt' in row:
+                if not pairs:
+                    units_and_pairs['pairs'] = create('pairs.jsonl')
+                pairs += 1
+                units_and_pairs['pairs'].write(to_line(row))
+                continue
+            units_and_pairs['units'].write(to_line(row))
+            part = row.get('split') or split(row['file_name'])
+            part = SPLITS.get(part, part)
+            if part not in count or not row['units']:
+                continue
+            units = np.array(row['units'])
+            if units.max() >= len(usage):
+                raise InputError(
+                    f'{row["file_name"]}: unit {units.max()}, but there are {len(usage)} (--n_units)'
+                )
+            sequence = np.concatenate(([BOS], units + OFFSET, [EOS]))
+            tokens[part].write(sequence.astype(token_type).tobytes())
+            usage += np.bincount(units, minlength=len(usage))
+            count[part]['tokens'] += len(sequence)
+            count[part]['utterances'] += 1
+            count[part]['seconds'] += row.get('seconds') or sum(row['duration']) / frame_rate
+    return describe(count, usage, vocab_size, frame_rate, token_type) | dict(pairs=pairs)
+
+
+def describe(count, usage, vocab_size, frame_rate, token_type):
+    """The part of meta.json that tells of the tokens."""
     share = usage[usage > 0] / max(1, usage.sum())
-    seconds = sum(total['seconds'] for total in count.values())
+    seconds = sum(part['seconds'] for part in count.values())
+    perplexity = float(np.exp(-(share * np.log(share)).sum()))
     return dict(
         vocab_size=vocab_size,
         n_units=len(usage),
         offset=OFFSET,
-        dtype=np.dtype(dtype).name,
+        dtype=np.dtype(token_type).name,
         dedup=True,
         frame_rate=frame_rate,
-        tokens={split: total['tokens'] for split, total in count.items()},
-        utterances={split: total['utterances'] for split, total in count.items()},
-        hours={split: round(total['seconds'] / 3600, 4) for split, total in count.items()},
-        tokens_per_second=round(usage.sum() / max(seconds, 1e-9), 2),
-        unit_usage=dict(
-            used=len(share), perplexity=round(float(np.exp(-(share * np.log(share)).sum())), 1)
-        ),
+        tokens={name: part['tokens'] for name, part in count.items()},
+        utterances={name: part['utterances'] for name, part in count.items()},
+        hours={name: round(part['seconds'] / 3600, 4) for name, part in count.items()},
+        tokens_per_second=round(int(usage.sum()) / max(seconds, 1e-9), 2),
+        unit_usage=dict(used=len(share), perplexity=round(perplexity, 1)),
     )
-
-
-def lock(file):
-    """Take the file for this process and its workers. Those of a killed run end within a second; another run does not."""
-    for _ in range(30):
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-    raise InputError(f'{file.name}: another run is at work here')
 
 
 def finish(meta):
-    """Write meta.json and say what is in it."""
-    write_json(os.path.join(out, 'meta.json'), meta)
-    done = (
-        f'{meta["pairs"]:,} pairs, {meta["failed"]:,} of {meta["files"]:,} files failed, {meta["x_real_time"]:,} x real time'
-        if 'pairs' in meta
-        else 'packed'
-    ) + ', nothing to validate on' * (not meta['tokens']['val'])
-    print(
-        f'{out}: {sum(meta["utterances"].values()):,} utterances, {sum(meta["hours"].values()):.2f} h, {sum(meta["tokens"].values()):,} tokens '
-        f'({meta["tokens_per_second"]} units a second), {meta["unit_usage"]["used"]} of {meta["n_units"]} units used, perplexity '
-        f'{meta["unit_usage"]["perplexity"]}, {done}'
+    """Write meta.json, which says that all is done, and tell what is in it."""
+    with write_atomic(os.path.join(out, 'meta.json')) as file:
+        json.dump(meta, file, indent=2)
+    told = [
+        f'{sum(meta["utterances"].values()):,} utterances',
+        f'{sum(meta["hours"].values()):.2f} h',
+        f'{sum(meta["tokens"].values()):,} tokens ({meta["tokens_per_second"]} units a second)',
+        f'{meta["unit_usage"]["used"]} of {meta["n_units"]} units used',
+        f'perplexity {meta["unit_usage"]["perplexity"]}',
+        f'{meta["pairs"]:,} pairs',
+    ]
+    if 'files' in meta:
+        told.append(f'{meta["failed"]:,} of {meta["files"]:,} files failed')
+        told.append(
+            f'{meta["cut"]:,} utterances cut at {max_seconds:g} s' if meta['cut'] else 'none cut'
+        )
+        told += [f'{meta["left_out"]:,} files left out (test sets, --exclude)'] * (
+            meta['left_out'] > 0
+        )
+        told += [f'{meta["x_real_time"]:,} x real time'] * bool(meta['x_real_time'])
+    told += ['nothing to validate on'] * (not meta['tokens']['val'])
+    print(f'{out}: {", ".join(told)}')
+
+
+# -----------------------------------------------------------------------------
+# A voice for the units
+
+
+def fit_table(net, items, plan, n_workers):
+    """The table vocoder of training speech drawn evenly: mean spectra and durations of the units."""
+    table, seconds = UnitTable(net.n_units, net.frame_rate), 0.0
+    for pieces in draw_speech(items, vocoder_hours * 3600, plan, hand_on, n_workers):
+        waves = [wave for piece in pieces for wave in piece.waves]
+        for wave, units in zip(waves, net.encode(waves), strict=True):
+            table.add(wave, units)
+            seconds += len(wave) / SAMPLE_RATE
+        if seconds >= vocoder_hours * 3600:
+            break
+    return table.finish()
+
+
+# -----------------------------------------------------------------------------
+# The report: what units know of phones, before any model is trained
+
+
+def frame_labels(marks, n_frames, frame_rate):
+    """The label of each frame, by its middle, of [[label, start s, end s], ...]; '' in pauses."""
+    labels = np.full(n_frames, '', dtype=object)
+    middles = (np.arange(n_frames) + 0.5) / frame_rate
+    for label, start, end in marks:
+        first, last = np.searchsorted(middles, (start, end))
+        labels[first:last] = label
+    return labels
+
+
+def measure_units(rows, frame_rate, n_units):
+    """How units and phones go together (Hsu et al. 2021, HuBERT, section IV-E).
+
+    rows: of each utterance its units one a frame (frames,) and its marks. Returns: dict of phone
+    purity (share of frames right if each unit is read as its commonest phone), cluster purity (the
+    same, the other way), pnmi (mutual information / entropy of the phones), bitrate (bits a second
+    of the de-duplicated units: their entropy x their rate), units used, tokens a second, and the
+    mean length of a run in ms.
+    """
+    names, joint = {}, np.zeros((0, n_units), dtype=np.int64)
+    tokens, frames = np.zeros(n_units, dtype=np.int64), 0
+    for units, marks in rows:
+        units = np.asarray(units)
+        labels = frame_labels(marks, len(units), frame_rate)
+        index = np.array([names.setdefault(label, len(names)) for label in labels], dtype=np.int64)
+        joint = np.pad(joint, ((0, len(names) - len(joint)), (0, 0)))
+        np.add.at(joint, (index, units), 1)
+        tokens += np.bincount(dedup(units)[0], minlength=n_units)
+        frames += len(units)
+    if not frames:
+        raise InputError('no utterance with phone or word times: see `phones` of a manifest')
+
+    together = joint / frames
+    phone, unit = together.sum(1), together.sum(0)
+    information = -(entropy(together) - entropy(phone) - entropy(unit))
+    rate = tokens.sum() / frames * frame_rate
+    return dict(
+        phone_purity=together.max(0).sum(),
+        cluster_purity=together.max(1).sum(),
+        pnmi=information / max(entropy(phone), 1e-12),
+        bitrate=entropy(tokens / tokens.sum()) / math.log(2) * rate,
+        units_used=int((unit > 0).sum()),
+        tokens_per_second=rate,
+        run_ms=1000 / rate,
+        frames=frames,
     )
+
+
+def entropy(p):
+    """In nats, of probabilities of any shape."""
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+def judge_file(path):
+    """measure_units of a units file with marks; its meta.json says the frame rate."""
+    with open(os.path.join(os.path.dirname(path), 'meta.json'), encoding='utf-8') as file:
+        meta = json.load(file)
+
+    def rows():
+        seconds = 0.0
+        for _, row in read_jsonl(path):
+            marks = row.get('phones') or row.get('words')
+            if marks and seconds < report_hours * 3600:
+                seconds += sum(row['duration']) / meta['frame_rate']
+                yield np.repeat(row['units'], row['duration']), marks
+
+    return measure_units(rows(), meta['frame_rate'], meta['n_units'])
+
+
+def judge_encoder(setting, pieces, items, plan, n_workers):
+    """measure_units of an encoder, NAME[:clusters[:switch]], on the pieces of read speech."""
+    name, clusters, price = re.fullmatch(r'(.*?)(?::(\d+))?(?::([\d.]+))?', setting).groups()
+    price = switch if price is None else float(price)
+    net = load_encoder(name, int(clusters or fit_kmeans), price, items, plan, n_workers)
+    units = net.encode([piece.waves[0] for piece in pieces])
+    marks = [piece.row.get('phones') or piece.row['words'] for piece in pieces]
+    return measure_units(zip(units, marks, strict=True), net.frame_rate, net.n_units)
+
+
+def print_report(results):
+    """The table, and report.json."""
+    columns = dict(
+        phone_purity='phone purity',
+        cluster_purity='cluster purity',
+        pnmi='PNMI',
+        bitrate='bits/s',
+        units_used='units used',
+        tokens_per_second='tokens/s',
+        run_ms='run, ms',
+    )
+    width = max(len('units'), *map(len, results))
+    print(f'{"units":{width}}  ' + '  '.join(columns.values()))
+    for setting, result in results.items():
+        cells = []
+        for key, title in columns.items():
+            digits = 3 if key in ('phone_purity', 'cluster_purity', 'pnmi') else 0
+            digits = 1 if key == 'tokens_per_second' else digits
+            cells.append(f'{result[key]:{len(title)}.{digits}f}')
+        print(f'{setting:{width}}  ' + '  '.join(cells))
+    with write_atomic(os.path.join(out, 'report.json')) as file:
+        json.dump(results, file, indent=2)
+
+
+# -----------------------------------------------------------------------------
+
+
+def check_knobs():
+    numbers = (workers, max_failed, fit_kmeans, switch or 0, vocoder_hours, max_seconds)
+    if min(numbers) < 0 or min(n_units, fit_frames) < 1 or not 0 <= val_fraction <= 1:
+        raise InputError(
+            'n_units and fit_frames are at least 1, val_fraction is a share, no number is negative'
+        )
+    if 0 < max_seconds < 1:
+        raise InputError(f'--max_seconds={max_seconds:g}: expected 0 or at least 1')
+    if not out:
+        raise InputError('--out is empty: name a folder')
+    if shard and not re.fullmatch(r'\d+/\d+', shard):
+        raise InputError(f'--shard={shard}: expected i/n with i from 0 to n - 1')
+
+
+def find_place():
+    """-> (part, of) of --shard or torchrun, and how many cores are this process's share."""
+    part, of = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if shard:
+        part, of = map(int, shard.split('/'))
+    if not 0 <= part < of:
+        raise InputError(f'--shard={shard}: expected i/n with i from 0 to n - 1')
+    has_affinity = hasattr(os, 'sched_getaffinity')
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    cores //= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if torch.cuda.is_available() and 'LOCAL_RANK' in os.environ and device == 'auto':
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    return part, of, workers or max(1, cores)
+
+
+def plan_work():
+    """-> items, how many were left out, and the plan that reading follows."""
+    sources, root = list_audio(audio)
+    items, left_out = choose_items(sources, root, val_folders, exclude)
+    plan = SimpleNamespace(root=root, val_fraction=val_fraction, max_seconds=max_seconds)
+    return items, left_out, plan
+
+
+def make_recipe(items, plan, config):
+    """What decides the parts: settings and a digest of the listing."""
+    listing = hashlib.sha1()
+    for item in items:
+        path = name_below(item.path, plan.root)
+        listing.update(repr(item._replace(path=path)).encode())
+    return {key: config[key] for key in RECIPE} | dict(listing=listing.hexdigest())
+
+
+def pack_units():
+    """--from_units: no audio, no encoder."""
+    if os.path.exists(os.path.join(out, 'parts')):
+        raise InputError(f'{out} holds units made from audio: choose another --out, or delete it')
+    paths = find_unit_files(from_units)
+    rows = tqdm((row for path in paths for row in rows_of_units(path)), unit=' rows')
+    frame_rate = 50.0 if encoder == 'hubert50' else 25.0
+    folders = [name.strip(' /') for name in val_folders.split(',') if name.strip(' /')]
+
+    def split(name):
+        by_folder = split_by_folder(name, folders)
+        return by_folder or ('train' if folders else split_by_hash(name, val_fraction))
+
+    meta = pack(rows, out, n_units + OFFSET, frame_rate, split)
+    if not sum(meta['utterances'].values()) + meta['pairs']:
+        raise InputError(f'--from_units={from_units}: no units in it')
+    vocoder = 'hifigan25' if encoder == 'mhubert25' else None
+    finish(meta | dict(encoder=encoder, vocoder=vocoder, recipe=config))
+
+
+def judge_units(n_workers):
+    """--report: one table of encoders and units files."""
+    settings = [setting.strip() for setting in report.split(',') if setting.strip()]
+    results, pieces = {}, []
+    if not all(setting.endswith('.jsonl') for setting in settings):
+        items, _, plan = plan_work()
+        seconds = 0.0
+        for found in draw_speech(items, report_hours * 3600, plan, hand_on, n_workers):
+            found = [piece for piece in found if piece.row.get('phones') or piece.row.get('words')]
+            pieces += [piece for piece in found if len(piece.waves) == 1]
+            seconds += sum(len(piece.waves[0]) for piece in found) / SAMPLE_RATE
+            if seconds >= report_hours * 3600:
+                break
+    for setting in settings:
+        if setting.endswith('.jsonl'):
+            results[setting] = judge_file(setting)
+        else:
+            results[setting] = judge_encoder(setting, pieces, items, plan, n_workers)
+    print_report(results)
+
+
+def prepare_encoder(items, plan, recipe, part, n_workers):
+    """The encoder, fitted and saved in --out if it is not one known by name. Shard 0 does it."""
+    folder = os.path.join(out, 'encoder')
+    custom = fit_kmeans or kmeans or layer is not None or switch is not None
+    if not custom and encoder in ENCODERS:
+        return load_encoder(encoder, 0, None, items, plan, n_workers), encoder
+
+    if part == 0 and not os.path.exists(folder):
+        net = load_encoder(encoder, fit_kmeans, switch, items, plan, n_workers)
+        if fit_kmeans:
+            net.config['vocoder'] = 'vocoder'
+        net.config['fitted'] = recipe
+        publish(folder, net.save_pretrained)
+    while not os.path.exists(folder):
+        print('waiting for shard 0 to make the encoder', flush=True)
+        time.sleep(5)
+    net = UnitEncoder.from_pretrained(folder, None, None, device, dtype)
+    if net.config.get('fitted') != recipe:
+        raise InputError(
+            f'{folder} was fitted with other settings or audio: choose another --out, or delete it'
+        )
+    return net, 'encoder'
+
+
+def prepare_vocoder(net, name, items, plan, n_workers):
+    """The voice that goes with the units: fitted here, or that of the encoder -> its name."""
+    folder = os.path.join(out, 'vocoder')
+    if fit_vocoder and not os.path.isdir(folder):
+        publish(folder, fit_table(net, items, plan, n_workers).save_pretrained)
+    elif name == 'encoder' and net.vocoder and os.path.isdir(net.vocoder):
+        if not os.path.isdir(folder):  # the folder holds all that its units need
+            publish(folder, partial(shutil.copytree, net.vocoder, dirs_exist_ok=True))
+    if os.path.isdir(folder):
+        return 'vocoder'
+    return net.vocoder if name != 'encoder' else None
+
+
+def encode_all(parts, mine, net, plan, n_workers):
+    """Encode those of the parts `mine` that are not there -> how many times faster than speech."""
+    there = set(os.listdir(os.path.join(out, 'parts')))
+    todo = [(i, parts[i]) for i in mine if os.path.basename(part_path(i)) not in there]
+    done = sum(len(parts[i]) for i in mine) - sum(len(items) for _, items in todo)
+    started, total, failed = time.time(), 0.0, []
+    with tqdm(total=sum(len(parts[i]) for i in mine), initial=done, unit=' files') as bar:
+        for number, lines, failures, seconds in encode_parts(todo, net, plan, n_workers):
+            write_part(number, lines, failures, seconds, len(parts[number]))
+            total += seconds
+            failed += failures
+            bar.update(len(parts[number]))
+            speed = total / max(time.time() - started, 1e-3)
+            bar.set_postfix_str(f'{speed:.0f} x real time, {len(failed)} failed')
+            if len(failed) > max_failed:
+                raise InputError(
+                    f'{len(failed)} files failed, the last: {": ".join(failed[-1])}; '
+                    f'--max_failed={max_failed} allows more'
+                )
+    return round(total / max(time.time() - started, 1e-3)) if todo else 0
+
+
+def merge(parts, net, name, left_out, speed, items, plan, n_workers):
+    """All parts are there: the voice, the token files, meta.json."""
+    total = dict(files=0, audio_seconds=0.0, cut=0, failed=[])
+    meta = pack(rows_of_parts(len(parts), total), out, net.n_units + OFFSET, net.frame_rate)
+    failed = total.pop('failed')
+    if failed:
+        with write_atomic(os.path.join(out, 'failed.jsonl'), 'wb') as file:
+            file.writelines(to_line(dict(file_name=path, reason=why)) for path, why in failed)
+    if not sum(meta['utterances'].values()) + meta['pairs'] and failed:
+        path = os.path.join(out, 'failed.jsonl')
+        raise InputError(f'none of the {total["files"]} files could be used; see {path}')
+    vocoder = prepare_vocoder(net, name, items, plan, n_workers)
+    hours = round(total.pop('audio_seconds') / 3600, 4)
+    counts = dict(failed=len(failed), left_out=left_out, audio_hours=hours, x_real_time=speed)
+    return meta | dict(encoder=name, vocoder=vocoder) | total | counts
 
 
 if __name__ == '__main__':
     config = configure(globals())
-    started = time.time()
-    if (
-        min(workers, max_failed, fit_kmeans, switch, vocoder_hours) < 0
-        or min(n_units, fit_frames, max_seconds) < 1
-        or not 0 <= val_fraction <= 1
-    ):
-        raise InputError(
-            'max_seconds, n_units and fit_frames are at least 1, val_fraction is a share, and no other number is negative'
-        )
-    if not out:
-        raise InputError('--out is empty: name a folder')
-    os.makedirs(out, exist_ok=True)
-    here = partial(os.path.join, out)
+    check_knobs()
+    part, of, n_workers = find_place()
 
-    if from_units:  # packed without audio
-        if os.path.exists(here('progress.json')):
-            raise InputError(
-                f'{out} holds units made from audio: choose another --out, or delete it'
-            )
-        with open(here('units.jsonl.tmp'), 'w', encoding='utf-8') as file:
-
-            def copied():
-                for row in (row for path in from_units.split(',') for row in public_rows(path)):
-                    file.write(json.dumps(row, ensure_ascii=False, separators=(',', ':')) + '\n')
-                    yield row
-
-            try:
-                meta = pack(
-                    tqdm(copied(), unit=' rows'),
-                    out,
-                    n_units + OFFSET,
-                    50.0 if encoder == 'hubert50' else 25.0,
-                    val_folders,
-                    val_fraction,
-                )
-                if not sum(meta['utterances'].values()):
-                    raise InputError(f'--from_units={from_units}: no units in it')
-            except BaseException:
-                for name in glob.glob(here('*.tmp')):
-                    os.remove(name)
-                raise
-        os.replace(here('units.jsonl.tmp'), here('units.jsonl'))
-        finish(
-            meta
-            | dict(
-                encoder=encoder,
-                vocoder='hifigan25' if encoder == 'mhubert25' else None,
-                recipe=config,
-            )
-        )
+    # Two errands that make no units
+    if report:
+        judge_units(n_workers)
+        sys.exit()
+    if from_units:
+        pack_units()
         sys.exit()
 
-    # ----- what there is to do, and what of it is done
-    part, of = 0, 1
-    if not only_pack and (shard or int(os.environ.get('WORLD_SIZE', 1)) > 1):
-        part, of = map(
-            int,
-            re.fullmatch(r'(\d+)/(\d+)', shard).groups()
-            if re.fullmatch(r'\d+/\d+', shard)
-            else (os.environ.get('RANK', -1), os.environ.get('WORLD_SIZE', 0)),
-        )
-        if not 0 <= part < of:
-            raise InputError(f'--shard={shard}: expected i/n with i from 0 to n - 1')
-        if not shard and device == 'auto' and torch.cuda.is_available():
-            device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
-    suffix = f'-{part:05d}-of-{of:05d}' if of > 1 else ''
-    locked = open(here(f'.lock{suffix}'), 'w')  # kept open to the end
-    lock(locked)
-    shards = (
-        sorted(glob.glob(here('progress-*-of-*.json')))
-        if only_pack
-        else [here(f'progress{suffix}.json')]
-    )
-    root, items = list_audio(audio)
-    chunks = make_chunks(items)
-    mine = chunks[len(chunks) * part // of : len(chunks) * (part + 1) // of]
-    decides = (
-        'encoder',
-        'layer',
-        'kmeans',
-        'fit_kmeans',
-        'fit_frames',
-        'switch',
-        'fit_vocoder',
-        'vocoder_hours',
-        'max_seconds',
-        'val_folders',
-        'val_fraction',
-        'seed',
-    )
-    recipe = {key: config[key] for key in decides}
-    recipe['listing'] = hashlib.sha1(
-        repr([(i.kind, os.path.relpath(i.path, root), i.offset, i.size) for i in items]).encode()
-    ).hexdigest()
-    fresh = dict(
-        recipe=recipe,
-        chunks=0,
-        of=len(mine),
-        bytes=dict(failed=0, pairs=0, table=0, units=0),
-        failed=0,
-        audio_seconds=0.0,
-        seconds=0.0,
-    )
-    states = []
-    for path in shards:
-        state = json.load(open(path)) if os.path.exists(path) else fresh
-        if other := [
-            key for key in recipe if key in state['recipe'] and state['recipe'][key] != recipe[key]
-        ]:
-            raise InputError(
-                f'{path}: begun with another {", ".join(other)}; give the same settings and audio, another --out, or delete the folder'
-            )
-        states.append(state)
-    if len({path[-10:-5] for path in shards}) > 1:
-        raise InputError(
-            f'{out} holds shards of several n ({", ".join(map(os.path.basename, shards))}): remove those of all but one'
-        )
-    if only_pack and (
-        not shards
-        or len(shards) != int(shards[0][-10:-5])
-        or any(state['chunks'] < state['of'] for state in states)
-    ):
-        raise InputError(
-            f'{out}: {sum(state["chunks"] == state["of"] for state in states)} finished shards of '
-            f'{int(shards[0][-10:-5]) if shards else "?"}; run the others first'
-        )
-    if (
-        not only_pack
-        and states[0]['chunks'] == len(mine)
-        and os.path.exists(here(f'units{suffix}.jsonl' if shard or part else 'meta.json'))
-    ):
-        print(
-            f'{out}: {"shard " + suffix[1:] if of > 1 else "everything"} is already there; nothing to do (delete the folder to make it again)'
-        )
+    # What there is to do. The first to come lays down the recipe, the others must have the same
+    items, left_out, plan = plan_work()
+    parts = make_parts(items)
+    recipe = make_recipe(items, plan, config)
+    folder = os.path.join(out, 'parts')
+    if not os.path.exists(folder):
+
+        def write_recipe(where):
+            with write_atomic(os.path.join(where, 'recipe.json')) as file:
+                json.dump(recipe, file, indent=2)
+
+        publish(folder, write_recipe)
+    check_recipe(os.path.join(folder, 'recipe.json'), recipe)
+    if os.path.exists(os.path.join(out, 'meta.json')):
+        check_recipe(os.path.join(out, 'meta.json'), recipe)
+        print(f'{out}: everything is already there; nothing to do (delete it to make it again)')
         sys.exit()
 
-    n_workers = workers or (
-        len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    )
-    pool = ProcessPoolExecutor(n_workers, get_context('fork'), begin_worker)
-    pool.submit(int).result()  # they fork now, before there is a net on a GPU or a thread
-    plan = dict(
-        root=root, max_seconds=max_seconds, val_folders=val_folders, val_fraction=val_fraction
-    )
-    sample = [item for item in items if item.kind != 'pair'] or items
-    sample = [
-        sample[i] for i in random.Random(seed).sample(range(len(sample)), min(len(sample), 50_000))
-    ]
-    sample = [sample[i : i + 16] for i in range(0, len(sample), 16)]
+    # The encoder, then this shard's parts, read by workers ahead of the net
+    net, name = prepare_encoder(items, plan, recipe, part, n_workers)
+    speed = encode_all(parts, range(part, len(parts), of), net, plan, n_workers)
 
-    # ----- the encoder: nets run here, mfcc in the workers
-    fitted_on = {
-        key: recipe[key]
-        for key in 'encoder layer fit_kmeans fit_frames switch val_folders val_fraction seed listing'.split()
-    }
-    own = bool(fit_kmeans or kmeans or layer is not None or encoder not in ENCODERS)
-    if fit_kmeans and not os.path.exists(here('encoder', 'encoder.json')) and part == 0:
-        net = UnitEncoder.from_pretrained(encoder, layer, '', device, dtype)
-        frames = []
-        if encoder == 'mfcc':
-            net.config |= dict(switch=switch)
-        with tqdm(
-            total=fit_frames, desc='frames to fit on', unit='', unit_scale=True, leave=False
-        ) as bar:
-            fitted, failures = json.dumps(net.config) if encoder == 'mfcc' else None, []
-            for got, failures, _ in in_order(
-                pool, n_workers + 2, ((features, chunk) for chunk in sample), plan, net, fitted
-            ):
-                frames.extend(got)
-                bar.update(sum(map(len, got)))
-                if bar.n >= fit_frames:
-                    break
-        if not frames:
-            raise InputError(
-                'no training speech to fit on'
-                + (f': {failures[-1][0]}: {failures[-1][1]}' if failures else '')
-            )
-        frames = np.concatenate(frames)[:fit_frames]
-        net.centroids, net.config['distortion'] = fit(
-            torch.from_numpy(frames).to(net.device), fit_kmeans, seed
-        )
-        net.config |= dict(vocoder='vocoder', fitted=fitted_on)
-        net.save_pretrained(here('encoder'))
-        del frames, net
-    while fit_kmeans and not os.path.exists(here('encoder', 'encoder.json')):
-        print('waiting for shard 0 to fit the k-means', flush=True)
-        time.sleep(10)
-    net = UnitEncoder.from_pretrained(
-        *((here('encoder'), None, None) if fit_kmeans else (encoder, layer, kmeans or None)),
-        device,
-        dtype,
-    )
-    if fit_kmeans and net.config.get('fitted') != fitted_on:
-        raise InputError(
-            f'{here("encoder")} was fitted with other settings or audio: choose another --out, or delete the folder'
-        )
-    if net.centroids is None:
-        raise InputError(
-            f'{encoder} has no k-means yet: --fit_kmeans=N fits one, --kmeans=FILE or --encoder=FOLDER takes one'
-        )
-    if own and not fit_kmeans and part == 0:
-        net.save_pretrained(here('encoder'))
-    where = here('encoder') if net.config['kind'] == 'mfcc' else None
-
-    # ----- encode: what is on disk is always the first `chunks` chunks, whole
-    for state in [] if only_pack else states:
-        paths = {kind: here(f'{kind}{suffix}.jsonl.part') for kind in state['bytes']}
-        if os.path.exists(here('vocoder', 'vocoder.json')):
-            state['bytes']['table'] = 0  # has done its work
-        for kind, path in paths.items():
-            if not os.path.exists(path) and os.path.exists(
-                here(f'{kind}{suffix}.jsonl')
-            ):  # killed between the last chunk and meta.json
-                os.replace(here(f'{kind}{suffix}.jsonl'), path)
-            if state['bytes'][kind] and not os.path.exists(path):
-                raise InputError(
-                    f'{path} is gone, of which {shards[0]} knows: delete the folder to make it again'
-                )
-        files = {
-            kind: open(path, 'r+b' if os.path.exists(path) else 'w+b')
-            for kind, path in paths.items()
-        }
-        for kind, file in files.items():
-            file.truncate(state['bytes'][kind])
-            file.seek(0, os.SEEK_END)
-        step = -(
-            -len(chunks) // 32
-        )  # the vocoder is fitted on equal parts of so many chunks, evenly spread
-        share = fit_vocoder * vocoder_hours * 3600 / len(range(0, len(chunks), step))
-        first = len(chunks) * part // of
-        todo = (
-            (partial(encode, table_seconds=0 if (first + i) % step else share), mine[i])
-            for i in range(state['chunks'], len(mine))
-        )
-        last = '', 'those of the run before'
-        write_json(shards[0], state)  # also of a shard with nothing to do
-        bar = tqdm(
-            total=sum(map(len, mine)),
-            initial=sum(map(len, mine[: state['chunks']])),
-            desc='encode',
-            unit=' files',
-        )
-        for (lines, seconds), failures, chunk in in_order(
-            pool, n_workers + 2, todo, plan, net, where
-        ):
-            for kind, line in lines:
-                files[kind].write(line)
-            for name, reason in failures:
-                files['failed'].write(
-                    json.dumps(dict(file_name=name, reason=reason), ensure_ascii=False).encode(
-                        errors='backslashreplace'
-                    )
-                    + b'\n'
-                )
-            for kind, file in files.items():
-                file.flush()
-                state['bytes'][kind] = file.tell()
-            now = time.time()
-            state |= dict(
-                chunks=state['chunks'] + 1,
-                failed=state['failed'] + len(failures),
-                audio_seconds=state['audio_seconds'] + seconds,
-                seconds=state['seconds'] + now - started,
-            )
-            started = now
-            write_json(shards[0], state)
-            bar.update(len(chunk))
-            bar.set_postfix_str(
-                f'{state["audio_seconds"] / state["seconds"]:.0f} x real time, {state["failed"]} failed'
-            )
-            last = (failures or [last])[-1]
-            if state['failed'] > max_failed:
-                raise InputError(
-                    f'{state["failed"]} files failed, the last: {": ".join(last)}. See {paths["failed"]}; --max_failed={max_failed}'
-                )
-        bar.close()
-        for kind, file in files.items():
-            file.close()
-            if (
-                state['bytes'][kind] or kind == 'units'
-            ):  # units last: they say that the shard is whole
-                os.replace(file.name, here(f'{kind}{suffix}.jsonl'))
-            else:
-                os.remove(file.name)
-        if of > 1:
-            print(
-                f'{out}: shard {part} of {of}, {sum(map(len, mine)):,} files, {state["audio_seconds"] / 3600:.2f} h, {state["failed"]} failed'
-                + ('; when all are done: the same command with --only_pack' if shard else '')
-            )
-            if shard or part:
-                sys.exit()
-            while len(glob.glob(here(f'units-*-of-{of:05d}.jsonl'))) < of:
-                time.sleep(1)
-            only_pack, states = (
-                True,
-                [
-                    json.load(open(path))
-                    for path in sorted(glob.glob(here(f'progress-*-of-{of:05d}.json')))
-                ],
-            )
-
-    # ----- the vocoder, the token files, the report
-    failed, total = sum(state['failed'] for state in states), sum(map(len, chunks))
-    if failed == total:
-        raise InputError(f'none of the {total} files could be used; see {here("failed.jsonl")}')
-    if only_pack:
-        for kind in ('units', 'pairs', 'failed', 'table'):
-            if parts := sorted(glob.glob(here(f'{kind}-*-of-*.jsonl'))):
-                with open(here(kind + '.jsonl.tmp'), 'wb') as whole:
-                    for path in parts:
-                        with open(path, 'rb') as file:
-                            shutil.copyfileobj(file, whole)
-                os.replace(here(kind + '.jsonl.tmp'), here(kind + '.jsonl'))
-    if os.path.exists(here('table.jsonl')):
-        UnitTable.from_bytes(
-            here('table.jsonl'), net.n_units, net.frame_rate
-        ).finish().save_pretrained(here('vocoder'))
-    elif own and net.vocoder and os.path.isdir(net.vocoder) and not os.path.exists(here('vocoder')):
-        shutil.copytree(net.vocoder, here('vocoder'))  # the folder holds all that its units need
-    with open(here('units.jsonl'), encoding='utf-8') as file:
-        meta = pack(
-            (json.loads(line) for line in file),
-            out,
-            net.n_units + OFFSET,
-            net.frame_rate,
-            val_folders,
-            val_fraction,
-        )
-    seconds = max(sum(state['seconds'] for state in states), 1e-3)
-    meta |= dict(
-        encoder='encoder' if own else encoder,
-        vocoder='vocoder' if os.path.isdir(here('vocoder')) else None if own else net.vocoder,
-        pairs=sum(1 for _ in open(here('pairs.jsonl'), 'rb'))
-        if os.path.exists(here('pairs.jsonl'))
-        else 0,
-        files=total,
-        failed=failed,
-        audio_hours=round(sum(state['audio_seconds'] for state in states) / 3600, 4),
-        x_real_time=round(sum(state['audio_seconds'] for state in states) / seconds),
-        recipe=config,
-    )
-    finish(meta)
-    if os.path.exists(here('table.jsonl')):  # not before meta.json says that all is done
-        os.remove(here('table.jsonl'))
+    # Whoever finds all parts there joins them; if two do, both write the same
+    missing = sum(not os.path.exists(part_path(number)) for number in range(len(parts)))
+    if missing:
+        print(f'{out}: shard {part} of {of} is done; {missing} of {len(parts)} parts are missing')
+    else:
+        meta = merge(parts, net, name, left_out, speed, items, plan, n_workers)
+        finish(meta | dict(recipe=config | recipe))
