@@ -2784,8 +2784,9 @@ def _hub_files(name, revision):
 def read_parquet(where, group=None):
     """Yields the rows of parquet data, dicts of plain Python values, a few at a time in memory.
 
-    where: as of parquet_files. group: of each file this row group alone, from 0. Audio stays a struct dict(bytes=..., path=...): load_audio takes
-    io.BytesIO(row['audio']['bytes']). Raises InputError naming the file, or what to install.
+    where: as of parquet_files. group: of each file this row group alone, from 0. Audio stays a
+    struct dict(bytes=..., path=...): load_audio takes io.BytesIO(row['audio']['bytes']). Raises
+    InputError naming the file, or what to install.
     """
     try:
         import pyarrow

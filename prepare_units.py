@@ -95,7 +95,7 @@ shard = ''  # i/n: this run encodes parts i, i + n, ... (i from 0); torchrun set
 workers = 0  # processes that read, and with mfcc encode; 0: one a core of this process's share
 seed = 1234
 device = 'auto'
-dtype = 'float32'  # of the net: units are data, made once
+dtype = 'auto'  # of the net: float32, on CUDA with TF32 products; float32, bfloat16
 # -----------------------------------------------------------------------------
 
 PART_FILES = 128  # at most, of a large corpus
@@ -154,7 +154,7 @@ def find_items(path):
 
 
 def items_below(path):
-    """A folder, searched; links are followed, each folder once. A manifest knows what lies there."""
+    """A folder, searched, links too, each folder once. A manifest knows what lies beside it."""
     seen = set()
     for folder, folders, names in os.walk(path, followlinks=True):
         folders.sort()
@@ -237,7 +237,7 @@ def items_of_tar(path):
 
 
 def find_path(path, folder):
-    """A path from a manifest or list: relative to its folder or, if there is none, to where we are."""
+    """A path from a manifest or list: relative to its folder or, else, to where we are."""
     beside = os.path.join(folder, path)
     return path if not os.path.exists(beside) and os.path.exists(path) else beside
 
@@ -291,8 +291,10 @@ def split_by_hash(name, val_fraction):
 
 
 def choose_items(sources, root, val_folders, exclude):
-    """-> the items to encode, each with its split if its folder says one, and how many are left out:
-    what --exclude names, and test sets, except where all of a source is one: it was meant."""
+    """-> the items to encode, each with its split if its folder says one; how many are left out.
+
+    Left out is what --exclude names, and test sets, but where all of a source is one: it is meant.
+    """
     val_folders, exclude = (
         [name.strip(' /') for name in names.split(',') if name.strip(' /')]
         for names in (val_folders, exclude)
@@ -715,13 +717,12 @@ def load_encoder(name, clusters, price, items, plan, n_workers):
         net.centroids = net.centroids.to(net.device)
     elif net.config.get('switch') and not net.config.get('distortion'):
         x = draw_frames(net, items, min(fit_frames, 30_000), plan, n_workers)
-        nearest = torch.cdist(x, net.centroids).min(1).values
-        net.config['distortion'] = float(nearest.double().square().mean())
+        net.config['distortion'] = net.distance([x])
     return net
 
 
 def publish(folder, write):
-    """A folder that is there whole or not at all, made by write(folder); the first to come stays."""
+    """A folder that appears whole or not at all, made by write(folder); the first to come stays."""
     aside = f'{folder}.{os.uname().nodename}.{os.getpid()}.tmp'
     shutil.rmtree(aside, ignore_errors=True)
     os.makedirs(aside)
@@ -929,9 +930,8 @@ def pack(rows, folder, vocab_size, frame_rate, split=None):
                 continue
             units = np.array(row['units'])
             if units.max() >= len(usage):
-                raise InputError(
-                    f'{row["file_name"]}: unit {units.max()}, but there are {len(usage)} (--n_units)'
-                )
+                found = f'{row["file_name"]}: unit {units.max()}'
+                raise InputError(f'{found}, but there are {len(usage)} (--n_units)')
             sequence = np.concatenate(([BOS], units + OFFSET, [EOS]))
             tokens[part].write(sequence.astype(token_type).tobytes())
             usage += np.bincount(units, minlength=len(usage))
@@ -991,7 +991,7 @@ def finish(meta):
 
 
 def fit_table(net, items, plan, n_workers):
-    """The table vocoder of training speech drawn evenly: mean spectra and durations of the units."""
+    """The table vocoder of training speech drawn evenly: mean spectra, mean durations of units."""
     table, seconds = UnitTable(net.n_units, net.frame_rate), 0.0
     for pieces in draw_speech(items, vocoder_hours * 3600, plan, hand_on, n_workers):
         waves = [wave for piece in pieces for wave in piece.waves]
@@ -1214,9 +1214,10 @@ def prepare_encoder(items, plan, recipe, part, n_workers):
             net.config['vocoder'] = 'vocoder'
         net.config['fitted'] = recipe
         publish(folder, net.save_pretrained)
-    while not os.path.exists(folder):
+    if not os.path.exists(folder):
         print('waiting for shard 0 to make the encoder', flush=True)
-        time.sleep(5)
+    while not os.path.exists(folder):
+        time.sleep(1)
     net = UnitEncoder.from_pretrained(folder, None, None, device, dtype)
     if net.config.get('fitted') != recipe:
         raise InputError(

@@ -6,12 +6,14 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
-import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 
@@ -30,6 +32,7 @@ from model import (
     save_audio,
 )
 
+torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -49,20 +52,43 @@ def speech(seconds, seed=0):
     return torch.from_numpy((0.05 * wave + 1e-4 * rng.standard_normal(len(t))).astype('float32'))
 
 
-def run(*args, check=0, env=None):
-    done = subprocess.run(
-        [sys.executable, 'prepare_units.py', *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=dict(os.environ, OMP_NUM_THREADS='1') | (env or {}),
+def script(args, env, log):
+    """prepare_units.py as a command runs it, in a forked process that has its libraries loaded."""
+    sys.stdout, sys.stderr = open(f'{log}/out', 'w'), open(f'{log}/err', 'w')
+    torch.set_num_threads(1)
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = [os.path.join(ROOT, 'prepare_units.py'), *args]
+    for name in list(sys.modules):  # these look at sys.argv and the environment
+        if name == 'config' or name.startswith('huggingface_hub'):
+            del sys.modules[name]
+    try:
+        runpy.run_path(sys.argv[0], run_name='__main__')
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        raise SystemExit(1) from None
+
+
+def begin(*args, **env):
+    process = multiprocessing.get_context('fork').Process(
+        target=script, args=(args, env, log := tempfile.mkdtemp())
     )
-    assert done.returncode == check, done.stderr[-2000:]
-    assert 'Traceback' not in done.stderr, done.stderr[-2000:]
-    return (
-        done.stdout.strip().splitlines()[-1] if check == 0 else done.stderr.strip().splitlines()[-1]
-    )
+    process.start()
+    process.log = log
+    return process
+
+
+def end(process, check=0):
+    """Wait for it -> its last line, of stderr where it fails."""
+    process.join(300)
+    said = {name: open(f'{process.log}/{name}').read() for name in ('out', 'err')}
+    shutil.rmtree(process.log)
+    assert process.exitcode == check and 'Traceback' not in said['err'], said['err'][-2000:]
+    return said['err' if check else 'out'].strip().splitlines()[-1]
+
+
+def run(*args, check=0, **env):
+    return end(begin(*args, **env), check)
 
 
 def small_net():
@@ -288,7 +314,7 @@ def packed(public, tmp_path_factory):
 
 
 def test_every_public_layout_gives_the_units_of_its_waves(public, packed):
-    (root, waves), (said, folder, net) = public, packed
+    (_, waves), (said, folder, net) = public, packed
     found = {row['file_name']: row for row in rows(folder / 'out/units.jsonl')}
     found |= {(row['file_name'], row.get('start')): row for row in rows(folder / 'out/units.jsonl')}
     kept = {key: wave for key, wave in waves.items() if 'SpokenSwag' not in key}
@@ -352,16 +378,16 @@ def test_data_of_the_hub_fetched_once_and_then_offline(public, packed, tmp_path)
     server = serve_hub(root / 'stories', 'slprl/sTinyStories')
     args = ('--audio=hub:slprl/sTinyStories:train', f'--encoder={folder}/encoder')
     env = dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HOME=f'{tmp_path}/hf')
-    run(*args, f'--out={tmp_path}/a', env=env)
+    run(*args, f'--out={tmp_path}/a', **env)
     server.shutdown()
     server.server_close()
-    run(*args, f'--out={tmp_path}/b', env=env | dict(HF_HUB_OFFLINE='1'))
+    run(*args, f'--out={tmp_path}/b', **env, HF_HUB_OFFLINE='1')
     same_files(tmp_path / 'a', tmp_path / 'b', ['units.jsonl', 'train.bin'])
     hub, local = rows(tmp_path / 'a/units.jsonl'), rows(folder / 'out/units.jsonl')
     local = [row['units'] for row in local if row['file_name'].startswith('stories')]
     assert [row['units'] for row in hub] == local
-    offline = env | dict(HF_HUB_OFFLINE='1')
-    said = run('--audio=hub:no/where', f'--out={tmp_path}/c', env=offline, check=2)
+    args = ('--audio=hub:no/where', f'--out={tmp_path}/c')
+    said = run(*args, check=2, **env, HF_HUB_OFFLINE='1')
     assert 'hub:no/where: the hub did not give it' in said
 
 
@@ -486,27 +512,20 @@ def test_killed_at_any_moment_and_however_shared_out_the_same_bytes(corpus, whol
     """Three shards of one worker each begin together in one folder and are killed with -9 again
     and again; then two more join, one shard twice. Nobody waits for a lock, nothing is lost."""
     rng = random.Random(0)
-    args = [sys.executable, 'prepare_units.py', f'--audio={corpus}', f'--out={tmp_path}/out']
-    args += [*SETTINGS, '--max_seconds=4', '--workers=1']
-    env = dict(os.environ, OMP_NUM_THREADS='1')
-
-    def begin(shard):
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen([*args, f'--shard={shard}'], cwd=ROOT, env=env, **quiet)
-
-    for _ in range(3):
-        shards = [begin(f'{i}/3') for i in range(3)]
-        parts, seen = tmp_path / 'out/parts', len(glob.glob(f'{tmp_path}/out/parts/*'))
-        while len(glob.glob(f'{parts}/*')) <= seen and any(s.poll() is None for s in shards):
+    args = [f'--audio={corpus}', f'--out={tmp_path}/out', *SETTINGS, '--max_seconds=4']
+    parts = f'{tmp_path}/out/parts/*'
+    for _ in range(5):
+        shards = [begin(*args, '--workers=1', f'--shard={i}/3') for i in range(3)]
+        seen = len(glob.glob(parts))
+        while len(glob.glob(parts)) <= seen and any(shard.is_alive() for shard in shards):
             time.sleep(0.01)
         time.sleep(rng.random() * 0.2)
-        for process in shards:
-            process.kill()
-            process.communicate()
-    shards = [begin(f'{i}/3') for i in (0, 1, 2, 1)]
-    for process in shards:
-        _, error = process.communicate(timeout=200)
-        assert process.returncode == 0, error[-2000:]
+        for shard in shards:
+            shard.kill()
+            shard.join()
+    shards = [begin(*args, f'--workers={1 + i}', f'--shard={i}/3') for i in (0, 1, 2, 1)]
+    for shard in shards:
+        end(shard)
     same_files(tmp_path / 'out', whole, MADE)
 
 
@@ -517,7 +536,7 @@ def test_a_finished_folder_is_left_alone_and_another_recipe_refused(corpus, whol
     assert os.stat(f'{whole}/meta.json').st_mtime_ns == before
     said = run(*args, '--max_seconds=5', check=2)
     assert 'recipe.json: begun with another max_seconds' in said
-    assert 'another listing' in run(*args, '--max_seconds=4', '--exclude=b.mp3', check=2)
+    assert 'another exclude, listing' in run(*args, '--max_seconds=4', '--exclude=b.mp3', check=2)
     assert 'made from audio' in run(f'--from_units={whole}/units.jsonl', f'--out={whole}', check=2)
     os.makedirs(tmp_path / 'out')
     shutil.copytree(f'{whole}/encoder', tmp_path / 'out/encoder')
@@ -526,20 +545,10 @@ def test_a_finished_folder_is_left_alone_and_another_recipe_refused(corpus, whol
 
 
 def test_torchrun_ranks_share_the_work(corpus, whole, tmp_path):
-    args = [sys.executable, 'prepare_units.py', f'--audio={corpus}', f'--out={tmp_path}/out']
-    ranks = [
-        subprocess.Popen(
-            [*args, *SETTINGS, '--max_seconds=4'],
-            cwd=ROOT,
-            env=dict(os.environ, RANK=str(i), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2'),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for process in ranks:
-        _, error = process.communicate(timeout=200)
-        assert process.returncode == 0, error[-2000:]
+    args = [f'--audio={corpus}', f'--out={tmp_path}/out', *SETTINGS, '--max_seconds=4']
+    world = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')
+    for rank in [begin(*args, **world, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]:
+        end(rank)
     same_files(tmp_path / 'out', whole, MADE)
 
 
@@ -629,9 +638,8 @@ def test_measures_of_units_against_scikit_learn():
     assert labels.tolist() == ['', '', 'a', 'a', 'a', 'a', 'a', 'b', 'b', 'b', '', '']
 
 
-def test_report_of_encoders_and_units_files(packed, tmp_path):
+def test_report_of_encoders_and_units_files(tmp_path):
     """Phones that the sound tells apart: units know them; units in disorder do not."""
-    _, folder, _ = packed
     tones, lines = [200, 500, 1100, 2400], []
     for i in range(40):
         phones = np.random.default_rng(i).integers(0, 4, 8)
@@ -642,15 +650,15 @@ def test_report_of_encoders_and_units_files(packed, tmp_path):
         lines.append(dict(path=f'{i}.wav', phones=marks))
     manifest = ''.join(json.dumps(line) + '\n' for line in lines)
     (tmp_path / 'in/manifest.jsonl').write_text(manifest)
-    run(f'--audio={tmp_path}/in', f'--encoder={folder}/encoder', f'--out={tmp_path}/units')
+    fit = (f'--audio={tmp_path}/in', '--fit_frames=1000')
+    run(*fit, '--encoder=mfcc', '--fit_kmeans=6', f'--out={tmp_path}/units')
     found = rows(tmp_path / 'units/units.jsonl')
     with open(tmp_path / 'units/disorder.jsonl', 'w') as file:
         for i, row in enumerate(found):
             file.write(json.dumps(row | dict(phones=found[i - 1]['phones'])) + '\n')
-    settings = ['mfcc:6', 'mfcc:6:8', f'{folder}/encoder', f'{tmp_path}/units/units.jsonl']
+    settings = ['mfcc:6', 'mfcc:6:8', f'{tmp_path}/units/encoder', f'{tmp_path}/units/units.jsonl']
     settings.append(f'{tmp_path}/units/disorder.jsonl')
-    args = [f'--audio={tmp_path}/in', f'--report={",".join(settings)}', '--fit_frames=1000']
-    run(*args, f'--out={tmp_path}/report')
+    run(*fit, f'--report={",".join(settings)}', f'--out={tmp_path}/report')
     report = json.load(open(tmp_path / 'report/report.json'))
     assert list(report) == settings
     cheap, dear, encoder, file, disorder = report.values()
