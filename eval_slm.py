@@ -558,7 +558,10 @@ def interval(a, b=None, transform=PERCENT, draws=2000, seed=1234):
     if freedom:
         error = np.sqrt(squares / freedom * sum(1 / len(arm) for arm in arms))
         deviations = deviations + error * rng.standard_t(freedom, size=(20, draws))
-    low, high = np.percentile(difference[0] + deviations, (2.5, 97.5)).tolist()
+    bounds = np.percentile(difference[0] + deviations, (2.5, 97.5))
+    if transform is PERCENT:
+        bounds = np.clip(bounds, 0 if b is None else -100, 100)
+    low, high = bounds.tolist()
     return result | dict(low=low, high=high)
 
 
@@ -596,8 +599,8 @@ def summarise(pairs, wins, seed=1234):
 
 
 @lru_cache(maxsize=4)
-def load_hf(model_class, processor_class, where, device):
-    """A transformers model and its tokenizer or processor. Raises InputError if it cannot."""
+def try_hf(model_class, processor_class, where, device):
+    """(model, its tokenizer or processor, ''), or (None, None, why it cannot be loaded)."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -606,10 +609,17 @@ def load_hf(model_class, processor_class, where, device):
         processor = getattr(transformers, processor_class).from_pretrained(where)
         model = getattr(transformers, model_class).from_pretrained(where, dtype=dtype)
     except Exception as error:
-        why = ' '.join(str(error).split())[:120]
+        return None, None, ' '.join(str(error).split())[:120]
+    return model.eval().to(device), processor, ''
+
+
+def load_hf(model_class, processor_class, where, device):
+    """A transformers model and its tokenizer or processor. Raises InputError if it cannot."""
+    model, processor, why = try_hf(model_class, processor_class, where, device)
+    if why:
         remedy = 'give the folder of a downloaded copy'
-        raise InputError(f'{where!r} cannot be loaded ({why}): {remedy}') from None
-    return model.eval().to(device), processor
+        raise InputError(f'{where!r} cannot be loaded ({why}): {remedy}')
+    return model, processor
 
 
 @torch.inference_mode()
@@ -921,7 +931,7 @@ def describe(model, where):
     return dict(
         where=where,
         gpus=f'{runs[-1].get("devices", 1)} {runs[-1].get("device", "")}'.strip() if runs else '',
-        gpu_days=f'{days:.3g}' if days else '',
+        gpu_days=f'{days:.2g}' if days else '',
         parameters=format_count(parameters),
         tokens=' + '.join(format_count(count) for count in counts if count),
         flops=6 * parameters * sum(counts) or None,
@@ -970,32 +980,29 @@ def format_cell(task, result, sign=''):
 def make_tables(metrics, arms, differences, about, suites):
     """(rows of the results, rows of the differences), lists of cells, the head first."""
     columns = list(dict.fromkeys(task for result in metrics.values() for task in result))
-    head = ['model', 'GPUs', 'GPU-days', 'parameters', 'tokens']
-    what = ['', '', '', '', '']
+    head, what = ['model'], ['']
     for task in columns:
-        results = [results[task] for results in metrics.values() if task in results]
-        n = max((result.get('n', 0) for result in results), default=0)
-        base = task.removesuffix('_in_vocabulary')
-        suite_split = suites[base].split if base in suites else ''
-        measure = MEASURES.get(task, f'% of pairs, {likelihood}')
-        label = LABELS.get(task) or LABELS.get(task.removesuffix('_unseen'), task)
-        head.append(label + (', unseen voices' if task.endswith('_unseen') else ''))
-        items = f'n = {n:,}' if n else ''
-        what.append('; '.join(filter(None, [suite_split, items, measure])))
-    table = [head, what]
+        seen = task.removesuffix('_unseen')
+        head.append(LABELS.get(seen, seen) + (', unseen voices' if task != seen else ''))
+        n = max(results.get(task, {}).get('n', 0) for results in metrics.values())
+        suite = suites.get(task.removesuffix('_in_vocabulary'))
+        measure = MEASURES.get(task, f'% of pairs, by {likelihood} log-likelihood')
+        parts = (suite.split if suite else '', f'n = {n:,}' if n else '', measure)
+        what.append('; '.join(filter(None, parts)))
     keys = ('gpus', 'gpu_days', 'parameters', 'tokens')
+    table = [[*head, 'GPUs', 'GPU-days', 'parameters', 'tokens'], [*what, '', '', '', '']]
     for name, results in metrics.items():
         cells = [format_cell(task, results.get(task)) for task in columns]
-        table.append([name, *(about[name][key] for key in keys), *cells])
+        table.append([name, *cells, *(about[name][key] for key in keys)])
     for name, (members, results) in arms.items():
         cells = [format_cell(task, results.get(task)) for task in columns]
-        table.append([f'{name}: mean of {len(members)} seeds', '', '', '', '', *cells])
+        table.append([f'{name}: mean of {len(members)} seeds', *cells, '', '', '', ''])
     known = comparable(suites)
     for row in read_paper():
         cells = [row.get(task, '') if task in known else '' for task in columns]
         if any(cells):
-            table.append([row['model'], *(row[key] for key in keys), *cells])
-    changes = [['difference', *head[5:]]]
+            table.append([row['model'], *cells, *(row[key] for key in keys)])
+    changes = [['difference', *head[1:]]]
     for name, results in differences.items():
         changes.append([name, *(format_cell(task, results.get(task), '+') for task in columns)])
     return table, changes
@@ -1010,9 +1017,11 @@ def make_notes(metrics, arms, suites, sampling):
         else 'Differences are of these checkpoints: other seeds may differ by more (--init="a-s*").'
     )
     continued = {task for results in metrics.values() for task in results if task in TRANSFORM}
+    alike = defaultdict(list)
     for name, knobs in sampling.items() if continued else ():
         said = ', '.join(f'{key.replace("_", " ")} {value:g}' for key, value in knobs.items())
-        notes.append(f'{name} was sampled with {said}, prompts of {prompt_seconds:g} s.')
+        alike[f'sampled with {said}, prompts of {prompt_seconds:g} s.'].append(name)
+    notes += [f'{", ".join(names)}: {said}' for said, names in alike.items()]
     for name, results in metrics.items():
         for task, result in results.items():
             if result.get('left_out'):
@@ -1123,8 +1132,8 @@ def make_page(tables, notes, metrics, arms, about, suites, players, summary):
         columns=[
             dict(
                 task=task,
-                title=tables[0][0][5 + i],
-                what=tables[0][1][5 + i],
+                title=tables[0][0][1 + i],
+                what=tables[0][1][1 + i],
                 percent=task not in TRANSFORM,
                 paper=[[row['model'], float(row[task])] for row in rows if row.get(task)]
                 if task in known

@@ -1,7 +1,10 @@
-"""Pairs scored a second: eval_slm's packed rows beside padded batches of 32 in file order. By hand: python tests/bench_eval.py
+"""Pairs scored a second: eval_slm's packed rows beside padded batches of 32 in file order.
 
-Lengths are log-normal, as spoken sentences are (median 70 tokens, sigma 0.7); the model has the demo's family and depth. Both ways give the same
-likelihoods. On a busy machine the ratio of wall times says little: run it alone.
+    python tests/bench_eval.py [PAIRS]
+
+Lengths are log-normal, as spoken sentences are (median 70 tokens, sigma 0.7), drawn anew for each
+round; the model has the demo's family and depth. Both ways give the same likelihoods. On a busy
+machine the ratio of wall times says little: run it alone.
 """
 
 import os
@@ -15,58 +18,44 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from eval_slm import log_likelihoods  # noqa: E402
 from model import SLM, SLMConfig  # noqa: E402
 
-N = int(sys.argv[1]) if len(sys.argv) > 1 else 256  # pairs
-device = 'cuda' if torch.cuda.is_available() else 'cpu'
-slm = (
-    SLM(
-        SLMConfig(
-            family='qwen2',
-            n_layer=4,
-            n_embd=256,
-            n_head=4,
-            n_kv_head=2,
-            n_ffn=1024,
-            vocab_size=502,
-            context=1024,
-        )
-    )
-    .eval()
-    .to(device)
-)
+SHAPE = dict(family='qwen2', n_layer=4, n_embd=256, n_head=4, n_kv_head=2, n_ffn=1024)
+
+
+def draw_utterances(rng, pairs):
+    """Units of two utterances a pair."""
+    lengths = np.clip(rng.lognormal(np.log(70), 0.7, 2 * pairs), 5, 900).astype(int)
+    return [rng.integers(0, 500, n) for n in lengths]
 
 
 @torch.inference_mode()
-def padded(utterances, batch=32):
+def score_padded(slm, utterances, batch=32):
+    """The plain way: padding on the right, which causal attention never sees."""
+    device = next(slm.parameters()).device
     sums = []
     for start in range(0, len(utterances), batch):
-        some = [torch.tensor([1, *(u + 2), 1]) for u in utterances[start : start + batch]]
-        tokens = torch.nn.utils.rnn.pad_sequence(some, batch_first=True).to(
-            device
-        )  # padding on the right: causal attention never sees it
+        part = [torch.tensor([1, *(u + 2), 1]) for u in utterances[start : start + batch]]
+        tokens = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device)
         mask = (tokens != 0).long()
         mask[:, 0] = 0
         sums.append(slm.logps(tokens, mask))
     return torch.cat(sums).double().cpu().numpy()
 
 
-def best(function, utterances, repeats=3):
-    """Seconds of the fastest run, and what it gave."""
-    runs = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        result = function(utterances)
-        runs.append(time.perf_counter() - began)
-    return min(runs), result
-
-
-rng = np.random.default_rng(0)
-utterances = [
-    rng.integers(0, 500, n)
-    for n in np.clip(rng.lognormal(np.log(70), 0.7, 2 * N), 5, 900).astype(int)
-]
-ours, a = best(lambda x: log_likelihoods(slm, x)[0], utterances)
-plain, b = best(padded, utterances)
-print(
-    f'packed {N / ours:.1f} pairs/s, padded batches of 32 {N / plain:.1f} pairs/s, ratio {plain / ours:.2f} '
-    f'({device}, {torch.get_num_threads()} threads; largest difference {np.abs(a - b).max():.1e} nats)'
-)
+if __name__ == '__main__':
+    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 256
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    slm = SLM(SLMConfig(**SHAPE, vocab_size=502, context=1024)).eval().to(device)
+    rng = np.random.default_rng(0)
+    ways = dict(packed=lambda x: log_likelihoods(slm, x)[0], padded=lambda x: score_padded(slm, x))
+    seconds = {name: [] for name in ways}
+    for turn in range(4):  # the first round is to warm up, on as many pairs
+        utterances = draw_utterances(rng, pairs)
+        results = []
+        for name, way in ways.items():
+            began = time.perf_counter()
+            results.append(way(utterances))
+            seconds[name] += [time.perf_counter() - began] if turn else []
+        apart = np.abs(results[0] - results[1]).max()
+    ours, plain = (pairs / min(spent) for spent in seconds.values())
+    print(f'packed {ours:.1f} pairs/s, padded batches of 32 {plain:.1f}, ratio {ours / plain:.2f}')
+    print(f'({device}, {torch.get_num_threads()} threads; at most {apart:.1e} nats apart)')
