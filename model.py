@@ -23,6 +23,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -1542,6 +1543,7 @@ def dedup(units):
 
 
 @lru_cache
+@torch.inference_mode(False)
 def mel_filters():
     """Triangles (N_FFT // 2 + 1, N_MELS) evenly spaced on the mel scale, 0 to 8,000 Hz, peak 1."""
     top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
@@ -2240,76 +2242,639 @@ class KMeansReader(pickle._Unpickler):
 # -----------------------------------------------------------------------------
 # UnitVocoder: units -> wave
 
-_LJ = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/hifigan_lj_mhubert_base_25hz'
-HIFIGAN = {
-    'hifigan25': (  # mhubert25's, trained on LJSpeech: generator and config, each with its sha256
-        (_LJ + '.pt', 'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79'),
-        (_LJ + '_config.json', '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7'),
+_TEXTLESS = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/'
+HIFIGAN = {  # mhubert25's, trained on LJSpeech: generator and config, each with its sha256
+    'hifigan25': (
+        (
+            _TEXTLESS + 'hifigan_lj_mhubert_base_25hz.pt',
+            'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79',
+        ),
+        (
+            _TEXTLESS + 'hifigan_lj_mhubert_base_25hz_config.json',
+            '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7',
+        ),
     )
 }
-VOICE_LEVEL, VOICE_PEAK = (
-    0.08,
-    0.95,
-)  # root mean square of the spoken parts (-22 dB), and the highest sample allowed
+VOICE_LEVEL = 0.08  # root mean square of the spoken parts of what a vocoder says: -22 dB
+VOICE_PEAK = 0.95  # the highest sample allowed
+SIDE = (WINDOW - HOP) // 2  # samples of a window on each side of the 10 ms in its middle
 
 
 def speech_level(wave):
-    """Root mean square of the spoken parts of (samples,): of the 25 ms blocks less than 13 dB below the loud ones."""
-    power = (
-        wave[: len(wave) // WINDOW * WINDOW].view(-1, WINDOW).square().mean(1)
-        if len(wave) >= WINDOW
-        else wave.square().mean()[None]
-    )
+    """Root mean square of the spoken parts of (samples,): of the 25 ms blocks less than 13 dB below
+    the loud ones."""
+    if len(wave) < WINDOW:
+        return float(wave.square().mean().sqrt())
+    power = wave[: len(wave) // WINDOW * WINDOW].view(-1, WINDOW).square().mean(1)
     loud = power.sort().values[int(0.95 * (len(power) - 1))]
     return float(power[power >= 0.05 * loud].mean().sqrt())
 
 
 def finish_wave(wave, level=VOICE_LEVEL):
-    """What a listener expects of (samples,), at least one: no DC, speech at `level`, peaks below VOICE_PEAK, 5 ms fades so that no end clicks."""
+    """What a listener expects of (samples,), at least one: no DC, speech at `level`, peaks below
+    VOICE_PEAK, 5 ms fades so that no end clicks."""
     wave = wave - wave.mean()
-    wave = wave * min(
-        level / max(speech_level(wave), 1e-6), VOICE_PEAK / max(float(wave.abs().max()), 1e-6)
-    )
-    fade = torch.linspace(0, 1, min(80, len(wave)), device=wave.device)
-    wave[: len(fade)] *= fade
-    wave[-len(fade) :] *= fade.flip(0)
+    gain = level / max(speech_level(wave), 1e-6)
+    wave = wave * min(gain, VOICE_PEAK / max(float(wave.abs().max()), 1e-6))
+    return fade_ends(wave)
+
+
+def fade_ends(wave, start=True, end=True):
+    """(samples,) with 5 ms fades at its start, its end or both, in place."""
+    ramp = torch.linspace(0, 1, min(80, len(wave)), device=wave.device)
+    if start:
+        wave[: len(ramp)] *= ramp
+    if end and len(ramp):
+        wave[-len(ramp) :] *= ramp.flip(0)
     return wave
 
 
+def limit_peaks(wave, knee=0.7):
+    """Samples above the knee bent so that none passes VOICE_PEAK, each by itself: for a stream,
+    whose loudest moment is not known yet."""
+    room = VOICE_PEAK - knee
+    beyond = (wave.abs() - knee).clamp(min=0)
+    return torch.where(beyond > 0, wave.sign() * (knee + room * torch.tanh(beyond / room)), wave)
+
+
+def frame_spectra(wave):
+    """(..., samples) -> (..., samples // HOP, bins) complex: the spectra of log_mel's frames."""
+    windows = F.pad(wave, (SIDE, SIDE)).unfold(-1, WINDOW, HOP)
+    return torch.fft.rfft(windows * torch.hann_window(WINDOW, device=wave.device), N_FFT)
+
+
+def overlap_add(spectra):
+    """The inverse of frame_spectra, by least squares: (..., n, bins) -> (..., n * HOP)."""
+    n, window = spectra.shape[-2], torch.hann_window(WINDOW, device=spectra.device)
+
+    def add(parts):  # (rows, n, WINDOW) -> (rows, n * HOP)
+        size = (1, (n - 1) * HOP + WINDOW)
+        whole = F.fold(parts.transpose(1, 2), size, (1, WINDOW), stride=(1, HOP))
+        return whole[:, 0, 0, SIDE : SIDE + n * HOP]
+
+    parts = torch.fft.irfft(spectra, N_FFT)[..., :WINDOW] * window
+    weight = add(window.square().expand(1, n, WINDOW)).clamp(min=0.05)
+    wave = add(parts.reshape(-1, n, WINDOW)) / weight
+    return wave.view(*spectra.shape[:-2], n * HOP)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def mel_spread():
+    """(N_MELS, bins): the log energy of each bin out of those of the mel bands around it."""
+    filters = mel_filters()
+    return (filters / filters.sum(1, keepdim=True).clamp(min=1e-6)).T.contiguous()
+
+
+@lru_cache
+@torch.inference_mode(False)
+def fixed_noise():
+    """4 s of white noise, power 1, that every wave takes from the same place at the same time."""
+    return torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+
+
+class Source:
+    """What a throat gives and the filters of a voice shape: pulses at a pitch, and noise, each of
+    power 1. It remembers how often the pulses had turned at sample `at`, from where the next
+    stretch of an utterance goes on; a stretch may begin earlier than that."""
+
+    def __init__(self):
+        self.at, self.turns = 0, 0.0
+
+    def __call__(self, pitch, first=0, until=None):
+        """pitch: (n,) Hz, one a 10 ms step from sample `first` of the utterance on; (B, n) of
+        stretches that begin at 0. until: the sample from which the next stretch goes on.
+        Returns: pulses (..., n * HOP), noise (n * HOP,), on the CPU."""
+        pitch = pitch.detach().cpu().double().repeat_interleave(HOP, dim=-1)
+        turns = (pitch / SAMPLE_RATE).cumsum(-1)
+        if pitch.ndim == 1:
+            at = self.at - first
+            turns += self.turns - (float(turns[at - 1]) if at else 0.0)
+            if until is not None:
+                self.at, self.turns = until, float(turns[until - first - 1])
+        # a pulse where a turn is complete, shared by the two samples on either side of that moment
+        whole = turns.floor()
+        pulse = (whole > (turns - pitch / SAMPLE_RATE).floor()) * (SAMPLE_RATE / pitch).sqrt()
+        early = (turns - whole) * SAMPLE_RATE / pitch  # samples since that moment
+        pulses = pulse * (1 - early)
+        pulses[..., :-1] += (pulse * early)[..., 1:]
+        places = torch.arange(first, first + turns.shape[-1]) % len(fixed_noise())
+        return pulses.float(), fixed_noise()[places]
+
+
+def filter_source(mel, voiced, pulses, noise, rounds=0, basis=None):
+    """A wave of a given envelope: the source of a voice, shaped, by an inverse STFT.
+
+    mel: (..., n, N_MELS) what log_mel of the wave is to be. voiced: (..., n, bins) share of the
+    power that is pulses. pulses, noise: (..., n * HOP) of power 1, see Source. rounds: of Griffin
+    & Lim 1984, changed to keep the fine structure, so that speech stays voiced, while the envelope
+    is corrected by what log_mel misses. basis: (N_MELS, N_MELS) that a correction goes through.
+    """
+    filters, spread = mel_filters().to(mel.device), mel_spread().to(mel.device)
+    hertz = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, device=mel.device)
+    shape = (1 - voiced).clamp(min=1e-4).sqrt() * frame_spectra(noise)
+    shape = shape + voiced.clamp(min=1e-4).sqrt() * frame_spectra(pulses)
+    shape = shape * ((hertz > 50) & (hertz < SAMPLE_RATE / 2)) / (3 * WINDOW / 8) ** 0.5
+    target = mel - filters.sum(0).log()
+    wave = overlap_add(shape * torch.exp(0.5 * target @ spread))
+    for _ in range(rounds):
+        heard = frame_spectra(wave)
+        missed = mel - (heard.abs().square() @ filters).clamp(min=1e-7).log()
+        missed = missed.clamp(-3, 3)
+        target = target + (missed if basis is None else missed @ basis)
+        shape = shape.abs() * heard / heard.abs().clamp(min=1e-9)
+        wave = overlap_add(shape * torch.exp(0.5 * target @ spread))
+    return wave
+
+
+@lru_cache
+@torch.inference_mode(False)
+def envelope_basis():
+    """(N_MELS, N_MELS): keeps the envelope, the lower half of the cepstrum, and drops harmonics."""
+    angles = torch.outer(torch.arange(N_MELS) + 0.5, torch.arange(N_MELS // 2) * math.pi)
+    basis = F.normalize((angles / N_MELS).cos(), dim=0)
+    return basis @ basis.T
+
+
+ROUNDS = 3  # of filter_source in a vocoder: they bring 98 % of the units back
+# 10 ms steps on each side that a sample depends on: of every round two windows
+ROUNDS_REACH = -(-WINDOW * (ROUNDS + 1) // HOP) + 1
+
+
+class TableVoice:
+    """The offline voice: the mean log-mel spectra of each unit, made into a wave by Griffin-Lim
+    from the phases of a voice-like excitation.
+
+    tensors: mel (n_units, 10 ms steps a unit, N_MELS), durations (n_units,) mean frames of a run.
+    """
+
+    level = 0.065  # speech_level of what `speak` gives: means of logs are below the log of means
+
+    def __init__(self, config, tensors, device):
+        self.device, self.mel = device, tensors['mel']
+        self.mean_durations = tensors['durations'].cpu()
+        if self.mel.shape[::2] != (config['n_units'], N_MELS):
+            raise ValueError(f'its table is of shape {tuple(self.mel.shape)}')
+        self.steps_a_frame = SAMPLE_RATE / HOP / config['frame_rate']
+        # frames that a sample depends on, on each side; the pitch follows the loudness of 0.3 s
+        self.reach = math.ceil((ROUNDS_REACH + 15) / self.steps_a_frame)
+        self.unit_reach = 0
+
+    def durations(self, units):
+        """Each unit's mean; what rounding takes from one the next gains: the tempo is right."""
+        return round_durations(self.mean_durations[units])
+
+    def spectra(self, frames, first):
+        """(frames,) units from frame `first` of an utterance on -> their (10 ms steps, N_MELS)."""
+        ratio = self.steps_a_frame
+        steps = torch.arange(round(first * ratio), round((first + len(frames)) * ratio))
+        at = steps / ratio - first
+        inside = (at.frac() * self.mel.shape[1] + 1e-3).long()
+        return self.mel[frames[at.long()].to(self.device), inside.to(self.device)]
+
+    def pitch(self, mel):
+        """100 to 125 Hz, higher where it is louder, as people speak: (n, N_MELS) -> (n,)."""
+        loudness = torch.logsumexp(mel, 1)
+        slow = F.avg_pool1d(loudness[None], 31, 1, 15, count_include_pad=False)[0]  # over 0.3 s
+        loudest = torch.logsumexp(self.mel.mean(1), 1).max()
+        return 125 - 5 * (loudest - slow).clamp(0, 5)
+
+    def voiced(self, mel):
+        """The share of pulses in each bin: a voice falls towards 4 kHz and is a hiss above; speech
+        whose spectrum does not fall is none. (n, N_MELS) -> (n, bins)."""
+        hertz = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
+        peaks = hertz[mel_filters().argmax(0)]
+        tilt = torch.logsumexp(mel[:, peaks < 1000], 1) - torch.logsumexp(mel[:, peaks > 3000], 1)
+        below = torch.sigmoid((4500 - hertz.to(mel.device)) / 400)
+        return torch.sigmoid(2 * tilt - 1)[:, None] * below
+
+    def speak(self, units, durations, first=0, until=None, source=None):
+        """Units (n,) of so many frames -> (frames * hop,) samples whose log_mel is the table's.
+
+        first, until (frames of the utterance), source: for a stretch of one, see Source.
+        """
+        mel = self.spectra(units.repeat_interleave(durations), first)  # (n, N_MELS)
+        hop = HOP * self.steps_a_frame
+        ends = round(first * hop), None if until is None else round(until * hop)
+        sound = (source or Source())(self.pitch(mel), *ends)
+        sound = (x.to(self.device) for x in sound)
+        basis = envelope_basis().to(self.device)
+        return filter_source(mel, self.voiced(mel), *sound, ROUNDS, basis)
+
+
+def round_durations(mean):
+    """(n,) mean frames -> (n,) long, at least 1, whose sums stay within half a frame of the mean's."""
+    beyond = (mean.clamp(min=1) - 1).double().cumsum(0).add(0.5).floor().long()
+    return 1 + torch.diff(beyond, prepend=beyond.new_zeros(1))
+
+
+class HifiganVoice:
+    """The unit HiFi-GAN with its duration predictor (Polyak et al. 2021, fairseq's code HiFi-GAN).
+
+    config: its JSON. tensors: as published, weight norm folded.
+    """
+
+    level = 0.13  # of its training data: files whose highest sample is 0.95
+
+    def __init__(self, config, tensors, device):
+        self.config, self.tensors, self.device = config, tensors, device
+        self.hop = math.prod(config['upsample_rates'])
+        self.unit_reach, self.reach = 0, self._count_reach()
+        for i in (1, 2):
+            if f'dur_predictor.conv{i}.0.weight' in tensors:
+                self.unit_reach += tensors[f'dur_predictor.conv{i}.0.weight'].shape[-1] // 2
+
+    def _count_reach(self):
+        """Frames on each side that a sample depends on, from the sizes of the kernels, last first."""
+        c = self.config
+        reach = self.tensors['conv_post.weight'].shape[-1] // 2
+        block = 0
+        for kernel, dilations in zip(
+            c['resblock_kernel_sizes'], c['resblock_dilation_sizes'], strict=True
+        ):
+            block = max(block, sum(kernel // 2 * (dilation + 1) for dilation in dilations))
+        for rate, kernel in reversed(
+            list(zip(c['upsample_rates'], c['upsample_kernel_sizes'], strict=True))
+        ):
+            reach = -(-(reach + block + kernel) // rate)
+        return reach + self.tensors['conv_pre.weight'].shape[-1] // 2
+
+    def durations(self, units):
+        """exp(prediction) - 1 rounded, at least 1; 1 where there is no predictor."""
+        t = self.tensors
+        if 'dur_predictor.proj.weight' not in t or not len(units):
+            return torch.ones(len(units), dtype=torch.long)
+        x = t['dict.weight'][units.to(self.device)][None]  # (1, n, C)
+        for i in (1, 2):
+            norm = t[f'dur_predictor.ln{i}.weight'], t[f'dur_predictor.ln{i}.bias']
+            x = F.relu(self._conv(f'dur_predictor.conv{i}.0', x.transpose(1, 2))).transpose(1, 2)
+            x = F.layer_norm(x, x.shape[-1:], *norm)
+        x = F.linear(x, t['dur_predictor.proj.weight'], t['dur_predictor.proj.bias'])[0, :, 0]
+        return (x.exp() - 1).round().clamp(min=1).long().cpu()
+
+    def speak(self, units, durations, speaker=0, style=0, **where):
+        """Units (n,) of so many frames -> (frames * hop,) samples in [-1, 1]."""
+        return self.speak_batch([units.repeat_interleave(durations)], speaker, style)[0]
+
+    def speak_batch(self, frames, speaker=0, style=0):
+        """List of (frames,) units -> list of (frames * hop,) samples in [-1, 1], in one batch.
+
+        Layer by layer what lies past an utterance's end is set to the zeros that padding would
+        show it alone, so the batch changes nothing.
+        """
+        c = self.config
+        codes = nn.utils.rnn.pad_sequence(frames, batch_first=True).to(self.device)  # (B, T)
+        lengths = torch.tensor([len(f) for f in frames], device=self.device)
+        mask = torch.arange(codes.shape[1], device=self.device) < lengths[:, None]
+        mask = mask[:, None].float()  # (B, 1, T)
+        x = self._conv('conv_pre', self._embed(codes, speaker, style) * mask)
+        for i, rate in enumerate(c['upsample_rates']):
+            weight, bias = (self.tensors[f'ups.{i}.{kind}'] for kind in ('weight', 'bias'))
+            padding = (c['upsample_kernel_sizes'][i] - rate) // 2
+            x = F.leaky_relu(x * mask, 0.1)
+            x = F.conv_transpose1d(x, weight, bias, stride=rate, padding=padding)
+            mask = mask.repeat_interleave(rate, dim=-1)
+            x = self._residual_blocks(x * mask, i, mask)
+        x = torch.tanh(self._conv('conv_post', F.leaky_relu(x)))[:, 0]  # here the slope is 0.01
+        return [row[: len(f) * self.hop] for row, f in zip(x, frames, strict=True)]
+
+    def _embed(self, codes, speaker, style):
+        """(B, T) units -> (B, channels, T): unit, speaker and style, those that there are."""
+        parts = [self.tensors['dict.weight'][codes]]
+        for name, row in (('spkr', speaker), ('style', style)):
+            table = self.tensors.get(name + '.weight')
+            if table is None:
+                continue
+            if not 0 <= row < len(table):
+                raise InputError(f'{name} {row} is not among the {len(table)} of this vocoder')
+            parts.append(table[row].expand(*codes.shape, -1))
+        return torch.cat(parts, dim=-1).transpose(1, 2)
+
+    def _residual_blocks(self, x, stage, mask):
+        """Multi-receptive field fusion: the mean of the residual blocks of a stage."""
+        dilation_sizes = self.config['resblock_dilation_sizes']
+        total = 0
+        for j, dilations in enumerate(dilation_sizes):
+            y, block = x, f'resblocks.{stage * len(dilation_sizes) + j}'
+            for k, dilation in enumerate(dilations):
+                z = self._conv(f'{block}.convs1.{k}', F.leaky_relu(y, 0.1), dilation)
+                z = self._conv(f'{block}.convs2.{k}', F.leaky_relu(z * mask, 0.1))
+                y = (z + y) * mask
+            total = total + y
+        return total / len(dilation_sizes)
+
+    def _conv(self, name, x, dilation=1):
+        """The convolution `name` over (B, C, T), padded with zeros to the same length."""
+        weight, bias = self.tensors[name + '.weight'], self.tensors[name + '.bias']
+        padding = (weight.shape[-1] - 1) * dilation // 2
+        return F.conv1d(x, weight, bias, dilation=dilation, padding=padding)
+
+
+class ConvBlock(nn.Module):
+    """ConvNeXt in one dimension (Liu et al. 2022; Vocos: Siuzdak 2023): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, width, kernel):
+        super().__init__()
+        self.mix = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+
+    def forward(self, x):
+        y = self.mix(x.transpose(1, 2)).transpose(1, 2)
+        return x + self.down(F.gelu(self.up(self.norm(y))))
+
+
+class NeuralVoice(nn.Module):
+    """A voice that prepare_units.py trains: convolutions over units and their durations, at the
+    end, as in Vocos, an inverse STFT. Of each 10 ms step they give the log mel energies, the share
+    of pulses in each band and the pitch; filter_source makes the wave.
+
+    config: n_units, frame_rate, voices (their names), width, kernel, blocks.
+    """
+
+    level = VOICE_LEVEL  # of the speech it is trained on
+
+    def __init__(self, config, tensors=None, device='cpu'):
+        super().__init__()
+        self.device, width, kernel = device, config['width'], config['kernel']
+        self.steps = round(SAMPLE_RATE / HOP / config['frame_rate'])  # of 10 ms in a frame
+        self.unit = nn.Embedding(config['n_units'], width)
+        self.voice = nn.Embedding(max(1, len(config['voices'])), width)
+        self.place = nn.Linear(4, width)
+        self.blocks = nn.Sequential(*(ConvBlock(width, kernel) for _ in range(config['blocks'])))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, self.steps * (2 * N_MELS + 1))
+        self.base = nn.Embedding(config['n_units'], self.steps * N_MELS)  # begins as the table
+        # the durations' own net: over units, before any frame is known
+        self.tempo = nn.Sequential(
+            nn.Embedding(config['n_units'], 64),
+            ConvBlock(64, 5),
+            nn.LayerNorm(64),
+            nn.Linear(64, 1),
+        )
+        self.unit_reach = 2
+        # frames that a sample depends on, on each side, from the sizes of the kernels
+        self.reach = config['blocks'] * (kernel // 2) + -(-ROUNDS_REACH // self.steps)
+        if tensors is not None:
+            self.load_state_dict(tensors)
+        self.to(device)
+
+    def forward(self, frames, place, voice):
+        """frames (B, T) units, place (B, T, 4) of `places`, voice (B,) -> log mel energies and
+        logits of the pulses' share (B, steps T, N_MELS), log of the pitch in Hz (B, steps T)."""
+        x = self.unit(frames) + self.voice(voice)[:, None] + self.place(place)
+        x = self.head(self.norm(self.blocks(x))).unflatten(2, (self.steps, -1)).flatten(1, 2)
+        base = self.base(frames).unflatten(2, (self.steps, -1)).flatten(1, 2)
+        return base + x[..., :N_MELS], x[..., N_MELS:-1], x[..., -1]
+
+    @staticmethod
+    def places(durations):
+        """Where each frame is in the run of its unit: (n,) frames -> (sum, 4) float."""
+        length = durations.repeat_interleave(durations).float()
+        start = (durations.cumsum(0) - durations).repeat_interleave(durations)
+        at = torch.arange(len(length)) - start
+        return torch.stack((length.log(), (at + 0.5) / length, 1 / (at + 1), 1 / (length - at)), 1)
+
+    @staticmethod
+    def voiced(logits):
+        """Logits of the pulses' share in mel bands -> the share in bins."""
+        return torch.sigmoid(logits) @ mel_spread().to(logits.device)
+
+    def mean_durations(self, units):
+        """(B, n) units -> (B, n) mean frames of each."""
+        return 1 + F.softplus(self.tempo(units)[..., 0])
+
+    def durations(self, units):
+        """Predicted, rounded so that the tempo stays."""
+        if not len(units):
+            return units
+        return round_durations(self.mean_durations(units[None].to(self.device))[0].cpu())
+
+    def speak(self, units, durations, first=0, until=None, source=None, speaker=0, style=0):
+        """Units (n,) of so many frames -> (frames * hop,) samples; a stretch of them: see Source."""
+        voices = self.voice.num_embeddings
+        if not 0 <= speaker < voices:
+            raise InputError(f'speaker {speaker} is not among the {voices} of this vocoder')
+        frames = units.repeat_interleave(durations)[None].to(self.device)
+        place = self.places(durations)[None].to(self.device)
+        mel, logits, pitch = self(frames, place, torch.tensor([speaker], device=self.device))
+        hop = self.steps * HOP
+        ends = first * hop, None if until is None else until * hop
+        sound = (source or Source())(pitch[0].exp().clamp(40, 600), *ends)
+        sound = (x.to(self.device) for x in sound)
+        return filter_source(mel[0], self.voiced(logits[0]), *sound, ROUNDS)
+
+
+VOICES = dict(table=TableVoice, hifigan=HifiganVoice, neural=NeuralVoice)
+
+
+class UnitVocoder:
+    """Units to speech, in one of three ways: a table of spectra (offline, fitted in seconds), a
+    small net that one can train, or the unit HiFi-GAN. Files and the choice among them are here;
+    `voice` computes."""
+
+    def __init__(self, config, tensors, device='cpu'):
+        self.config, self.device = config, torch.device(device)
+        self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self.n_units, self.sample_rate, self.frame_rate = (
+            config[key] for key in ('n_units', 'sample_rate', 'frame_rate')
+        )
+        self.hop = round(self.sample_rate / self.frame_rate)  # samples a frame
+        self.voice = VOICES[config['kind']](config, self.tensors, self.device)
+
+    @classmethod
+    def from_pretrained(cls, where, device='cpu'):
+        """Load a folder of save_pretrained, 'hifigan25' (downloaded once, checked), or a HiFi-GAN
+        generator .pt with its .json beside it.
+
+        Raises: InputError if there is none, the download fails or differs, or what is in the files
+        is no vocoder.
+        """
+        if os.path.exists(os.path.join(where, 'vocoder.json')):
+            path = os.path.join(where, 'vocoder.safetensors')
+            config, read = read_json(os.path.join(where, 'vocoder.json')), _read_vocoder
+        elif where in HIFIGAN:
+            path, config = (fetch(*file) for file in HIFIGAN[where])
+            config, read = read_json(config), _read_hifigan
+        elif where.endswith('.pt') and os.path.exists(where):
+            beside = (where[:-3] + '_config.json', where[:-3] + '.json')
+            beside += (os.path.join(os.path.dirname(where), 'config.json'),)
+            found = next(filter(os.path.exists, beside), None)
+            if not found:
+                raise InputError(f'{where} needs its config beside it: {beside[0]}')
+            path, config, read = where, read_json(found), _read_hifigan
+        else:
+            raise InputError(
+                f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt, or one '
+                f'of {", ".join(HIFIGAN)}'
+            )
+        try:
+            vocoder = cls(*read(path, config), device)
+            one = torch.ones(1, dtype=torch.long)
+            with torch.inference_mode():  # nothing is missing, everything fits
+                vocoder.voice.speak(0 * one, vocoder.voice.durations(0 * one))
+        except Exception as error:  # files of strangers: unpickling raises anything
+            why = ' '.join(repr(error).split())[:200]
+            raise InputError(f'{path} and its .json are no vocoder: {why}') from None
+        return vocoder
+
+    def save_pretrained(self, folder):
+        """Write vocoder.json and vocoder.safetensors, each whole or not at all."""
+        from safetensors.torch import save
+
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
+        with write_atomic(os.path.join(folder, 'vocoder.safetensors'), 'wb') as file:
+            file.write(save(tensors))
+        with write_atomic(os.path.join(folder, 'vocoder.json')) as file:
+            json.dump(self.config, file, indent=2)
+
+    def check(self, units):
+        """List of units -> list of (n,) long on the CPU. Raises InputError for one we do not have."""
+        units = [torch.as_tensor(u, dtype=torch.long, device='cpu') for u in units]
+        worst = max((int(u.max()) for u in units if len(u)), default=0)
+        if worst >= self.n_units:
+            raise InputError(
+                f'unit {worst} is not among the {self.n_units} of this vocoder: it belongs to '
+                'another encoder'
+            )
+        return units
+
+    @torch.inference_mode()
+    def durations(self, units):
+        """Frames of each unit, at least 1: list of de-duplicated units (n,) -> list of (n,) long."""
+        return [self.voice.durations(u) for u in self.check(units)]
+
+    @torch.inference_mode()
+    def decode(self, units, durations=None, speaker=0, style=0):
+        """Speak.
+
+        units: list of (n,) long, de-duplicated. durations: list of (n,) frames; None: predicted.
+        speaker: row of the voices of a HiFi-GAN or a trained net; style: of a HiFi-GAN's styles.
+        Returns: list of (frames * hop,) float32 at sample_rate on the CPU: no DC, speech at
+        VOICE_LEVEL, peaks <= VOICE_PEAK. No wave depends on the others.
+        Raises: InputError for units, speakers or styles that this vocoder does not have.
+        """
+        units = self.check(units)
+        durations = self.durations(units) if durations is None else durations
+        durations = [torch.as_tensor(d, dtype=torch.long, device='cpu') for d in durations]
+        waves = [torch.zeros(0) for _ in units]
+        order = [i for i in range(len(units)) if int(durations[i].sum())]
+        order.sort(key=lambda i: int(durations[i].sum()))  # like lengths together
+        for start in range(0, len(order), 16):
+            batch = order[start : start + 16]
+            spoken = self._speak(
+                [units[i] for i in batch], [durations[i] for i in batch], speaker, style
+            )
+            for i, wave in zip(batch, spoken, strict=True):
+                waves[i] = finish_wave(wave).cpu()
+        return waves
+
+    def _speak(self, units, durations, speaker, style):
+        """Raw waves; the HiFi-GAN's in one batch, the others one by one, which costs no more."""
+        kind, pairs = self.config['kind'], list(zip(units, durations, strict=True))
+        if kind == 'hifigan':
+            frames = [u.repeat_interleave(d) for u, d in pairs]
+            return self.voice.speak_batch(frames, speaker, style)
+        which = dict(speaker=speaker) if kind == 'neural' else {}
+        return [self.voice.speak(u, d, **which) for u, d in pairs]
+
+    @torch.inference_mode()
+    def stream(self, pieces, prompt=None, speaker=0, style=0):
+        """Speak while the units are still being made.
+
+        pieces: iterable of (n,) long units, as they come. prompt: (units, durations) said before
+        them. Yields (samples,) float32 on the CPU as soon as no further unit can change them:
+        laid end to end they are the wave of `decode` before its level is set, since a sample
+        depends on `voice.reach` frames on each side and no more. The level is the voice's own,
+        the same from the first piece on; peaks are bent below VOICE_PEAK.
+        """
+        none = torch.zeros(0, dtype=torch.long)
+        units, durations = prompt or (none, none)
+        units, fixed = self.check([units])[0], len(units)
+        said, source, reach = 0, Source(), self.voice.reach
+        which = {} if self.config['kind'] == 'table' else dict(speaker=speaker, style=style)
+        for piece in chain([none], pieces, [None]):
+            final = piece is None
+            if not final:
+                units = torch.cat((units, *self.check([piece])))
+            # what is known for good: durations that no later unit changes, then sound likewise
+            known = len(units) if final else max(fixed, len(units) - self.voice.unit_reach)
+            new = self.voice.durations(units[fixed:])[len(durations) - fixed : known - fixed]
+            durations = torch.cat((durations, new))
+            until = known if final else max(said, known - reach)
+            if until == said:
+                continue
+            first = max(0, said - reach)
+            ends = durations[:first].sum(), durations[:said].sum(), durations[:until].sum()
+            before, start, stop = map(int, ends)
+            wave = self.voice.speak(
+                units[first:known], durations[first:known], first=before, until=stop,
+                source=source, **which,
+            )  # fmt: skip
+            wave = wave[(start - before) * self.hop : (stop - before) * self.hop]
+            wave = limit_peaks(wave * (VOICE_LEVEL / self.voice.level))
+            yield fade_ends(wave, start=said == 0, end=final).cpu()
+            said = until
+
+
+def _read_vocoder(path, config):
+    """The config and the tensors of a folder of save_pretrained."""
+    from safetensors.torch import load_file
+
+    return config, load_file(path)
+
+
+def _read_hifigan(path, config):
+    """The config and the tensors of a unit HiFi-GAN's generator, its weight norm folded."""
+    state = torch.load(path, map_location='cpu', weights_only=True)['generator']
+    new_names = {
+        'parametrizations.weight.original0': 'weight_g',
+        'parametrizations.weight.original1': 'weight_v',
+    }
+    tensors = {}
+    for name, tensor in state.items():
+        for new, old in new_names.items():
+            name = name.replace(new, old)
+        tensors[name] = tensor.float()
+    for name in [name[:-2] for name in tensors if name.endswith('.weight_g')]:
+        g, v = tensors.pop(name + '_g'), tensors.pop(name + '_v')
+        tensors[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))  # w = g v / |v|
+    rate = config.get('sampling_rate', SAMPLE_RATE)
+    known = dict(
+        kind='hifigan',
+        n_units=len(tensors['dict.weight']),
+        sample_rate=rate,
+        frame_rate=rate / math.prod(config['upsample_rates']),
+    )
+    return config | known, tensors
+
+
 class UnitTable:
-    """What a table vocoder is made of: per unit the sum of its spectra, its frames and its runs. Tables of parts add up."""
+    """What a table vocoder is made of: per unit the sum of its spectra, its frames and its runs.
+    Tables of parts add up."""
 
     def __init__(self, n_units, frame_rate):
-        self.n_units, self.frame_rate, self.steps = (
-            n_units,
-            frame_rate,
-            max(1, round(SAMPLE_RATE / HOP / frame_rate)),
-        )
+        self.n_units, self.frame_rate = n_units, frame_rate
+        self.steps = max(1, round(SAMPLE_RATE / HOP / frame_rate))  # of 10 ms in a frame
         self.mels = torch.zeros(n_units, self.steps * N_MELS, dtype=torch.float64)
-        self.frames, self.runs = (
-            torch.zeros(n_units, dtype=torch.long),
-            torch.zeros(n_units, dtype=torch.long),
-        )
+        self.frames, self.runs = (torch.zeros(n_units, dtype=torch.long) for _ in range(2))
 
     def add(self, wave, units):
-        """Count in one utterance: wave (samples,) at 16 kHz, units (frames,), one a frame, not de-duplicated."""
+        """Count in one utterance: wave (samples,) at 16 kHz, units (frames,), one a frame, not
+        de-duplicated."""
         wave, units = torch.as_tensor(wave), torch.as_tensor(units, dtype=torch.long)
         mel = log_mel(wave * (VOICE_LEVEL / max(speech_level(wave), 1e-5)))
-        at = (torch.arange(len(units)) * (SAMPLE_RATE / HOP / self.frame_rate)).round().long()[
-            :, None
-        ] + torch.arange(self.steps)
+        starts = (torch.arange(len(units)) * (SAMPLE_RATE / HOP / self.frame_rate)).round().long()
+        at = starts[:, None] + torch.arange(self.steps)  # (frames, steps)
         inside = at[:, -1] < len(mel)
         self.mels.index_add_(0, units[inside], mel[at[inside]].flatten(1).double())
         self.frames += torch.bincount(units[inside], minlength=self.n_units)
         self.runs += torch.bincount(dedup(units)[0], minlength=self.n_units)
 
     def to_bytes(self):
-        """The counts as bytes, all tables of one encoder equally many: appended to each other they add up."""
-        return (
-            torch.cat((self.mels, self.frames[:, None], self.runs[:, None]), dim=1)
-            .numpy()
-            .tobytes()
-        )
+        """The counts as bytes, all tables of one encoder equally many: appended they add up."""
+        counts = torch.cat((self.mels, self.frames[:, None], self.runs[:, None]), dim=1)
+        return counts.numpy().tobytes()
 
     @classmethod
     def from_bytes(cls, path, n_units, frame_rate):
@@ -2325,320 +2890,16 @@ class UnitTable:
         return total
 
     def finish(self):
-        """The vocoder of the mean spectra and mean durations; a unit never seen sounds as the mean of all."""
+        """The vocoder of the mean spectra and mean durations; a unit never seen sounds as the mean
+        of all."""
         seen = self.frames[:, None] > 0
-        mel = torch.where(seen, self.mels, self.mels.sum(0)) / torch.where(
-            seen, self.frames[:, None], self.frames.sum()
-        ).clamp(min=1)
+        frames = torch.where(seen, self.frames[:, None], self.frames.sum()).clamp(min=1)
+        mel = torch.where(seen, self.mels, self.mels.sum(0)) / frames
         durations = (self.frames / self.runs.clamp(min=1)).clamp(min=1)
-        return UnitVocoder(
-            dict(
-                kind='table',
-                n_units=self.n_units,
-                frame_rate=self.frame_rate,
-                sample_rate=SAMPLE_RATE,
-            ),
-            dict(
-                mel=mel.float().view(self.n_units, self.steps, N_MELS), durations=durations.float()
-            ),
-        )
-
-
-class UnitVocoder:
-    """Units to speech, in one of two ways. Offline a table: the mean log-mel spectra of each unit, made into a wave by Griffin-Lim from the
-    phases of a voice-like excitation. Or the unit HiFi-GAN with duration predictor (Polyak et al. 2021, fairseq's code HiFi-GAN)."""
-
-    def __init__(self, config, tensors, device='cpu'):
-        self.config, self.device = config, torch.device(device)
-        self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        self.n_units, self.sample_rate, self.frame_rate = (
-            config['n_units'],
-            config['sample_rate'],
-            config['frame_rate'],
-        )
-        self.hop = round(self.sample_rate / self.frame_rate)  # samples a frame
-
-    @classmethod
-    def from_pretrained(cls, where, device='cpu'):
-        """Load a folder of save_pretrained, 'hifigan25' (downloaded once, checked), or a generator .pt with its .json beside it.
-        Raises: InputError if there is none, the download fails or differs, or tensors are missing."""
-        if os.path.exists(os.path.join(where, 'vocoder.json')):
-            from safetensors.torch import load_file
-
-            config, path = (
-                read_json(os.path.join(where, 'vocoder.json')),
-                os.path.join(where, 'vocoder.safetensors'),
-            )
-            try:
-                return cls(config, load_file(path), device)
-            except Exception as error:
-                raise InputError(
-                    f'{path} cannot be read: {" ".join(str(error).split())[:200]}'
-                ) from None
-        if where in HIFIGAN:
-            path, config = (fetch(*file) for file in HIFIGAN[where])
-        elif where.endswith('.pt') and os.path.exists(where):
-            beside = [
-                where[:-3] + '_config.json',
-                where[:-3] + '.json',
-                os.path.join(os.path.dirname(where), 'config.json'),
-            ]
-            path, config = where, next(filter(os.path.exists, beside), None)
-            if not config:
-                raise InputError(f'{where} needs its config beside it: {beside[0]}')
-        else:
-            raise InputError(
-                f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt, or one of {", ".join(HIFIGAN)}'
-            )
-        c = read_json(config)
-        try:
-            state = torch.load(path, map_location='cpu', weights_only=True)['generator']
-            state = {
-                name.replace('parametrizations.weight.original', 'weight_')
-                .replace('weight_0', 'weight_g')
-                .replace('weight_1', 'weight_v'): tensor.float()
-                for name, tensor in state.items()
-            }
-            for name in [
-                name[:-2] for name in state if name.endswith('.weight_g')
-            ]:  # fold weight norm: w = g v / |v| (Salimans & Kingma 2016)
-                g, v = state.pop(name + '_g'), state.pop(name + '_v')
-                state[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))
-            rate = c.get('sampling_rate', SAMPLE_RATE)
-            config = dict(
-                c,
-                kind='hifigan',
-                n_units=len(state['dict.weight']),
-                sample_rate=rate,
-                frame_rate=rate / math.prod(c['upsample_rates']),
-            )
-            wide = sum(
-                state[name].shape[1]
-                for name in ('dict.weight', 'spkr.weight', 'style.weight')
-                if name in state
-            )
-            assert state['conv_pre.weight'].shape[1] == wide, (
-                f'its embeddings give {wide} channels, conv_pre takes another number'
-            )
-        except Exception as error:  # unpickling raises anything
-            raise InputError(
-                f'{path} is no unit HiFi-GAN generator: {" ".join(repr(error).split())[:200]}'
-            ) from None
-        return cls(config, state, device)
-
-    def save_pretrained(self, folder):
-        """Write a table vocoder as vocoder.json and vocoder.safetensors, each whole or not at all."""
-        from safetensors.torch import save_file
-
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, 'vocoder')
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()},
-            path + '.safetensors.tmp',
-        )
-        with open(path + '.json.tmp', 'w', encoding='utf-8') as file:
-            json.dump(self.config, file, indent=2)
-        for end in ('.safetensors', '.json'):
-            os.replace(path + end + '.tmp', path + end)
-
-    @torch.inference_mode()
-    def durations(self, units):
-        """Frames of each unit, at least 1: list of de-duplicated units (n,) -> list of (n,) long."""
-        if (
-            self.config['kind'] == 'table'
-        ):  # each unit's mean; what rounding takes from one the next gains, so that the tempo is right
-            beyond = [
-                (self.tensors['durations'].cpu()[u] - 1).cumsum(0).add(0.5).floor().long()
-                for u in units
-            ]
-            return [1 + torch.diff(x, prepend=x.new_zeros(1)) for x in beyond]
-        out, t, name = (
-            [torch.ones(len(u), dtype=torch.long) for u in units],
-            self.tensors,
-            'dur_predictor.',
-        )
-        for row, u in [
-            pair for pair in zip(out, units) if name + 'proj.weight' in t and len(pair[1])
-        ]:
-            x = t['dict.weight'][u.to(self.device)][None]  # (1, n, C)
-            for i in (1, 2):
-                x = F.relu(self._conv(f'{name}conv{i}.0', x.transpose(1, 2))).transpose(1, 2)
-                x = F.layer_norm(x, x.shape[-1:], t[f'{name}ln{i}.weight'], t[f'{name}ln{i}.bias'])
-            row[:] = (
-                (F.linear(x, t[name + 'proj.weight'], t[name + 'proj.bias'])[0, :, 0].exp() - 1)
-                .round()
-                .clamp(min=1)
-            )
-        return out
-
-    @torch.inference_mode()
-    def decode(self, units, durations=None, speaker=0, style=0):
-        """Speak.
-
-        units: list of (n,) long, de-duplicated. durations: list of (n,) frames; None: predicted. speaker, style: rows of a HiFi-GAN's tables.
-        Returns: list of (frames * hop,) float32 at sample_rate on the CPU: no DC, speech at VOICE_LEVEL, peaks <= VOICE_PEAK. No wave
-        depends on the others. Raises: InputError for units, speakers or styles that this vocoder does not have.
-        """
-        units = [torch.as_tensor(u, dtype=torch.long, device='cpu') for u in units]
-        worst = max((int(u.max()) for u in units if len(u)), default=0)
-        if worst >= self.n_units:
-            raise InputError(
-                f'unit {worst} is not among the {self.n_units} of this vocoder: it belongs to another encoder'
-            )
-        durations = self.durations(units) if durations is None else durations
-        frames = [u.repeat_interleave(torch.as_tensor(d)) for u, d in zip(units, durations)]
-        waves = [torch.zeros(0) for _ in frames]
-        order = sorted(
-            (i for i in range(len(frames)) if len(frames[i])), key=lambda i: len(frames[i])
-        )
-        for batch in [order[i : i + 16] for i in range(0, len(order), 16)]:  # like lengths together
-            some = [frames[i].to(self.device) for i in batch]
-            spoken = (
-                map(self._griffin_lim, some)
-                if self.config['kind'] == 'table'
-                else self._hifigan(some, speaker, style)
-            )
-            for i, wave in zip(batch, spoken):
-                waves[i] = finish_wave(wave).cpu()
-        return waves
-
-    def _conv(self, name, x, dilation=1):
-        """The convolution `name` over (B, C, T), padded with zeros to the same length."""
-        weight = self.tensors[name + '.weight']
-        return F.conv1d(
-            x,
-            weight,
-            self.tensors[name + '.bias'],
-            dilation=dilation,
-            padding=(weight.shape[-1] - 1) * dilation // 2,
-        )
-
-    def _hifigan(self, frames, speaker, style):
-        """List of (frames,) units -> list of (frames * hop,) samples in [-1, 1], one batch. Layer by layer what lies past an utterance's end
-        is set to the zeros that padding would show it alone, so the batch changes nothing."""
-        t, c = self.tensors, self.config
-        codes = nn.utils.rnn.pad_sequence(frames, batch_first=True)  # (B, T)
-        parts = [t['dict.weight'][codes]]
-        for name, row in (('spkr', speaker), ('style', style)):
-            if name + '.weight' in t:
-                if not 0 <= row < len(t[name + '.weight']):
-                    raise InputError(
-                        f'{name} {row} is not among the {len(t[name + ".weight"])} of this vocoder'
-                    )
-                parts.append(t[name + '.weight'][row].expand(*codes.shape, -1))
-        lengths = torch.tensor([len(f) for f in frames], device=self.device)
-        mask = (torch.arange(codes.shape[1], device=self.device) < lengths[:, None])[
-            :, None
-        ].float()  # (B, 1, T)
-        x = self._conv('conv_pre', torch.cat(parts, dim=-1).transpose(1, 2) * mask)
-        n = len(c['resblock_kernel_sizes'])
-        for i, (rate, kernel) in enumerate(zip(c['upsample_rates'], c['upsample_kernel_sizes'])):
-            x = F.leaky_relu(x * mask, 0.1)
-            x = F.conv_transpose1d(
-                x,
-                t[f'ups.{i}.weight'],
-                t[f'ups.{i}.bias'],
-                stride=rate,
-                padding=(kernel - rate) // 2,
-            )
-            mask = mask.repeat_interleave(rate, dim=-1)
-            blocks = 0
-            for j, dilations in enumerate(
-                c['resblock_dilation_sizes']
-            ):  # multi-receptive field fusion: the mean of n residual blocks
-                y, block = x * mask, f'resblocks.{i * n + j}'
-                for k, dilation in enumerate(dilations):
-                    z = self._conv(f'{block}.convs1.{k}', F.leaky_relu(y, 0.1), dilation)
-                    y = (self._conv(f'{block}.convs2.{k}', F.leaky_relu(z * mask, 0.1)) + y) * mask
-                blocks = blocks + y
-            x = blocks / n
-        x = torch.tanh(self._conv('conv_post', F.leaky_relu(x)))[
-            :, 0
-        ]  # (B, T * hop); here the slope is 0.01
-        return [row[: len(f) * self.hop] for row, f in zip(x, frames)]
-
-    def _griffin_lim(self, frames, rounds=3):
-        """(frames,) units -> (frames * hop,) samples whose log_mel is the table's.
-
-        Griffin & Lim 1984, with two changes. It begins from a voice: pulses at 100 to 125 Hz (higher where it is louder, as people speak)
-        below 4.5 kHz where the spectrum falls as that of voiced speech does, noise elsewhere. And it keeps that fine structure, so that speech
-        stays voiced, while the envelope is corrected by what log_mel misses of the table. Three rounds bring 98 % of the units back.
-        """
-        table, device = self.tensors['mel'], self.device  # (n_units, steps, N_MELS)
-        n = round(len(frames) * SAMPLE_RATE / HOP / self.frame_rate)  # 10 ms steps
-        at = torch.arange(n, device=device) * (self.frame_rate * HOP / SAMPLE_RATE)
-        mel = table[frames[at.long()], (at.frac() * table.shape[1] + 1e-3).long()]  # (n, N_MELS)
-        filters, window = (
-            mel_filters().to(device),
-            torch.hann_window(WINDOW, device=device),
-        )  # (bins, N_MELS), (WINDOW,)
-        hertz = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, device=device)
-        spread = filters / filters.sum(1, keepdim=True).clamp(
-            min=1e-6
-        )  # a bin's log energy out of the bands'
-        basis = (
-            torch.outer(
-                torch.arange(N_MELS, device=device) + 0.5, torch.arange(N_MELS // 2, device=device)
-            )
-            .mul(math.pi / N_MELS)
-            .cos()
-        )
-        basis = F.normalize(basis, dim=0)
-        smooth = (
-            basis @ basis.T
-        )  # keeps the envelope, the lower half of the cepstrum, and drops the harmonics
-        side, length = (WINDOW - HOP) // 2, (n - 1) * HOP + WINDOW
-
-        def analyse(wave):  # (n * HOP,) -> (n, bins), on log_mel's frames
-            return torch.fft.rfft(F.pad(wave, (side, side)).unfold(0, WINDOW, HOP) * window, N_FFT)
-
-        def overlap(parts):  # (n, WINDOW) -> (n * HOP,)
-            return F.fold(parts.T[None], (1, length), (1, WINDOW), stride=(1, HOP))[
-                0, 0, 0, side : side + n * HOP
-            ]
-
-        slow = F.avg_pool1d(torch.logsumexp(mel, 1)[None], 31, 1, 15, count_include_pad=False)[
-            0
-        ]  # loudness over 0.3 s
-        pitch = 125 - 5 * (slow.max() - slow).clamp(max=5)  # Hz
-        cycles = (pitch / SAMPLE_RATE).cpu().double().repeat_interleave(HOP).cumsum(0).floor()
-        pulses = (
-            torch.diff(cycles, prepend=cycles.new_zeros(1)).float().to(device)
-            * (SAMPLE_RATE / 112) ** 0.5
-        )  # power 1, as the noise
-        noise = torch.randn(n * HOP, generator=torch.Generator().manual_seed(0)).to(device)
-        peaks = hertz[filters.argmax(0)]
-        tilt = torch.logsumexp(mel[:, peaks < 1000], 1) - torch.logsumexp(
-            mel[:, peaks > 3000], 1
-        )  # above 0.5: voiced in 94 of 100 frames
-        voiced = torch.sigmoid(2 * tilt - 1)[:, None] * torch.sigmoid(
-            (4500 - hertz) / 400
-        )  # (n, bins)
-        source = (
-            analyse(noise) * (1 - voiced).sqrt() + analyse(pulses) * voiced.sqrt()
-        ) / window.square().sum().sqrt()
-        source = source * ((hertz > 50) & (hertz < SAMPLE_RATE / 2))  # no DC, no rumble
-        weight, target = (
-            overlap((window**2).expand(n, -1)).clamp(min=0.05),
-            mel - filters.sum(0).log(),
-        )
-        for turn in range(rounds + 1):
-            wave = (
-                overlap(
-                    torch.fft.irfft(source * torch.exp(0.5 * target @ spread.T), N_FFT)[:, :WINDOW]
-                    * window
-                )
-                / weight
-            )
-            if turn < rounds:
-                heard = analyse(wave)
-                target = (
-                    target
-                    + (mel - (heard.abs().square() @ filters).clamp(min=1e-7).log()).clamp(-3, 3)
-                    @ smooth
-                )
-                source = source.abs() * heard / heard.abs().clamp(min=1e-9)
-        return wave
+        config = dict(kind='table', n_units=self.n_units, frame_rate=self.frame_rate)
+        tensors = dict(mel=mel.float().view(self.n_units, self.steps, N_MELS))
+        tensors['durations'] = durations.float()
+        return UnitVocoder(config | dict(sample_rate=SAMPLE_RATE), tensors)
 
 
 # -----------------------------------------------------------------------------

@@ -1,31 +1,32 @@
 """Hear it: speech in, the same speech continued out. No text anywhere.
 
-    python sample.py --prompt=a.wav                          # continue the first 3 s of a recording with the public model
-    python sample.py --init=out/demo/dpo --prompt=a.wav,b.mp3,folder,units.jsonl --num_samples=4 --html=page.html
-    python sample.py --init=out/demo/units --prompt=a.wav --resynth    # wave -> units -> wave, no model: is the encoder good for this language?
+    python sample.py --prompt=a.wav                  # continue the first 3 s with the public model
+    python sample.py --init=out/demo/dpo --prompt=a.wav,folder,units.jsonl --num_samples=4 --html=page.html
+    python sample.py --init=out/demo/dpo --prompt=a.wav --stream=- | aplay -f S16_LE -r 16000    # while it speaks
+    python sample.py --init=out/demo/units --prompt=a.wav --resynth    # wave -> units -> wave, no model:
+                                                     # is the encoder good for this language?
 
-Prompts are encoded into units, continued by the model in one batch and vocoded in one voice. For each prompt a folder in `out`:
-prompt.wav (what went in), continuation.wav and full.wav (prompt and continuation; of further samples continuation-2.wav ...), and
-for all of them units.jsonl, which may serve as prompts again. Encoder and vocoder are those that the checkpoint names.
-"""
-
-import time
-
-began = time.perf_counter()
+Prompts are encoded into units, continued by the model in batches and vocoded in one voice. For each
+prompt a folder in `out`: prompt.wav (what went in), continuation.wav and full.wav (prompt and
+continuation; of further samples continuation-2.wav ...), and for all of them units.jsonl, which may
+serve as prompts again. Encoder and vocoder are those that the checkpoint names.
+"""  # noqa: E501
 
 from config import configure
 
 import base64
+import contextlib
 import glob
-import html as html_text
 import io
 import json
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
+import time
+import wave as wave_file
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -38,20 +39,25 @@ from model import (
     UnitEncoder,
     UnitVocoder,
     dedup,
+    find_audio,
     finish_wave,
     load_audio,
     pick_device,
     pick_dtype,
+    read_jsonl,
+    resample,
     save_audio,
-    speech_level,
+    write_atomic,
 )
 
 # -----------------------------------------------------------------------------
-init = 'slprl/slam'  # checkpoint folder, or public model; with --resynth also a data folder, an encoder folder or 'mhubert25'
-prompt = ''  # sound files of any kind and rate, folders, manifests, units files (.jsonl): comma-separated; empty: from <S>
-prompt_seconds = 3.0  # taken of each prompt, up to a word's end where manifest.jsonl or the units file knows words; 0: all of it
+init = (
+    'slprl/slam'  # checkpoint folder or public model; with --resynth also a data or encoder folder
+)
+prompt = ''  # sound files, folders, manifests, units files (.jsonl): comma-separated; '': from <S>
+prompt_seconds = 3.0  # of each prompt, up to a word's end where words are known; 0: all of it
 split = 'val'  # of manifests and units files that know splits, take this one; '': all
-max_prompts = 0  # take the first so many; 0: all
+max_prompts = 0  # of each folder, manifest or units file, take the first so many; 0: all
 out = 'out/sample'  # folder for the results
 num_samples = 1  # continuations of each prompt
 max_new_tokens = 150  # units at most; the model may end earlier
@@ -60,49 +66,40 @@ top_k = 25  # of so many likeliest units; 0: all
 top_p = 1.0  # of the smallest set that holds this share of the probability
 repetition_penalty = 1.1  # above 1: units heard before are less likely
 keep_prompt = False  # full.wav begins with the real recording, cross-faded into the continuation
+stream = ''  # speak while the units come: to this growing .wav, or '-': raw 16-bit PCM on stdout
 resynth = False  # encode and vocode only, up to a minute of each prompt
-html = ''  # also write this page: players and unit timelines, sound included
-play = False  # play the results, if the machine has a player
+html = ''  # also write this page: what was said, on one time scale, sound included
 encoder = ''  # in place of the checkpoint's own: 'mhubert25' or a folder
-vocoder = ''  # in place of the checkpoint's own: 'hifigan25', a folder, or a HiFi-GAN .pt with its .json beside it
-speaker = 0  # row of the vocoder's speaker table, if it has one
-style = 0  # row of its style table
+vocoder = ''  # in place of the checkpoint's own: 'hifigan25', a folder, or a HiFi-GAN's .pt
+speaker = 0  # which of the vocoder's voices, if it has several
+style = 0  # row of a HiFi-GAN's style table
 batch_size = 16  # continuations at a time
-compile = False  # compile the model's step: half a minute once, then faster; for hundreds of continuations
+compile = False  # compile the model's step: half a minute once, then faster; for hundreds
 seed = 1234
 device = 'auto'  # auto, cuda, mps or cpu
 dtype = 'auto'  # of the model: auto (bfloat16 on cuda), float32, bfloat16
 # -----------------------------------------------------------------------------
 
-SOUNDS = ('.wav', '.flac', '.mp3', '.ogg', '.opus', '.aif', '.aiff', '.au')
-PLAYERS = (
-    ('afplay',),
-    ('paplay',),
-    ('aplay', '-q'),
-    ('ffplay', '-nodisp', '-autoexit', '-loglevel', 'quiet'),
-    ('play', '-q'),
-)
+PIECE_SECONDS = 0.5  # of speech that --stream vocodes at a time
+REPEAT = 5  # units in a row that were said before: the page shows them, and so do five listeners
 
 
-def read_lines(path):
-    """The objects of a JSONL file."""
-    rows = []
-    with open(path, encoding='utf-8', errors='replace') as file:
-        for i, line in enumerate(file, 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-                assert not rows or isinstance(rows[-1], dict)
-            except (ValueError, AssertionError):
-                raise InputError(
-                    f'{path}: line {i} is no JSON object; expected a manifest or a units file'
-                ) from None
-    if not rows:
-        raise InputError(f'{path}: the file is empty')
-    return rows
+class Networks(NamedTuple):
+    """What speaks: model and encoder are None where they are not needed."""
+
+    model: SLM | None
+    encoder: UnitEncoder | None
+    vocoder: UnitVocoder
+    names: str  # of the three, for people
 
 
-def from_row(row, path):
-    """A prompt out of a line of a manifest (path), a units file (units, duration), a tokens file (audio_repr) or a pairs file (prompt)."""
+# -----------------------------------------------------------------------------
+# Prompts
+
+
+def parse_row(row, path):
+    """A prompt out of a line of a manifest (path), a units file (units, duration), a tokens file
+    (audio_repr) or a pairs file (prompt)."""
     inner = row['prompt'] if isinstance(row.get('prompt'), dict) else row
     name = row.get('file_name') or row.get('path') or row.get('prompt_path')
     found = dict(
@@ -111,89 +108,75 @@ def from_row(row, path):
         words=inner.get('words'),
         split=row.get('split'),
     )
+    units, duration = inner.get('units'), inner.get('duration')
     if 'audio_repr' in inner:
-        inner = dict(units=[int(u) for u in re.findall(r'<Un(\d+)>', inner['audio_repr'])])
-    if 'units' in inner:
-        units, duration = inner['units'], inner.get('duration')
-        if (
-            not units
-            or not all(isinstance(u, int) and u >= 0 for u in units)
-            or duration
-            and len(duration) != len(units)
-        ):
-            raise InputError(
-                f'{path}: {found["name"]} needs units (numbers from 0) and, if any, as many durations'
-            )
-        return dict(
-            found, units=torch.tensor(units), duration=torch.tensor(duration) if duration else None
+        units = [int(u) for u in re.findall(r'<Un(\d+)>', str(inner['audio_repr']))]
+    if units is None:
+        if not name:
+            raise InputError(f'{path}: its lines have neither path nor units')
+        return found | dict(path=os.path.join(os.path.dirname(path), str(name)))
+
+    def whole(numbers, least):
+        return isinstance(numbers, list) and all(type(n) is int and n >= least for n in numbers)
+
+    good = whole(units, 0) and units and (not duration or whole(duration, 1))
+    if not good or duration and len(duration) != len(units):
+        raise InputError(
+            f'{path}: {found["name"]} needs units (numbers from 0) and, if any, as many durations'
         )
-    if not name:
-        raise InputError(f'{path}: its lines have neither path nor units')
-    return dict(found, path=os.path.join(os.path.dirname(path), name))
+    duration = torch.tensor(duration) if duration else None
+    return found | dict(units=torch.tensor(units), duration=duration)
+
+
+def read_prompts(path, split):
+    """The prompts of a .jsonl file, of one split where it knows splits."""
+    found = [parse_row(row, path) for _, row in read_jsonl(path)]
+    if not found:
+        raise InputError(f'{path}: the file is empty')
+    return [p for p in found if not split or p['split'] in (None, split)] or found
+
+
+@lru_cache
+def read_manifest(path):
+    """{path: row} of a manifest."""
+    return {row.get('path'): row for _, row in read_jsonl(path)}
 
 
 def words_beside(path):
-    """What a manifest.jsonl in the file's folder, or one of the two above, knows of it: {} or its row."""
-    folder = os.path.dirname(os.path.abspath(path))
+    """The row of a sound file in the manifest.jsonl of its folder, or of the two above; else {}."""
+    path = os.path.abspath(path)
+    folder = os.path.dirname(path)
     for _ in range(3):
         manifest = os.path.join(folder, 'manifest.jsonl')
         if os.path.isfile(manifest):
-            return next(
-                (
-                    row
-                    for row in read_lines(manifest)
-                    if row.get('path') == os.path.relpath(os.path.abspath(path), folder)
-                ),
-                {},
-            )
+            return read_manifest(manifest).get(os.path.relpath(path, folder), {})
         folder = os.path.dirname(folder)
     return {}
 
 
 def find_prompts(text, split='', limit=0):
-    """The prompts that a comma-separated list names: dicts with name, text, words and either path or units (and duration)."""
+    """The prompts that a comma-separated list names, of each folder or .jsonl the first `limit`.
+
+    Returns: list of dict(name, text, words) with either path or units and duration; names serve as
+    folders of the results, each is its own.
+    """
+    parts = [part.strip() for part in text.split(',') if part.strip()]
     found = []
-    for part in (
-        [text]
-        if os.path.exists(text)
-        else [part.strip() for part in text.split(',') if part.strip()]
-    ):
-        paths = [part]
-        if os.path.isdir(part):
-            manifest = os.path.join(part, 'manifest.jsonl')
-            paths = (
-                [manifest]
-                if os.path.isfile(manifest)
-                else sorted(
-                    path
-                    for path in glob.glob(
-                        os.path.join(glob.escape(part), '**', '*'), recursive=True
-                    )
-                    if path.lower().endswith(SOUNDS)
-                )
-            )
-            if not paths:
-                raise InputError(f'{part}: no sound files in this folder ({", ".join(SOUNDS)})')
-        elif not os.path.exists(part):
-            paths = sorted(glob.glob(part, recursive=True))
-            if not paths:
-                raise InputError(f'{part}: no such file or folder')
-        for path in paths:
+    for part in [text] if os.path.exists(text) else parts:
+        matches = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
+        for path in matches or [part]:
+            manifest = os.path.join(path, 'manifest.jsonl')
+            path = manifest if os.path.isfile(manifest) else path
             if path.endswith(('.jsonl', '.json')):
-                some = [from_row(row, path) for row in read_lines(path)]
-                some = [p for p in some if not split or p['split'] in (None, split)] or some
-                found += some[: limit or None]
+                some = read_prompts(path, split)
             else:
-                found.append(dict(name=os.path.basename(path), path=path))
-        if limit and len(found) >= limit:
-            break
-    found = found[: limit or None]
+                some = [dict(name=os.path.basename(p), path=p) for p in find_audio(path)]
+            found += some[: limit or None]
+    taken = {}
     for p in found:
         if 'path' in p and not p.get('words'):
             row = words_beside(p['path'])
             p |= dict(text=row.get('text'), words=row.get('words'))
-    taken = {}
-    for p in found:  # names for the folders of the results, each its own
         name = re.sub(r'[^\w.-]+', '_', os.path.splitext(p['name'])[0]).strip('._') or 'prompt'
         taken[name] = taken.get(name, 0) + 1
         p['name'] = name if taken[name] == 1 else f'{name}_{taken[name]}'
@@ -201,16 +184,133 @@ def find_prompts(text, split='', limit=0):
 
 
 def cut_seconds(words, seconds):
-    """Where to end a prompt of about `seconds`: at the end of the last word within, of the first if none is; there if no word is known."""
+    """Where to end a prompt of about `seconds`: at the end of the last word within, of the first if
+    none is; there if no word is known."""
     ends = [float(end) for _, _, end in words or []]
     return max([end for end in ends if end <= seconds + 0.02] or ends[:1] or [seconds])
 
 
+def encode_prompt(p, nets, seconds, at_words):
+    """Give a prompt its units and duration, and its wave if it is a recording, up to `seconds` (0:
+    all of it), or, at_words, up to a word's end near there.
+
+    Raises: InputError for a file that cannot be used.
+    """
+    end = cut_seconds(p.get('words'), seconds) if seconds and at_words else seconds
+    if end and p.get('words'):
+        p['text'] = ' '.join(word for word, _, stop in p['words'] if stop <= end + 0.02)
+    if 'path' in p:
+        wave = load_audio(p['path'])
+        if len(wave) < SAMPLE_RATE / nets.vocoder.frame_rate:
+            seconds = len(wave) / SAMPLE_RATE
+            raise InputError(f'{p["path"]}: too short to hold a unit ({seconds:.3f} s)')
+        p['wave'] = wave[: round(end * SAMPLE_RATE)] if end else wave
+        p['units'], p['duration'] = dedup(nets.encoder.encode([p['wave']])[0])
+        return
+    nets.vocoder.check([p['units']])
+    if p['duration'] is None:
+        p['duration'] = nets.vocoder.durations([p['units']])[0]
+    ends = p['duration'].cumsum(0)
+    kept = int((ends <= round(end * nets.vocoder.frame_rate)).sum()) if end else len(ends)
+    kept = max(1, kept) if len(ends) else 0
+    p['units'], p['duration'] = p['units'][:kept], p['duration'][:kept]
+
+
+def encode_prompts(prompts, nets, seconds, at_words=True):
+    """Those that can be used; the others are told on stderr. Raises InputError if none can."""
+    usable = []
+    for p in prompts:
+        try:
+            encode_prompt(p, nets, seconds, at_words)
+            usable.append(p)
+        except InputError as error:
+            if len(prompts) == 1:
+                raise
+            print(f'sample.py: left out: {error}', file=sys.stderr)
+    if not usable:
+        raise InputError(f'--prompt={prompt}: none of the files could be used')
+    return usable
+
+
+# -----------------------------------------------------------------------------
+# Networks
+
+
+def find_parts(where):
+    """Names or folders of the encoder and the vocoder that belong to `where`: a checkpoint, a data
+    folder or an encoder folder."""
+    for file in ('slam.json', 'meta.json'):
+        path = os.path.join(where, file)
+        if not os.path.isfile(path):
+            continue
+        with open(path, encoding='utf-8') as handle:
+            named = json.load(handle)
+        folders = [os.path.join(where, named.get(key) or '?') for key in ('encoder', 'vocoder')]
+        names = [named.get('encoder'), named.get('vocoder')]
+        return [f if os.path.isdir(f) else n for f, n in zip(folders, names, strict=True)]
+    if os.path.isdir(where) and not os.path.isfile(os.path.join(where, 'encoder.json')):
+        raise InputError(
+            f'{where}: no slam.json, meta.json or encoder.json here; expected a checkpoint, a data '
+            'folder or an encoder folder'
+        )
+    beside = os.path.join(os.path.dirname(os.path.abspath(where)), 'vocoder')
+    own = where if os.path.isdir(where) or '/' not in where else 'mhubert25'
+    return [own, beside if os.path.isdir(beside) else None]
+
+
+def load_networks(init, encoder, vocoder, device, dtype, needs_model, needs_encoder):
+    """Only those that are needed. Raises InputError where one is missing or they do not match."""
+    model = None
+    if needs_model:
+        model = SLM.from_pretrained(init, dtype=pick_dtype(dtype, device)).to(device).eval()
+        named = model.slam.get('encoder'), model.slam.get('vocoder')
+    else:
+        named = find_parts(init)
+    encoder, vocoder = encoder or named[0], vocoder or named[1]
+    net = None
+    if needs_encoder or not vocoder:
+        if not encoder:
+            raise InputError(f'{init} names no encoder: pass --encoder=mhubert25 or a folder')
+        net = UnitEncoder.from_pretrained(encoder, device=device, dtype='float32')
+        vocoder = vocoder or net.vocoder
+    if not vocoder:
+        raise InputError(
+            f'{init} names no vocoder: pass --vocoder=hifigan25, or fit one with prepare_units.py '
+            '--fit_vocoder'
+        )
+    voice = UnitVocoder.from_pretrained(vocoder, device=device)
+
+    # the three must speak of the same units
+    sizes = {f'vocoder {vocoder}': voice.n_units}
+    if net:
+        sizes = {f'encoder {encoder}': net.n_units} | sizes
+    if model:
+        sizes = {init: model.slam.get('n_units', model.config.vocab_size - OFFSET)} | sizes
+    if len(set(sizes.values())) > 1:
+        known = ', '.join(f'{name} has {n}' for name, n in sizes.items())
+        raise InputError(
+            f'units do not match ({known}): pass the --encoder and --vocoder with which {init} '
+            'was trained'
+        )
+    if net and abs(net.frame_rate - voice.frame_rate) > 0.01:
+        raise InputError(
+            f'encoder {encoder} has {net.frame_rate:g} units a second, vocoder {vocoder} '
+            f'{voice.frame_rate:g}'
+        )
+    names = f'{init}; encoder {encoder or "none"}, vocoder {vocoder}'
+    return Networks(model, net, voice, names)
+
+
+# -----------------------------------------------------------------------------
+# What is said, and what to say of it
+
+
 def find_loop(units, least=24):
-    """The loop that units (n,) fall into: (period, times), or None. It must hold at least 4 times and `least` units, about a second."""
+    """The loop that units (n,) fall into: (period, times), or None. It must hold at least 4 times
+    and `least` units, about a second."""
     for period in range(1, len(units) // 4 + 1):
-        same, run, best = (units[period:] == units[:-period]).tolist(), 0, 0
-        for equal in same:
+        run = best = 0
+        for equal in (units[period:] == units[:-period]).tolist():
             run = run + 1 if equal else 0
             best = max(best, run)
         if best + period >= max(4 * period, least):
@@ -218,49 +318,14 @@ def find_loop(units, least=24):
     return None
 
 
-def trim_silence(wave, rate, keep=0.1):
-    """Drop silence (30 dB below the speech) at both ends of (samples,) but for `keep` seconds. Returns: the wave, samples dropped in front."""
-    step = rate // 100
-    if len(wave) < 2 * step:
-        return wave, 0
-    power = wave[: len(wave) // step * step].view(-1, step).square().mean(1).sqrt()
-    loud = (power > 0.03 * speech_level(wave)).nonzero()[:, 0]
-    if not len(loud):
-        return wave, 0
-    first, last = (
-        max(0, int(loud[0]) * step - int(keep * rate)),
-        (int(loud[-1]) + 1) * step + int(keep * rate),
-    )
-    return wave[first:last], first
-
-
-def crossfade(a, b, samples):
-    """a then b, overlapping by `samples` with equal power."""
-    n = min(samples, len(a), len(b))
-    ramp = torch.linspace(0, torch.pi / 2, n)
-    return torch.cat((a[: len(a) - n], a[len(a) - n :] * ramp.cos() + b[:n] * ramp.sin(), b[n:]))
-
-
-def find_parts(where):
-    """Names or folders of the encoder and the vocoder that belong to `where`: a checkpoint, a data folder or an encoder folder."""
-    for file in ('slam.json', 'meta.json'):
-        if os.path.isfile(os.path.join(where, file)):
-            with open(os.path.join(where, file), encoding='utf-8') as handle:
-                named = json.load(handle)
-            beside = [os.path.join(where, named.get(key) or '?') for key in ('encoder', 'vocoder')]
-            return [
-                path if os.path.isdir(path) else named.get(key)
-                for path, key in zip(beside, ('encoder', 'vocoder'))
-            ]
-    if os.path.isdir(where) and not os.path.isfile(os.path.join(where, 'encoder.json')):
-        raise InputError(
-            f'{where}: no slam.json, meta.json or encoder.json here; expected a checkpoint, a data folder or an encoder folder'
-        )
-    beside = os.path.join(os.path.dirname(os.path.abspath(where)), 'vocoder')
-    return [
-        where if os.path.isdir(where) or '/' not in where else 'mhubert25',
-        beside if os.path.isdir(beside) else None,
-    ]
+def find_repeats(units, n=REPEAT):
+    """For each of the units, a list, whether it is part of `n` in a row that were said before."""
+    seen, repeated = set(), [False] * len(units)
+    for i in range(len(units) - n + 1):
+        if tuple(units[i : i + n]) in seen:
+            repeated[i : i + n] = [True] * n
+        seen.add(tuple(units[i : i + n]))
+    return repeated
 
 
 def edit_distance(a, b):
@@ -273,341 +338,347 @@ def edit_distance(a, b):
     return row[-1]
 
 
-def resample(wave, rate, wanted):
-    """(samples,) at `rate` Hz -> at `wanted` Hz."""
-    if rate == wanted:
-        return wave
-    from torchaudio.functional import resample
-
-    return resample(wave, rate, wanted)
-
-
-def write(path, text):
-    """Whole or not at all."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + '.tmp', 'w', encoding='utf-8') as file:
-        file.write(text)
-    os.replace(path + '.tmp', path)
+def warn_of(new):
+    """What is wrong with a continuation (n,), '' for nothing."""
+    loop = find_loop(new)
+    if loop:
+        return (
+            f'it loops ({loop[1]} times the same {loop[0]} units): raise temperature or '
+            'repetition_penalty'
+        )
+    return '' if len(new) else 'the model ended at once; another seed may not'
 
 
-def player_html(label, wave, rate):
-    """An <audio> element with the sound inside, as flac."""
+def join_recording(real, spoken, end, ramp):
+    """(samples,) spoken, of which the first `end` are the real recording instead, cross-faded with
+    equal power over the last `ramp` of them."""
+    end = min(end, len(real))
+    ramp = min(ramp, end)
+    angle = torch.linspace(0, torch.pi / 2, ramp)
+    joint = real[end - ramp : end] * angle.cos() + spoken[end - ramp : end] * angle.sin()
+    return torch.cat((real[: end - ramp], joint, spoken[end:]))
+
+
+def prompt_tokens(p):
+    return torch.cat((torch.tensor([BOS]), p['units'] + OFFSET))
+
+
+def told(p, k, frame_rate, new=None, duration=None):
+    """One sample in words: name, units, seconds."""
+    text = f'{p["name"]}{f"-{k}" if k > 1 else ""}: {len(p["units"])} units, '
+    text += f'{int(p["duration"].sum()) / frame_rate:.1f} s'
+    if new is not None:
+        text += f' + {len(new)} units, {int(duration.sum()) / frame_rate:.1f} s'
+    return text
+
+
+def save_row(p, k, name, units, duration, **more):
+    """A line of units.jsonl."""
+    row = dict(file_name=name, units=units.tolist(), duration=duration.tolist())
+    return row | dict(prompt_units=len(p['units']), sample=k, text=p.get('text'), **more)
+
+
+# -----------------------------------------------------------------------------
+# The three modes: each takes the prompts and returns rows for units.jsonl and for people
+
+
+def continue_prompts(prompts, nets, sampling, seed):
+    """Continue each prompt num_samples times, in batches, and save the sound.
+
+    Returns: list of rows, as save_row gives them, with `warning` and what the page shows:
+    `sound` (samples,) and `recording` (samples, rate).
+    """
+    voice, rows = nets.vocoder, []
+    jobs = [(p, k) for p in prompts for k in range(1, num_samples + 1)]
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        tokens = [prompt_tokens(p) for p, _ in batch]
+        new = nets.model.generate(tokens, seed=seed + start, **sampling)
+        new = [row - OFFSET for row in new]
+        predicted = voice.durations(new)
+        units = [torch.cat((p['units'], more)) for (p, _), more in zip(batch, new, strict=True)]
+        durations = [
+            torch.cat((p['duration'], more)) for (p, _), more in zip(batch, predicted, strict=True)
+        ]
+        waves = voice.decode(units, durations, speaker=speaker, style=style)
+        for (p, k), more, u, d, wave in zip(batch, new, units, durations, waves, strict=True):
+            rows.append(save_sample(p, k, nets, more, u, d, wave))
+    return rows
+
+
+def save_sample(p, k, nets, new, units, duration, wave):
+    """Write the wav files of one continuation and say what it is -> its row."""
+    rate, tag = nets.vocoder.sample_rate, f'-{k}' if k > 1 else ''
+    n_prompt = len(p['units'])
+    cut = int(duration[:n_prompt].sum()) * nets.vocoder.hop
+    wave = wave if len(wave) else torch.zeros(nets.vocoder.hop)
+    if k == 1 and n_prompt:
+        spoken = wave[:cut].clone()
+        p['sound'] = (p['wave'], SAMPLE_RATE) if 'wave' in p else (finish_wave(spoken), rate)
+        save_audio(os.path.join(out, p['name'], 'prompt.wav'), *p['sound'])
+    tail = finish_wave(wave[cut:].clone()) if len(new) else torch.zeros(nets.vocoder.hop)
+    save_audio(os.path.join(out, p['name'], f'continuation{tag}.wav'), tail, rate)
+    if keep_prompt:
+        real = finish_wave(resample(p['wave'], SAMPLE_RATE, rate))
+        wave = join_recording(real, wave, cut, round(0.03 * rate))
+    name = f'{p["name"]}/full{tag}.wav'
+    save_audio(os.path.join(out, name), wave, rate)
+
+    warning = warn_of(new)
+    text = told(p, k, nets.vocoder.frame_rate, new, duration[n_prompt:])
+    print(f'{text} -> {os.path.join(out, name)}', flush=True)
+    if warning:
+        print(f'  warning: {warning}', flush=True)
+    row = save_row(p, k, name, units, duration)
+    recording = p['sound'] if 'wave' in p else None
+    return row | dict(warning=warning, sound=wave, recording=recording)
+
+
+def resynthesise(prompts, nets):
+    """Vocode what was encoded, and encode that again: what do the units keep?
+
+    Returns: rows as of continue_prompts, and dict(frames_unchanged: percent with given durations,
+    units_unchanged_predicted_durations: percent by edit distance).
+    """
+    rows, same, frames, edits, total = [], 0, 0, 0, 0
+    voice, which = nets.vocoder, dict(speaker=speaker, style=style)
+
+    def hear(wave):
+        return nets.encoder.encode([resample(wave, voice.sample_rate, SAMPLE_RATE)])[0]
+
+    for p in prompts:
+        units, duration = p['units'], p['duration']
+        wave = voice.decode([units], [duration], **which)[0]
+        name = f'{p["name"]}/resynth.wav'
+        save_audio(os.path.join(out, name), wave, voice.sample_rate)
+        was, again = units.repeat_interleave(duration), hear(wave)
+        n = min(len(was), len(again))
+        kept = int((was[:n] == again[:n]).sum())
+        free = dedup(hear(voice.decode([units], **which)[0]))[0]
+        same, frames = same + kept, frames + len(was)
+        edits, total = edits + edit_distance(units.tolist(), free.tolist()), total + len(units)
+
+        share = f'{100 * kept / len(was):.0f} % of the frames have their unit again'
+        where = os.path.join(out, name)
+        print(f'{told(p, 1, voice.frame_rate)} -> {share} -> {where}', flush=True)
+        recording = (p['wave'], SAMPLE_RATE) if 'wave' in p else None
+        row = save_row(p, 1, name, units, duration)
+        rows.append(row | dict(warning='', sound=wave, recording=recording))
+    return rows, dict(
+        frames_unchanged=100 * same / frames,
+        units_unchanged_predicted_durations=100 * (1 - edits / total),
+    )
+
+
+@contextlib.contextmanager
+def open_stream(path, rate):
+    """A function that lets (samples,) float out at once, as 16-bit PCM: into a .wav whose header is
+    right after every call, or for '-' to stdout."""
+    if path == '-':
+        file = os.fdopen(os.dup(1), 'wb', closefd=False)
+        write = file.write
+    else:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        file = open(path, 'wb')
+        sound = wave_file.open(file, 'wb')
+        sound.setparams((1, 2, rate, 0, 'NONE', None))
+        write = sound.writeframes
+
+    def let_out(wave):
+        write((wave * 32767).round().to(torch.int16).numpy().tobytes())
+        file.flush()
+
+    try:
+        yield let_out
+    except BrokenPipeError:
+        raise InputError('nobody listens any more: what reads the stream has ended') from None
+    finally:
+        if path != '-':
+            sound.close()
+            file.close()
+
+
+def take_pieces(steps, size, spoken):
+    """Units out of generate_steps, `size` at a time, until the model ends; all go into `spoken`."""
+    piece = []
+    for tokens in steps:
+        unit = int(tokens[0]) - OFFSET
+        if unit < 0:
+            break
+        piece.append(unit)
+        spoken.append(unit)
+        if len(piece) == size:
+            yield torch.tensor(piece)
+            piece = []
+    if piece:
+        yield torch.tensor(piece)
+
+
+def stream_prompts(prompts, nets, sampling, seed, path):
+    """Speak each prompt and its continuation while the model makes it, one after the other.
+
+    Returns: rows, and dict(first_sound, first_new_sound): seconds until sound left, and until sound
+    of a continuation did.
+    """
+    voice, rows, times = nets.vocoder, [], {}
+    size = round(PIECE_SECONDS * voice.frame_rate / 1.4)  # a unit lasts 1.4 frames or so
+    with open_stream(path, voice.sample_rate) as let_out:
+        for i, p in enumerate(prompts):
+            start = time.perf_counter()
+            steps = nets.model.generate_steps([prompt_tokens(p)], seed=seed + i, **sampling)
+            new, samples = [], 0
+            given = p['units'], p['duration']
+            pieces = take_pieces(steps, size, new)
+            for wave in voice.stream(pieces, given, speaker=speaker, style=style):
+                let_out(wave)
+                samples += len(wave)
+                times.setdefault('first_sound', time.perf_counter() - start)
+                if samples > int(p['duration'].sum()) * voice.hop:
+                    times.setdefault('first_new_sound', time.perf_counter() - start)
+            new = torch.tensor(new, dtype=torch.long)
+            duration = voice.durations([new])[0]
+            print(f'{told(p, 1, voice.frame_rate, new, duration)} -> {path}', flush=True)
+            warning = warn_of(new)
+            if warning:
+                print(f'  warning: {warning}', flush=True)
+            whole = torch.cat((p['units'], new)), torch.cat((p['duration'], duration))
+            rows.append(save_row(p, 1, path, *whole, warning=warning))
+    return rows, times
+
+
+# -----------------------------------------------------------------------------
+# The page
+
+
+def sound_of(wave, rate):
+    """For the page: a flac inside, its seconds, and the outline of the wave, 50 peaks a second."""
     import soundfile
 
-    sound = io.BytesIO()
-    soundfile.write(sound, wave.numpy(), rate, format='FLAC', subtype='PCM_16')
-    return (
-        f'<label>{label}<audio controls preload="metadata" src="data:audio/flac;base64,{base64.b64encode(sound.getvalue()).decode()}"></audio>'
-        f'<small>{len(wave) / rate:.1f} s</small></label>'
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave.numpy(), rate, format='FLAC', subtype='PCM_16')
+    blocks = wave.abs().split(rate // 50)
+    return dict(
+        src='data:audio/flac;base64,' + base64.b64encode(buffer.getvalue()).decode(),
+        seconds=round(len(wave) / rate, 3),
+        peaks=[round(100 * float(block.max())) for block in blocks],
     )
 
 
-def timeline_html(units, duration, n_prompt, frame_rate, offset=0.0):
-    """Units as coloured blocks, as wide as they last; the prompt's are pale. offset: seconds that the player's sound begins later."""
-    total, at, blocks = int(duration.sum()), 0, []
-    for i, (unit, frames) in enumerate(zip(units.tolist(), duration.tolist())):
-        colour = f'hsl({unit * 137.508 % 360:.0f} {25 if i < n_prompt else 75}% {78 if i < n_prompt else 60}%)'
-        blocks.append(
-            f'<rect x="{at}" width="{frames}" height="10" fill="{colour}"><title>unit {unit}, {at / frame_rate:.2f} to '
-            f'{(at + frames) / frame_rate:.2f} s</title></rect>'
+def write_page(path, rows, nets, title, about):
+    """config/sample.html with what was said in it: a row a prompt, its samples under it."""
+    prompts = {}
+    for row in rows:
+        name = os.path.dirname(row['file_name'])
+        if name not in prompts:
+            recording = row['recording'] and sound_of(*row['recording'])
+
+            prompts[name] = dict(name=name, text=row['text'], recording=recording, samples=[])
+        keys = ('sample', 'units', 'duration', 'prompt_units', 'warning')
+        sample = {key: row[key] for key in keys}
+        sample |= dict(repeats=find_repeats(row['units']))
+        sample |= sound_of(row['sound'], nets.vocoder.sample_rate)
+        prompts[name]['samples'].append(sample)
+    data = dict(title=title, about=about, frame_rate=nets.vocoder.frame_rate, repeat=REPEAT)
+    data |= dict(continued=not resynth)
+    data = json.dumps(data | dict(prompts=list(prompts.values())))
+    template = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'sample.html')
+    with open(template, encoding='utf-8') as file:
+        page = file.read()
+    # no name and no text can end the script element that holds them
+    data = data.replace('<', '\\u003c')
+    with write_atomic(path) as file:
+        file.write(page.replace('"DATA"', data))
+
+
+def check_knobs():
+    """Raises InputError for knobs that make no sense, alone or together."""
+    if min(num_samples, max_new_tokens, batch_size) < 1:
+        raise InputError('num_samples, max_new_tokens and batch_size are at least 1')
+    if min(temperature, top_k, prompt_seconds, max_prompts, speaker, style) < 0:
+        raise InputError(
+            'temperature, top_k, prompt_seconds, max_prompts, speaker and style are not negative'
         )
-        at += frames
-    border = int(duration[:n_prompt].sum())
-    mark = (
-        f'<line x1="{border}" x2="{border}" y1="0" y2="10" class="border"/>'
-        if 0 < border < total
-        else ''
-    )
-    return (
-        f'<svg viewBox="0 0 {total} 10" preserveAspectRatio="none" data-offset="{offset:.3f}" data-seconds="{total / frame_rate:.3f}">'
-        f'{"".join(blocks)}{mark}<line x1="0" x2="0" y1="0" y2="10" class="now"/></svg>'
-    )
+    if not (0 < top_p <= 1 and 0 < repetition_penalty < 100):
+        raise InputError('top_p is above 0 and at most 1, repetition_penalty above 0')
+    if not temperature + prompt_seconds < math.inf:
+        raise InputError('temperature and prompt_seconds are finite')
+    if not out or os.path.isfile(out) or os.path.isdir(html) or os.path.isdir(stream):
+        raise InputError(
+            f'--out={out} --html={html} --stream={stream}: expected a folder and files'
+        )
+    if resynth and not prompt:
+        raise InputError('--resynth needs --prompt: sound files, a folder or a units file')
+    if stream and (resynth or keep_prompt or html or num_samples > 1):
+        raise InputError('--stream goes without resynth, keep_prompt, html and num_samples')
 
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
-h1 {{ font-size: 1.4em; margin-bottom: 0 }} section {{ border-top: 1px solid #ccc; padding: .6em 0 1em }} h2 {{ font-size: 1.05em; margin: .2em 0 }}
-label {{ display: inline-flex; align-items: center; gap: .5em; margin: .2em 1.2em .2em 0 }} audio {{ height: 34px; width: 200px }}
-svg {{ display: block; width: 100%; height: 34px; margin-top: .4em; cursor: pointer; background: #eee }} small, p {{ color: #666; margin: .2em 0 }}
-.border, .now {{ stroke: #000; stroke-width: 2; vector-effect: non-scaling-stroke }} .now {{ stroke: #d00 }} .warn {{ color: #b00 }}
-</style><h1>{title}</h1><p>{about}</p>{body}<script>
-// the red line follows the last player of each section over its units; a click on the units plays from there
-for (const section of document.querySelectorAll('section')) {{
-  const svg = section.querySelector('svg'), sound = [...section.querySelectorAll('audio')].pop()
-  const now = svg.querySelector('.now'), width = svg.viewBox.baseVal.width, seconds = +svg.dataset.seconds, offset = +svg.dataset.offset
-  const move = () => {{ const x = (sound.currentTime + offset) / seconds * width; now.setAttribute('x1', x); now.setAttribute('x2', x)
-    if (!sound.paused) requestAnimationFrame(move) }}
-  sound.addEventListener('play', move); sound.addEventListener('seeked', move)
-  svg.addEventListener('click', event => {{ const box = svg.getBoundingClientRect()
-    sound.currentTime = Math.max(0, (event.clientX - box.left) / box.width * seconds - offset); sound.play() }})
-}}
-</script></html>
-"""
 
 if __name__ == '__main__':
     config = configure(globals())
-    device = pick_device(device)
-    if resynth and not prompt:
-        raise InputError('--resynth needs --prompt: sound files, a folder or a units file')
-    if (
-        min(num_samples, max_new_tokens, batch_size) < 1
-        or min(temperature, top_k, prompt_seconds, max_prompts, speaker, style) < 0
-        or not (
-            0 < top_p <= 1
-            and 0 < repetition_penalty < 100
-            and temperature + prompt_seconds < math.inf
-        )
-    ):
-        raise InputError(
-            'num_samples, max_new_tokens and batch_size are at least 1, top_p and repetition_penalty above 0, top_p at most 1, no '
-            'number negative or infinite'
-        )
-    if not out or os.path.isfile(out) or os.path.isdir(html):
-        raise InputError(f'--out={out} --html={html}: expected a folder and a file')
-    prompts = (
-        find_prompts(prompt, split, max_prompts)
-        if prompt
-        else [dict(name='unprompted', units=torch.zeros(0, dtype=torch.long))]
-    )
+    check_knobs()
+    if stream == '-':
+        sys.stdout = sys.stderr  # stdout is for sound alone
+    where = pick_device(device)
 
-    # the three networks; only those that are needed
-    model = None
-    if resynth:
-        enc_name, voc_name = find_parts(init)
-    else:
-        model = SLM.from_pretrained(init, dtype=pick_dtype(dtype, device)).to(device).eval()
-        enc_name, voc_name = model.slam.get('encoder'), model.slam.get('vocoder')
-    enc_name, voc_name, enc = encoder or enc_name, vocoder or voc_name, None
-    if not voc_name or any('path' in p for p in prompts) or resynth:
-        if not enc_name:
-            raise InputError(
-                f'{init} names no encoder (it has no slam.json): pass --encoder=mhubert25 or a folder'
-            )
-        enc = UnitEncoder.from_pretrained(enc_name, device=device, dtype='float32')
-    if not (voc_name or enc.vocoder):
-        raise InputError(
-            f'{init} names no vocoder: pass --vocoder=hifigan25, or fit one with prepare_units.py --fit_vocoder'
-        )
-    voc = UnitVocoder.from_pretrained(voc_name or enc.vocoder, device=device)
-    sizes = {init: model.slam.get('n_units', model.config.vocab_size - OFFSET)} if model else {}
-    sizes |= {f'encoder {enc_name}': enc.n_units} if enc else {}
-    sizes |= {f'vocoder {voc_name or enc.vocoder}': voc.n_units}
-    if len(set(sizes.values())) > 1:
-        raise InputError(
-            f'units do not match ({", ".join(f"{name} has {n}" for name, n in sizes.items())}): pass the --encoder and --vocoder '
-            f'with which {init} was trained'
-        )
-    frame_rate = voc.frame_rate
-    if enc and abs(enc.frame_rate - frame_rate) > 0.01:
-        raise InputError(
-            f'encoder {enc_name} has {enc.frame_rate:g} units a second, vocoder {voc_name or enc.vocoder} {frame_rate:g}'
-        )
-
-    # prompts -> units
-    for p in prompts:
-        seconds = (
-            60 if resynth else cut_seconds(p.get('words'), prompt_seconds) if prompt_seconds else 0
-        )
-        if seconds and p.get('words'):
-            p['text'] = ' '.join(word for word, _, end in p['words'] if end <= seconds + 0.02)
-        if 'path' in p:
-            try:
-                wave = load_audio(p['path'])
-                if len(wave) < SAMPLE_RATE / frame_rate:
-                    raise InputError(
-                        f'{p["path"]}: too short to hold a unit ({len(wave) / SAMPLE_RATE:.3f} s)'
-                    )
-            except InputError as error:
-                if len(prompts) == 1:
-                    raise
-                print(f'sample.py: left out: {error}', file=sys.stderr)
-                continue
-            p['wave'] = wave[: round(seconds * SAMPLE_RATE)] if seconds else wave
-            p['units'], p['duration'] = dedup(enc.encode([p['wave']])[0])
-        elif len(p['units']):
-            if int(p['units'].max()) >= voc.n_units:
-                raise InputError(
-                    f'{prompt}: {p["name"]} has unit {int(p["units"].max())}, the model knows {voc.n_units}: another encoder made it'
-                )
-            if p['duration'] is None:
-                p['duration'] = voc.durations([p['units']])[0]
-            ends = p['duration'].cumsum(0)
-            n = int((ends <= round(seconds * frame_rate)).sum()) if seconds else len(ends)
-            p['units'], p['duration'] = p['units'][: max(1, n)], p['duration'][: max(1, n)]
-        else:
-            p['duration'] = p['units']
-
-    prompts = [p for p in prompts if p.get('duration') is not None]
-    if not prompts:
-        raise InputError(f'--prompt={prompt}: none of the files could be used')
-    longest = 1 + max_new_tokens + max(len(p['units']) for p in prompts)
-    if model and longest > model.config.context:
-        print(
-            f'sample.py: warning: {longest} units with the prompt are more than the {model.config.context} it was trained on',
-            file=sys.stderr,
-        )
+    # what to begin with, and the networks that it takes
+    prompts = [dict(name='unprompted', units=torch.zeros(0, dtype=torch.long), duration=None)]
+    if prompt:
+        prompts = find_prompts(prompt, split, max_prompts)
+    recorded = any('path' in p for p in prompts)
+    if keep_prompt and not all('path' in p for p in prompts):
+        raise InputError('--keep_prompt needs sound files as prompts: units have no recording')
+    nets = load_networks(init, encoder, vocoder, where, dtype, not resynth, recorded or resynth)
+    loaded = time.perf_counter()
+    seconds = 60 if resynth else prompt_seconds
+    prompts = encode_prompts(prompts, nets, seconds, at_words=not resynth)
 
     # units -> more units -> sound
-    if keep_prompt and any('wave' not in p for p in prompts):
-        raise InputError(
-            '--keep_prompt needs sound files as prompts: units have no recording to keep'
+    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    sampling |= dict(top_p=top_p, repetition_penalty=repetition_penalty, compile=compile)
+    longest = 1 + max_new_tokens + max(len(p['units']) for p in prompts)
+    if nets.model and longest > nets.model.config.context:
+        context = nets.model.config.context
+        print(
+            f'sample.py: warning: {longest} units with the prompt are more than the {context} it '
+            'was trained on',
+            file=sys.stderr,
         )
-    loaded, first_sound, spoken, loops = time.perf_counter(), None, 0.0, 0
-    rows, sections, kept, edits = [], [], [], []
-    jobs = [(p, k) for p in prompts for k in range(num_samples if model else 1)]
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        new = [torch.zeros(0, dtype=torch.long) for _ in batch]
-        if model:
-            tokens = [torch.cat((torch.tensor([BOS]), p['units'] + OFFSET)) for p, _ in batch]
-            new = model.generate(
-                tokens,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                repetition_penalty=repetition_penalty,
-                seed=seed + start,
-                compile=compile,
-            )
-            new = [row - OFFSET for row in new]
-        for (p, k), more, predicted in zip(
-            batch, new, voc.durations(new)
-        ):  # spoken one by one, so that the first is heard soon
-            units, duration = torch.cat((p['units'], more)), torch.cat((p['duration'], predicted))
-            cut, seconds = int(p['duration'].sum()) * voc.hop, int(predicted.sum()) / frame_rate
-            wave = (
-                voc.decode([units], [duration], speaker=speaker, style=style)[0]
-                if len(units)
-                else torch.zeros(voc.hop)
-            )
-            tag, sounds, warn = f'-{k + 1}' if k else '', {}, ''  # sounds: name -> (wave, rate)
-            name = 'resynth' if resynth else 'full' + tag
-            if k == 0 and prompt:
-                p['sound'] = (
-                    (p['wave'], SAMPLE_RATE)
-                    if 'wave' in p
-                    else (finish_wave(wave[:cut].clone()), voc.sample_rate)
-                )
-                sounds['prompt'] = p['sound']
-            if resynth:
-                full, dropped = wave, 0
-            else:
-                tail = finish_wave(wave[cut:].clone()) if len(more) else torch.zeros(voc.hop)
-                sounds['continuation' + tag] = (
-                    trim_silence(tail, voc.sample_rate)[0],
-                    voc.sample_rate,
-                )
-                full, dropped = trim_silence(wave, voc.sample_rate)
-                if keep_prompt:
-                    real = finish_wave(resample(p['wave'], SAMPLE_RATE, voc.sample_rate))
-                    full, dropped = crossfade(real, tail, round(0.03 * voc.sample_rate)), 0
-            sounds[name] = full, voc.sample_rate
-            for label, (sound, rate) in sounds.items():
-                save_audio(os.path.join(out, p['name'], label + '.wav'), sound, rate)
-            first_sound = first_sound or time.perf_counter() - began
-            spoken += seconds if model else len(wave) / voc.sample_rate
+    more = {}
+    if resynth:
+        rows, more = resynthesise(prompts, nets)
+    elif stream:
+        rows, more = stream_prompts(prompts, nets, sampling, seed, stream)
+    else:
+        rows = continue_prompts(prompts, nets, sampling, seed)
 
-            said = f'{p["name"]}{tag}: {len(p["units"])} units, {int(p["duration"].sum()) / frame_rate:.1f} s'
-            if model:
-                loop = find_loop(more)
-                said += f' + {len(more)} units, {seconds:.1f} s'
-                if loop:
-                    loops += 1
-                    warn = f'warning: it loops ({loop[1]} times the same {loop[0]} units): raise temperature or repetition_penalty'
-                elif not len(more):
-                    warn = 'warning: the model ended at once; another seed may not'
-            elif enc:  # what the units kept of the sound: encode it again, and again as spoken with durations of the vocoder's own
-                was, again = (
-                    units.repeat_interleave(duration),
-                    enc.encode([resample(wave, voc.sample_rate, SAMPLE_RATE)])[0],
-                )
-                n = min(len(was), len(again))
-                kept.append((int((was[:n] == again[:n]).sum()), len(was)))
-                free = resample(
-                    voc.decode([units], speaker=speaker, style=style)[0],
-                    voc.sample_rate,
-                    SAMPLE_RATE,
-                )
-                edits.append(
-                    (
-                        edit_distance(units.tolist(), dedup(enc.encode([free])[0])[0].tolist()),
-                        len(units),
-                    )
-                )
-                said += (
-                    f' -> {100 * kept[-1][0] / len(was):.0f} % of the frames have their unit again'
-                )
-            print(
-                f'{said} -> {os.path.join(out, p["name"], name + ".wav")}'
-                + (f'\n  {warn}' if warn else ''),
-                flush=True,
-            )
-            rows.append(
-                dict(
-                    file_name=f'{p["name"]}/{name}.wav',
-                    units=units.tolist(),
-                    duration=duration.tolist(),
-                    prompt_units=len(p['units']),
-                    sample=k + 1,
-                    text=p.get('text'),
-                )
-            )
-            if html:
-                heard = dict(prompt=p['sound'], **sounds) if prompt and k else sounds
-                players = ''.join(player_html(label, *sound) for label, sound in heard.items())
-                text = f'<p>{html_text.escape(p["text"])}</p>' if p.get('text') else ''
-                sections.append(
-                    f'<section><h2>{html_text.escape(said)}</h2>{text}<p class="warn">{warn}</p>{players}'
-                    f'{timeline_html(units, duration, len(p["units"]) if model else 0, frame_rate, dropped / voc.sample_rate)}</section>'
-                )
-
-    write(os.path.join(out, 'units.jsonl'), ''.join(json.dumps(row) + '\n' for row in rows))
-    seconds = time.perf_counter() - loaded
-    result = dict(
-        init=init,
-        prompts=len(prompts),
-        samples=len(jobs),
-        seconds_spoken=round(spoken, 2),
-        seconds=round(seconds, 2),
-        seed=seed,
-        x_real_time=round(spoken / seconds, 1),
-        first_sound=round(first_sound, 2),
-        loops=loops,
-    )
-    if kept:
-        result['frames_unchanged'] = 100 * sum(n for n, _ in kept) / sum(of for _, of in kept)
-        result['units_unchanged_predicted_durations'] = 100 * (
-            1 - sum(n for n, _ in edits) / sum(of for _, of in edits)
-        )
-    write(os.path.join(out, 'sample.json'), json.dumps(result, indent=2) + '\n')
+    # the page, and files for machines
     if html:
-        about = f'{init}; encoder {enc_name or "none"}, vocoder {voc_name or enc.vocoder}; temperature {temperature}, top-k {top_k}, seed {seed}'
-        write(
-            html,
-            PAGE.format(
-                title='Resynthesis' if resynth else 'Continuations',
-                about=html_text.escape(about),
-                body=''.join(sections),
-            ),
+        about = nets.names
+        if not resynth:
+            about += f'; temperature {temperature}, top-k {top_k}, seed {seed}'
+        write_page(html, rows, nets, 'Resynthesis' if resynth else 'Continuations', about)
+    hidden = ('sound', 'recording', 'warning')
+    with write_atomic(os.path.join(out, 'units.jsonl')) as file:
+        for row in rows:
+            file.write(json.dumps({k: v for k, v in row.items() if k not in hidden}) + '\n')
+    skip = 0 if resynth else 1  # seconds that are new
+    frames = sum(sum(row['duration'][skip * row['prompt_units'] :]) for row in rows)
+    spoken, seconds = frames / nets.vocoder.frame_rate, time.perf_counter() - loaded
+    loops = sum(row['warning'].startswith('it loops') for row in rows)
+    result = dict(init=init, prompts=len(prompts), samples=len(rows), seed=seed, loops=loops)
+    result |= dict(seconds_spoken=round(spoken, 2), seconds=round(seconds, 2))
+    result |= dict(x_real_time=round(spoken / seconds, 1), **more)
+    with write_atomic(os.path.join(out, 'sample.json')) as file:
+        json.dump(result, file, indent=2)
+
+    # one line of summary
+    what = f'{len(rows)} continuations of {len(prompts) if prompt else "no"} prompts'
+    if resynth:
+        what = (
+            f'{len(rows)} resynthesised, {more["frames_unchanged"]:.1f} % of the frames come back '
+            f'with given durations, {more["units_unchanged_predicted_durations"]:.1f} % of the '
+            'units with predicted ones'
         )
-    if play:
-        player = next((command for command in PLAYERS if shutil.which(command[0])), None)
-        if not player:
-            print('no player found (afplay, paplay, aplay, ffplay, play): open the files by hand')
-        for row in rows if player else []:
-            subprocess.run([*player, os.path.join(out, row['file_name'])], check=False)
-    what = (
-        f'{len(prompts)} resynthesised'
-        if resynth
-        else f'{len(jobs)} continuations of {len(prompts) if prompt else "no"} prompts'
-    )
-    if kept:
-        what += (
-            f', {result["frames_unchanged"]:.1f} % of the frames come back with given durations, '
-            f'{result["units_unchanged_predicted_durations"]:.1f} % of the units with predicted ones'
-        )
-    print(
-        f'{what}: {spoken:.1f} s of speech in {seconds:.1f} s ({spoken / seconds:.1f} x real time), first sound {first_sound:.1f} s after the '
-        f'start{f", {loops} with a loop" if loops else ""} -> {html or out}'
-    )
+    if stream and 'first_sound' in more:
+        what += f', first sound after {more["first_sound"]:.2f} s'
+    what += f': {spoken:.1f} s of speech in {seconds:.1f} s ({spoken / seconds:.1f} x real time)'
+    print(f'{what}{f", {loops} with a loop" if loops else ""} -> {html or stream or out}')
