@@ -2463,7 +2463,7 @@ class TableVoice:
 
 
 def round_durations(mean):
-    """(n,) mean frames -> (n,) long, at least 1, whose sums stay within half a frame of the mean's."""
+    """(n,) mean frames -> (n,) long, at least 1, whose sums stay within half a frame of theirs."""
     beyond = (mean.clamp(min=1) - 1).double().cumsum(0).add(0.5).floor().long()
     return 1 + torch.diff(beyond, prepend=beyond.new_zeros(1))
 
@@ -2485,7 +2485,7 @@ class HifiganVoice:
                 self.unit_reach += tensors[f'dur_predictor.conv{i}.0.weight'].shape[-1] // 2
 
     def _count_reach(self):
-        """Frames on each side that a sample depends on, from the sizes of the kernels, last first."""
+        """Frames on each side that a sample depends on, from the kernels' sizes, last first."""
         c = self.config
         reach = self.tensors['conv_post.weight'].shape[-1] // 2
         block = 0
@@ -2651,7 +2651,7 @@ class NeuralVoice(nn.Module):
         return round_durations(self.mean_durations(units[None].to(self.device))[0].cpu())
 
     def speak(self, units, durations, first=0, until=None, source=None, speaker=0, style=0):
-        """Units (n,) of so many frames -> (frames * hop,) samples; a stretch of them: see Source."""
+        """Units (n,) of so many frames -> (frames * hop,) samples; of a stretch: see Source."""
         voices = self.voice.num_embeddings
         if not 0 <= speaker < voices:
             raise InputError(f'speaker {speaker} is not among the {voices} of this vocoder')
@@ -2705,8 +2705,8 @@ class UnitVocoder:
             path, config, read = where, read_json(found), _read_hifigan
         else:
             raise InputError(
-                f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt, or one '
-                f'of {", ".join(HIFIGAN)}'
+                f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt, or '
+                f'one of {", ".join(HIFIGAN)}'
             )
         try:
             vocoder = cls(*read(path, config), device)
@@ -2729,7 +2729,7 @@ class UnitVocoder:
             json.dump(self.config, file, indent=2)
 
     def check(self, units):
-        """List of units -> list of (n,) long on the CPU. Raises InputError for one we do not have."""
+        """List of units -> list of (n,) long on the CPU. Raises InputError for unknown ones."""
         units = [torch.as_tensor(u, dtype=torch.long, device='cpu') for u in units]
         worst = max((int(u.max()) for u in units if len(u)), default=0)
         if worst >= self.n_units:
@@ -2741,7 +2741,7 @@ class UnitVocoder:
 
     @torch.inference_mode()
     def durations(self, units):
-        """Frames of each unit, at least 1: list of de-duplicated units (n,) -> list of (n,) long."""
+        """Frames of each unit, at least 1: list of (n,) de-duplicated units -> list of (n,)."""
         return [self.voice.durations(u) for u in self.check(units)]
 
     @torch.inference_mode()
