@@ -3,7 +3,7 @@
 SLM           units -> next unit   a transformer over speech units; it computes what transformers'
                                    model of the same family computes (FAMILIES)
 UnitEncoder   wave  -> units       HuBERT-like features, or MFCC offline, and k-means
-UnitVocoder   units -> wave        the unit HiFi-GAN, or offline a table of spectra and Griffin-Lim
+UnitVocoder   units -> wave        the unit HiFi-GAN, a small net that one trains, or a table of spectra
 """
 
 import contextlib
@@ -2720,11 +2720,8 @@ class UnitVocoder:
 
     def save_pretrained(self, folder):
         """Write vocoder.json and vocoder.safetensors, each whole or not at all."""
-        from safetensors.torch import save
-
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
-        with write_atomic(os.path.join(folder, 'vocoder.safetensors'), 'wb') as file:
-            file.write(save(tensors))
+        write_tensors(os.path.join(folder, 'vocoder.safetensors'), tensors)
         with write_atomic(os.path.join(folder, 'vocoder.json')) as file:
             json.dump(self.config, file, indent=2)
 
