@@ -1665,8 +1665,10 @@ class UnitEncoder:
         self.config['frame_rate'] = SAMPLE_RATE / self.hop
         self.wavlm = hf.model_type == 'wavlm'
         self.longest = STRETCH * SAMPLE_RATE // self.hop // (3 if self.wavlm else 1)  # frames
-        if self.device.type == 'cuda':
-            self._hidden = torch.compile(self._hidden, dynamic=True)
+        if self.device.type == 'cuda':  # a layer is compiled once, for all layers and lengths
+            self._convolve = torch.compile(self._convolve, dynamic=True)
+            for layer in self.net.encoder.layers:
+                layer.compile(dynamic=True)
 
     @property
     def n_units(self):
