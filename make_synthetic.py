@@ -1,365 +1,794 @@
-"""Text -> speech: stories to pre-train on, preference pairs for DPO, minimal pairs to evaluate on.
+"""Text -> speech: stories to pre-train on, preference pairs for DPO, suites of minimal pairs.
 
-    python make_synthetic.py config/demo_synthetic.py                                              the demo's own stories, pairs and suites
-    python make_synthetic.py --text=TinyStoriesV2-GPT4-train.txt --out=data/stinystories           sTinyStories in espeak's voices
+    python make_synthetic.py config/demo_synthetic.py                the demo's own toy language
+    python make_synthetic.py --text=TinyStoriesV2-GPT4-train.txt --out=data/audio
     python make_synthetic.py --task=pairs --text=swag/train.csv --tts=kokoro --out=data/spokenswag
-    python make_synthetic.py --task=blimp --text=blimp/data --out=data/sblimp                      ZeroSpeech 2021 layout with gold.csv
-    python make_synthetic.py --task=storycloze --text=cloze.csv --out=data/sc                      sstorycloze/ and tstorycloze/
+    python make_synthetic.py --task=blimp --text=blimp/data --out=data
+    python make_synthetic.py --task=minimal,wuggy,salmon --text=mine.csv --out=data/mine
 
-A file is spoken sentence by sentence; every sentence is trimmed, followed by a pause and rounded up to whole 40 ms frames, so that a prompt's
-file and an ending's file laid end to end are the file of the whole. With espeak a sentence's sound depends on its text and voice alone.
+--text is a .txt, .jsonl, .csv or .parquet file, a folder or a glob of such, hub:OWNER/NAME[:SPLIT],
+or toy. A .txt file holds stories: what stands between <|endoftext|> marks if the file has them,
+else between blank lines, or between what --separator says. The tasks, and the columns they read:
+
+stories, prompts   text (--text_field): whole stories, or the first --prompt_seconds of each
+pairs              prompt, chosen, rejected; or the columns of SWAG, or of HellaSwag:
+                       prompt,chosen,rejected
+                       A dog barks at the gate.,It wants to come in.,It wants to be a gate.
+                       Anna has lost her key.,She cannot open the door.,She cannot open the sea.
+minimal            right, wrong and, if you like, type: your own suite, <n>_correct, <n>_incorrect
+blimp              BLiMP's columns -> the layout of ZeroSpeech 2021 (sBLIMP), with gold.csv
+storycloze         StoryCloze's columns -> sstorycloze and tstorycloze, <n>_correct, <n>_incorrect
+wuggy              text: its words against pseudo-words made of them -> sWUGGY's layout
+salmon             text: a second half in another voice, gender, noise or room -> SALMon's layout
+
+Suites, which are all but the first three, are made a second time in --test_voices, beside the
+first: minimal_unseen. A file is spoken sentence by sentence; every sentence is trimmed, followed by
+a pause and rounded up to whole 40 ms frames, so that a prompt's file and an ending's file laid end
+to end are the file of the whole. With espeak a sentence's sound depends on its text and voice
+alone. Work is done in parts of 40 items: a killed run makes those that are not there.
 """
 
+from config import configure, fail
+
+import _ctypes
 import csv
 import ctypes
-import fcntl
 import glob
 import io
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
-import signal
-import threading
 import time
+import traceback
 import unicodedata
 import zlib
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
-from itertools import chain, islice
-
-os.environ['OPENBLAS_NUM_THREADS'] = (
-    '1'  # before numpy: a worker has one core, and the last bit of a sum depends on the number of threads
-)
-from config import configure, fail
+from collections import Counter
+from contextlib import suppress
+from functools import cache, lru_cache
+from itertools import chain, combinations, count, islice
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
+import torch
+from tqdm import tqdm
+
+from model import (
+    SAMPLE_RATE,
+    auto_bleu,
+    pick_device,
+    read_jsonl,
+    read_parquet,
+    resample,
+    start_worker,
+    tokenize_words,
+    write_atomic,
+)
 
 # -----------------------------------------------------------------------------
-out = 'out/synthetic'  # each task gets a folder here: audio, manifest.jsonl, skipped.jsonl, summary.json
-task = 'stories'  # comma-separated: stories, prompts, pairs, blimp, storycloze; of the toy grammar stories, pairs, grammar, sstory, tstory
-text = 'toy'  # toy (config/toy_grammar.py), a file, folder or glob (.txt, .jsonl, .csv), or hub:NAME[:SPLIT] (package datasets)
-text_field = 'text'  # where rows of .jsonl, .csv and hub data keep a story
+out = 'out/synthetic'  # a folder for each task: audio, manifest.jsonl, skipped.jsonl, summary.json
+task = 'stories'  # comma-separated, see above; of the toy language also grammar, sstory, tstory
+text = 'toy'  # toy (below), a file, folder or glob, or hub:OWNER/NAME[:SPLIT]
+text_field = 'text'  # where rows of .jsonl, .csv, .parquet and hub data keep a story
+separator = (
+    ''  # of the stories of a .txt file; '': <|endoftext|> if the file has it, or blank lines
+)
 limit = 0  # at most so many items of a task; 0: all
 val_share = 0.03  # of stories and pairs, marked split=val
-max_auto_bleu = 0.3  # pairs whose text (prompt + ' ' + chosen) repeats this share of its word bigrams are dropped
+max_auto_bleu = 0.3  # pairs whose prompt and chosen repeat this share of their bigrams are dropped
 prompt_seconds = 3.0  # what is kept of a story by task prompts
-n_stories = 6000  # how much of the toy grammar: stories,
+n_stories = 6000  # how much of the toy language: stories,
 n_pairs = 2000  # preference pairs,
-n_suite = 500  # and minimal pairs in each of grammar, sstory, tstory (an even number)
+n_suite = (
+    500  # and minimal pairs in a suite, also of wuggy and each part of salmon (an even number)
+)
+n_unseen = 200  # minimal pairs, the first of those, in the same suites in test_voices
 # the voice
-tts = 'espeak'  # espeak, vits, fastspeech2, kokoro
-tts_model = ''  # folder or hub name; empty: facebook/mms-tts-eng (vits), espnet/fastspeech2_conformer_with_hifigan (fastspeech2)
-voices = ''  # comma-separated, one is drawn for each item (blimp: every pair in each); espeak: languages with variants, en-us+f2,de
+tts = 'espeak'  # espeak, kokoro, vits, fastspeech2
+tts_model = ''  # a network's folder or hub name; '': the one named below, at MODELS
+voices = (
+    ''  # comma-separated, one is drawn for each item (blimp: every pair in each); '': at VOICES
+)
+test_voices = ''  # voices for the suites NAME_unseen; '': no such suites
 speed = '1.0-1.0'  # 1 is the voice's usual pace; every voice has its own, drawn from this range
 pitch = '50-50'  # espeak: 0 to 99; likewise
 pause = 0.2  # seconds of silence after each sentence
-audio_format = 'flac'  # flac or wav, 16-bit
+audio_format = 'flac'  # flac or wav, 16-bit; blimp, wuggy and salmon are always wav
 # the machine
 workers = 0  # processes that run espeak; 0: one a core. A network runs in one
 seed = 1234
-device = 'auto'  # cuda, mps, cpu
-dtype = 'auto'  # of the networks: bfloat16 on cuda, float32 elsewhere
+device = 'auto'  # of a network: cuda, mps, cpu. It computes in float32 (TF32 on cuda)
 # -----------------------------------------------------------------------------
 
-SAMPLE_RATE = 16000  # model.SAMPLE_RATE, not imported: espeak needs no torch, and starts at once
 GRID = 640  # samples in a 40 ms frame of a 25 Hz encoder
 SILENCE = 0.002  # of full scale; what stays below it is pause
-SHARD = 40  # items a worker takes at once
+PART = 40  # items in a part
+LONGEST = 100_000  # letters of an item that is still spoken, about two hours
+MARK = '<|endoftext|>'
+
+# espeak: a path below its lang/ loads ten times as fast as a name (en-us). kokoro: SpokenSwag's
 VOICES = dict(
-    espeak='gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph',  # a path below espeak's lang/ loads ten times as fast as a name (en-us)
+    espeak='gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph',
+    kokoro='af_heart,am_fenrir,bf_emma,bm_george',
     vits='0',
     fastspeech2='0',
-    kokoro='af_heart,am_fenrir,bf_emma,bm_george',
-)  # the last as SpokenSwag
-PAIRS = [
-    columns.split()
-    for columns in (
-        'prompt chosen rejected',
-        'sent1 sent2 gold-source label ending0 ending1 ending2 ending3',  # SWAG
-        'ctx_a ctx_b source_id label endings',
+)
+MODELS = dict(
+    kokoro='hexgrad/Kokoro-82M',
+    vits='facebook/mms-tts-eng',
+    fastspeech2='espnet/fastspeech2_conformer_with_hifigan',
+)
+
+# Columns that a task expects, one of the sets
+PAIRS = (
+    ('prompt', 'chosen', 'rejected'),
+    ('sent1', 'sent2', 'gold-source', 'label', 'ending0', 'ending1', 'ending2', 'ending3'),  # SWAG
+    ('ctx_a', 'ctx_b', 'source_id', 'label', 'endings'),  # HellaSwag
+)
+BLIMP = ('sentence_good', 'sentence_bad', 'linguistics_term', 'UID', 'pairID')
+CLOZE = (
+    *('InputSentence1', 'InputSentence2', 'InputSentence3', 'InputSentence4'),
+    *('RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2', 'AnswerRightEnding'),
+)
+
+# ZeroSpeech 2021: where its audio and gold.csv lie, and the columns of gold.csv
+LAYOUT = dict(blimp='syntactic/dev', wuggy='lexical/dev')
+GOLD = dict(
+    blimp=('id', 'filename', 'voice', 'type', 'subtype', 'correct', 'transcription'),
+    wuggy=('id', 'filename', 'voice', 'frequency', 'word', 'phones', 'length', 'correct'),
+)
+
+# Noise by the exponent of its amplitude over frequency; rooms by the seconds in which sound falls
+# by 60 dB, and the energy of the reverberation beside that of the direct sound
+NOISES = dict(white=0.0, pink=-0.5, brown=-1.0, blue=0.5)
+ROOMS = dict(booth=(0.1, 0.05), office=(0.4, 0.5), hall=(1.0, 1.0), church=(2.0, 3.0))
+
+
+# -----------------------------------------------------------------------------
+# The toy language: stories of three short sentences, whose ending follows from the first two.
+#
+#     This king is in the kitchen with his cake.   who (number, gender), where, with what: the topic
+#     The cake is lovely and warm.                 what it is like: the outcome
+#     He is happy and eats the cake.               the ending
+#
+# All endings have one frame: what a model must know to prefer the right one is in the words, not in
+# how long or how usual an ending is. Edit these tables to make another toy language.
+
+HEROES = dict(
+    he='boy boys|man men|king kings|brother brothers|uncle uncles|farmer farmers|father fathers|'
+    'prince princes',
+    she='girl girls|woman women|queen queens|sister sisters|aunt aunts|lady ladies|mother mothers|'
+    'nurse nurses',
+)
+NAMES = dict(
+    he='Tom Ben Max Jack Peter David Simon Oscar',
+    she='Anna Lucy Mary Emma Kate Susan Laura Nina',
+)
+HIS = dict(he='his', she='her', they='their')
+ADJECTIVES = (
+    'old young small tall little big kind clever funny brave quiet busy shy proud polite famous '
+    'lazy hungry sleepy noisy gentle rich poor strong careful friendly curious thin quick slow '
+    'calm tired lucky wise bold honest cheerful lonely elegant'
+)
+COLOURS = (
+    'red blue green yellow white black brown purple orange silver golden grey pink heavy tiny huge'
+)
+NUMBERS = 'two three four five six seven eight nine'
+TIMES = (
+    'today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|before dinner|'
+    'in winter|in summer|every spring'
+)
+MOODS = ('happy', 'glad'), ('sad', 'angry')  # of a good outcome, of a bad one
+QUALITIES = ('new', 'clean', 'lovely', 'perfect'), ('broken', 'dirty', 'ruined', 'horrible')
+
+# A topic: where; with what (one and many); then what it is like and what the hero does, if all is
+# well, and the same if not
+TOPICS = """
+kitchen:  in the kitchen|at the oven|in the bakery; cake cakes|soup soups|pie pies;
+          warm|sweet; eat|taste; burnt|sour; throw away|spill
+garden:   in the garden|by the fence|under the tree; flower flowers|rose roses|carrot carrots;
+          fresh|juicy; water|pick; dead|dry; dig out|bury
+school:   at school|in the classroom|beside the teacher; book books|pencil pencils|lesson lessons;
+          easy|useful; study|learn; boring|difficult; forget|hate
+football: on the field|in the stadium|at the game; ball balls|goal goals|trophy trophies;
+          round|winning; kick|celebrate; flat|missing; lose|miss
+sea:      on the boat|at the beach|by the river; fish fish|net nets|shell shells;
+          shiny|full; catch|pull up; empty|rotten; let go|drop
+train:    at the station|on the platform|in the train; ticket tickets|suitcase suitcases|map maps;
+          cheap|valid; show|carry; expensive|stolen; search for|report
+doctor:   in the hospital|beside the doctor|at the clinic; pill pills|bandage bandages|
+          medicine medicines; helpful|mild; take|use; bitter|painful; refuse|fear
+music:    on the stage|at the concert|in the choir; song songs|drum drums|violin violins;
+          loud|famous; play|practise; silent|false; stop|ignore
+"""
+TOPICS = {
+    name: [[word.strip() for word in cell.split('|')] for cell in cells.split(';')]
+    for name, cells in re.findall(r'^(\w+):((?:.|\n(?= ))+)', TOPICS, re.M)
+}
+
+# Frames of a first sentence
+SINGLE = (
+    'this {one} is {place} with {his} {thing}',
+    'one {one} is {place} with {his} {thing}',
+    'there is one {one} {place} with {his} {thing}',
+    'this {one} has {his} {thing} {place}',
+    '{name} is {place} with {his} {thing}',
+    'the {adjective} {one} is {place} with {his} {colour} {thing}',
+    'this {one} is {place} with one {thing} {time}',
+)
+SEVERAL = (
+    'these {many} are {place} with their {thing}',
+    '{number} {many} are {place} with their {thing}',
+    'there are {number} {many} {place} with their {thing}',
+    'these {many} have their {thing} {place}',
+    '{name} and {other} are {place} with their {thing}',
+    'the {adjective} {many} are {place} with their {colour} {thing}',
+    'these {many} are {place} with one {thing} {time}',
+)
+
+# Minimal pairs, [right|wrong], and their mirror image, where what was right is wrong
+MINIMAL = dict(
+    this=(
+        '[this|these] {one} is {place} with {his} {thing}',
+        '[these|this] {many} are {place} with their {thing}',
+    ),
+    be=(
+        'this {one} [is|are] {place} with {his} {thing}',
+        'these {many} [are|is] {place} with their {thing}',
+    ),
+    number=(
+        'one {one} [is|are] {place} with {his} {thing}',
+        '{number} {many} [are|is] {place} with their {thing}',
+    ),
+    noun=(
+        'one [{one}|{many}] is {place} with {his} {thing}',
+        '{number} [{many}|{one}] are {place} with their {thing}',
+    ),
+    exist=(
+        'there [is|are] one {one} {place} with {his} {thing}',
+        'there [are|is] {number} {many} {place} with their {thing}',
+    ),
+    have=(
+        'this {one} [has|have] {his} {thing} {place}',
+        'these {many} [have|has] their {thing} {place}',
+    ),
+    gender=(
+        'this {man} has [his|her] {thing} {place}',
+        'this {woman} has [her|his] {thing} {place}',
+    ),
+)
+
+
+def finish(sentence):
+    return sentence[0].upper() + sentence[1:] + '.'
+
+
+def fill_words(rng, topic, he):
+    """What the frames of first sentences are filled with: {slot: word}."""
+    one, many = rng.choice(HEROES[he].split('|')).split()
+    thing, _ = rng.choice(TOPICS[topic][1]).split()
+    name, other = rng.sample(NAMES[he].split(), 2)
+    return dict(
+        one=one,
+        many=many,
+        thing=thing,
+        name=name,
+        other=other,
+        his=HIS[he],
+        place=rng.choice(TOPICS[topic][0]),
+        adjective=rng.choice(ADJECTIVES.split()),
+        time=rng.choice(TIMES.split('|')),
+        colour=rng.choice(COLOURS.split()),
+        number=rng.choice(NUMBERS.split()),
+        man=rng.choice(HEROES['he'].split('|')).split()[0],
+        woman=rng.choice(HEROES['she'].split('|')).split()[0],
     )
-]  # HellaSwag
-DEV = 'syntactic/dev'  # of ZeroSpeech 2021
-BLIMP = 'sentence_good sentence_bad linguistics_term UID pairID'.split()
-CLOZE = [f'InputSentence{i}' for i in (1, 2, 3, 4)] + [
-    'RandomFifthSentenceQuiz1',
-    'RandomFifthSentenceQuiz2',
-    'AnswerRightEnding',
-]
-PLAIN = str.maketrans(
-    {'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', ', '…': '.', '\xad': None}
-)
-ARPABET = dict(
-    pair.split('=')
-    for pair in (  # espeak's IPA for English -> the phones of CMUdict
-        'iː=IY i=IY ɪ=IH ᵻ=IH ɛ=EH æ=AE a=AE aa=AE ɑː=AA ɑ=AA ɒ=AA ɔː=AO ɔ=AO oː=AO o=OW ʊ=UH uː=UW u=UW ʌ=AH ə=AH ɐ=AH ɚ=ER ɜː=ER ɜ=ER eɪ=EY e=EH aɪ=AY '
-        'ɔɪ=OY aʊ=AW oʊ=OW əʊ=OW tʃ=CH dʒ=JH θ=TH ð=DH ʃ=SH ʒ=ZH ŋ=NG j=Y ɹ=R r=R h=HH ɡ=G x=K ɾ=T ʔ=T b=B d=D f=F k=K l=L m=M n=N p=P s=S t=T v=V w=W '
-        'z=Z'
-    ).split()
-)
 
 
-# --- text: rows of files, and items made of rows -----------------------------------------------------------------------------------
+def toy_story(rng, topic, outcome, who, mood):
+    """A story as dict: prompt (two sentences), the ending that follows, topic.
+
+    outcome: 0 good, 1 bad; who: he, she or they; mood: which of the outcome's two.
+    """
+    words = fill_words(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
+    first = rng.choice(SEVERAL if who == 'they' else SINGLE).format(**words)
+    qualities, actions = TOPICS[topic][2 + 2 * outcome : 4 + 2 * outcome]
+    verb, space, particle = rng.choice(actions).partition(' ')
+    if who != 'they':
+        verb += 'es' if re.search('(s|sh|ch)$', verb) else 's'
+        verb = re.sub('([^aeiou])ys$', r'\1ies', verb)
+    quality = f'{rng.choice(QUALITIES[outcome])} and {rng.choice(qualities)}'
+    second = f'the {words["thing"]} is {quality}'
+    feels = f'{who} {"are" if who == "they" else "is"} {MOODS[outcome][mood]}'
+    ending = f'{feels} and {verb}{space}{particle} the {words["thing"]}'
+    return dict(prompt=f'{finish(first)} {finish(second)}', ending=finish(ending), topic=topic)
 
 
-def documents(file, marked):
-    """Stories of a text file: what stands between <|endoftext|> marks; if it has none, between blank lines."""
-    document = ''
-    for line in file:
-        *ended, line = (
-            line.split('<|endoftext|>') if marked else [line] if line.strip() else ['', '']
+def toy_couple(rng, contradict, fresh):
+    """Two stories with their endings exchanged, so that preferring an ending as such gains nothing.
+
+    contradict: the same thing, well and badly; else two topics.
+    """
+    who = rng.choice(('he', 'she', 'they'))
+    mood, outcome = rng.randrange(2), rng.randrange(2)
+    topics = rng.sample(list(TOPICS), 2)
+    if not contradict:
+        one, two = (fresh(topic, outcome, who, mood) for topic in topics)
+    else:
+        one, two = fresh(topics[0], 0, who, mood), fresh(topics[0], 1, who, mood)
+        while one['ending'].split()[-1] != two['ending'].split()[-1]:
+            two = fresh(topics[0], 1, who, mood)
+    return dict(one, wrong=two['ending']), dict(two, wrong=one['ending'])
+
+
+def toy_minimal(rng, kind, fresh, anything):
+    """A minimal pair and its mirror image, [(right, wrong), (right, wrong)], of a kind of MINIMAL
+    or of `pronoun`, in the ending of a story: he is, he are; they are, they is."""
+    if kind == 'pronoun':
+        topic, outcome, _, mood = anything()
+        whos = rng.choice(('he', 'she')), 'they'
+        stories = [fresh(topic, outcome, who, mood) for who in whos]
+        return [
+            tuple(
+                f'{story["prompt"]} {ending}'
+                for ending in (
+                    story['ending'],
+                    re.sub('(?<= )(is|are)(?= )', swap_number, story['ending'], count=1),
+                )
+            )
+            for story in stories
+        ]
+    words = fill_words(rng, rng.choice(list(TOPICS)), rng.choice(('he', 'she')))
+    return [
+        tuple(
+            finish(re.sub(r'\[(.*?)\|(.*?)\]', side, frame).format(**words))
+            for side in (r'\1', r'\2')
         )
-        for part in ended:
-            if marked or document.strip():
-                yield document + part
-            document = ''
-        document += line if document or line.strip() else ''
-    if document.strip():
-        yield document
+        for frame in MINIMAL[kind]
+    ]
+
+
+def swap_number(match):
+    return 'is' if match[0] == 'are' else 'are'
+
+
+def toy_rows(task, seed, n_stories, n_pairs, n_suite):
+    """Yields the rows of a task: stories (text), pairs (prompt, chosen, rejected), and the suites
+    grammar, sstory, tstory (right, wrong, type, alike: which pairs have one voice).
+
+    Whatever is asked for is drawn in the same order and nothing is drawn twice, neither a sentence
+    of grammar's nor a story's prompt: training and evaluation share no story, pair or context.
+    """
+    rng, used = random.Random(f'{seed}/toy'), set()
+
+    def fresh(*what):
+        while True:
+            story = toy_story(rng, *what)
+            if not used & {story['prompt'], story['prompt'].partition('.')[0] + '.'}:
+                used.add(story['prompt'])
+                return story
+
+    def anything():
+        topic, outcome = rng.choice(list(TOPICS)), rng.randrange(2)
+        return topic, outcome, rng.choice(('he', 'she', 'they')), rng.randrange(2)
+
+    n = 0
+    while n < n_suite:
+        kind = rng.choice([*MINIMAL, 'pronoun'])
+        couple = toy_minimal(rng, kind, fresh, anything)
+        rights = {right for right, _ in couple}
+        if not used & rights:
+            used |= rights
+            if task == 'grammar':
+                for right, wrong in couple:
+                    yield dict(right=right, wrong=wrong, type=kind, alike=n // 2)
+            n += 2
+    for suite in ('sstory', 'tstory'):
+        for i in range(n_suite // 2):
+            for story in toy_couple(rng, suite == 'sstory', fresh):
+                if task == suite:
+                    prompt, topic = story['prompt'], story['topic']
+                    right, wrong = (f'{prompt} {story[end]}' for end in ('ending', 'wrong'))
+                    yield dict(right=right, wrong=wrong, type=topic, alike=i)
+    for i in range(n_pairs // 2):
+        for story in toy_couple(rng, i % 2 == 0, fresh):
+            if task == 'pairs':
+                yield dict(prompt=story['prompt'], chosen=story['ending'], rejected=story['wrong'])
+    for _ in range(n_stories if task == 'stories' else 0):
+        story = fresh(*anything())
+        yield dict(text=f'{story["prompt"]} {story["ending"]}')
+
+
+# -----------------------------------------------------------------------------
+# Text: rows of files
+
+SPLITTERS = {'': 'blank lines', MARK: MARK}  # how they are called on the last line
 
 
 def text_files():
     """The files that the knob `text` names; [] for toy and hub."""
-    pattern = glob.escape(text) + '/**' * os.path.isdir(text) if os.path.exists(text) else text
-    return [
-        path
-        for path in sorted(glob.glob(pattern, recursive=True))
-        if path.endswith(('.txt', '.jsonl', '.csv'))
-        and os.path.isfile(path)
-        and os.path.getsize(path)
-    ]
+    pattern = text
+    if os.path.exists(text):
+        pattern = glob.escape(text) + '/**' * os.path.isdir(text)
+    found = sorted(glob.glob(pattern, recursive=True))
+    known = [path for path in found if path.endswith(('.txt', '.jsonl', '.csv', '.parquet'))]
+    return [path for path in known if os.path.isfile(path) and os.path.getsize(path)]
+
+
+def separator_of(path):
+    """What stands between the stories of a .txt file; '' for blank lines.
+
+    A few wrong bytes, as in TinyStories, do no harm; a file in another encoding ends the run.
+    """
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        head = file.read(1 << 20)
+    if head.count('\0') > len(head) / 10 or head.count('\ufffd') > len(head) / 1000:
+        fail(f'{path}: not text in UTF-8; convert it (iconv -t utf-8)')
+    written = separator.replace('\\n', '\n').replace('\\t', '\t')
+    return written or (MARK if MARK in head else '')
+
+
+def split_stories(file, between):
+    """Yields what stands between separators in a file, or between blank lines; none is empty."""
+    pattern = re.escape(between) if between else r'\n\s*\n'
+    rest = ''
+    while block := file.read(1 << 20):
+        *whole, rest = re.split(pattern, rest + block)
+        yield from (story for story in whole if story.strip())
+    if rest.strip():
+        yield rest
 
 
 def read_file(path):
-    """Yields the rows of a text file; a story of a .txt file is a row of text_field."""
-    csv.field_size_limit(1 << 30)
-    with open(
-        path, encoding='utf-8-sig', errors='replace', newline='' if path.endswith('.csv') else None
-    ) as file:
-        head = file.read(1 << 20)
-        if (
-            '\0' in head or head.count('\ufffd') > len(head) / 1000
-        ):  # a few wrong bytes, as in TinyStories, do no harm
-            fail(f'{path}: not text in UTF-8; convert it (iconv -t utf-8)')
-        file.seek(0)
-        if path.endswith('.jsonl'):
-            yield from (dict(json.loads(line)) for line in file if line.strip())
-        elif path.endswith('.csv'):
-            yield from csv.DictReader(file)
-        else:
-            yield from (
-                {text_field: document} for document in documents(file, '<|endoftext|>' in head)
-            )
+    """Yields the rows of a text file as dicts; a story of a .txt file is a row of text_field."""
+    if path.endswith('.parquet'):
+        yield from read_parquet(path)
+    elif path.endswith('.jsonl'):
+        yield from (row for _, row in read_jsonl(path))
+    else:
+        between = separator_of(path)
+        newline = '' if path.endswith('.csv') else None
+        with open(path, encoding='utf-8-sig', errors='replace', newline=newline) as file:
+            if path.endswith('.csv'):
+                csv.field_size_limit(1 << 30)
+                yield from csv.DictReader(file)
+            else:
+                yield from ({text_field: story} for story in split_stories(file, between))
 
 
-def read_rows(task):
-    """Yields (row, where it stands) of the knob `text`; what is empty is '', a number its digits."""
+def read_rows(task, *expected):
+    """Yields (row, where it stands) of the knob `text`; what is empty is '', a number its digits.
+
+    expected: sets of columns, one of which each row must have as text; ends the run otherwise.
+    """
     if text == 'toy':
-        from config.toy_grammar import toy_rows
-
         yield from ((row, 'toy') for row in toy_rows(task, seed, n_stories, n_pairs, n_suite))
         return
     if text.startswith('hub:'):
-        name, _, split = text[4:].partition(':')
-        try:
-            from datasets import load_dataset
-
-            sources = {name: load_dataset(name, split=split or 'train')}
-        except ImportError:
-            fail('--text=hub:... needs the package datasets: pip install datasets')
-        except Exception as error:  # of many kinds: no such name, no such split, no network
-            fail(f'--text={text}: {error}')
+        sources = {text: read_parquet(text if text.count(':') > 1 else text + ':train')}
     else:
-        sources = {path: read_file(path) for path in text_files()} or fail(
-            f'{text}: no text there; expected a .txt, .jsonl or .csv file, a folder or glob of such, hub:NAME, or toy'
-        )
+        sources = {path: read_file(path) for path in text_files()}
+        if not sources:
+            kinds = 'a .txt, .jsonl, .csv or .parquet file, a folder or glob of such, hub:NAME, toy'
+            fail(f'{text}: no text there; expected {kinds}')
+
+    def has(row, columns):
+        kinds = ((key, list if key == 'endings' else str) for key in columns)
+        return all(isinstance(row.get(key), kind) for key, kind in kinds)
+
     for name, rows in sources.items():
-        number = 0
-        try:
-            for number, row in enumerate(rows, 1):
-                yield (
-                    {
-                        key: ''
-                        if value is None
-                        else str(value)
-                        if isinstance(value, (int, float))
-                        else value
-                        for key, value in row.items()
-                    },
-                    f'{name} row {number}',
-                )
-        except (ValueError, TypeError, csv.Error) as error:
-            fail(
-                f'{name} row {number + 1}: {error}; expected an object a line (.jsonl), or columns (.csv)'
-            )
+        for number, row in enumerate(rows, 1):
+            for key, value in row.items():
+                if value is None or isinstance(value, (int, float)):
+                    row[key] = '' if value is None else str(value)
+            if not any(has(row, columns) for columns in expected):
+                wanted = '; or '.join(map(', '.join, expected))
+                there = ', '.join(f'{key} ({type(value).__name__})' for key, value in row.items())
+                fail(f'{name} row {number}: task {task} expects {wanted}; there are {there}')
+            yield row, f'{name} row {number}'
 
 
-def auto_bleu(document):
-    """Share of a text's word bigrams that occur in it more than once; 0 for fewer than two words. Punctuation marks are words."""
-    words = re.findall(r"[\w']+|[^\w\s]", document)
-    counts = Counter(zip(words, words[1:]))
-    return sum(n for n in counts.values() if n > 1) / max(1, len(words) - 1)
+# -----------------------------------------------------------------------------
+# Items: what a task says, made of rows. An item is dict(files=[file, ...], ...): files that belong
+# together, and keys for their rows of the manifest; or dict(skip=reason, text=...). Keys of its own
+# are voice, alike (items that have this number in common have one voice) and split. A file is
+# dict(name, halves=[half, ...], ...), a half dict(text, voice, noise, room), the latter optional
+
+
+def make_file(name, text, **more):
+    return dict(more, name=name, halves=[dict(text=text)])
+
+
+def minimal_pair(right, wrong, name='{n:06d}', **more):
+    files = [
+        make_file(f'{name}_correct', right, correct=True),
+        make_file(f'{name}_incorrect', wrong, correct=False),
+    ]
+    return dict(more, files=files)
+
+
+def story_items(task, voices):
+    for row, _ in read_rows(task, (text_field,)):
+        yield dict(files=[make_file('{n:06d}', row[text_field])], split=task == 'stories')
+
+
+def minimal_items(task, voices):
+    """The user's own pairs, and those of the toy language."""
+    for row, _ in read_rows(task, ('right', 'wrong')):
+        kept = {key: row[key] for key in ('type', 'alike') if row.get(key, '') != ''}
+        yield minimal_pair(row['right'], row['wrong'], **kept)
 
 
 def preference(row, rng):
-    """(prompt, chosen, rejected) of a row of PAIRS, the rejected ending drawn by rng; None for a row that the recipe leaves out (section 4), a
-    str, the reason, for one that is not whole."""
+    """(prompt, chosen, rejected) of a row of PAIRS, the rejected ending drawn by rng.
+
+    None for a row that the recipe leaves out (SpokenSwag's rule, section 4). Raises ValueError for
+    one that is not whole.
+    """
     if 'rejected' in row:
         return row['prompt'], row['chosen'], row['rejected']
     if 'sent1' in row:
-        first, second, endings, good = (
-            row['sent1'],
-            row['sent2'],
-            [row[f'ending{i}'] for i in range(4)],
-            row['gold-source'] == 'gold',
-        )
+        first, second = row['sent1'], row['sent2']
+        endings = [row[f'ending{i}'] for i in range(4)]
+        kept = row['gold-source'] == 'gold'
     else:
         first, second, endings = row['ctx_a'], row['ctx_b'], row['endings']
-        good = len(endings) > 1 and not re.search(
-            r'[][(){}<>/\\]|www\.', ' '.join((first, second, *map(str, endings)))
-        )
-    if not good:
+        whole = ' '.join((first, second, *map(str, endings)))
+        kept = len(endings) > 1 and not re.search(r'[][(){}<>/\\]|www\.', whole)
+    if not kept:
         return None
-    if row['label'] not in map(str, range(len(endings))) or not all(
-        isinstance(ending, str) and ending for ending in endings
-    ):
-        return f'label {row["label"]!r} of {len(endings)} endings, or one of them empty'
+    numbers = [str(i) for i in range(len(endings))]
+    if row['label'] not in numbers or not all(isinstance(e, str) and e for e in endings):
+        raise ValueError(f'label {row["label"]!r} of {len(endings)} endings, or one of them empty')
     right = int(row['label'])
     wrong = rng.choice([i for i in range(len(endings)) if i != right])
-    return first, *(f'{second} {endings[i]}'.strip() for i in (right, wrong))
+    chosen, rejected = (f'{second} {endings[i]}'.strip() for i in (right, wrong))
+    return first, chosen, rejected
 
 
-def make_items(task):
-    """Yields a task's items, dict(files=[dict(name, text, ...), ...], ...), or dict(skip=reason, text). role: three files share a manifest row."""
-
-    def minimal_pair(right, wrong, name='{n:06d}', **more):
-        return dict(
-            more,
-            files=[
-                dict(name=f'{name}_correct', text=right, correct=True),
-                dict(name=f'{name}_incorrect', text=wrong, correct=False),
-            ],
-        )
-
-    expected = dict(
-        stories=[[text_field]],
-        prompts=[[text_field]],
-        pairs=PAIRS,
-        blimp=[BLIMP],
-        sstorycloze=[CLOZE],
-        tstorycloze=[CLOZE],
-    ).get(task)
-    if task == 'tstorycloze':
-        endings = [
-            row.get(f'RandomFifthSentenceQuiz{row.get("AnswerRightEnding")}')
-            for row, _ in read_rows(task)
+def pair_items(task, voices):
+    for number, (row, where) in enumerate(read_rows(task, *PAIRS)):
+        try:
+            texts = preference(row, random.Random(f'{seed}/{task}/{number}'))
+        except ValueError as error:
+            yield dict(skip=str(error), text=where)
+            continue
+        if not texts:
+            continue
+        liked = f'{texts[0]} {texts[1]}'
+        share = auto_bleu(tokenize_words(liked))
+        if share >= max_auto_bleu:
+            yield dict(skip=f'auto-BLEU {share:.2f}', text=liked)
+            continue
+        files = [
+            make_file(f'{{n:06d}}_{role}', said, role=role)
+            for role, said in zip(('prompt', 'chosen', 'rejected'), texts, strict=True)
         ]
-    for number, (row, where) in enumerate(read_rows(task)):
-        if expected and not any(
-            all(isinstance(row.get(key), list if key == 'endings' else str) for key in columns)
-            for columns in expected
-        ):
-            fail(
-                f'{where}: task {task} expects {"; or ".join(map(", ".join, expected))}; there are '
-                f'{", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())}'
-            )
-        rng = random.Random(f'{seed}/{task}/{number}')
-        if task in ('stories', 'prompts'):
-            yield dict(files=[dict(name='{n:06d}', text=row[text_field])], split=task == 'stories')
-        elif task == 'pairs':
-            texts = preference(row, rng)
-            if isinstance(texts, str):
-                yield dict(skip=texts, text=where)
-            elif texts and (share := auto_bleu(f'{texts[0]} {texts[1]}')) >= max_auto_bleu:
-                yield dict(skip=f'auto-BLEU {share:.2f}', text=f'{texts[0]} {texts[1]}')
-            elif texts:
-                yield dict(
-                    split=True,
-                    files=[
-                        dict(name=f'{{n:06d}}_{role}', role=role, text=what)
-                        for role, what in zip(('prompt', 'chosen', 'rejected'), texts)
-                    ],
-                )
-        elif task == 'blimp':
-            for voice in voices.split(','):
-                name = re.sub('[^A-Za-z0-9_]+', '-', f'_{row["UID"]}_{row["pairID"]}_{voice}')
-                yield minimal_pair(
-                    row['sentence_good'],
-                    row['sentence_bad'],
-                    '{n:06d}' + name,
-                    voice=voice,
-                    type=row['linguistics_term'],
-                    subtype=row['UID'],
-                    id=row['pairID'],
-                )
-        elif task in ('sstorycloze', 'tstorycloze'):
-            if (answer := row['AnswerRightEnding']) not in ('1', '2'):
-                fail(
-                    f'{where}: AnswerRightEnding is {answer!r}, expected 1 or 2 (the test set without answers makes no pairs)'
-                )
-            right, wrong = (row[f'RandomFifthSentenceQuiz{i}'] for i in (answer, 3 - int(answer)))
-            if task == 'tstorycloze':  # another story's right ending
-                other = [
-                    i
-                    for i in rng.choices(range(len(endings)), k=20)
-                    if endings[i] not in (right, wrong, None)
-                ]
-                wrong = (
-                    endings[other[0]]
-                    if other
-                    else fail(f'{text}: too few stories to draw endings from')
-                )
-            prompt = ' '.join(row[key] for key in CLOZE[:4])
-            yield minimal_pair(f'{prompt} {right}', f'{prompt} {wrong}')
-        else:
-            yield minimal_pair(**row)
+        yield dict(files=files, split=True)
+
+
+def blimp_items(task, voices):
+    for row, _ in read_rows(task, BLIMP):
+        about = dict(type=row['linguistics_term'], subtype=row['UID'], id=row['pairID'])
+        for voice in voices:
+            name = re.sub('[^A-Za-z0-9_]+', '-', f'{row["UID"]}_{row["pairID"]}_{voice}')
+            sentences = row['sentence_good'], row['sentence_bad']
+            yield minimal_pair(*sentences, '{n:06d}_' + name, voice=voice, **about)
+
+
+def cloze_items(task, voices):
+    """Stories with their right ending and the wrong one, or another story's (tstorycloze)."""
+    endings = []
+    if task == 'tstorycloze':
+        for row, _ in read_rows(task, CLOZE):
+            endings.append(row.get(f'RandomFifthSentenceQuiz{row["AnswerRightEnding"]}'))
+    for number, (row, where) in enumerate(read_rows(task, CLOZE)):
+        answer = row['AnswerRightEnding']
+        if answer not in ('1', '2'):
+            hint = 'expected 1 or 2 (the test set without answers makes no pairs)'
+            fail(f'{where}: AnswerRightEnding is {answer!r}, {hint}')
+        right, wrong = (row[f'RandomFifthSentenceQuiz{i}'] for i in (answer, 3 - int(answer)))
+        if task == 'tstorycloze':
+            drawn = random.Random(f'{seed}/{task}/{number}').choices(endings, k=20)
+            other = [ending for ending in drawn if ending not in (right, wrong, None)]
+            if not other:
+                fail(f'{text}: too few stories to draw endings from')
+            wrong = other[0]
+        prompt = ' '.join(row[key] for key in CLOZE[:4])
+        yield minimal_pair(f'{prompt} {right}', f'{prompt} {wrong}')
+
+
+def pseudo_words(word, pairs, alphabet):
+    """What a word becomes if one letter is changed, vowel for vowel and consonant for consonant,
+    so that any two letters side by side are so in a word. pairs: the set of these, edges ^ $."""
+
+    def is_vowel(letter):
+        return unicodedata.normalize('NFD', letter)[0] in 'aeiouy'
+
+    for i, letter in enumerate(word):
+        for other in alphabet:
+            changed = f'^{word[:i]}{other}{word[i + 1 :]}$'
+            around = {changed[i : i + 2], changed[i + 1 : i + 3]}
+            if is_vowel(other) == is_vowel(letter) and around <= pairs:
+                yield changed[1:-1]
+
+
+def wuggy_items(task, voices):
+    """Words of the text, and pseudo-words made of them that it does not have (as Wuggy's: Keuleers
+    and Brysbaert 2010). frequency: how often the text has the word."""
+    counts = Counter()
+    for row, _ in read_rows('stories', (text_field,)):
+        counts.update(re.findall(r'[^\W\d_]+', clean(row[text_field]).lower()))
+    edged = [f'^{word}$' for word in counts]
+    pairs = {word[i : i + 2] for word in edged for i in range(len(word) - 1)}
+    alphabet = sorted({letter for word in counts for letter in word})
+    words = sorted(word for word in counts if len(word) > 2)
+
+    # each word once in random order, then again as long as pseudo-words are left
+    rng, used = random.Random(f'{seed}/wuggy'), set(counts)
+    rng.shuffle(words)
+    for word in words * 20:
+        free = sorted({*pseudo_words(word, pairs, alphabet)} - used)
+        if free:
+            other = rng.choice(free)
+            used.add(other)
+            about = dict(id=f'{len(used) - len(counts)}', word=word, frequency=counts[word])
+            name = re.sub('[^A-Za-z]+', '-', word)
+            yield minimal_pair(word, other, '{n:06d}_' + name, **about)
+
+
+def swap_choices(part, voices, speaker):
+    """What the second half of a recording differs in: (key of a half, [(one, other), ...])."""
+    if part == 'bg_all_consistency':
+        return 'noise', list(combinations(NOISES, 2))
+    if part == 'rir_consistency':
+        return 'room', list(combinations(ROOMS, 2))
+    couples = list(combinations(voices, 2))
+    alike = [couple for couple in couples if len(set(map(speaker.gender, couple))) == 1]
+    if part == 'speaker_consistency':
+        choices = alike or couples
+    else:
+        choices = [couple for couple in couples if couple not in alike]
+    if not choices:
+        fail(f'{part} needs two voices' + ' of two genders' * (part == 'gender_consistency'))
+    return 'voice', choices
+
+
+def consistency_items(part, voices, speaker):
+    """A recording, and one whose second half is in another voice, of another gender, with other
+    noise or in another room, as SALMon asks it (Maimon et al. 2024). Pairs come in couples with the
+    two exchanged, so that preferring a voice, noise or room gains nothing."""
+    key, choices = swap_choices(part, voices, speaker)
+    if text == 'toy':  # held-out stories
+        texts = ((row['right'], 'toy') for row, _ in read_rows('sstory'))
+    else:
+        texts = ((row[text_field], where) for row, where in read_rows(part, (text_field,)))
+    for n, (document, where) in enumerate(texts):
+        found = sentences(document[:LONGEST])[:4]
+        if len(found) < 2:
+            yield dict(skip='fewer than two sentences', text=where)
+            continue
+        couple = random.Random(f'{seed}/{part}/{n // 2}').choice(choices)
+        one, two = couple if n % 2 else reversed(couple)
+        half = len(found) // 2
+        first, second = ' '.join(found[:half]), ' '.join(found[half : 2 * half])
+        files = []
+        for name, other in (('consistent', one), ('inconsistent', two)):
+            halves = [{'text': first, key: one}, {'text': second, key: other}]
+            files.append(dict(name='sample_{n}_' + name, halves=halves, correct=other == one))
+        yield dict(files=files, alike=n // 2, type=f'{one} {two}')
+
+
+CONSISTENCY = (
+    *('speaker_consistency', 'gender_consistency'),
+    *('bg_all_consistency', 'rir_consistency'),
+)
+MAKERS = dict(
+    **dict.fromkeys(('stories', 'prompts'), story_items),
+    pairs=pair_items,
+    **dict.fromkeys(('minimal', 'grammar', 'sstory', 'tstory'), minimal_items),
+    blimp=blimp_items,
+    **dict.fromkeys(('sstorycloze', 'tstorycloze'), cloze_items),
+    wuggy=wuggy_items,
+)
+SIZED = ('wuggy', *CONSISTENCY)  # of which a text makes as many as are asked for
+
+
+def base_task(task):
+    """salmon_unseen/speaker_consistency -> speaker_consistency, grammar_unseen -> grammar"""
+    return task.rpartition('/')[2].removesuffix('_unseen')
+
+
+def make_items(task, voices, speaker=None):
+    """Yields all items of a task, spoken in these voices."""
+    base, unseen = base_task(task), '_unseen' in task
+    if base in CONSISTENCY:
+        items = consistency_items(base, voices, speaker)
+    else:
+        items = MAKERS[base](base, voices)
+    if base in SIZED or text == 'toy' and unseen:
+        items = islice(items, min(n_suite, n_unseen) if unseen else n_suite)
+    return items
+
+
+# -----------------------------------------------------------------------------
+# What a voice can say
+
+
+class Plain(dict):
+    """A table for str.translate: letters, digits and plain punctuation stay, typographic signs
+    become plain ones, what is invisible goes, everything else (brackets, markup) is a space."""
+
+    def __missing__(self, code):
+        sign = chr(code)
+        kind = unicodedata.category(sign)
+        speakable = kind[0] in 'LNM' or sign in '.,!?;:\'"()-%&$€£+@/。！？،؟।'
+        self[code] = sign if speakable else '' if kind == 'Cf' else ' '
+        return self[code]
+
+
+PLAIN = Plain(str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', '}))
+# a full stop, question or exclamation mark and what may close after it; not that of a short form
+SHORT = ''.join(rf'(?<!\b{name}\.)' for name in ('Mr', 'Mrs', 'Ms', 'Dr', 'St', '[A-Z]'))
+ENDS = re.compile(rf"""(?:(?<=[.!?।؟])|(?<=[.!?।؟]["')])){SHORT}\s+|(?<=[。！？])""")
 
 
 def clean(document):
-    """Only what a voice can say: letters, digits, plain punctuation; typographic signs become plain ones, links and everything else a space."""
-    document = re.sub(
-        'â€[œ\x9d]?', '"', re.sub('â€[˜™]', "'", document)
-    )  # quotes that were read in a wrong encoding, as in TinyStories
-    document = unicodedata.normalize('NFKC', document.translate(PLAIN))
-    document = re.sub(r'https?://\S+|www\.\S+|<[^<>]*>', ' ', document)
-    document = ''.join(
-        c if unicodedata.category(c)[0] in 'LNM' or c in '.,!?;:\'"()-%&$€£+@/。！？،؟।' else ' '
-        for c in document
-    )
-    return ' '.join(
-        re.sub(r'([.,!?;:])[.,!?;:]+', r'\1', re.sub(r'\s+([.,!?;:])', r'\1', document)).split()
-    )
+    """Only what a voice can say, spaces single: no markup, links, control characters."""
+    # quotes that were read in a wrong encoding, as in TinyStories
+    document = re.sub('â€[˜™]', "'", document)
+    document = re.sub('â€[œ\x9d]?', '"', document)
+    document = unicodedata.normalize('NFKC', document)
+    document = re.sub(r'https?://\S+|www\.\S+|<[^<>]*>', ' ', document).translate(PLAIN)
+    document = re.sub(r'\s+([.,!?;:])', r'\1', document)
+    return ' '.join(re.sub(r'([.,!?;:])[.,!?;:]+', r'\1', document).split())
 
 
+@lru_cache(1 << 12)
 def sentences(document, longest=300):
-    """A text, cleaned, as sentences of at most `longest` letters (longer ones are cut at a comma or space); [] if there is no word in it."""
-    pieces, ends = (
-        [],
-        r'(?:(?<=[.!?।؟])|(?<=[.!?।؟]["\')]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)\s+|(?<=[。！？])',
-    )
-    for piece in re.split(ends, clean(document)):
-        while len(piece) > longest:
-            at = piece.rfind(', ', 0, longest) + 1 or piece.rfind(' ', 0, longest) + 1 or longest
-            pieces, piece = [*pieces, piece[:at].strip()], piece[at:].strip()
-        pieces.append(piece)
-    return [piece for piece in pieces if any(c.isalnum() for c in piece)]
+    """A text, cleaned, as sentences of at most `longest` letters; [] if there is no word in it.
+
+    Longer ones are cut at a comma or space.
+    """
+    pieces = []
+    for sentence in ENDS.split(clean(document)):
+        at = 0
+        while len(sentence) - at > longest:
+            end = at + longest
+            cut = sentence.rfind(', ', at, end) + 1 or sentence.rfind(' ', at, end) + 1 or end
+            pieces.append(sentence[at:cut].strip())
+            at = cut
+        pieces.append(sentence[at:].strip())
+    return [piece for piece in pieces if any(map(str.isalnum, piece))]
 
 
-# --- voices: speak(texts, voice, speed, pitch) -> [(wave (n,) float32, rate, [[word, start s, end s], ...] or None), ...] -----------
+# -----------------------------------------------------------------------------
+# Voices: __init__ loads; gender(voice) is '' if not known, and ends the run if there is no such
+# voice; speak(texts, voice, speed, pitch) gives a Speech for each text
+
+
+class Speech(NamedTuple):
+    wave: np.ndarray  # (samples,) float32
+    rate: int  # Hz
+    words: list | None  # [[word, start s, end s], ...]; None where the voice does not tell
+    phones: list | None  # likewise
 
 
 class Event(ctypes.Structure):  # espeak_EVENT of espeak-ng/speak_lib.h
     _fields_ = [
-        (name, ctypes.c_int)
-        for name in 'type identifier text_position length audio_position sample'.split()
-    ] + [('user_data', ctypes.c_void_p), ('id', ctypes.c_char * 8)]
+        *((name, ctypes.c_int) for name in ('type', 'identifier', 'text_position', 'length')),
+        *((name, ctypes.c_int) for name in ('audio_position', 'sample')),
+        ('user_data', ctypes.c_void_p),
+        ('id', ctypes.c_char * 8),
+    ]
+
+
+WORD, PHONEME = 1, 7  # types of events; 0 ends their list
+RECEIVE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))
 
 
 class Espeak:
@@ -369,553 +798,596 @@ class Espeak:
         import espeakng_loader
 
         self.path, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+        self.library = None
+        # en-gb and fr-fr are names of no file: {name: file}, that of the lowest number wins
+        ranked = []
+        for path in glob.glob(f'{glob.escape(self.data)}/lang/*/*'):
+            with open(path, encoding='utf-8') as file:
+                for line in file:
+                    if line.startswith('language'):
+                        name, rank = [*line.split()[1:], '5'][:2]
+                        ranked.append((-int(rank), path, name))
         lang = os.path.join(self.data, 'lang')
-        files = sorted(
-            path
-            for path in glob.glob(os.path.join(lang, '**'), recursive=True)
-            if os.path.isfile(path)
-        )
-        ranks = [
-            (*line.split()[1:], '5', path)
-            for path in files
-            for line in open(path, encoding='utf-8')
-            if line.startswith('language')
-        ]
-        self.languages = {
-            name: os.path.relpath(path[-1], lang)
-            for name, rank, *path in sorted(ranks, key=lambda r: -int(r[1]))
-        }  # the best last
-        self.library, self.chunks, self.marks = None, [], []
-        self.callback = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event)
-        )(self.receive)
-
-    def receive(self, wave, n, events):
-        if wave and n > 0:
-            self.chunks.append(ctypes.string_at(wave, 2 * n))
-        i = 0
-        while events[i].type:  # 0 ends the list
-            if events[i].type == 1:  # a word begins
-                self.marks.append((events[i].text_position - 1, events[i].sample))
-            i += 1
-        return 0
+        self.files = {name: os.path.relpath(path, lang) for _, path, name in sorted(ranked)}
 
     def load(self, voice):
-        """A library loaded anew: flutter and noise go on where the last utterance left them, even through espeak_Terminate."""
+        """The library anew, set to a voice -> Hz. Flutter and noise go on where the last utterance
+        left them, even through espeak_Terminate; so each sentence has its own."""
         if self.library:
-            import _ctypes
-
             self.library.espeak_Terminate()
             _ctypes.dlclose(self.library._handle)
         self.library = ctypes.CDLL(self.path)
-        rate = self.library.espeak_Initialize(
-            2, 10000, self.data.encode(), 0x8000
-        )  # synchronous, buffers of 10 s, never exit()
+        # 2: synchronous, buffers of 10 s; phoneme events (1) in IPA (2); never exit() (0x8000)
+        rate = self.library.espeak_Initialize(2, 10000, self.data.encode(), 0x8000 | 2 | 1)
         language, plus, variant = voice.partition('+')
-        names = (
-            voice,
-            self.languages.get(language, language) + plus + variant,
-        )  # en-gb and fr-fr are names of no file
-        if (
-            rate <= 0
-            or not os.path.exists(os.path.join(self.data, 'voices', '!v', variant))
-            or all(self.library.espeak_ng_SetVoiceByName(name.encode()) for name in names)
-        ):
-            fail(
-                f'espeak-ng has no voice {voice!r}: name a language (en-us, de, fr-fr ...), with a variant if you like (en-us+f2)'
-            )
-        self.library.espeak_SetSynthCallback(self.callback)
+        names = voice, self.files.get(language, language) + plus + variant
+        there = os.path.exists(os.path.join(self.data, 'voices', '!v', variant))
+        set_voice = self.library.espeak_ng_SetVoiceByName
+        if rate <= 0 or not there or all(set_voice(name.encode()) for name in names):
+            hint = 'name a language (en-us, de, fr-fr ...), with a variant if you like (en-us+f2)'
+            fail(f'espeak-ng has no voice {voice!r}: {hint}')
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
         return rate
 
-    def __call__(self, texts, voice, speed=1.0, pitch=50):
-        results = []
-        for sentence in texts:
-            rate, self.chunks, self.marks, encoded = (
-                self.load(voice),
-                [],
-                [],
-                sentence.encode() + b'\0',
-            )
-            for parameter, value in (
-                (1, 175 * speed),
-                (2, 60),
-                (3, pitch),
-            ):  # words per minute, volume (at 100 some voices clip), pitch
-                self.library.espeak_SetParameter(parameter, round(value), 0)
-            self.library.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)
-            wave = np.frombuffer(b''.join(self.chunks), np.int16).astype(np.float32) / 32768
-            results.append((wave, rate, word_times(sentence, wave, rate, self.marks)))
-        return results
+    def gender(self, voice):
+        self.load(voice)
+        variant = voice.partition('+')[2]
+        if not variant:
+            return 'male'
+        with open(os.path.join(self.data, 'voices', '!v', variant), encoding='utf-8') as file:
+            return 'female' if 'gender female' in file.read() else 'male'
 
-    def phones(self, word):
-        """'Cats' -> ['K', 'AE1', 'T', 'S']: the ARPAbet of the voice that is loaded; [] of a lone dash, which espeak would call by its name."""
-        translate, pointer, stress, found = (
-            self.library.espeak_TextToPhonemes,
-            ctypes.c_char_p(word.encode()),
-            '0',
-            [],
-        )
-        translate.restype = ctypes.c_char_p
-        ipa = (
-            (translate(ctypes.byref(pointer), 1, 2) or b'').decode()
-            if any(map(str.isalnum, word))
-            else ''
-        )
-        for sign in re.findall('|'.join(sorted(ARPABET, key=len, reverse=True)) + '|[ˈˌ]', ipa):
-            if phone := ARPABET.get(sign):
-                vowel = phone[0] in 'AEIOU'
-                found.append(phone + stress * vowel)
-            stress = {'ˈ': '1', 'ˌ': '2'}.get(sign) or ('0' if vowel else stress)
-        return found
+    def speak(self, texts, voice, speed=1.0, pitch=50):
+        return [self.speak_sentence(text, voice, speed, pitch) for text in texts]
+
+    def speak_sentence(self, sentence, voice, speed, pitch):
+        chunks, events = [], []
+
+        @RECEIVE
+        def receive(samples, length, event):
+            if samples and length > 0:
+                chunks.append(ctypes.string_at(samples, 2 * length))
+            for i in count():
+                if not event[i].type:
+                    return 0
+                at = event[i].text_position - 1
+                events.append((event[i].type, at, event[i].sample, event[i].id))
+
+        rate, encoded = self.load(voice), sentence.encode() + b'\0'
+        self.library.espeak_SetSynthCallback(receive)
+        # words per minute, volume (at 100 some voices clip), pitch
+        for parameter, value in ((1, 175 * speed), (2, 60), (3, pitch)):
+            self.library.espeak_SetParameter(parameter, round(value), 0)
+        # flags 1: UTF-8, and neither SSML (0x10) nor [[phonemes]] (0x100)
+        self.library.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)
+        wave = np.frombuffer(b''.join(chunks), np.int16).astype(np.float32) / 32768
+
+        marks = [(at, sample) for kind, at, sample, _ in events if kind == WORD]
+        phones = [
+            (name.decode(errors='ignore').strip('ˈˌ'), sample)
+            for kind, _, sample, name in events
+            if kind == PHONEME
+        ]
+        spans = zip(phones, [*phones[1:], ('', len(wave))], strict=True)
+        times = [  # an empty name is a pause
+            [name, start / rate, end / rate] for (name, start), (_, end) in spans if name
+        ]
+        return Speech(wave, rate, word_times(sentence, wave, rate, marks), times)
 
 
 def fix_noise(what):
     """A network's noise becomes a function of the seed and of what it says alone."""
-    import torch
-
     torch.manual_seed(zlib.crc32(f'{seed}/{what}'.encode()))
 
 
-def network(name, *loaders):
-    """(run, what each loader makes of `name`, first the model): run(**inputs) computes without gradients."""
-    import torch
-
-    from model import pick_device, pick_dtype
-
-    try:
-        where = pick_device(device)
-        kind = pick_dtype(dtype, where)
-        model, *others = (load(name) for load in loaders)
-        model.to(where).eval()
-    except (
-        Exception
-    ) as error:  # of many kinds: no such name, file or device, no network, another architecture
-        fail(f'--tts_model={name} --device={device}: {str(error).strip().partition(chr(10))[0]}')
-
-    def run(**inputs):
-        with (
-            torch.inference_mode(),
-            torch.autocast(where.type, kind, enabled=kind != torch.float32),
-        ):
-            return model(
-                **{
-                    key: value.to(where) if torch.is_tensor(value) else value
-                    for key, value in inputs.items()
-                }
-            )
-
-    return run, model, *others
+def first_line(error):
+    return str(error).strip().partition('\n')[0]
 
 
-def load_vits():
-    """transformers' VitsModel (facebook/mms-tts-*); a voice is the number of a speaker; no word times."""
-    from transformers import AutoTokenizer, VitsModel
+class Kokoro:
+    """The package kokoro, its 82 M parameter model; 24 kHz; word times for English.
 
-    run, model, tokenizer = network(
-        tts_model or 'facebook/mms-tts-eng',
-        VitsModel.from_pretrained,
-        AutoTokenizer.from_pretrained,
-    )
+    --tts_model: a hub name, or a folder of its layout (config.json, *.pth, voices/*.pt).
+    """
 
-    def speak(texts, voice, speed=1.0, pitch=50):
-        model.speaking_rate = model.config.speaking_rate * speed
-        inputs = tokenizer(list(texts), return_tensors='pt', padding=True)
-        if not inputs['attention_mask'].any(1).all():  # a sentence without a letter of its alphabet
-            return (
-                [part for one in texts for part in speak([one], voice, speed)]
-                if len(texts) > 1
-                else [(np.zeros(0, np.float32), 16000, None)]
-            )
-        fix_noise(f'{voice} {texts}')
-        made = run(
-            **inputs, **(dict(speaker_id=int(voice)) if model.config.num_speakers > 1 else {})
-        )
-        return [
-            (wave[: int(n)].float().cpu().numpy(), model.config.sampling_rate, None)
-            for wave, n in zip(made.waveform, made.sequence_lengths)
-        ]
-
-    return speak
-
-
-def load_fastspeech2():
-    """transformers' FastSpeech 2 Conformer + HiFi-GAN; phones are espeak's, times those of its durations. Not batched: it masks no padding."""
-    import torch
-    from transformers import FastSpeech2ConformerWithHifiGan
-    from transformers.utils import cached_file
-
-    run, model, vocab = network(
-        tts_model or 'espnet/fastspeech2_conformer_with_hifigan',
-        FastSpeech2ConformerWithHifiGan.from_pretrained,
-        lambda name: json.load(open(cached_file(name, 'vocab.json'), encoding='utf-8')),
-    )
-    rate, hop = (
-        getattr(model.config.vocoder_config, 'sampling_rate', 22050),
-        math.prod(model.config.vocoder_config.upsample_rates),
-    )
-    espeak = Espeak()
-    espeak.load('en-us')
-
-    def speak(texts, voice, speed=1.0, pitch=50):
-        model.model.config.speaking_speed, results = (
-            1 / speed,
-            [],
-        )  # what it calls speed multiplies durations
-        for sentence in texts:
-            words = [
-                (
-                    word,
-                    [vocab.get(phone, vocab['<unk>']) for phone in espeak.phones(word)]
-                    + [
-                        vocab[mark]
-                        for mark in (word[-1] if word[-1] not in ';:' else ',')
-                        if mark in vocab and not mark.isalnum()
-                    ],
-                )
-                for word in sentence.split()
-            ]
-            tokens = torch.tensor(
-                [[*(token for _, phones in words for token in phones), vocab['<sos/eos>']]]
-            )
-            fix_noise(f'{voice} {sentence}')
-            made = run(
-                input_ids=tokens,
-                return_dict=True,
-                **(
-                    dict(speaker_ids=torch.tensor([[int(voice)]]))
-                    if model.model.multispeaker_model
-                    else {}
-                ),
-            )
-            durations = made.duration_outputs[0].cpu()
-            frames = [
-                0,
-                *np.cumsum(
-                    durations if speed == 1 else torch.round(durations.float() / speed).long()
-                ),
-            ]
-            ends = np.cumsum([len(phones) for _, phones in words])
-            results.append(
-                (
-                    made.waveform[0].float().cpu().numpy(),
-                    rate,
-                    [
-                        [word, frames[end - len(phones)] * hop / rate, frames[end] * hop / rate]
-                        for (word, phones), end in zip(words, ends)
-                    ],
-                )
-            )
-        return results
-
-    return speak
-
-
-def load_kokoro():
-    """The package kokoro; 24 kHz; word times for English. --tts_model: a hub name or a folder of its layout (config.json, *.pth, voices/*.pt)."""
-    try:
-        from kokoro import KModel, KPipeline
-    except ImportError:
-        fail('--tts=kokoro needs its package: pip install "kokoro>=0.9"')
-    from model import pick_device
-
-    name = tts_model or 'hexgrad/Kokoro-82M'
-    try:
+    def __init__(self):
+        try:
+            from kokoro import KModel, KPipeline
+        except ImportError:
+            fail('--tts=kokoro needs its package: pip install "kokoro>=0.9"')
+        name = tts_model or MODELS['kokoro']
+        self.folder = f'{name}/voices' if os.path.isdir(name) else ''
         files = {}
-        if os.path.isdir(name):
-            files = dict(
-                config=f'{name}/config.json',
-                model=max(
-                    glob.glob(f'{glob.escape(name)}/*.pth'), default=f'{name}/kokoro-v1_0.pth'
-                ),
-            )
-        model = KModel(name, **files).to(pick_device(device)).eval()  # one for all languages
-    except (
-        Exception
-    ) as error:  # of many kinds: no such name or file, no network, another architecture
-        fail(f'--tts_model={name} --device={device}: {str(error).strip().partition(chr(10))[0]}')
-    pipeline = lru_cache(lambda language: KPipeline(language, name, model=model))
+        if self.folder:
+            weights = sorted(glob.glob(f'{glob.escape(name)}/*.pth')) or [f'{name}/*.pth']
+            files = dict(config=f'{name}/config.json', model=weights[-1])
+        try:
+            model = KModel(name, **files).to(pick_device(device)).eval()
+        except Exception as error:  # of many kinds: no such name or file, no network
+            fail(f'--tts_model={name} --device={device}: {first_line(error)}')
+        # one model for all languages; a pipeline by a voice's first letter: af_heart, a, American
+        self.pipeline = cache(lambda language: KPipeline(language, name, model=model))
 
-    def speak(texts, voice, speed=1.0, pitch=50):
-        results = []
+    def gender(self, voice):
+        self.speak(['a'], voice)
+        return dict(f='female', m='male').get(voice[1:2], '')
+
+    def speak(self, texts, voice, speed=1.0, pitch=50):
+        spoken = []
         for sentence in texts:
             waves, marks, at, end = [np.zeros(0, np.float32)], [], 0, 0
             fix_noise(f'{voice} {sentence}')
-            for part in pipeline(voice[0])(
-                sentence, voice=f'{name}/voices/{voice}.pt' if files else voice, speed=speed
-            ):  # af_heart: a, American
+            file = f'{self.folder}/{voice}.pt' if self.folder else voice
+            for part in self.pipeline(voice[0])(sentence, voice=file, speed=speed):
                 for token in part.tokens or ():  # punctuation is a token of its own
-                    if (found := sentence.find(token.text, at)) >= 0 and token.start_ts is not None:
+                    found = sentence.find(token.text, at)
+                    if found >= 0 and token.start_ts is not None:
                         marks.append((found, end + round(24000 * token.start_ts)))
                         at = found + len(token.text)
                 waves.append(part.audio.cpu().numpy())
                 end += len(waves[-1])
             wave = np.concatenate(waves)
-            results.append(
-                (wave, 24000, word_times(sentence, wave, 24000, marks) if marks else None)
-            )
-        return results
+            words = word_times(sentence, wave, 24000, marks) if marks else None
+            spoken.append(Speech(wave, 24000, words, None))
+        return spoken
 
-    return speak
+
+class Transformers:
+    """transformers' VITS (facebook/mms-tts-*; no times), and FastSpeech 2 Conformer with HiFi-GAN
+    (words and phones timed by its durations). A voice is the number of a speaker."""
+
+    def __init__(self):
+        import transformers
+
+        vits = tts == 'vits'
+        names = ('VitsModel', 'VitsTokenizer')
+        if not vits:
+            names = ('FastSpeech2ConformerWithHifiGan', 'FastSpeech2ConformerTokenizer')
+        name = tts_model or MODELS[tts]
+        torch.set_float32_matmul_precision('high')  # TF32 on cuda
+        try:
+            self.device = pick_device(device)
+            model, tokenizer = (getattr(transformers, part).from_pretrained(name) for part in names)
+            self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
+        except ImportError:
+            fail('--tts=fastspeech2 needs a package for its phones: pip install g2p-en')
+        except Exception as error:  # of many kinds: no such name, file or device, no network
+            fail(f'--tts_model={name} --device={device}: {first_line(error)}')
+        config = model.config if vits else model.config.model_config
+        self.speakers = config.num_speakers or 1
+        self.speak = self.speak_vits if vits else self.speak_fastspeech2
+
+    def gender(self, voice):
+        if voice not in map(str, range(self.speakers)):
+            fail(f'--voices={voice}: {tts} speaks with voices 0 to {self.speakers - 1} here')
+        return ''
+
+    @torch.inference_mode()
+    def speak_vits(self, texts, voice, speed=1.0, pitch=50):
+        self.model.speaking_rate = self.model.config.speaking_rate * speed
+        rate = self.model.config.sampling_rate
+        inputs = self.tokenizer(list(texts), return_tensors='pt', padding=True).to(self.device)
+        if not inputs['attention_mask'].any(1).all():  # a text without a letter of its alphabet
+            if len(texts) == 1:
+                return [Speech(np.zeros(0, np.float32), rate, None, None)]
+            return [speech for text in texts for speech in self.speak_vits([text], voice, speed)]
+        fix_noise(f'{voice} {texts}')
+        speaker = dict(speaker_id=int(voice)) if self.speakers > 1 else {}
+        made = self.model(**inputs, **speaker)
+        waves = zip(made.waveform.float().cpu().numpy(), made.sequence_lengths, strict=True)
+        return [Speech(wave[: int(length)], rate, None, None) for wave, length in waves]
+
+    @torch.inference_mode()
+    def speak_fastspeech2(self, texts, voice, speed=1.0, pitch=50):
+        """A sentence at a time, since the model masks no padding; its phones a word at a time, so
+        that words have times."""
+        config = self.model.config.vocoder_config
+        hop, rate = math.prod(config.upsample_rates), config.sampling_rate
+        self.model.model.config.speaking_speed = 1 / speed  # it multiplies durations
+        speaker = {}
+        if self.speakers > 1:
+            speaker = dict(speaker_ids=torch.tensor([[int(voice)]], device=self.device))
+        spoken = []
+        for sentence in texts:
+            end = self.tokenizer.eos_token
+            words = [
+                [phone for phone in self.tokenizer.tokenize(word) if phone.strip() and phone != end]
+                for word in sentence.split()
+            ]
+            phones = list(chain(*words))
+            tokens = self.tokenizer.convert_tokens_to_ids([*phones, end])
+            fix_noise(f'{voice} {sentence}')
+            tokens = torch.tensor([tokens], device=self.device)
+            made = self.model(input_ids=tokens, return_dict=True, **speaker)
+            durations = made.duration_outputs[0].float().cpu().numpy()
+            if speed != 1:
+                durations = np.round(durations / speed)
+            times = [0.0, *(np.cumsum(durations) * hop / rate).tolist()]
+            ends = np.cumsum([0, *map(len, words)])
+            spans = zip(sentence.split(), ends, ends[1:], strict=False)
+            spoken.append(
+                Speech(
+                    made.waveform[0].float().cpu().numpy(),
+                    rate,
+                    [[word, times[first], times[last]] for word, first, last in spans],
+                    [[p, *times[i : i + 2]] for i, p in enumerate(phones) if p.isalnum()],
+                )
+            )
+        return spoken
+
+
+SPEAKERS = dict(espeak=Espeak, kokoro=Kokoro, vits=Transformers, fastspeech2=Transformers)
 
 
 def word_times(sentence, wave, rate, marks):
-    """[[word, start s, end s], ...] from marks [(character, sample), ...]; words without a mark share the time since the last one by letters."""
+    """[[word, start s, end s], ...] from marks, [(character, sample), ...], where words begin.
+
+    Words without a mark share the time since the last one by letters. A word ends where its sound
+    does, not after the pause of a comma.
+    """
     spans = [(match[0], *match.span()) for match in re.finditer(r'\S+', sentence)]
-    starts = [
-        next((sample for at, sample in marks if begin <= at < end), None) for _, begin, end in spans
-    ] + [len(wave)]
+    starts = []
+    for _, begin, end in spans:
+        starts.append(next((sample for at, sample in marks if begin <= at < end), None))
     starts[0] = starts[0] or 0
+    starts.append(len(wave))
     for i in range(1, len(spans)):
         if starts[i] is None or starts[i] < starts[i - 1]:
-            j = next(
-                j
-                for j in range(i + 1, len(starts))
-                if starts[j] is not None and starts[j] >= starts[i - 1]
-            )
-            share = len(spans[i - 1][0]) / sum(len(span[0]) for span in spans[i - 1 : j])
+            later = range(i + 1, len(starts))
+            j = next(j for j in later if starts[j] is not None and starts[j] >= starts[i - 1])
+            share = len(spans[i - 1][0]) / sum(len(word) for word, _, _ in spans[i - 1 : j])
             starts[i] = starts[i - 1] + round(share * (starts[j] - starts[i - 1]))
+
     loud, words = np.abs(wave) > SILENCE, []
-    for (word, _, _), begin, end in zip(spans, starts, starts[1:]):
-        sounding = np.flatnonzero(
-            loud[begin:end]
-        )  # a word ends where its sound does, not after the pause of a comma
-        words.append(
-            [word, begin / rate, (begin + sounding[-1] + 1 if len(sounding) else end) / rate]
-        )
+    for (word, _, _), begin, end in zip(spans, starts[:-1], starts[1:], strict=True):
+        sounding = np.flatnonzero(loud[begin:end])
+        sound_end = begin + sounding[-1] + 1 if len(sounding) else end
+        words.append([word, begin / rate, float(sound_end / rate)])
     return words
 
 
-# --- waves -------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# Waves
 
 
-@lru_cache
-def filter_bank(rate, taps=32):
-    """(L outputs to every M inputs, half a filter's length in inputs, [(first output, its first input, (inputs, outputs) kernel), ...])"""
-    g = math.gcd(rate, SAMPLE_RATE)
-    repeat = -(-320 * g // SAMPLE_RATE)  # a period of at least 320 outputs
-    L, M, bank = SAMPLE_RATE // g * repeat, rate // g * repeat, []
-    step, cutoff = M / L, 0.94 * min(1.0, L / M)  # 7.5 kHz, if the input has it
-    half = math.ceil(taps * max(1.0, step))
-    for first in range(
-        0, L, 40
-    ):  # 40 outputs span about as many inputs as a filter is long: little of a kernel is zero
-        outputs, low = np.arange(first, min(first + 40, L)), int(first * step)
-        t = np.arange(low - half, int(outputs[-1] * step) + half + 1)[:, None] - outputs * step
-        window = np.i0(9 * np.sqrt(np.maximum(0, 1 - (t / half) ** 2))) / np.i0(9)
-        bank.append(
-            (
-                first,
-                low,
-                (cutoff * np.sinc(cutoff * t) * window * (np.abs(t) < half)).astype(np.float32),
-            )
-        )
-    return L, M, half, bank
+def join_sentences(spoken):
+    """Speeches of sentences, none silent -> one Speech at 16 kHz: each trimmed, followed by the
+    pause and rounded up to whole frames."""
+    waves, times, at = [], dict(words=[], phones=[]), 0.0
+    for speech in spoken:
+        sounding = np.flatnonzero(np.abs(speech.wave) > SILENCE)
+        start = sounding[0] / speech.rate
+        piece = speech.wave[sounding[0] : sounding[-1] + 1]
+        piece = resample(piece, speech.rate, SAMPLE_RATE).numpy()
+        length = math.ceil((len(piece) + round(pause * SAMPLE_RATE)) / GRID) * GRID
+        waves.append(np.pad(piece, (0, length - len(piece))))
+        for key, found in times.items():
+            for name, *span in getattr(speech, key) or ():
+                inside = [min(max(t - start, 0), len(piece) / SAMPLE_RATE) for t in span]
+                found.append([name, *(round(at + t, 3) for t in inside)])
+        at += length / SAMPLE_RATE
+    known = {
+        key: found if all(getattr(speech, key) is not None for speech in spoken) else None
+        for key, found in times.items()
+    }
+    return Speech(np.concatenate(waves), SAMPLE_RATE, **known)
 
 
-def resample(wave, rate):
-    """(n,) float32 at `rate` -> (ceil(n * 16000 / rate),) at 16 kHz by a Kaiser-windowed sinc, its phases as matrix products: 2,600 x real time."""
-    if rate == SAMPLE_RATE:
-        return wave
-    L, M, half, bank = filter_bank(rate)
-    n = -(-len(wave) * L // M)
-    blocks = -(-n // L)
-    padded, result = (
-        np.zeros((blocks + 1) * M + 2 * half, np.float32),
-        np.empty((blocks, L), np.float32),
-    )
-    padded[half : half + len(wave)] = wave
-    for first, low, kernel in bank:
-        frames = np.lib.stride_tricks.as_strided(padded[low:], (blocks, len(kernel)), (4 * M, 4))
-        result[:, first : first + kernel.shape[1]] = frames @ kernel
-    return result.reshape(-1)[:n]
-
-
-def assemble(spoken):
-    """[(wave, rate, words), ...], one a sentence, none silent -> (wave at 16 kHz, words or None): trimmed, joined, each followed by the pause."""
-    waves, words, at = [], [], 0.0
-    for wave, rate, times in spoken:
-        sounding = np.flatnonzero(np.abs(wave) > SILENCE)
-        piece, start = resample(wave[sounding[0] : sounding[-1] + 1], rate), sounding[0] / rate
-        waves.append(
-            np.pad(
-                piece,
-                (0, -(-(len(piece) + round(pause * SAMPLE_RATE)) // GRID) * GRID - len(piece)),
-            )
-        )
-        words += [
-            [word, *(round(at + min(max(t - start, 0), len(piece) / SAMPLE_RATE), 3) for t in span)]
-            for word, *span in times or ()
-        ]
-        at += len(waves[-1]) / SAMPLE_RATE
-    return np.concatenate(waves), words if all(
-        times is not None for _, _, times in spoken
-    ) else None
-
-
-def save(path, wave):
-    """16-bit audio, whole or not at all; louder than full scale is scaled down, never clipped. Returns its size in bytes."""
-    samples = np.round(wave * (32767 / max(1.0, float(np.abs(wave).max())))).astype(np.int16)
-    soundfile.write(
-        buffer := io.BytesIO(),
-        samples,
-        SAMPLE_RATE,
-        format=audio_format,
-        subtype='PCM_16',  # soundfile names no full disk
-        **(dict(compression_level=0.0) if audio_format == 'flac' else {}),
-    )
-    with open(path + '.tmp', 'wb') as file:
-        size = file.write(buffer.getbuffer())
-    os.replace(path + '.tmp', path)
-    return size
-
-
-# --- the work ----------------------------------------------------------------------------------------------------------------------
-
-
-def in_worker(parent):
-    """A worker leaves ctrl-C to the parent, and does not outlive it."""
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def do_shard(job):
-    """Speaks and saves some items of a task. Returns dict(shard, items, seconds, bytes, rows, skipped), what the journal keeps of them."""
-    shard, task, folder, items = job
-    done = dict(shard=shard, items=len(items), seconds=0.0, bytes=0, rows=[], skipped=[])
-    for n, item in items:
-        files = item.get('files', [])
-        said = [sentences(file['text']) for file in files]
-        rng = random.Random(
-            f'{seed}/{task}/{item.get("alike", n)}'
-        )  # pairs that mirror each other have one voice
-        voice = item.get('voice') or rng.choice(voices.split(','))
-        own = random.Random(f'{seed}/{voice}')  # a voice has a pace and a pitch of its own
-        how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
-        if files and all(said):
-            texts = list(dict.fromkeys(chain(*said)))  # what they share is spoken once
-            spoken = {
-                sentence: one
-                for sentence, one in zip(texts, speak(texts, voice, *how))
-                if np.abs(one[0]).max(initial=0) > SILENCE
-            }
-            said = [[sentence for sentence in one if sentence in spoken] for one in said]
-        if not files or not all(said):
-            done['skipped'].append(
-                dict(
-                    n=n,
-                    reason=item.get('skip', 'nothing to say'),
-                    text=item.get('text') or ' | '.join(file['text'] for file in files),
-                )
-            )
-            continue
-        more = {
-            key: value for key, value in item.items() if key not in ('files', 'split', 'alike')
-        } | dict(voice=voice)
-        if item.get('split'):
-            more['split'] = (
-                'val' if random.Random(f'{seed}/{task}/{n}/split').random() < val_share else 'train'
-            )
-        rows = []
-        for file, one in zip(files, said):
-            wave, words = assemble([spoken[sentence] for sentence in one])
-            place = f'{n // ((1000 - (task == "blimp")) // len(files)):03d}'  # at most 1,000 files a folder, gold.csv among them
-            if (
-                task == 'blimp'
-            ):  # ZeroSpeech has no sub-folders: as many as may stand beside gold.csv
-                place = os.path.join(DEV, place).removesuffix('/000')
-            row = dict(
-                path=os.path.join(place, f'{file["name"].format(n=n)}.{audio_format}'),
-                text=' '.join(one),
-            )
-            if task == 'prompts':
-                wave = wave[: round(prompt_seconds * SAMPLE_RATE)]
-                if words:
-                    words = [word for word in words if word[2] <= prompt_seconds]
-                    row['text'] = ' '.join(word for word, _, _ in words)
-            os.makedirs(os.path.dirname(path := os.path.join(folder, row['path'])), exist_ok=True)
-            done['bytes'] += save(path, wave)
-            done['seconds'] += (seconds := round(len(wave) / SAMPLE_RATE, 3))
-            rows.append(
-                row
-                | dict(seconds=seconds, words=words)
-                | ({'correct': file['correct']} if 'correct' in file else {})
-            )
-        if 'role' in files[0]:
-            rows = [
-                {
-                    f'{file["role"]}_{key}': value
-                    for file, row in zip(files, rows)
-                    for key, value in row.items()
-                }
-            ]
-        done['rows'] += [row | more for row in rows]
-    return done
-
-
-def in_order(pool, jobs, ahead):
-    """map(do_shard, jobs) by the pool, never more than `ahead` of what was taken: a corpus is not drawn into memory."""
-    waiting = deque(pool.submit(do_shard, job) for job in islice(jobs, ahead))
-    while waiting:
-        try:
-            yield waiting.popleft().result()
-        except BrokenProcessPool:
-            fail(
-                'a worker was killed (no memory left?): run the same command to continue, with fewer --workers'
-            )
-        waiting.extend(pool.submit(do_shard, job) for job in islice(jobs, 1))
-
-
-def lock(file):
-    """The file is ours as long as this process or a worker lives. Those of a killed run end within a second; another run does not."""
-    for _ in range(30):
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-    fail(f'{file.name}: another run is at work here')
-
-
-@contextmanager
-def written(path):
-    """A text file to write, which appears whole."""
-    with open(path + '.tmp', 'w', encoding='utf-8', errors='replace', newline='') as file:
-        yield file
-    os.replace(path + '.tmp', path)
-
-
-if __name__ == '__main__':
-    config = configure(globals())
-    from tqdm import tqdm
-
-    tasks = [
-        name
-        for one in task.split(',')
-        for name in (('sstorycloze', 'tstorycloze') if one == 'storycloze' else (one,))
+def join_halves(halves):
+    """Two Speeches at 16 kHz, one after the other."""
+    if len(halves) == 1:
+        return halves[0]
+    one, two = halves
+    at = len(one.wave) / SAMPLE_RATE
+    later = [
+        [[name, round(start + at, 3), round(end + at, 3)] for name, start, end in times or ()]
+        for times in (two.words, two.phones)
     ]
-    known = (
-        'stories pairs grammar sstory tstory'
-        if text == 'toy'
-        else 'stories prompts pairs blimp sstorycloze tstorycloze'
-    )
-    for name in tasks:
-        if name not in known.split():
-            fail(
-                f'no task {name!r} for --text={text}; there are {known.replace(" sstorycloze t", " ").replace(" ", ", ")}'
-            )
+    wave = np.concatenate([one.wave, two.wave])
+    return Speech(wave, SAMPLE_RATE, (one.words or []) + later[0], (one.phones or []) + later[1])
+
+
+@cache
+def room_response(room):
+    """(samples,): the direct sound, and noise that decays by 60 dB in the room's seconds."""
+    seconds, energy = ROOMS[room]
+    t = np.arange(1, int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    tail = np.random.default_rng(zlib.crc32(room.encode())).standard_normal(len(t))
+    tail *= 10 ** (-3 * t / seconds)
+    tail *= math.sqrt(energy / np.sum(tail**2))
+    return np.concatenate([[1.0], tail])
+
+
+def add_room(wave, room):
+    """(samples,) as it sounds in a room, cut to its length, as loud as before."""
+    response = room_response(room)
+    size = 1 << (len(wave) + len(response)).bit_length()
+    heard = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(response, size), size)[: len(wave)]
+    return (heard * math.sqrt(np.mean(wave**2) / np.mean(heard**2))).astype(np.float32)
+
+
+def add_noise(wave, noise, what):
+    """(samples,) with noise 10 dB below it, whose draw is a function of the seed and of `what`."""
+    draw = np.random.default_rng(zlib.crc32(f'{seed}/{what}/{noise}'.encode()))
+    spectrum = np.fft.rfft(draw.standard_normal(len(wave)))
+    spectrum[1:] *= np.arange(1.0, len(spectrum)) ** NOISES[noise]
+    spectrum[0] = 0
+    sound = np.fft.irfft(spectrum, len(wave))
+    level = math.sqrt(np.mean(wave**2) / np.mean(sound**2)) * 10 ** (-10 / 20)
+    return (wave + level * sound).astype(np.float32)
+
+
+def save_wave(path, wave):
+    """16-bit audio, whole or not at all -> its bytes. Louder than full scale is scaled down, never
+    clipped."""
+    samples = np.round(wave * (32767 / max(1.0, float(np.abs(wave).max())))).astype(np.int16)
+    kind, more = path.rpartition('.')[2], {}
+    if kind == 'flac':
+        more = dict(compression_level=0.0)
+    buffer = io.BytesIO()  # soundfile names no full disk
+    soundfile.write(buffer, samples, SAMPLE_RATE, format=kind, subtype='PCM_16', **more)
+    with write_atomic(path, 'wb') as file:
+        return file.write(buffer.getbuffer())
+
+
+# -----------------------------------------------------------------------------
+# The work: parts of a task, each done when its file parts/00012.jsonl is there. Its first line
+# counts, the others are rows of manifest.jsonl, or of skipped.jsonl: those that have a reason
+
+
+def speak_item(n, item, task, voices, speaker):
+    """(voice, the Speech of each of an item's files). Raises ValueError: why it is not spoken."""
+    if 'skip' in item:
+        raise ValueError(item['skip'])
+    halves = [half for file in item['files'] for half in file['halves']]
+    if sum(len(half['text']) for half in halves) > LONGEST:
+        raise ValueError(f'longer than {LONGEST:,} letters')
+    drawn = random.Random(f'{seed}/{task}/{item.get("alike", n)}').choice(voices)
+    voice = item.get('voice') or drawn
+
+    # a voice says all its sentences at once, and what files share once
+    wanted, spoken = {}, {}
+    for half in halves:
+        found = dict.fromkeys(sentences(half['text']))
+        wanted.setdefault(half.get('voice', voice), {}).update(found)
+    for name, texts in wanted.items():
+        own = random.Random(f'{seed}/{name}')  # a voice has a pace and a pitch of its own
+        how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
+        for sentence, speech in zip(texts, speaker.speak(list(texts), name, *how), strict=True):
+            if np.abs(speech.wave).max(initial=0) > SILENCE:
+                spoken[name, sentence] = speech
+
+    files = []
+    for file in item['files']:
+        parts = []
+        for i, half in enumerate(file['halves']):
+            name = half.get('voice', voice)
+            known = [(name, sentence) for sentence in sentences(half['text'])]
+            known = [key for key in known if key in spoken]
+            if not known:
+                raise ValueError('nothing to say')
+            speech = join_sentences([spoken[key] for key in known])
+            wave = speech.wave
+            if 'room' in half:
+                wave = add_room(wave, half['room'])
+            if 'noise' in half:
+                wave = add_noise(wave, half['noise'], f'{n}/{i}')
+            parts.append((' '.join(sentence for _, sentence in known), speech._replace(wave=wave)))
+        files.append((' '.join(said for said, _ in parts), join_halves([s for _, s in parts])))
+    return voice, files
+
+
+def place_of(task, n, file, count):
+    """Where in the task's folder a file of item n lies, at most 1,000 a folder, gold.csv among
+    them. ZeroSpeech and SALMon have no sub-folders: as many as may stand there without."""
+    base = base_task(task)
+    flat = base in LAYOUT or base in CONSISTENCY
+    folder = f'{n // ((1000 - (base in LAYOUT)) // count):03d}'
+    if flat and folder == '000':
+        folder = ''
+    name = file['name'].format(n=n) + ('.wav' if flat else f'.{audio_format}')
+    return os.path.join(LAYOUT.get(base, ''), folder, name)
+
+
+def make_rows(n, item, task, folder, voices, speaker):
+    """Speaks an item and saves its audio -> (rows of the manifest, seconds, bytes)."""
+    voice, spoken = speak_item(n, item, task, voices, speaker)
+    about = {key: item[key] for key in item if key not in ('files', 'split', 'alike')}
+    about['voice'] = voice
+    if item.get('split'):
+        held_out = random.Random(f'{seed}/{task}/{n}/split').random() < val_share
+        about['split'] = 'val' if held_out else 'train'
+
+    rows, seconds, size = [], 0.0, 0
+    for file, (said, speech) in zip(item['files'], spoken, strict=True):
+        wave, times = speech.wave, dict(words=speech.words, phones=speech.phones)
+        if task == 'prompts':
+            wave = wave[: round(prompt_seconds * SAMPLE_RATE)]
+            for key, found in times.items():
+                times[key] = found and [span for span in found if span[2] <= prompt_seconds]
+            if times['words']:
+                said = ' '.join(word for word, _, _ in times['words'])
+        path = place_of(task, n, file, len(item['files']))
+        size += save_wave(os.path.join(folder, path), wave)
+        row = dict(path=path, text=said, seconds=round(len(wave) / SAMPLE_RATE, 3), **times)
+        seconds += row['seconds']
+        if 'correct' in file:
+            row['correct'] = file['correct']
+        rows.append(row)
+    if 'role' in item['files'][0]:  # a preference pair is one row
+        named = zip(item['files'], rows, strict=True)
+        rows = [{f'{file["role"]}_{key}': row[key] for file, row in named for key in row}]
+    return [row | about for row in rows], seconds, size
+
+
+def do_part(path, items, task, voices, speaker):
+    """Speaks the items of a part, [(number, item), ...], and writes its file -> seconds."""
+    folder = os.path.dirname(os.path.dirname(path))
+    lines, total = [], dict(items=len(items), skipped=0, seconds=0.0, bytes=0)
+    for n, item in items:
+        try:
+            rows, seconds, size = make_rows(n, item, task, folder, voices, speaker)
+        except ValueError as reason:
+            said = [half['text'] for file in item.get('files', ()) for half in file['halves']]
+            said = item.get('text', ' | '.join(said))[:1000]
+            rows, seconds, size = [dict(n=n, reason=str(reason), text=said)], 0.0, 0
+            total['skipped'] += 1
+        lines += rows
+        total['seconds'] += seconds
+        total['bytes'] += size
+    with write_atomic(path) as file:
+        for line in (total, *lines):
+            file.write(to_json(line))
+    return total['seconds']
+
+
+def to_json(row):
+    """A line of JSON; half of a surrogate pair, which no UTF-8 can hold, becomes '?'."""
+    return json.dumps(row, ensure_ascii=False).encode(errors='replace').decode() + '\n'
+
+
+def part_path(folder, number):
+    return os.path.join(folder, 'parts', f'{number:05d}.jsonl')
+
+
+def do_parts(task, folder, voices, speaker, progress):
+    """Does the parts that are not there, one after the other, each taken by one process alone.
+
+    progress: shared array [next part, seconds spoken, parts done]. Yields after each part.
+    """
+    items = enumerate(islice(make_items(task, voices, speaker), limit or None))
+    mine = None
+    for number in count():
+        part = list(islice(items, PART))
+        if not part:
+            return
+        if mine is None or mine < number:
+            with progress.get_lock():
+                mine = max(number, int(progress[0]))
+                progress[0] = mine + 1
+        if mine != number:
+            continue
+        path = part_path(folder, number)
+        if not os.path.exists(path):
+            seconds = do_part(path, part, task, voices, speaker)
+            with progress.get_lock():
+                progress[1] += seconds
+        with progress.get_lock():
+            progress[2] += 1
+        yield
+
+
+def run_worker(errors, *args):
+    """The body of a worker process; what ends it is told to the parent."""
+    start_worker()
+    try:
+        for _ in do_parts(*args):
+            pass
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        errors.put(error)
+
+
+def do_parts_in_workers(processes, *args):
+    """do_parts by several processes. Yields now and then. They have no queue to wait at, and are
+    killed when the caller leaves, by whatever way."""
+    context = multiprocessing.get_context('fork')
+    errors = context.SimpleQueue()
+    team = [
+        context.Process(target=run_worker, args=(errors, *args), daemon=True)
+        for _ in range(processes)
+    ]
+    try:
+        for process in team:
+            process.start()
+        while alive := [process.sentinel for process in team if process.is_alive()]:
+            multiprocessing.connection.wait(alive, timeout=0.2)
+            if not errors.empty():
+                raise errors.get()
+            if any(process.exitcode not in (None, 0) for process in team):
+                hint = 'run the same command to continue, with fewer --workers'
+                fail(f'a worker was killed (no memory left?): {hint}')
+            yield
+    finally:
+        for process in team:
+            if process.pid:
+                process.kill()
+                process.join()
+
+
+def remove_leavings(folder):
+    """Remove what killed processes left half-written, not what living ones write: NAME.PID.tmp."""
+    for path in glob.glob(f'{glob.escape(folder)}/**/*.tmp', recursive=True):
+        pid = path.split('.')[-2]
+        try:
+            os.kill(int(pid), 0)
+        except (ProcessLookupError, ValueError):
+            with suppress(FileNotFoundError):
+                os.remove(path)
+        except PermissionError:
+            pass  # another user's
+
+
+def join_parts(task, folder, parts):
+    """Joins the parts in order into manifest.jsonl and skipped.jsonl, and gold.csv where the layout
+    has one -> their counts added up."""
+    base, total, gold = base_task(task), Counter(), []
+    manifest, skipped = (os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped'))
+    with write_atomic(manifest) as manifest_file, write_atomic(skipped) as skipped_file:
+        for number in range(parts):
+            rows = (row for _, row in read_jsonl(part_path(folder, number)))
+            total.update(next(rows))
+            for row in rows:
+                (skipped_file if 'reason' in row else manifest_file).write(to_json(row))
+                if base in GOLD and 'reason' not in row:
+                    gold.append(gold_row(row, LAYOUT[base]))
+    if base in GOLD:
+        with write_atomic(os.path.join(folder, LAYOUT[base], 'gold.csv')) as file:
+            writer = csv.DictWriter(file, GOLD[base], extrasaction='ignore')
+            writer.writeheader()
+            writer.writerows(gold)
+    return total
+
+
+def gold_row(row, layout):
+    """A manifest row as gold.csv has it."""
+    phones = [phone for phone, _, _ in row['phones'] or ()]
+    name = os.path.relpath(os.path.splitext(row['path'])[0], layout)
+    more = dict(phones=' '.join(phones), length=len(phones) or len(row['text']))
+    return row | more | dict(filename=name, correct=int(row['correct']), transcription=row['text'])
+
+
+# -----------------------------------------------------------------------------
+# What the user asks for
+
+
+def find_tasks():
+    """The tasks that the knob `task` names, suites also in unseen voices."""
+    toy = ('stories', 'pairs', 'grammar', 'sstory', 'tstory', 'wuggy', 'salmon')
+    own = ('stories', 'prompts', 'pairs', 'minimal', 'blimp', 'storycloze', 'sstorycloze')
+    known = toy if text == 'toy' else (*own, 'tstorycloze', 'wuggy', 'salmon')
+    tasks = []
+    for name in task.split(','):
+        if name not in known:
+            fail(f'no task {name!r} for --text={text}; there are {", ".join(known)}')
+        suite = name not in ('stories', 'prompts', 'pairs')
+        names = ['sstorycloze', 'tstorycloze'] if name == 'storycloze' else [name]
+        for unseen in ('', '_unseen') if test_voices and suite else ('',):
+            parts = [f'/{part}' for part in CONSISTENCY] if name == 'salmon' else ['']
+            tasks += [f'{one}{unseen}{part}' for one in names for part in parts]
+    return tasks
+
+
+def check_knobs(config):
+    """Ends the run at a knob that is out of its range."""
     for knob, low, high in (('speed', 0.1, 10), ('pitch', 0, 99)):
-        if not re.fullmatch(r'\d+(\.\d+)?-\d+(\.\d+)?', config[knob]) or not all(
-            low <= float(number) <= high for number in config[knob].split('-')
+        span = config[knob]
+        number = r'\d+(\.\d+)?'
+        if not re.fullmatch(f'{number}-{number}', span) or not all(
+            low <= float(end) <= high for end in span.split('-')
         ):
-            fail(
-                f'--{knob}={config[knob]}: expected a range within {low} and {high}, such as {"0.9-1.1" if knob == "speed" else "40-60"}'
-            )
+            example = '0.9-1.1' if knob == 'speed' else '40-60'
+            fail(f'--{knob}={span}: expected a range within {low} and {high}, such as {example}')
     for knob, good, expected in (
         ('tts', tts in VOICES, ', '.join(VOICES)),
         ('audio_format', audio_format in ('flac', 'wav'), 'flac or wav'),
@@ -925,158 +1397,101 @@ if __name__ == '__main__':
     ):
         if not good:
             fail(f'--{knob}={config[knob]}: expected {expected}')
-    voices = voices or VOICES[tts]
-    processes = (workers or os.cpu_count()) if tts == 'espeak' else 1
-    settings = {
-        key: value
-        for key, value in config.items()
-        if key not in ('out', 'task', 'workers', 'device')
-    } | dict(voices=voices, text_bytes=sum(map(os.path.getsize, text_files())))
-    speak = None
+
+
+def agree(path, settings):
+    """Ends the run if a folder holds speech made with other settings; else they stand in `path`."""
+    if not os.path.exists(path):
+        with write_atomic(path) as file:
+            file.write(to_json(settings))
+    with open(path, encoding='utf-8') as file:
+        old = json.load(file)
+    changed = [key for key in settings if settings[key] != old.get(key)]
+    if changed:
+        folder = os.path.dirname(os.path.dirname(path))
+        made = f'{folder} holds speech made with other {", ".join(changed)}'
+        fail(f'{made}: choose another --out, or remove it')
+
+
+def run_task(task, folder, voices, speaker, settings):
+    """Makes a task's speech, what is not there of it -> what summary.json says."""
+    full = sum(1 for _ in make_items(task, voices, speaker))
+    if not full:
+        fail(f'{text}: no text in it for task {task}')
+    parts = math.ceil(min(limit or full, full) / PART)
+    began = time.time()
+    progress = multiprocessing.Array('d', 3)
+    args = (task, folder, voices, speaker, progress)
+    processes = min(workers or os.cpu_count(), parts)
+    steps = do_parts_in_workers(processes, *args) if tts == 'espeak' else do_parts(*args)
+    with tqdm(total=parts, desc=task, unit=' parts') as bar:
+        for _ in steps:
+            _, seconds, done = progress
+            rate = seconds / (time.time() - began)
+            bar.set_postfix_str(f'{seconds / 3600:.2f} h, {rate:.0f} x real time', refresh=False)
+            bar.update(int(done) - bar.n)
+
+    remove_leavings(folder)
+    total = join_parts(task, folder, parts)
+    spent, hours = time.time() - began, total['seconds'] / 3600
+    rate, full_hours = progress[1] / spent, hours * full / total['items']
+    return dict(
+        items=total['items'],
+        skipped=total['skipped'],
+        bytes=total['bytes'],
+        hours=hours,
+        seconds=spent,
+        x_real_time=rate,
+        full_items=full,
+        full_hours=full_hours,
+        full_machine_hours=full_hours / rate if rate else None,  # nothing was left to speak
+        settings=settings,
+    )
+
+
+def print_summary(task, made):
+    """The last line of a task."""
+    full, full_hours = made['full_items'], made['full_hours']
+    line = f'{task}: {made["items"]:,} items, {made["hours"]:.2f} h, {made["skipped"]} skipped, '
+    line += f'{made["bytes"] / 1e6:.0f} MB in {made["seconds"]:.1f} s, '
+    line += f'{made["x_real_time"]:.0f} x real time; '
+    line += f'the full set, {full:,} items, {full_hours:.2f} h of speech'
+    if made['x_real_time']:
+        line += f', takes {made["full_machine_hours"]:.3f} h'
+    written = [path for path in text_files() if path.endswith('.txt')] if text != 'toy' else []
+    if written:
+        between = separator_of(written[0])
+        name = SPLITTERS.get(between, repr(between))
+        stand = 'separate' if name == 'blank lines' else 'separates'
+        line += f'; {full:,} stories: {name} {stand} them, --separator changes that'
+    print(line, flush=True)
+
+
+if __name__ == '__main__':
+    config = configure(globals())
+    tasks = find_tasks()
+    check_knobs(config)
+
+    # what the speech depends on: it may not change in a folder that holds some
+    here = ('out', 'task', 'workers', 'device', 'voices', 'test_voices')
+    settings = {key: value for key, value in config.items() if key not in here}
+    settings['text_bytes'] = sum(map(os.path.getsize, text_files())) if text != 'toy' else 0
+
+    speaker = None
     for name in tasks:
         folder = os.path.join(out, name)
-        journal, manifest, summary = (
-            os.path.join(folder, file)
-            for file in ('journal.jsonl', 'manifest.jsonl', 'summary.json')
-        )
-
-        def agree(old):
-            if changed := [key for key in settings if settings[key] != old['settings'].get(key)]:
-                fail(
-                    f'{folder} holds speech made with other {", ".join(changed)}: choose another --out, or remove it'
-                )
-
-        def count(done):
-            total.update(
-                {key: done[key] for key in ('items', 'seconds', 'bytes')},
-                skipped=len(done['skipped']),
-                shards=1,
-            )
-
-        def note(line):
-            log.write((json.dumps(line, ensure_ascii=False) + '\n').encode(errors='replace'))
-            log.flush()
-
+        spoken_by = (test_voices if '_unseen' in name else voices or VOICES[tts]).split(',')
+        agree(os.path.join(folder, 'parts', 'settings.json'), settings | dict(voices=spoken_by))
+        summary = os.path.join(folder, 'summary.json')
         if os.path.exists(summary):
-            agree(json.load(open(summary, encoding='utf-8')))
             print(f'{name}: already in {folder}, nothing to do')
             continue
-        speak = (
-            speak
-            or dict(
-                espeak=Espeak, vits=load_vits, fastspeech2=load_fastspeech2, kokoro=load_kokoro
-            )[tts]()
-        )  # forked workers have it
-        for voice in voices.split(','):
-            try:
-                speak(['a'], voice)
-            except Exception as error:  # a voice that is not there is said now
-                fail(f'--voices={voice}: {tts} does not speak with it: {error}')
-        toy = list(make_items(name)) if text == 'toy' else None
-        full = sum(1 for _ in toy or make_items(name)) or fail(
-            f'{text}: no text in it for task {name}'
-        )
-        items = islice(enumerate(toy or make_items(name)), limit or full)
-        try:
-            os.makedirs(os.path.join(folder, DEV if name == 'blimp' else ''), exist_ok=True)
-        except OSError as error:
-            fail(f'--out={out}: {error.strerror}: {error.filename}')
 
-        with open(
-            journal, 'a+b'
-        ) as log:  # shards are written in order: a killed run goes on after the last whole line
-            lock(log)
-            total, whole = Counter(), 0
-            log.seek(0)
-            for line in log:
-                if line.endswith(b'\n'):
-                    (count if whole else agree)(json.loads(line))
-                    whole += len(line)
-            log.truncate(whole)
-            if not whole:
-                note(dict(settings=settings))
-            before, start, began = total['seconds'], total['shards'], time.time()
-            jobs = (
-                (i, name, folder, shard)
-                for i, shard in enumerate(iter(lambda: list(islice(items, SHARD)), []))
-                if i >= start
-            )
-            pool = (
-                ProcessPoolExecutor(
-                    processes, multiprocessing.get_context('fork'), in_worker, (os.getpid(),)
-                )
-                if processes > 1
-                else None
-            )
-            with (
-                tqdm(
-                    total=min(limit or full, full), initial=total['items'], desc=name, unit=' items'
-                ) as bar,
-                pool or nullcontext(),
-            ):
-                for done in in_order(pool, jobs, 4 * processes) if pool else map(do_shard, jobs):
-                    note(done)
-                    count(done)
-                    bar.update(done['items'])
-                    bar.set_postfix_str(
-                        f'{total["seconds"] / 3600:.2f} h, {(total["seconds"] - before) / (time.time() - began):.0f} x real time'
-                    )
-
-            log.seek(0)
-            with (
-                written(manifest) as rows,
-                written(os.path.join(folder, 'skipped.jsonl')) as skipped,
-            ):
-                for done in map(json.loads, islice(log, 1, None)):
-                    rows.writelines(
-                        json.dumps(row, ensure_ascii=False) + '\n' for row in done['rows']
-                    )
-                    skipped.writelines(
-                        json.dumps(row, ensure_ascii=False) + '\n' for row in done['skipped']
-                    )
-            if name == 'blimp':
-                with (
-                    written(os.path.join(folder, DEV, 'gold.csv')) as file,
-                    open(manifest, encoding='utf-8') as lines,
-                ):
-                    gold = csv.writer(file)
-                    gold.writerow('id filename voice type subtype correct transcription'.split())
-                    gold.writerows(
-                        [
-                            row['id'],
-                            os.path.relpath(os.path.splitext(row['path'])[0], DEV),
-                            row['voice'],
-                            row['type'],
-                            row['subtype'],
-                            int(row['correct']),
-                            row['text'],
-                        ]
-                        for row in map(json.loads, lines)
-                    )
-            seconds, hours = time.time() - began, total['seconds'] / 3600
-            rate, full_hours = (total['seconds'] - before) / seconds, hours * full / total['items']
-            takes = full_hours / rate if rate else None  # nothing was left to speak: no rate
-            with written(summary) as file:
-                file.write(
-                    json.dumps(
-                        dict(
-                            items=total['items'],
-                            skipped=total['skipped'],
-                            bytes=total['bytes'],
-                            hours=hours,
-                            seconds=seconds,
-                            x_real_time=rate,
-                            full_items=full,
-                            full_hours=full_hours,
-                            full_machine_hours=takes,
-                            settings=settings,
-                        )
-                    )
-                    + '\n'
-                )
-            os.remove(journal)
-        print(
-            f'{name}: {total["items"]} items, {hours:.2f} h, {total["skipped"]} skipped, {total["bytes"] / 1e6:.0f} MB in {seconds:.1f} s, '
-            f'{rate:.0f} x real time; the full set, {full} items, {full_hours:.2f} h of speech'
-            + (f', takes {takes:.3f} h' if rate else '')
-        )
+        # forked workers have the speaker; a voice that is not there is said now
+        speaker = speaker or SPEAKERS[tts]()
+        for voice in spoken_by:
+            speaker.gender(voice)
+        made = run_task(name, folder, spoken_by, speaker, settings)
+        with write_atomic(summary) as file:
+            file.write(to_json(made))
+        print_summary(name, made)
