@@ -42,13 +42,14 @@ import multiprocessing.connection
 import os
 import random
 import re
+import signal
 import time
 import traceback
 import unicodedata
 import zlib
 from collections import Counter
-from contextlib import suppress
-from functools import cache, lru_cache
+from contextlib import closing, suppress
+from functools import cache
 from itertools import chain, combinations, count, islice
 from typing import NamedTuple
 
@@ -230,37 +231,27 @@ SEVERAL = (
     'these {many} are {place} with one {thing} {time}',
 )
 
-# Minimal pairs, [right|wrong], and their mirror image, where what was right is wrong
-MINIMAL = dict(
-    this=(
-        '[this|these] {one} is {place} with {his} {thing}',
-        '[these|this] {many} are {place} with their {thing}',
-    ),
-    be=(
-        'this {one} [is|are] {place} with {his} {thing}',
-        'these {many} [are|is] {place} with their {thing}',
-    ),
-    number=(
-        'one {one} [is|are] {place} with {his} {thing}',
-        '{number} {many} [are|is] {place} with their {thing}',
-    ),
-    noun=(
-        'one [{one}|{many}] is {place} with {his} {thing}',
-        '{number} [{many}|{one}] are {place} with their {thing}',
-    ),
-    exist=(
-        'there [is|are] one {one} {place} with {his} {thing}',
-        'there [are|is] {number} {many} {place} with their {thing}',
-    ),
-    have=(
-        'this {one} [has|have] {his} {thing} {place}',
-        'these {many} [have|has] their {thing} {place}',
-    ),
-    gender=(
-        'this {man} has [his|her] {thing} {place}',
-        'this {woman} has [her|his] {thing} {place}',
-    ),
-)
+# Minimal pairs, [right|wrong], and below each its mirror image, where what was right is wrong
+MINIMAL = """
+this:   [this|these] {one} is {place} with {his} {thing}
+        [these|this] {many} are {place} with their {thing}
+be:     this {one} [is|are] {place} with {his} {thing}
+        these {many} [are|is] {place} with their {thing}
+number: one {one} [is|are] {place} with {his} {thing}
+        {number} {many} [are|is] {place} with their {thing}
+noun:   one [{one}|{many}] is {place} with {his} {thing}
+        {number} [{many}|{one}] are {place} with their {thing}
+exist:  there [is|are] one {one} {place} with {his} {thing}
+        there [are|is] {number} {many} {place} with their {thing}
+have:   this {one} [has|have] {his} {thing} {place}
+        these {many} [have|has] their {thing} {place}
+gender: this {man} has [his|her] {thing} {place}
+        this {woman} has [her|his] {thing} {place}
+"""
+MINIMAL = {
+    kind: [frame.strip() for frame in frames]
+    for kind, *frames in re.findall(r'(\w+): +(.+)\n +(.+)', MINIMAL)
+}
 
 
 def finish(sentence):
@@ -328,32 +319,22 @@ def toy_couple(rng, contradict, fresh):
 def toy_minimal(rng, kind, fresh, anything):
     """A minimal pair and its mirror image, [(right, wrong), (right, wrong)], of a kind of MINIMAL
     or of `pronoun`, in the ending of a story: he is, he are; they are, they is."""
+    couple = []
     if kind == 'pronoun':
         topic, outcome, _, mood = anything()
-        whos = rng.choice(('he', 'she')), 'they'
-        stories = [fresh(topic, outcome, who, mood) for who in whos]
-        return [
-            tuple(
-                f'{story["prompt"]} {ending}'
-                for ending in (
-                    story['ending'],
-                    re.sub('(?<= )(is|are)(?= )', swap_number, story['ending'], count=1),
-                )
+        for who in (rng.choice(('he', 'she')), 'they'):
+            story = fresh(topic, outcome, who, mood)
+            right = story['ending']
+            wrong = (
+                right.replace(' are ', ' is ') if who == 'they' else right.replace(' is ', ' are ')
             )
-            for story in stories
-        ]
+            couple.append((f'{story["prompt"]} {right}', f'{story["prompt"]} {wrong}'))
+        return couple
     words = fill_words(rng, rng.choice(list(TOPICS)), rng.choice(('he', 'she')))
-    return [
-        tuple(
-            finish(re.sub(r'\[(.*?)\|(.*?)\]', side, frame).format(**words))
-            for side in (r'\1', r'\2')
-        )
-        for frame in MINIMAL[kind]
-    ]
-
-
-def swap_number(match):
-    return 'is' if match[0] == 'are' else 'are'
+    for frame in MINIMAL[kind]:
+        right, wrong = (re.sub(r'\[(.*?)\|(.*?)\]', side, frame) for side in (r'\1', r'\2'))
+        couple.append((finish(right.format(**words)), finish(wrong.format(**words))))
+    return couple
 
 
 def toy_rows(task, seed, n_stories, n_pairs, n_suite):
@@ -680,7 +661,7 @@ def consistency_items(part, voices, speaker):
         for name, other in (('consistent', one), ('inconsistent', two)):
             halves = [{'text': first, key: one}, {'text': second, key: other}]
             files.append(dict(name='sample_{n}_' + name, halves=halves, correct=other == one))
-        yield dict(files=files, alike=n // 2, type=f'{one} {two}')
+        yield dict(files=files, alike=n // 2)
 
 
 CONSISTENCY = (
@@ -748,7 +729,6 @@ def clean(document):
     return ' '.join(re.sub(r'([.,!?;:])[.,!?;:]+', r'\1', document).split())
 
 
-@lru_cache(1 << 12)
 def sentences(document, longest=300):
     """A text, cleaned, as sentences of at most `longest` letters; [] if there is no word in it.
 
@@ -774,8 +754,7 @@ def sentences(document, longest=300):
 class Speech(NamedTuple):
     wave: np.ndarray  # (samples,) float32
     rate: int  # Hz
-    words: list | None  # [[word, start s, end s], ...]; None where the voice does not tell
-    phones: list | None  # likewise
+    times: dict  # words and phones, [[word, start s, end s], ...], if the voice tells them
 
 
 class Event(ctypes.Structure):  # espeak_EVENT of espeak-ng/speak_lib.h
@@ -848,10 +827,10 @@ class Espeak:
             if samples and length > 0:
                 chunks.append(ctypes.string_at(samples, 2 * length))
             for i in count():
-                if not event[i].type:
+                now = event[i]
+                if not now.type:
                     return 0
-                at = event[i].text_position - 1
-                events.append((event[i].type, at, event[i].sample, event[i].id))
+                events.append((now.type, now.text_position - 1, now.sample, now.id))
 
         rate, encoded = self.load(voice), sentence.encode() + b'\0'
         self.library.espeak_SetSynthCallback(receive)
@@ -863,16 +842,19 @@ class Espeak:
         wave = np.frombuffer(b''.join(chunks), np.int16).astype(np.float32) / 32768
 
         marks = [(at, sample) for kind, at, sample, _ in events if kind == WORD]
-        phones = [
+        sounds = [
             (name.decode(errors='ignore').strip('ˈˌ'), sample)
             for kind, _, sample, name in events
             if kind == PHONEME
         ]
-        spans = zip(phones, [*phones[1:], ('', len(wave))], strict=True)
-        times = [  # an empty name is a pause
-            [name, start / rate, end / rate] for (name, start), (_, end) in spans if name
+        ends = [sample for _, sample in sounds[1:]] + [len(wave)]
+        phones = [  # an empty name is a pause
+            [name, start / rate, end / rate]
+            for (name, start), end in zip(sounds, ends, strict=True)
+            if name
         ]
-        return Speech(wave, rate, word_times(sentence, wave, rate, marks), times)
+        words = word_times(sentence, wave, rate, marks)
+        return Speech(wave, rate, dict(words=words, phones=phones))
 
 
 def fix_noise(what):
@@ -881,7 +863,7 @@ def fix_noise(what):
 
 
 def first_line(error):
-    return str(error).strip().partition('\n')[0]
+    return str(error).strip('* \n').partition('\n')[0]
 
 
 class Kokoro:
@@ -927,8 +909,8 @@ class Kokoro:
                 waves.append(part.audio.cpu().numpy())
                 end += len(waves[-1])
             wave = np.concatenate(waves)
-            words = word_times(sentence, wave, 24000, marks) if marks else None
-            spoken.append(Speech(wave, 24000, words, None))
+            times = dict(words=word_times(sentence, wave, 24000, marks)) if marks else {}
+            spoken.append(Speech(wave, 24000, times))
         return spoken
 
 
@@ -969,20 +951,20 @@ class Transformers:
         inputs = self.tokenizer(list(texts), return_tensors='pt', padding=True).to(self.device)
         if not inputs['attention_mask'].any(1).all():  # a text without a letter of its alphabet
             if len(texts) == 1:
-                return [Speech(np.zeros(0, np.float32), rate, None, None)]
+                return [Speech(np.zeros(0, np.float32), rate, {})]
             return [speech for text in texts for speech in self.speak_vits([text], voice, speed)]
         fix_noise(f'{voice} {texts}')
         speaker = dict(speaker_id=int(voice)) if self.speakers > 1 else {}
         made = self.model(**inputs, **speaker)
         waves = zip(made.waveform.float().cpu().numpy(), made.sequence_lengths, strict=True)
-        return [Speech(wave[: int(length)], rate, None, None) for wave, length in waves]
+        return [Speech(wave[: int(length)], rate, {}) for wave, length in waves]
 
     @torch.inference_mode()
     def speak_fastspeech2(self, texts, voice, speed=1.0, pitch=50):
         """A sentence at a time, since the model masks no padding; its phones a word at a time, so
         that words have times."""
         config = self.model.config.vocoder_config
-        hop, rate = math.prod(config.upsample_rates), config.sampling_rate
+        hop, rate = math.prod(config.upsample_rates), getattr(config, 'sampling_rate', 22050)
         self.model.model.config.speaking_speed = 1 / speed  # it multiplies durations
         speaker = {}
         if self.speakers > 1:
@@ -1002,17 +984,14 @@ class Transformers:
             durations = made.duration_outputs[0].float().cpu().numpy()
             if speed != 1:
                 durations = np.round(durations / speed)
-            times = [0.0, *(np.cumsum(durations) * hop / rate).tolist()]
+            seconds = [0.0, *(np.cumsum(durations) * hop / rate).tolist()]
             ends = np.cumsum([0, *map(len, words)])
             spans = zip(sentence.split(), ends, ends[1:], strict=False)
-            spoken.append(
-                Speech(
-                    made.waveform[0].float().cpu().numpy(),
-                    rate,
-                    [[word, times[first], times[last]] for word, first, last in spans],
-                    [[p, *times[i : i + 2]] for i, p in enumerate(phones) if p.isalnum()],
-                )
+            times = dict(
+                words=[[word, seconds[first], seconds[last]] for word, first, last in spans],
+                phones=[[p, *seconds[i : i + 2]] for i, p in enumerate(phones) if p.isalnum()],
             )
+            spoken.append(Speech(made.waveform[0].float().cpu().numpy(), rate, times))
         return spoken
 
 
@@ -1050,41 +1029,32 @@ def word_times(sentence, wave, rate, marks):
 # Waves
 
 
-def join_sentences(spoken):
-    """Speeches of sentences, none silent -> one Speech at 16 kHz: each trimmed, followed by the
-    pause and rounded up to whole frames."""
-    waves, times, at = [], dict(words=[], phones=[]), 0.0
-    for speech in spoken:
-        sounding = np.flatnonzero(np.abs(speech.wave) > SILENCE)
-        start = sounding[0] / speech.rate
-        piece = speech.wave[sounding[0] : sounding[-1] + 1]
-        piece = resample(piece, speech.rate, SAMPLE_RATE).numpy()
-        length = math.ceil((len(piece) + round(pause * SAMPLE_RATE)) / GRID) * GRID
-        waves.append(np.pad(piece, (0, length - len(piece))))
-        for key, found in times.items():
-            for name, *span in getattr(speech, key) or ():
-                inside = [min(max(t - start, 0), len(piece) / SAMPLE_RATE) for t in span]
-                found.append([name, *(round(at + t, 3) for t in inside)])
-        at += length / SAMPLE_RATE
-    known = {
-        key: found if all(getattr(speech, key) is not None for speech in spoken) else None
-        for key, found in times.items()
+def trim(speech):
+    """A Speech, not silent, at 16 kHz without silence at its ends, followed by the pause and in
+    whole frames."""
+    sounding = np.flatnonzero(np.abs(speech.wave) > SILENCE)
+    start = float(sounding[0] / speech.rate)
+    wave = speech.wave[sounding[0] : sounding[-1] + 1]
+    wave = resample(wave, speech.rate, SAMPLE_RATE).numpy()
+    seconds = len(wave) / SAMPLE_RATE
+    times = {
+        key: [[name, *(min(max(t - start, 0), seconds) for t in span)] for name, *span in found]
+        for key, found in speech.times.items()
     }
-    return Speech(np.concatenate(waves), SAMPLE_RATE, **known)
+    length = math.ceil((len(wave) + round(pause * SAMPLE_RATE)) / GRID) * GRID
+    return Speech(np.pad(wave, (0, length - len(wave))), SAMPLE_RATE, times)
 
 
-def join_halves(halves):
-    """Two Speeches at 16 kHz, one after the other."""
-    if len(halves) == 1:
-        return halves[0]
-    one, two = halves
-    at = len(one.wave) / SAMPLE_RATE
-    later = [
-        [[name, round(start + at, 3), round(end + at, 3)] for name, start, end in times or ()]
-        for times in (two.words, two.phones)
-    ]
-    wave = np.concatenate([one.wave, two.wave])
-    return Speech(wave, SAMPLE_RATE, (one.words or []) + later[0], (one.phones or []) + later[1])
+def join(speeches):
+    """Speeches at 16 kHz, one after the other; times only of what all of them tell."""
+    times = {key: [] for key in ('words', 'phones') if all(key in s.times for s in speeches)}
+    at = 0.0
+    for speech in speeches:
+        for key, found in times.items():
+            for name, start, end in speech.times[key]:
+                found.append([name, round(at + start, 3), round(at + end, 3)])
+        at += len(speech.wave) / SAMPLE_RATE
+    return Speech(np.concatenate([speech.wave for speech in speeches]), SAMPLE_RATE, times)
 
 
 @cache
@@ -1136,14 +1106,14 @@ def save_wave(path, wave):
 
 
 def speak_item(n, item, task, voices, speaker):
-    """(voice, the Speech of each of an item's files). Raises ValueError: why it is not spoken."""
+    """(voice, [(text, Speech) of each of an item's files]). Raises ValueError: why it is not."""
     if 'skip' in item:
         raise ValueError(item['skip'])
     halves = [half for file in item['files'] for half in file['halves']]
     if sum(len(half['text']) for half in halves) > LONGEST:
         raise ValueError(f'longer than {LONGEST:,} letters')
     drawn = random.Random(f'{seed}/{task}/{item.get("alike", n)}').choice(voices)
-    voice = item.get('voice') or drawn
+    voice = item.get('voice', drawn)
 
     # a voice says all its sentences at once, and what files share once
     wanted, spoken = {}, {}
@@ -1155,25 +1125,29 @@ def speak_item(n, item, task, voices, speaker):
         how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
         for sentence, speech in zip(texts, speaker.speak(list(texts), name, *how), strict=True):
             if np.abs(speech.wave).max(initial=0) > SILENCE:
-                spoken[name, sentence] = speech
+                spoken[name, sentence] = trim(speech)
 
     files = []
     for file in item['files']:
-        parts = []
+        said, parts = [], []
         for i, half in enumerate(file['halves']):
             name = half.get('voice', voice)
-            known = [(name, sentence) for sentence in sentences(half['text'])]
-            known = [key for key in known if key in spoken]
+            known = [one for one in sentences(half['text']) if (name, one) in spoken]
             if not known:
                 raise ValueError('nothing to say')
-            speech = join_sentences([spoken[key] for key in known])
-            wave = speech.wave
+            speech = join([spoken[name, sentence] for sentence in known])
             if 'room' in half:
-                wave = add_room(wave, half['room'])
+                speech = speech._replace(wave=add_room(speech.wave, half['room']))
             if 'noise' in half:
-                wave = add_noise(wave, half['noise'], f'{n}/{i}')
-            parts.append((' '.join(sentence for _, sentence in known), speech._replace(wave=wave)))
-        files.append((' '.join(said for said, _ in parts), join_halves([s for _, s in parts])))
+                noisy = add_noise(speech.wave, half['noise'], f'{n}/{i}')
+                speech = speech._replace(wave=noisy)
+            said += known
+            parts.append(speech)
+        whole = parts[0] if len(parts) == 1 else join(parts)
+        files.append((' '.join(said), whole))
+    waves = [speech.wave for _, speech in files]
+    if len(files) == 2 and np.array_equal(*waves):
+        raise ValueError('both sound the same')
     return voice, files
 
 
@@ -1200,12 +1174,14 @@ def make_rows(n, item, task, folder, voices, speaker):
 
     rows, seconds, size = [], 0.0, 0
     for file, (said, speech) in zip(item['files'], spoken, strict=True):
-        wave, times = speech.wave, dict(words=speech.words, phones=speech.phones)
+        wave, times = speech.wave, speech.times
         if task == 'prompts':
             wave = wave[: round(prompt_seconds * SAMPLE_RATE)]
-            for key, found in times.items():
-                times[key] = found and [span for span in found if span[2] <= prompt_seconds]
-            if times['words']:
+            times = {
+                key: [span for span in found if span[2] <= prompt_seconds]
+                for key, found in times.items()
+            }
+            if 'words' in times:
                 said = ' '.join(word for word, _, _ in times['words'])
         path = place_of(task, n, file, len(item['files']))
         size += save_wave(os.path.join(folder, path), wave)
@@ -1250,31 +1226,34 @@ def part_path(folder, number):
     return os.path.join(folder, 'parts', f'{number:05d}.jsonl')
 
 
-def do_parts(task, folder, voices, speaker, progress):
-    """Does the parts that are not there, one after the other, each taken by one process alone.
+def take_part(progress):
+    """The number of the next part that no process has taken."""
+    with progress.get_lock():
+        progress[0] += 1
+        return int(progress[0]) - 1
 
-    progress: shared array [next part, seconds spoken, parts done]. Yields after each part.
+
+def do_parts(task, folder, voices, speaker, progress):
+    """Does the parts that are not there, each taken by one process alone. Yields after each.
+
+    progress: shared array [parts taken, parts done, seconds spoken].
     """
     items = enumerate(islice(make_items(task, voices, speaker), limit or None))
-    mine = None
+    mine = take_part(progress)
     for number in count():
         part = list(islice(items, PART))
         if not part:
             return
-        if mine is None or mine < number:
-            with progress.get_lock():
-                mine = max(number, int(progress[0]))
-                progress[0] = mine + 1
-        if mine != number:
+        if number < mine:
             continue
-        path = part_path(folder, number)
+        path, seconds = part_path(folder, number), 0.0
         if not os.path.exists(path):
             seconds = do_part(path, part, task, voices, speaker)
-            with progress.get_lock():
-                progress[1] += seconds
         with progress.get_lock():
-            progress[2] += 1
+            progress[1] += 1
+            progress[2] += seconds
         yield
+        mine = take_part(progress)
 
 
 def run_worker(errors, *args):
@@ -1289,30 +1268,36 @@ def run_worker(errors, *args):
 
 
 def do_parts_in_workers(processes, *args):
-    """do_parts by several processes. Yields now and then. They have no queue to wait at, and are
-    killed when the caller leaves, by whatever way."""
+    """do_parts by several processes. Yields now and then.
+
+    They wait for nothing and nobody waits for them: what they share is an array and the disk, and
+    when the caller leaves, by whatever way, they are killed.
+    """
     context = multiprocessing.get_context('fork')
     errors = context.SimpleQueue()
-    team = [
-        context.Process(target=run_worker, args=(errors, *args), daemon=True)
-        for _ in range(processes)
-    ]
+    team = []
     try:
-        for process in team:
-            process.start()
-        while alive := [process.sentinel for process in team if process.is_alive()]:
-            multiprocessing.connection.wait(alive, timeout=0.2)
+        # blocked, for a worker must not get Ctrl-C before it ignores it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        for _ in range(processes):
+            team.append(context.Process(target=run_worker, args=(errors, *args), daemon=True))
+            team[-1].start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        while True:
+            alive = [process.sentinel for process in team if process.is_alive()]
             if not errors.empty():
                 raise errors.get()
             if any(process.exitcode not in (None, 0) for process in team):
                 hint = 'run the same command to continue, with fewer --workers'
                 fail(f'a worker was killed (no memory left?): {hint}')
+            if not alive:
+                return
+            multiprocessing.connection.wait(alive, timeout=0.2)
             yield
     finally:
         for process in team:
-            if process.pid:
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
 
 
 def remove_leavings(folder):
@@ -1351,7 +1336,7 @@ def join_parts(task, folder, parts):
 
 def gold_row(row, layout):
     """A manifest row as gold.csv has it."""
-    phones = [phone for phone, _, _ in row['phones'] or ()]
+    phones = [phone for phone, _, _ in row.get('phones', ())]
     name = os.path.relpath(os.path.splitext(row['path'])[0], layout)
     more = dict(phones=' '.join(phones), length=len(phones) or len(row['text']))
     return row | more | dict(filename=name, correct=int(row['correct']), transcription=row['text'])
@@ -1413,7 +1398,16 @@ def agree(path, settings):
         fail(f'{made}: choose another --out, or remove it')
 
 
-def run_task(task, folder, voices, speaker, settings):
+def check_voices(speaker, wanted):
+    """Ends the run at a voice that is not there; loads a network's, before workers are forked."""
+    for voice in sorted(wanted):
+        try:
+            speaker.gender(voice)
+        except Exception as error:  # of many kinds
+            fail(f'--voices={voice}: {tts} does not speak with it: {first_line(error)}')
+
+
+def run_task(task, folder, voices, speaker):
     """Makes a task's speech, what is not there of it -> what summary.json says."""
     full = sum(1 for _ in make_items(task, voices, speaker))
     if not full:
@@ -1424,9 +1418,9 @@ def run_task(task, folder, voices, speaker, settings):
     args = (task, folder, voices, speaker, progress)
     processes = min(workers or os.cpu_count(), parts)
     steps = do_parts_in_workers(processes, *args) if tts == 'espeak' else do_parts(*args)
-    with tqdm(total=parts, desc=task, unit=' parts') as bar:
+    with closing(steps), tqdm(total=parts, desc=task, unit=' parts') as bar:
         for _ in steps:
-            _, seconds, done = progress
+            _, done, seconds = progress
             rate = seconds / (time.time() - began)
             bar.set_postfix_str(f'{seconds / 3600:.2f} h, {rate:.0f} x real time', refresh=False)
             bar.update(int(done) - bar.n)
@@ -1434,7 +1428,7 @@ def run_task(task, folder, voices, speaker, settings):
     remove_leavings(folder)
     total = join_parts(task, folder, parts)
     spent, hours = time.time() - began, total['seconds'] / 3600
-    rate, full_hours = progress[1] / spent, hours * full / total['items']
+    rate, full_hours = progress[2] / spent, hours * full / total['items']
     return dict(
         items=total['items'],
         skipped=total['skipped'],
@@ -1445,7 +1439,6 @@ def run_task(task, folder, voices, speaker, settings):
         full_items=full,
         full_hours=full_hours,
         full_machine_hours=full_hours / rate if rate else None,  # nothing was left to speak
-        settings=settings,
     )
 
 
@@ -1477,21 +1470,21 @@ if __name__ == '__main__':
     settings = {key: value for key, value in config.items() if key not in here}
     settings['text_bytes'] = sum(map(os.path.getsize, text_files())) if text != 'toy' else 0
 
-    speaker = None
+    # what is there already, and a voice that is not, are said before anything is spoken
+    work = []
     for name in tasks:
         folder = os.path.join(out, name)
         spoken_by = (test_voices if '_unseen' in name else voices or VOICES[tts]).split(',')
         agree(os.path.join(folder, 'parts', 'settings.json'), settings | dict(voices=spoken_by))
-        summary = os.path.join(folder, 'summary.json')
-        if os.path.exists(summary):
+        if os.path.exists(os.path.join(folder, 'summary.json')):
             print(f'{name}: already in {folder}, nothing to do')
-            continue
+        else:
+            work.append((name, folder, spoken_by))
+    speaker = SPEAKERS[tts]() if work else None
+    check_voices(speaker, {voice for *_, spoken_by in work for voice in spoken_by})
 
-        # forked workers have the speaker; a voice that is not there is said now
-        speaker = speaker or SPEAKERS[tts]()
-        for voice in spoken_by:
-            speaker.gender(voice)
-        made = run_task(name, folder, spoken_by, speaker, settings)
-        with write_atomic(summary) as file:
+    for name, folder, spoken_by in work:
+        made = run_task(name, folder, spoken_by, speaker) | dict(settings=settings)
+        with write_atomic(os.path.join(folder, 'summary.json')) as file:
             file.write(to_json(made))
         print_summary(name, made)
