@@ -48,7 +48,7 @@ import traceback
 import unicodedata
 import zlib
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from itertools import chain, combinations, count, islice
 from typing import NamedTuple
@@ -777,40 +777,40 @@ class Espeak:
         import espeakng_loader
 
         self.path, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-        self.library = None
         # en-gb and fr-fr are names of no file: {name: file}, that of the lowest number wins
         ranked = []
-        for path in glob.glob(f'{glob.escape(self.data)}/lang/*/*'):
-            with open(path, encoding='utf-8') as file:
-                for line in file:
-                    if line.startswith('language'):
-                        name, rank = [*line.split()[1:], '5'][:2]
-                        ranked.append((-int(rank), path, name))
+        for path in glob.glob(f'{glob.escape(self.data)}/lang/**', recursive=True):
+            if os.path.isfile(path):
+                with open(path, encoding='utf-8') as file:
+                    named = [line.split()[1:] for line in file if line.startswith('language')]
+                ranked += [(-int([*rest, 5][0]), path, name) for name, *rest in named]
         lang = os.path.join(self.data, 'lang')
         self.files = {name: os.path.relpath(path, lang) for _, path, name in sorted(ranked)}
 
+    @contextmanager
     def load(self, voice):
-        """The library anew, set to a voice -> Hz. Flutter and noise go on where the last utterance
-        left them, even through espeak_Terminate; so each sentence has its own."""
-        if self.library:
-            self.library.espeak_Terminate()
-            _ctypes.dlclose(self.library._handle)
-        self.library = ctypes.CDLL(self.path)
-        # 2: synchronous, buffers of 10 s; phoneme events (1) in IPA (2); never exit() (0x8000)
-        rate = self.library.espeak_Initialize(2, 10000, self.data.encode(), 0x8000 | 2 | 1)
-        language, plus, variant = voice.partition('+')
-        names = voice, self.files.get(language, language) + plus + variant
-        there = os.path.exists(os.path.join(self.data, 'voices', '!v', variant))
-        set_voice = self.library.espeak_ng_SetVoiceByName
-        if rate <= 0 or not there or all(set_voice(name.encode()) for name in names):
-            hint = 'name a language (en-us, de, fr-fr ...), with a variant if you like (en-us+f2)'
-            fail(f'espeak-ng has no voice {voice!r}: {hint}')
-        self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
-        return rate
+        """Gives the library, set to a voice, and its rate in Hz; for one sentence alone, since
+        flutter and noise go on where the last one left them, even through espeak_Terminate."""
+        library = ctypes.CDLL(self.path)
+        try:
+            # 2: synchronous, buffers of 10 s; phoneme events (1) in IPA (2); never exit() (0x8000)
+            rate = library.espeak_Initialize(2, 10000, self.data.encode(), 0x8000 | 2 | 1)
+            language, plus, variant = voice.partition('+')
+            names = voice, self.files.get(language, language) + plus + variant
+            there = os.path.exists(os.path.join(self.data, 'voices', '!v', variant))
+            set_voice = library.espeak_ng_SetVoiceByName
+            if rate <= 0 or not there or all(set_voice(name.encode()) for name in names):
+                hint = 'name a language (en-us, de, fr-fr), with a variant if you like (en-us+f2)'
+                fail(f'espeak-ng has no voice {voice!r}: {hint}')
+            library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
+            yield library, rate
+        finally:
+            library.espeak_Terminate()
+            _ctypes.dlclose(library._handle)
 
     def gender(self, voice):
-        self.load(voice)
-        variant = voice.partition('+')[2]
+        with self.load(voice):
+            variant = voice.partition('+')[2]
         if not variant:
             return 'male'
         with open(os.path.join(self.data, 'voices', '!v', variant), encoding='utf-8') as file:
@@ -832,13 +832,14 @@ class Espeak:
                     return 0
                 events.append((now.type, now.text_position - 1, now.sample, now.id))
 
-        rate, encoded = self.load(voice), sentence.encode() + b'\0'
-        self.library.espeak_SetSynthCallback(receive)
-        # words per minute, volume (at 100 some voices clip), pitch
-        for parameter, value in ((1, 175 * speed), (2, 60), (3, pitch)):
-            self.library.espeak_SetParameter(parameter, round(value), 0)
-        # flags 1: UTF-8, and neither SSML (0x10) nor [[phonemes]] (0x100)
-        self.library.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)
+        encoded = sentence.encode() + b'\0'
+        with self.load(voice) as (library, rate):
+            library.espeak_SetSynthCallback(receive)
+            # words per minute, volume (at 100 some voices clip), pitch
+            for parameter, value in ((1, 175 * speed), (2, 60), (3, pitch)):
+                library.espeak_SetParameter(parameter, round(value), 0)
+            # flags 1: UTF-8, and neither SSML (0x10) nor [[phonemes]] (0x100)
+            library.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)
         wave = np.frombuffer(b''.join(chunks), np.int16).astype(np.float32) / 32768
 
         marks = [(at, sample) for kind, at, sample, _ in events if kind == WORD]
