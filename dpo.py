@@ -72,7 +72,7 @@ warmup_steps = 100  # then the inverse square root; 0: none, and a time scale of
 grad_clip = 0.5  # gradient norm; 0: off
 max_steps = 813  # the run ends at this many steps (0: no limit),
 epochs = 3.0  # or passes over the pairs (0: no limit),
-train_hours = 0.5  # or hours with the reference's pass, not validation (0: no limit), the first
+train_hours = 0.5  # or hours, the reference's pass counted, validation not; whichever is first
 eval_interval = 100  # steps between validations; 0: none
 val_pairs = 512  # held out at most: those with split 'val', and others up to a tenth of all
 save_interval = 200  # steps between checkpoints; 0: at the end alone
@@ -683,6 +683,8 @@ if __name__ == '__main__':
     )
     if 3 < n_epochs < math.inf:
         say(f'WARNING: {n_epochs:.3g} epochs: few pairs are soon known by heart; --epochs=3', rank)
+    if warmup_steps > last_step:
+        say(f'WARNING: a warm-up of {warmup_steps} steps never ends in {last_step}', rank)
     if validating and len(val) < FEW:
         points = 98 / math.sqrt(len(val))  # 95 % of the time, at an accuracy of one half
         say(f'WARNING: accuracy of {len(val)} pairs means little: ± {points:.0f} points', rank)
