@@ -363,11 +363,14 @@ def measure(losses, rewards):
 def measure_samples(model, prompts):
     """Of short continuations: dict of units, the share of immediate repeats, and auto-BLEU.
 
-    The same draws every time. auto-BLEU: the mean over samples, of bigrams of units.
+    The same draws every time, repeats allowed, by the model as it is. auto-BLEU: the mean over
+    samples, of bigrams of units.
     """
     room = max(1, model.config.context - SAMPLE_TOKENS)
     prompts = [torch.from_numpy(prompt[:room]) for prompt in prompts]
-    samples = model.generate(prompts, SAMPLE_TOKENS, repetition_penalty=1.0, seed=0)
+    samples = model.generate(
+        prompts, SAMPLE_TOKENS, repetition_penalty=1.0, seed=0, ban_repeats=False
+    )
     repeats = units = 0
     for prompt, sample in zip(prompts, samples, strict=True):
         line = torch.cat((prompt[-1:], sample))
@@ -468,6 +471,13 @@ def start_processes(device):
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return device, rank, world
+
+
+def stop_processes(world):
+    """All leave together: one that is gone is an error to another that still talks to it."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def share(numbers, device):
@@ -619,6 +629,7 @@ if __name__ == '__main__':
     if step >= last_step or elapsed >= budget:
         done = f'finished before, {step} steps in {duration(elapsed)}, {scores}'
         say(f'{out_dir}: {done}; nothing to do (--resume=False starts over)', rank)
+        stop_processes(world)
         raise SystemExit
 
     # --- how log-probabilities are computed: rows of one width, so that one compilation does
@@ -677,8 +688,9 @@ if __name__ == '__main__':
     filled = lengths[: len(train)].mean() * batch_pairs / width
     say(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
     say(
-        f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs, or {duration(budget)}'
-        f'; rows of {width} tokens, {filled / math.ceil(filled):.0%} filled',
+        f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs'
+        + (f', or {duration(budget)}' if train_hours else '')
+        + f'; rows of {width} tokens, {filled / math.ceil(filled):.0%} filled',
         rank,
     )
     if 3 < n_epochs < math.inf:
@@ -817,10 +829,8 @@ if __name__ == '__main__':
         totals[:6] = 0
         clock = time.perf_counter()
 
-    # --- the end: all leave together, as one that is gone is an error to the others
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    # --- the end
+    stop_processes(world)
     result = f'{out_dir}: {step} steps of {batch_pairs} pairs, {duration(elapsed)}'
     if skipped:
         result += f', {skipped} steps skipped'
