@@ -1595,18 +1595,8 @@ ENCODERS = {  # the public ones: net, layer, zeros put at each end of the wave, 
         sha256=None,  # not known
     ),
 }
-MFCC = dict(  # the offline encoder
-    kind='mfcc',
-    name='mfcc',
-    frame_rate=25.0,
-    n_cep=13,
-    lifter=0.3,
-    c0=0.4,
-    range=9.0,
-    switch=1.0,
-    distortion=0.0,
-    vocoder='vocoder',
-)
+MFCC = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0)
+MFCC |= dict(switch=1.0, distortion=0.0, vocoder='vocoder')  # the offline encoder
 STRETCH = 100  # seconds that a net takes at once (WavLM, which keeps its attention, a third)
 BATCH_SECONDS = 300  # of padded audio that a GPU takes at once; a CPU gains nothing from batches
 CONVOLVE = 64  # frames that a CPU convolves at once
@@ -1738,31 +1728,31 @@ class UnitEncoder:
 
     @torch.inference_mode()
     def features(self, waves):
-        """List of (samples,) at 16 kHz, of any length -> list of (frames, D) float32, on the device."""
+        """List of (samples,) at 16 kHz, however long -> list of (frames, D) float32, on the device."""
         waves = [torch.as_tensor(wave, dtype=torch.float32) for wave in waves]
         if self.config['kind'] == 'mfcc':
             return [self._mfcc(wave.to(self.device)) for wave in waves]
-        out, stretches = [], []
-        for wave in waves:
-            features, parts = self._stretches(wave)
-            out.append(features)
-            stretches += parts
-        batches = self._batches(stretches)
-        if self.device.type == 'cpu':
-            # a core an utterance: threads that share one wait for each other
-            threads = torch.get_num_threads()
-            with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-                list(pool.map(self._compute, batches))
-            torch.set_num_threads(threads)  # also of the threads to come
-        else:
-            for batch in batches:
-                self._compute(batch)
-        return out
+        if self.device.type != 'cpu':
+            return self._run(waves, map)
+        # a core an utterance: threads that share one wait for each other, and round by their number
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
+            result = self._run(waves, pool.map)
+        torch.set_num_threads(threads)  # also of the threads to come
+        return result
 
+    def _run(self, waves, each):
+        """The features of waves by the net; `each` is map, of one thread or of a pool."""
+        cut = list(each(self._stretches, waves))
+        batches = self._batches([stretch for _, stretches in cut for stretch in stretches])
+        list(each(self._compute, batches))
+        return [features for features, _ in cut]
+
+    @torch.inference_mode()
     def _stretches(self, wave):
-        """-> features of a wave, (frames, D), yet to be filled, and the stretches that fill them."""
-        wave = F.pad(wave, (self.config['pad'],) * 2)
-        wave = F.pad(wave, (0, max(0, self.reach - len(wave))))
+        """-> the features of a wave (frames, D), yet to be filled, and the stretches to do so."""
+        pad = self.config['pad']
+        wave = F.pad(wave, (pad, max(pad, self.reach - pad - len(wave))))
         wave = wave.pin_memory() if self.device.type == 'cuda' else wave
         wave = wave.to(self.device, non_blocking=True)
         frames = (len(wave) - self.reach) // self.hop + 1
@@ -1795,8 +1785,8 @@ class UnitEncoder:
             return ()
         windows = wave.unfold(0, conv.kernel_size[0], conv.stride[0])  # (T, k)
         mean = windows.mean(0)
-        parts = [part - mean for part in windows.split(1 << 18)]
-        covariance = sum(part.T @ part for part in parts) / len(windows)  # (k, k)
+        centred = (part - mean for part in windows.split(1 << 18))
+        covariance = sum(part.T @ part for part in centred) / len(windows)  # (k, k)
         weight = conv.weight[:, 0].float()  # (C, k)
         variance = ((weight @ covariance) * weight).sum(1)
         scale = norm.weight.float() * (variance + norm.eps).rsqrt()
@@ -1947,7 +1937,7 @@ class UnitEncoder:
         return self.centroids.square().sum(1) / 2 - features @ self.centroids.T
 
     def _cheapest(self, features, price):
-        """Units with the least sum of costs plus `price` a change: list of (frames, D) -> (frames,).
+        """Units of the least sum of costs and `price` a change: list of (frames, D) -> (frames,).
 
         Viterbi, in step for all. Whoever changes at t comes from the unit that was cheapest at
         t - 1; so a path is known by its last unit, when that began, and for each t the cheapest

@@ -442,22 +442,64 @@ def test_stretches_compute_every_frame_once_with_context(tmp_path):
             at += len(s.out)
 
 
-def test_hours_in_bounded_memory():
-    """An hour and a half of the offline encoder in a process that may take 1.5 GB more than now."""
-    program = (
-        'import resource, torch\n'
-        'from model import MFCC, UnitEncoder\n'
-        'encoder = UnitEncoder(dict(MFCC, distortion=1.0), torch.randn(500, 26))\n'
-        'wave = 0.1 * torch.randn(5400 * 16000)\n'
-        'encoder.encode([wave[:16000]])\n'
-        'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
-        'units = encoder.encode([wave])[0]\n'
-        'assert len(units) == 5400 * 25\n'
-        'print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n'
-    )
+HOURS = {
+    'mfcc': """
+encoder = UnitEncoder(dict(MFCC, distortion=1.0), torch.randn(500, 26))
+""",
+    'net': """
+import transformers
+config = dict(kind='hubert', name='x', model='x', layer=1, pad=40, switch=1.0, distortion=1.0)
+net = transformers.HubertModel(transformers.HubertConfig(hidden_size=32, num_hidden_layers=1,
+    num_attention_heads=2, intermediate_size=32, conv_dim=(64, 8, 8, 8, 8, 8, 8),
+    num_conv_pos_embeddings=16))
+encoder = UnitEncoder(config, torch.randn(500, 32), net=net)
+""",
+}
+
+
+@pytest.mark.parametrize('kind', HOURS)
+def test_long_utterances_take_bounded_memory(kind):
+    """Half an hour, 115 MB: all windows at once would take 370, the first convolution 1,500."""
+    program = f"""
+import resource, torch
+from model import MFCC, UnitEncoder
+{HOURS[kind]}
+wave = 0.1 * torch.randn(1800 * 16000)
+encoder.encode([wave[: 16000 * 30]])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+units = encoder.encode([wave])[0]
+assert abs(len(units) - 1800 * encoder.frame_rate) <= 1
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1200, done.stdout  # MB; the wave alone has 346
+    print(f'{kind}: {done.stdout.strip()} MB more')
+    assert int(done.stdout) < 330, done.stdout
+
+
+def test_bfloat16_is_near(tmp_path):
+    random_net('HuBERT base, 25 Hz').save_pretrained(tmp_path)
+    waves = [speech(2.0, 3), speech(1.0, 4)]
+    exact = UnitEncoder.from_pretrained(str(tmp_path), layer=3, kmeans='')
+    near = UnitEncoder.from_pretrained(str(tmp_path), layer=3, kmeans='', dtype='bfloat16')
+    near.batch_seconds = 10
+    for a, b in zip(exact.features(waves), near.features(waves), strict=True):
+        assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.2
+    with pytest.raises(InputError, match='float61'):
+        UnitEncoder.from_pretrained(str(tmp_path), layer=3, kmeans='', dtype='float61')
+
+
+def test_precision_is_scoped(monkeypatch):
+    """On CUDA products are TF32 by default, none of it remains for the rest of the program."""
+    encoder, cudnn = UnitEncoder(MFCC), torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    monkeypatch.setattr(encoder, 'device', torch.device('cuda'))
+    for tf32, name in ((True, 'high'), (False, 'highest')):
+        encoder.tf32 = tf32
+        with pytest.raises(KeyError), encoder._precision():
+            assert torch.get_float32_matmul_precision() == name and cudnn.allow_tf32 == tf32
+            raise KeyError
+        assert (torch.get_float32_matmul_precision(), cudnn.allow_tf32) == before
 
 
 # ---------------------------------------------------------------------------- files
