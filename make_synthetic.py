@@ -4,7 +4,8 @@
     python make_synthetic.py --text=TinyStoriesV2-GPT4-train.txt --out=data/audio
     python make_synthetic.py --task=pairs --text=swag/train.csv --tts=kokoro --out=data/spokenswag
     python make_synthetic.py --task=blimp --text=blimp/data --out=data
-    python make_synthetic.py --task=minimal,wuggy,salmon --text=mine.csv --out=data/mine
+    python make_synthetic.py --task=minimal --text=mine.csv --test_voices=en-us+f4 --out=data
+    python make_synthetic.py --task=wuggy,salmon --text=stories.txt --out=data
 
 --text is a .txt, .jsonl, .csv or .parquet file, a folder or a glob of such, hub:OWNER/NAME[:SPLIT],
 or toy. A .txt file holds stories: what stands between <|endoftext|> marks if the file has them,
@@ -15,6 +16,7 @@ pairs              prompt, chosen, rejected; or the columns of SWAG, or of Hella
                        prompt,chosen,rejected
                        A dog barks at the gate.,It wants to come in.,It wants to be a gate.
                        Anna has lost her key.,She cannot open the door.,She cannot open the sea.
+                       "Rain fell, and fell.",The river rose.,The river sang.
 minimal            right, wrong and, if you like, type: your own suite, <n>_correct, <n>_incorrect
 blimp              BLiMP's columns -> the layout of ZeroSpeech 2021 (sBLIMP), with gold.csv
 storycloze         StoryCloze's columns -> sstorycloze and tstorycloze, <n>_correct, <n>_incorrect
@@ -75,25 +77,19 @@ out = 'out/synthetic'  # a folder for each task: audio, manifest.jsonl, skipped.
 task = 'stories'  # comma-separated, see above; of the toy language also grammar, sstory, tstory
 text = 'toy'  # toy (below), a file, folder or glob, or hub:OWNER/NAME[:SPLIT]
 text_field = 'text'  # where rows of .jsonl, .csv, .parquet and hub data keep a story
-separator = (
-    ''  # of the stories of a .txt file; '': <|endoftext|> if the file has it, or blank lines
-)
+separator = ''  # of stories in a .txt file; '': <|endoftext|> if it has that, or blank lines
 limit = 0  # at most so many items of a task; 0: all
 val_share = 0.03  # of stories and pairs, marked split=val
 max_auto_bleu = 0.3  # pairs whose prompt and chosen repeat this share of their bigrams are dropped
 prompt_seconds = 3.0  # what is kept of a story by task prompts
 n_stories = 6000  # how much of the toy language: stories,
 n_pairs = 2000  # preference pairs,
-n_suite = (
-    500  # and minimal pairs in a suite, also of wuggy and each part of salmon (an even number)
-)
+n_suite = 500  # and minimal pairs in a suite, of wuggy and in a part of salmon, too (even)
 n_unseen = 200  # minimal pairs, the first of those, in the same suites in test_voices
 # the voice
 tts = 'espeak'  # espeak, kokoro, vits, fastspeech2
-tts_model = ''  # a network's folder or hub name; '': the one named below, at MODELS
-voices = (
-    ''  # comma-separated, one is drawn for each item (blimp: every pair in each); '': at VOICES
-)
+tts_model = ''  # a network's folder or hub name; '': that of MODELS, below
+voices = ''  # comma-separated, one drawn for each item (blimp: every pair in each); '': VOICES
 test_voices = ''  # voices for the suites NAME_unseen; '': no such suites
 speed = '1.0-1.0'  # 1 is the voice's usual pace; every voice has its own, drawn from this range
 pitch = '50-50'  # espeak: 0 to 99; likewise
@@ -661,7 +657,8 @@ def consistency_items(part, voices, speaker):
         for name, other in (('consistent', one), ('inconsistent', two)):
             halves = [{'text': first, key: one}, {'text': second, key: other}]
             files.append(dict(name='sample_{n}_' + name, halves=halves, correct=other == one))
-        yield dict(files=files, alike=n // 2)
+        item = dict(files=files, alike=n // 2)
+        yield item | dict(voice=one) if key == 'voice' else item
 
 
 CONSISTENCY = (
@@ -1106,17 +1103,13 @@ def save_wave(path, wave):
 # counts, the others are rows of manifest.jsonl, or of skipped.jsonl: those that have a reason
 
 
-def speak_item(n, item, task, voices, speaker):
-    """(voice, [(text, Speech) of each of an item's files]). Raises ValueError: why it is not."""
-    if 'skip' in item:
-        raise ValueError(item['skip'])
-    halves = [half for file in item['files'] for half in file['halves']]
-    if sum(len(half['text']) for half in halves) > LONGEST:
-        raise ValueError(f'longer than {LONGEST:,} letters')
-    drawn = random.Random(f'{seed}/{task}/{item.get("alike", n)}').choice(voices)
-    voice = item.get('voice', drawn)
+class Skip(Exception):
+    """Why an item is not spoken."""
 
-    # a voice says all its sentences at once, and what files share once
+
+def say_all(halves, voice, speaker):
+    """{(voice, sentence): Speech at 16 kHz} of halves, silent ones left out. A voice says all its
+    sentences at once, and what files share once."""
     wanted, spoken = {}, {}
     for half in halves:
         found = dict.fromkeys(sentences(half['text']))
@@ -1127,28 +1120,45 @@ def speak_item(n, item, task, voices, speaker):
         for sentence, speech in zip(texts, speaker.speak(list(texts), name, *how), strict=True):
             if np.abs(speech.wave).max(initial=0) > SILENCE:
                 spoken[name, sentence] = trim(speech)
+    return spoken
+
+
+def make_half(half, voice, spoken, draw):
+    """(text, Speech) of a half, in its room and noise. Raises Skip."""
+    name = half.get('voice', voice)
+    known = [sentence for sentence in sentences(half['text']) if (name, sentence) in spoken]
+    if not known:
+        raise Skip('nothing to say')
+    speech = join([spoken[name, sentence] for sentence in known])
+    wave = speech.wave
+    if 'room' in half:
+        wave = add_room(wave, half['room'])
+    if 'noise' in half:
+        wave = add_noise(wave, half['noise'], draw)
+    return ' '.join(known), speech._replace(wave=wave)
+
+
+def speak_item(n, item, task, voices, speaker):
+    """(voice, [(text, Speech) of each of an item's files]). Raises Skip."""
+    if 'skip' in item:
+        raise Skip(item['skip'])
+    halves = [half for file in item['files'] for half in file['halves']]
+    if sum(len(half['text']) for half in halves) > LONGEST:
+        raise Skip(f'longer than {LONGEST:,} letters')
+    drawn = random.Random(f'{seed}/{task}/{item.get("alike", n)}').choice(voices)
+    voice = item.get('voice', drawn)
+    spoken = say_all(halves, voice, speaker)
 
     files = []
     for file in item['files']:
-        said, parts = [], []
-        for i, half in enumerate(file['halves']):
-            name = half.get('voice', voice)
-            known = [one for one in sentences(half['text']) if (name, one) in spoken]
-            if not known:
-                raise ValueError('nothing to say')
-            speech = join([spoken[name, sentence] for sentence in known])
-            if 'room' in half:
-                speech = speech._replace(wave=add_room(speech.wave, half['room']))
-            if 'noise' in half:
-                noisy = add_noise(speech.wave, half['noise'], f'{n}/{i}')
-                speech = speech._replace(wave=noisy)
-            said += known
-            parts.append(speech)
-        whole = parts[0] if len(parts) == 1 else join(parts)
-        files.append((' '.join(said), whole))
+        halves = enumerate(file['halves'])
+        texts, parts = zip(
+            *(make_half(half, voice, spoken, f'{n}/{i}') for i, half in halves), strict=True
+        )
+        files.append((' '.join(texts), parts[0] if len(parts) == 1 else join(parts)))
     waves = [speech.wave for _, speech in files]
-    if len(files) == 2 and np.array_equal(*waves):
-        raise ValueError('both sound the same')
+    if len(waves) == 2 and np.array_equal(*waves):
+        raise Skip('both sound the same')
     return voice, files
 
 
@@ -1204,7 +1214,7 @@ def do_part(path, items, task, voices, speaker):
     for n, item in items:
         try:
             rows, seconds, size = make_rows(n, item, task, folder, voices, speaker)
-        except ValueError as reason:
+        except Skip as reason:
             said = [half['text'] for file in item.get('files', ()) for half in file['halves']]
             said = item.get('text', ' | '.join(said))[:1000]
             rows, seconds, size = [dict(n=n, reason=str(reason), text=said)], 0.0, 0
