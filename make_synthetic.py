@@ -388,6 +388,8 @@ SPLITTERS = {'': 'blank lines', MARK: MARK}  # how they are called on the last l
 
 def text_files():
     """The files that the knob `text` names; [] for toy and hub."""
+    if text == 'toy' or text.startswith('hub:'):
+        return []
     pattern = text
     if os.path.exists(text):
         pattern = glob.escape(text) + '/**' * os.path.isdir(text)
@@ -599,7 +601,7 @@ def wuggy_items(task, voices):
     and Brysbaert 2010). frequency: how often the text has the word."""
     counts = Counter()
     for row, _ in read_rows('stories', (text_field,)):
-        counts.update(re.findall(r'[^\W\d_]+', clean(row[text_field]).lower()))
+        counts.update(re.findall(r'[^\W\d_]+', row[text_field].lower()))
     edged = [f'^{word}$' for word in counts]
     pairs = {word[i : i + 2] for word in edged for i in range(len(word) - 1)}
     alphabet = sorted({letter for word in counts for letter in word})
@@ -1395,16 +1397,15 @@ def check_knobs(config):
             fail(f'--{knob}={config[knob]}: expected {expected}')
 
 
-def agree(path, settings):
-    """Ends the run if a folder holds speech made with other settings; else they stand in `path`."""
-    if not os.path.exists(path):
-        with write_atomic(path) as file:
-            file.write(to_json(settings))
+def agree(folder, settings):
+    """Ends the run if a task's folder holds speech made with other settings."""
+    path = os.path.join(folder, 'parts', 'settings.json')
+    if not os.path.exists(path) or not glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
+        return
     with open(path, encoding='utf-8') as file:
         old = json.load(file)
     changed = [key for key in settings if settings[key] != old.get(key)]
     if changed:
-        folder = os.path.dirname(os.path.dirname(path))
         made = f'{folder} holds speech made with other {", ".join(changed)}'
         fail(f'{made}: choose another --out, or remove it')
 
@@ -1462,8 +1463,8 @@ def print_summary(task, made):
     line += f'the full set, {full:,} items, {full_hours:.2f} h of speech'
     if made['x_real_time']:
         line += f', takes {made["full_machine_hours"]:.3f} h'
-    written = [path for path in text_files() if path.endswith('.txt')] if text != 'toy' else []
-    if written:
+    written = [path for path in text_files() if path.endswith('.txt')]
+    if written and task in ('stories', 'prompts'):
         between = separator_of(written[0])
         name = SPLITTERS.get(between, repr(between))
         stand = 'separate' if name == 'blank lines' else 'separates'
@@ -1479,23 +1480,26 @@ if __name__ == '__main__':
     # what the speech depends on: it may not change in a folder that holds some
     here = ('out', 'task', 'workers', 'device', 'voices', 'test_voices')
     settings = {key: value for key, value in config.items() if key not in here}
-    settings['text_bytes'] = sum(map(os.path.getsize, text_files())) if text != 'toy' else 0
+    settings['text_bytes'] = sum(map(os.path.getsize, text_files()))
 
-    # what is there already, and a voice that is not, are said before anything is spoken
+    # what is there already, and a voice that is not there, are said before anything is spoken
     work = []
     for name in tasks:
         folder = os.path.join(out, name)
         spoken_by = (test_voices if '_unseen' in name else voices or VOICES[tts]).split(',')
-        agree(os.path.join(folder, 'parts', 'settings.json'), settings | dict(voices=spoken_by))
+        made_with = settings | dict(voices=spoken_by)
+        agree(folder, made_with)
         if os.path.exists(os.path.join(folder, 'summary.json')):
             print(f'{name}: already in {folder}, nothing to do')
         else:
-            work.append((name, folder, spoken_by))
+            work.append((name, folder, spoken_by, made_with))
     speaker = SPEAKERS[tts]() if work else None
-    check_voices(speaker, {voice for *_, spoken_by in work for voice in spoken_by})
+    check_voices(speaker, {voice for *_, spoken_by, _ in work for voice in spoken_by})
 
-    for name, folder, spoken_by in work:
-        made = run_task(name, folder, spoken_by, speaker) | dict(settings=settings)
+    for name, folder, spoken_by, made_with in work:
+        with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
+            file.write(to_json(made_with))
+        made = run_task(name, folder, spoken_by, speaker) | dict(settings=made_with)
         with write_atomic(os.path.join(folder, 'summary.json')) as file:
             file.write(to_json(made))
         print_summary(name, made)

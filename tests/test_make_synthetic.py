@@ -869,6 +869,10 @@ def test_one_worker_makes_what_four_do(made, tmp_path):
     other = run(*args, '--pitch=10-20', check=False)
     assert other.returncode == 2 and 'pitch' in other.stderr
     assert len(other.stderr.strip().splitlines()) == 1
+    # a folder without speech takes any
+    empty = f'--out={tmp_path}/empty', '--n_stories=2', '--workers=1'
+    assert run(*empty, '--voices=xx-nobody', check=False).returncode == 2
+    run(*empty, '--voices=gmw/en')
 
 
 def test_killed_again_and_again_it_makes_the_same_files(whole, tmp_path):
