@@ -37,7 +37,7 @@ import shutil
 import sys
 import tarfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
 from functools import partial
 from itertools import islice
@@ -46,6 +46,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
@@ -54,16 +55,25 @@ from model import (
     BOS,
     ENCODERS,
     EOS,
+    HOP,
     OFFSET,
     SAMPLE_RATE,
+    VOICE_LEVEL,
     InputError,
+    NeuralVoice,
+    Source,
     UnitEncoder,
     UnitTable,
+    UnitVocoder,
     dedup,
+    filter_source,
+    frame_spectra,
     load_audio,
+    mel_filters,
     parquet_files,
     read_jsonl,
     read_parquet,
+    speech_level,
     start_worker,
     write_atomic,
 )
@@ -83,8 +93,9 @@ kmeans = ''  # .safetensors with `centroids`, or a joblib dump of scikit-learn's
 fit_kmeans = 0  # fit this many clusters on the speech itself instead
 fit_frames = 300_000  # on so many frames of training speech, drawn evenly
 switch = None  # the price of a change of unit, in mean distortions; None: the encoder's (mfcc 1.0)
-fit_vocoder = False  # also fit the table vocoder, a voice for any encoder
+fit_vocoder = None  # also fit a voice: table (seconds; --fit_vocoder alone), or neural, a small net
 vocoder_hours = 0.5  # on so much training speech, drawn evenly
+vocoder_steps = 6000  # of training the net
 # how it is cut and split
 max_seconds = 0.0  # longer utterances are cut at the quietest point of the last third; 0: never
 val_folders = ''  # files below folders of these names validate; '': dev, dev-*, validation, ...
@@ -990,17 +1001,202 @@ def finish(meta):
 # A voice for the units
 
 
-def fit_table(net, items, plan, n_workers):
-    """The table vocoder of training speech drawn evenly: mean spectra, mean durations of units."""
-    table, seconds = UnitTable(net.n_units, net.frame_rate), 0.0
+def draw_utterances(net, items, plan, n_workers):
+    """Yields (wave, units, voice) of vocoder_hours of training speech drawn evenly."""
+    seconds = 0.0
     for pieces in draw_speech(items, vocoder_hours * 3600, plan, hand_on, n_workers):
         waves = [wave for piece in pieces for wave in piece.waves]
-        for wave, units in zip(waves, net.encode(waves), strict=True):
-            table.add(wave, units)
-            seconds += len(wave) / SAMPLE_RATE
+        voices = [str(piece.row.get('voice') or '') for piece in pieces for _ in piece.waves]
+        yield from zip(waves, net.encode(waves), voices, strict=True)
+        seconds += sum(map(len, waves)) / SAMPLE_RATE
         if seconds >= vocoder_hours * 3600:
-            break
+            return
+
+
+def fit_table(net, items, plan, n_workers):
+    """The table vocoder of that speech: mean spectra, mean durations of units."""
+    table = UnitTable(net.n_units, net.frame_rate)
+    for wave, units, _ in draw_utterances(net, items, plan, n_workers):
+        table.add(wave, units)
     return table.finish()
+
+
+# -----------------------------------------------------------------------------
+# A voice one can train
+
+VOICE_NET = dict(width=128, kernel=7, blocks=3)
+VOICE_BATCH, VOICE_FRAMES = 8, 64  # stretches of so many frames a step: 20 s of speech
+VOICE_WAVES = 2  # of them are made into waves
+VOICE_SAVE = 500  # steps between two states on disk
+VOICE_RATE = 2e-3  # learning rate, down along a cosine to a fiftieth
+
+
+def track_pitch(wave):
+    """The pitch of (samples,) by the autocorrelation of 40 ms: (10 ms steps,) Hz, 0: unvoiced."""
+    n, size, lags = len(wave) // HOP, 640, torch.arange(40, 267)  # 400 to 60 Hz
+    window = torch.hann_window(size)
+    frames = F.pad(wave, ((size - HOP) // 2,) * 2).unfold(0, size, HOP)[:n] * window
+    both = torch.cat((frames, window[None]))
+    similar = torch.fft.irfft(torch.fft.rfft(both, 2048).abs().square())
+    similar = similar[:, lags] / similar[:, :1].clamp(min=1e-6)
+    similar = similar[:-1] / similar[-1]  # less what the window alone does
+
+    # the shortest of the lags that are nearly the best, or pitch would be halved now and then
+    best = similar.max(1, keepdim=True).values
+    near = (similar >= 0.9 * best).float().argmax(1, keepdim=True) + torch.arange(12)
+    near = near.clamp(max=len(lags) - 1)
+    lag = lags[near.gather(1, similar.gather(1, near).argmax(1, keepdim=True))[:, 0]]
+    power = frames.square().mean(1)
+    voiced = (best[:, 0] > 0.6) & (power > 1e-3 * power.quantile(0.95))
+    pitch = torch.where(voiced, SAMPLE_RATE / lag, 0.0)
+    return F.pad(pitch, (2, 2)).unfold(0, 5, 1).median(1).values
+
+
+def log_mels(waves):
+    """log_mel of (B, samples), on any device."""
+    power = frame_spectra(waves).abs().square() @ mel_filters().to(waves.device)
+    return power.clamp(min=1e-7).log()
+
+
+def spectral_loss(waves, real):
+    """Mean difference of log power spectra in windows of 8, 32 and 64 ms."""
+    total = 0
+    for size in (128, 512, 1024):
+        window = torch.hann_window(size, device=waves.device)
+        both = torch.stack((waves, real)).unfold(-1, size, size // 4) * window
+        power = torch.view_as_real(torch.fft.rfft(both)).square().sum(-1)
+        total = total + torch.diff(power.clamp(min=1e-6).log(), dim=0).abs().mean()
+    return total / 6  # of amplitudes, not powers
+
+
+def learn_from(wave, units, voice, steps):
+    """What the training takes of an utterance, (samples,) and (frames,), `steps` of 10 ms each."""
+    units, durations = dedup(units)
+    n = int(durations.sum()) * steps * HOP
+    wave = F.pad(wave, (0, max(0, n - len(wave))))[:n]
+    wave = wave * (VOICE_LEVEL / max(speech_level(wave), 1e-5))
+    place, pitch = NeuralVoice.places(durations), track_pitch(wave)
+    known = dict(frames=units.repeat_interleave(durations), place=place, pitch=pitch, wave=wave)
+    times = -(-VOICE_FRAMES // len(place))  # a short one is said again
+    known = {key: torch.cat([x] * times) for key, x in known.items()}
+    return known | dict(units=units, durations=durations, voice=voice)
+
+
+def draw_stretches(speech, step, device):
+    """The stretches of one step, a function of (seed, step) alone: dict of tensors (B, ...)."""
+    rng = random.Random(f'{seed} {step}')
+    batch = dict(frames=[], place=[], pitch=[], wave=[], voice=[])
+    for known in rng.choices(speech, k=VOICE_BATCH):
+        start = rng.randrange(len(known['frames']) - VOICE_FRAMES + 1)
+        for key in ('frames', 'place', 'pitch', 'wave'):
+            each = len(known[key]) // len(known['frames'])
+            batch[key].append(known[key][start * each : (start + VOICE_FRAMES) * each])
+        batch['voice'].append(torch.tensor(known['voice']))
+    batch = {key: torch.stack(parts) for key, parts in batch.items()}
+    noise = torch.Generator().manual_seed(rng.randrange(2**31))
+    batch['noise'] = torch.randn(batch['wave'][:VOICE_WAVES].shape, generator=noise)
+    spoken = rng.choice(speech)
+    batch |= dict(units=spoken['units'], durations=spoken['durations'])
+    return {key: tensor.to(device) for key, tensor in batch.items()}
+
+
+def voice_loss(voice, batch):
+    """Log-mel, pitch and duration losses, and the spectral one of some stretches' waves, through
+    source and inverse STFT. The energies have the first for themselves, so that the last teaches
+    what is voice and what is noise. -> scalar"""
+    energies, logits, pitch = voice(batch['frames'], batch['place'], batch['voice'])
+    mel = (energies - log_mels(batch['wave'])).abs().mean()
+    voiced = batch['pitch'] > 0
+    wrong = (pitch - batch['pitch'].clamp(min=1).log()).abs() * voiced
+    beyond = voice.mean_durations(batch['units'][None])[0] - 1
+    tempo = F.poisson_nll_loss(beyond, batch['durations'].float() - 1, log_input=False)
+
+    some = slice(0, VOICE_WAVES)
+    hertz = torch.where(voiced, batch['pitch'], pitch.detach().exp().clamp(50, 500))[some]
+    pulses = Source()(hertz)[0].to(voice.device)
+    share = voice.voiced(logits[some])
+    wave = filter_source(energies[some].detach(), share, pulses, batch['noise'])
+    spectral = spectral_loss(wave, batch['wave'][some])
+    return mel + spectral + wrong.sum() / voiced.sum().clamp(min=1) + tempo
+
+
+def hear_voice(vocoder, speech):
+    """Mean difference of the log-mel of what a vocoder says from that of recordings, in nats."""
+    errors = []
+    with torch.inference_mode():
+        for known in speech:
+            which = dict(speaker=known['voice']) if vocoder.config['kind'] == 'neural' else {}
+            wave = vocoder.voice.speak(known['units'], known['durations'], **which).cpu()
+            real = log_mels(known['wave'][None, : len(wave)])[0]
+            errors.append((log_mels(wave[None])[0] - real).abs().mean())
+    return round(float(torch.stack(errors).mean()), 4)
+
+
+def fit_neural_vocoder(net, items, plan, n_workers):
+    """Train a small net to speak the units, on speech drawn evenly -> UnitVocoder.
+
+    vocoder_steps steps, a state every few hundred from which a killed run goes on exactly. One
+    utterance in 16 is held out; meta.json's voice and vocoder.json tell the errors.
+    """
+    steps = round(SAMPLE_RATE / HOP / net.frame_rate)
+    if abs(steps * net.frame_rate * HOP - SAMPLE_RATE) > 1:
+        raise InputError(f'--fit_vocoder=neural needs frames of whole 10 ms, not {net.frame_rate}')
+    table, speech, voices = UnitTable(net.n_units, net.frame_rate), [], {}
+    for wave, units, voice in draw_utterances(net, items, plan, n_workers):
+        table.add(wave, units)
+        row = voices.setdefault(voice, len(voices))
+        speech.append(learn_from(torch.as_tensor(wave), units, row, steps))
+    if not speech:
+        raise InputError('no training speech to fit a voice on: none of the files can be read')
+    table, held_out = table.finish(), speech[::16]
+    speech = [known for i, known in enumerate(speech) if i % 16] or speech
+
+    # the net begins as the table
+    config = dict(kind='neural', n_units=net.n_units, frame_rate=net.frame_rate)
+    config |= dict(sample_rate=SAMPLE_RATE, voices=list(voices), **VOICE_NET)
+    torch.manual_seed(seed)
+    voice = NeuralVoice(config)
+    hertz = torch.cat([known['pitch'] for known in speech])
+    with torch.no_grad():
+        voice.base.weight.copy_(table.tensors['mel'].flatten(1))
+        head = voice.head.bias.view(steps, -1)
+        voice.head.weight *= 0.1
+        head.zero_()
+        head[:, -1] = hertz[hertz > 0].log().mean() if (hertz > 0).any() else math.log(120)
+    voice.device = net.device
+    voice.to(net.device)
+    optimizer = torch.optim.AdamW(voice.parameters(), VOICE_RATE, betas=(0.9, 0.99))
+
+    # go on where a killed run stopped
+    path, done = os.path.join(out, 'vocoder_state.pt'), 0
+    if os.path.exists(path):
+        state = torch.load(path, map_location=net.device, weights_only=True)
+        if state['config'] != config or state['steps'] != vocoder_steps:
+            raise InputError(f'{path} is of another voice: delete it, or give its settings')
+        voice.load_state_dict(state['voice'])
+        optimizer.load_state_dict(state['optimizer'])
+        done = state['done']
+    bar = tqdm(range(done, vocoder_steps), 'voice', vocoder_steps, initial=done, unit=' steps')
+    for step in bar:
+        share = (1 + math.cos(math.pi * step / vocoder_steps)) / 2
+        optimizer.param_groups[0]['lr'] = VOICE_RATE * min((step + 1) / 20, 0.02 + 0.98 * share)
+        loss = voice_loss(voice, draw_stretches(speech, step, net.device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(voice.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % VOICE_SAVE == 0:
+            bar.set_postfix_str(f'loss {float(loss):.3f}')
+            state = dict(voice=voice.state_dict(), optimizer=optimizer.state_dict())
+            state |= dict(config=config, steps=vocoder_steps, done=step + 1)
+            with write_atomic(path, 'wb') as file:
+                torch.save(state, file)
+
+    vocoder = UnitVocoder(config, voice.state_dict(), net.device)
+    errors = hear_voice(vocoder, held_out), hear_voice(table, held_out)
+    vocoder.config['log_mel_error'] = dict(zip(('neural', 'table'), errors, strict=True))
+    print(f'voice: held-out log-mel error {errors[0]:.3f} nats, of the table {errors[1]:.3f}')
+    return vocoder
 
 
 # -----------------------------------------------------------------------------
@@ -1122,6 +1318,10 @@ def check_knobs():
         )
     if 0 < max_seconds < 1:
         raise InputError(f'--max_seconds={max_seconds:g}: expected 0 or at least 1')
+    if fit_vocoder not in (None, False, '', True, 'table', 'neural') or vocoder_steps < 1:
+        raise InputError(f'--fit_vocoder={fit_vocoder}: expected table or neural, and some steps')
+    if layer is True or switch is True:
+        raise InputError('--layer and --switch need a number')
     if not out:
         raise InputError('--out is empty: name a folder')
     if shard and not re.fullmatch(r'\d+/\d+', shard):
@@ -1230,7 +1430,10 @@ def prepare_vocoder(net, name, items, plan, n_workers):
     """The voice that goes with the units: fitted here, or that of the encoder -> its name."""
     folder = os.path.join(out, 'vocoder')
     if fit_vocoder and not os.path.isdir(folder):
-        publish(folder, fit_table(net, items, plan, n_workers).save_pretrained)
+        fit_voice = fit_neural_vocoder if fit_vocoder == 'neural' else fit_table
+        publish(folder, fit_voice(net, items, plan, n_workers).save_pretrained)
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(out, 'vocoder_state.pt'))
     elif name == 'encoder' and net.vocoder and os.path.isdir(net.vocoder):
         if not os.path.isdir(folder):  # the folder holds all that its units need
             publish(folder, partial(shutil.copytree, net.vocoder, dirs_exist_ok=True))

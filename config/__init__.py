@@ -171,7 +171,8 @@ def configure(scope):
         if not equals:
             # --flag alone is True; any other knob takes the next argument
             following = arguments[0] if arguments else '--'
-            if isinstance(scope[key], bool):
+            flag = scope[key] is None and following.startswith('--')
+            if isinstance(scope[key], bool) or flag:
                 text = arguments.pop(0) if following.lower() in ('true', 'false') else 'True'
             elif following.startswith('--'):
                 fail(f'--{key} needs a value: --{key}={scope[key]!r} is the default')
