@@ -65,7 +65,6 @@ temperature = 0.8  # 0: always the likeliest unit
 top_k = 25  # of so many likeliest units; 0: all
 top_p = 1.0  # of the smallest set that holds this share of the probability
 repetition_penalty = 1.1  # above 1: units heard before are less likely
-keep_prompt = False  # full.wav begins with the real recording, cross-faded into the continuation
 stream = ''  # speak while the units come: to this growing .wav, or '-': raw 16-bit PCM on stdout
 resynth = False  # encode and vocode only, up to a minute of each prompt
 html = ''  # also write this page: what was said, on one time scale, sound included
@@ -338,55 +337,42 @@ def edit_distance(a, b):
     return row[-1]
 
 
-def warn_of(new):
-    """What is wrong with a continuation (n,), '' for nothing."""
-    loop = find_loop(new)
-    if loop:
-        return (
-            f'it loops ({loop[1]} times the same {loop[0]} units): raise temperature or '
-            'repetition_penalty'
-        )
-    return '' if len(new) else 'the model ended at once; another seed may not'
-
-
-def join_recording(real, spoken, end, ramp):
-    """(samples,) spoken, of which the first `end` are the real recording instead, cross-faded with
-    equal power over the last `ramp` of them."""
-    end = min(end, len(real))
-    ramp = min(ramp, end)
-    angle = torch.linspace(0, torch.pi / 2, ramp)
-    joint = real[end - ramp : end] * angle.cos() + spoken[end - ramp : end] * angle.sin()
-    return torch.cat((real[: end - ramp], joint, spoken[end:]))
-
-
 def prompt_tokens(p):
     return torch.cat((torch.tensor([BOS]), p['units'] + OFFSET))
 
 
-def told(p, k, frame_rate, new=None, duration=None):
-    """One sample in words: name, units, seconds."""
+def tell(p, k, name, frame_rate, new, duration, note=''):
+    """Print sample k of a prompt in words, its continuation `new` (n,) and the duration of that.
+
+    Returns: its line of units.jsonl, with `warning`: what is wrong with it, or ''.
+    """
     text = f'{p["name"]}{f"-{k}" if k > 1 else ""}: {len(p["units"])} units, '
     text += f'{int(p["duration"].sum()) / frame_rate:.1f} s'
-    if new is not None:
+    if not resynth:
         text += f' + {len(new)} units, {int(duration.sum()) / frame_rate:.1f} s'
-    return text
-
-
-def save_row(p, k, name, units, duration, **more):
-    """A line of units.jsonl."""
-    row = dict(file_name=name, units=units.tolist(), duration=duration.tolist())
-    return row | dict(prompt_units=len(p['units']), sample=k, text=p.get('text'), **more)
+    print(f'{text}{note} -> {name if stream else os.path.join(out, name)}', flush=True)
+    loop, warning = find_loop(new), ''
+    if loop:
+        warning = f'it loops ({loop[1]} times the same {loop[0]} units): '
+        warning += 'raise temperature or repetition_penalty'
+    elif not len(new) and not resynth:
+        warning = 'the model ended at once; another seed may not'
+    if warning:
+        print(f'  warning: {warning}', flush=True)
+    row = dict(file_name=name, units=torch.cat((p['units'], new)).tolist())
+    row |= dict(duration=torch.cat((p['duration'], duration)).tolist())
+    return row | dict(prompt_units=len(p['units']), sample=k, text=p.get('text'), warning=warning)
 
 
 # -----------------------------------------------------------------------------
 # The three modes: each takes the prompts and returns rows for units.jsonl and for people
 
 
-def continue_prompts(prompts, nets, sampling, seed):
+def continue_prompts(prompts, nets, sampling):
     """Continue each prompt num_samples times, in batches, and save the sound.
 
-    Returns: list of rows, as save_row gives them, with `warning` and what the page shows:
-    `sound` (samples,) and `recording` (samples, rate).
+    Returns: list of rows as of `tell`, and what the page shows: `sound` (samples,) and `recording`
+    (samples,) or None.
     """
     voice, rows = nets.vocoder, []
     jobs = [(p, k) for p in prompts for k in range(1, num_samples + 1)]
@@ -396,42 +382,32 @@ def continue_prompts(prompts, nets, sampling, seed):
         new = nets.model.generate(tokens, seed=seed + start, **sampling)
         new = [row - OFFSET for row in new]
         predicted = voice.durations(new)
-        units = [torch.cat((p['units'], more)) for (p, _), more in zip(batch, new, strict=True)]
-        durations = [
-            torch.cat((p['duration'], more)) for (p, _), more in zip(batch, predicted, strict=True)
-        ]
+        units, durations = (
+            [torch.cat((p[key], more)) for (p, _), more in zip(batch, added, strict=True)]
+            for key, added in (('units', new), ('duration', predicted))
+        )
         waves = voice.decode(units, durations, speaker=speaker, style=style)
-        for (p, k), more, u, d, wave in zip(batch, new, units, durations, waves, strict=True):
-            rows.append(save_sample(p, k, nets, more, u, d, wave))
+        for (p, k), more, d, wave in zip(batch, new, predicted, waves, strict=True):
+            rows.append(save_sample(p, k, nets, more, d, wave))
     return rows
 
 
-def save_sample(p, k, nets, new, units, duration, wave):
-    """Write the wav files of one continuation and say what it is -> its row."""
-    rate, tag = nets.vocoder.sample_rate, f'-{k}' if k > 1 else ''
-    n_prompt = len(p['units'])
-    cut = int(duration[:n_prompt].sum()) * nets.vocoder.hop
-    wave = wave if len(wave) else torch.zeros(nets.vocoder.hop)
-    if k == 1 and n_prompt:
-        spoken = wave[:cut].clone()
-        p['sound'] = (p['wave'], SAMPLE_RATE) if 'wave' in p else (finish_wave(spoken), rate)
-        save_audio(os.path.join(out, p['name'], 'prompt.wav'), *p['sound'])
-    tail = finish_wave(wave[cut:].clone()) if len(new) else torch.zeros(nets.vocoder.hop)
-    save_audio(os.path.join(out, p['name'], f'continuation{tag}.wav'), tail, rate)
-    if keep_prompt:
-        real = finish_wave(resample(p['wave'], SAMPLE_RATE, rate))
-        wave = join_recording(real, wave, cut, round(0.03 * rate))
-    name = f'{p["name"]}/full{tag}.wav'
-    save_audio(os.path.join(out, name), wave, rate)
-
-    warning = warn_of(new)
-    text = told(p, k, nets.vocoder.frame_rate, new, duration[n_prompt:])
-    print(f'{text} -> {os.path.join(out, name)}', flush=True)
-    if warning:
-        print(f'  warning: {warning}', flush=True)
-    row = save_row(p, k, name, units, duration)
-    recording = p['sound'] if 'wave' in p else None
-    return row | dict(warning=warning, sound=wave, recording=recording)
+def save_sample(p, k, nets, new, duration, wave):
+    """Write the wav files of a prompt continued, wave (samples,), and tell of it -> its row."""
+    voice, folder = nets.vocoder, os.path.join(out, p['name'])
+    tag, silence = f'-{k}' if k > 1 else '', torch.zeros(nets.vocoder.hop)
+    cut = int(p['duration'].sum()) * voice.hop
+    if k == 1 and len(p['units']):
+        sound, rate = p.get('wave'), SAMPLE_RATE
+        if sound is None:
+            sound, rate = finish_wave(wave[:cut].clone()), voice.sample_rate
+        save_audio(os.path.join(folder, 'prompt.wav'), sound, rate)
+    rest = finish_wave(wave[cut:].clone()) if len(new) else silence
+    save_audio(os.path.join(folder, f'continuation{tag}.wav'), rest, voice.sample_rate)
+    wave = wave if len(wave) else silence
+    save_audio(os.path.join(folder, f'full{tag}.wav'), wave, voice.sample_rate)
+    row = tell(p, k, f'{p["name"]}/full{tag}.wav', voice.frame_rate, new, duration)
+    return row | dict(sound=wave, recording=p.get('wave'))
 
 
 def resynthesise(prompts, nets):
@@ -441,29 +417,28 @@ def resynthesise(prompts, nets):
     units_unchanged_predicted_durations: percent by edit distance).
     """
     rows, same, frames, edits, total = [], 0, 0, 0, 0
-    voice, which = nets.vocoder, dict(speaker=speaker, style=style)
+    voice, none = nets.vocoder, torch.zeros(0, dtype=torch.long)
 
-    def hear(wave):
-        return nets.encoder.encode([resample(wave, voice.sample_rate, SAMPLE_RATE)])[0]
+    def hear(units, durations):
+        wave = voice.decode([units], durations, speaker=speaker, style=style)[0]
+        again = nets.encoder.encode([resample(wave, voice.sample_rate, SAMPLE_RATE)])[0]
+        return wave, again
 
     for p in prompts:
-        units, duration = p['units'], p['duration']
-        wave = voice.decode([units], [duration], **which)[0]
-        name = f'{p["name"]}/resynth.wav'
-        save_audio(os.path.join(out, name), wave, voice.sample_rate)
-        was, again = units.repeat_interleave(duration), hear(wave)
+        wave, again = hear(p['units'], [p['duration']])
+        was = p['units'].repeat_interleave(p['duration'])
         n = min(len(was), len(again))
         kept = int((was[:n] == again[:n]).sum())
-        free = dedup(hear(voice.decode([units], **which)[0]))[0]
         same, frames = same + kept, frames + len(was)
-        edits, total = edits + edit_distance(units.tolist(), free.tolist()), total + len(units)
+        free = dedup(hear(p['units'], None)[1])[0]
+        edits += edit_distance(p['units'].tolist(), free.tolist())
+        total += len(p['units'])
 
-        share = f'{100 * kept / len(was):.0f} % of the frames have their unit again'
-        where = os.path.join(out, name)
-        print(f'{told(p, 1, voice.frame_rate)} -> {share} -> {where}', flush=True)
-        recording = (p['wave'], SAMPLE_RATE) if 'wave' in p else None
-        row = save_row(p, 1, name, units, duration)
-        rows.append(row | dict(warning='', sound=wave, recording=recording))
+        name = f'{p["name"]}/resynth.wav'
+        save_audio(os.path.join(out, name), wave, voice.sample_rate)
+        note = f' -> {100 * kept / len(was):.0f} % of the frames have their unit again'
+        row = tell(p, 1, name, voice.frame_rate, none, none, note)
+        rows.append(row | dict(sound=wave, recording=p.get('wave')))
     return rows, dict(
         frames_unchanged=100 * same / frames,
         units_unchanged_predicted_durations=100 * (1 - edits / total),
@@ -514,7 +489,7 @@ def take_pieces(steps, size, spoken):
         yield torch.tensor(piece)
 
 
-def stream_prompts(prompts, nets, sampling, seed, path):
+def stream_prompts(prompts, nets, sampling):
     """Speak each prompt and its continuation while the model makes it, one after the other.
 
     Returns: rows, and dict(first_sound, first_new_sound): seconds until sound left, and until sound
@@ -522,13 +497,11 @@ def stream_prompts(prompts, nets, sampling, seed, path):
     """
     voice, rows, times = nets.vocoder, [], {}
     size = round(PIECE_SECONDS * voice.frame_rate / 1.4)  # a unit lasts 1.4 frames or so
-    with open_stream(path, voice.sample_rate) as let_out:
+    with open_stream(stream, voice.sample_rate) as let_out:
         for i, p in enumerate(prompts):
-            start = time.perf_counter()
+            start, new, samples = time.perf_counter(), [], 0
             steps = nets.model.generate_steps([prompt_tokens(p)], seed=seed + i, **sampling)
-            new, samples = [], 0
-            given = p['units'], p['duration']
-            pieces = take_pieces(steps, size, new)
+            pieces, given = take_pieces(steps, size, new), (p['units'], p['duration'])
             for wave in voice.stream(pieces, given, speaker=speaker, style=style):
                 let_out(wave)
                 samples += len(wave)
@@ -536,13 +509,7 @@ def stream_prompts(prompts, nets, sampling, seed, path):
                 if samples > int(p['duration'].sum()) * voice.hop:
                     times.setdefault('first_new_sound', time.perf_counter() - start)
             new = torch.tensor(new, dtype=torch.long)
-            duration = voice.durations([new])[0]
-            print(f'{told(p, 1, voice.frame_rate, new, duration)} -> {path}', flush=True)
-            warning = warn_of(new)
-            if warning:
-                print(f'  warning: {warning}', flush=True)
-            whole = torch.cat((p['units'], new)), torch.cat((p['duration'], duration))
-            rows.append(save_row(p, 1, path, *whole, warning=warning))
+            rows.append(tell(p, 1, stream, voice.frame_rate, new, voice.durations([new])[0]))
     return rows, times
 
 
@@ -564,30 +531,56 @@ def sound_of(wave, rate):
     )
 
 
-def write_page(path, rows, nets, title, about):
+def write_page(path, rows, nets):
     """config/sample.html with what was said in it: a row a prompt, its samples under it."""
     prompts = {}
     for row in rows:
-        name = os.path.dirname(row['file_name'])
+        name, recording = os.path.dirname(row['file_name']), row['recording']
         if name not in prompts:
-            recording = row['recording'] and sound_of(*row['recording'])
-
+            recording = None if recording is None else sound_of(recording, SAMPLE_RATE)
             prompts[name] = dict(name=name, text=row['text'], recording=recording, samples=[])
         keys = ('sample', 'units', 'duration', 'prompt_units', 'warning')
         sample = {key: row[key] for key in keys}
         sample |= dict(repeats=find_repeats(row['units']))
         sample |= sound_of(row['sound'], nets.vocoder.sample_rate)
         prompts[name]['samples'].append(sample)
-    data = dict(title=title, about=about, frame_rate=nets.vocoder.frame_rate, repeat=REPEAT)
-    data |= dict(continued=not resynth)
+
+    how = '' if resynth else f'; temperature {temperature}, top-k {top_k}, seed {seed}'
+    data = dict(title='Resynthesis' if resynth else 'Continuations', about=nets.names + how)
+    data |= dict(frame_rate=nets.vocoder.frame_rate, repeat=REPEAT, continued=not resynth)
     data = json.dumps(data | dict(prompts=list(prompts.values())))
+    data = data.replace('<', '\\u003c')  # no name and no text can end the script that holds them
     template = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'sample.html')
-    with open(template, encoding='utf-8') as file:
-        page = file.read()
-    # no name and no text can end the script element that holds them
-    data = data.replace('<', '\\u003c')
-    with write_atomic(path) as file:
-        file.write(page.replace('"DATA"', data))
+    with open(template, encoding='utf-8') as file, write_atomic(path) as page:
+        page.write(file.read().replace('"DATA"', data))
+
+
+def write_results(rows, prompts, more, frame_rate, seconds):
+    """units.jsonl, sample.json, and the line that ends it all."""
+    hidden = ('sound', 'recording', 'warning')
+    with write_atomic(os.path.join(out, 'units.jsonl')) as file:
+        for row in rows:
+            file.write(json.dumps({k: v for k, v in row.items() if k not in hidden}) + '\n')
+    frames = sum(sum(row['duration'][0 if resynth else row['prompt_units'] :]) for row in rows)
+    spoken = frames / frame_rate
+    loops = sum(row['warning'].startswith('it loops') for row in rows)
+    result = dict(init=init, prompts=len(prompts), samples=len(rows), seed=seed, loops=loops)
+    result |= dict(seconds_spoken=round(spoken, 2), seconds=round(seconds, 2))
+    result |= dict(x_real_time=round(spoken / seconds, 1), **more)
+    with write_atomic(os.path.join(out, 'sample.json')) as file:
+        json.dump(result, file, indent=2)
+
+    what = f'{len(rows)} continuations of {len(prompts) if prompt else "no"} prompts'
+    if resynth:
+        what = (
+            f'{len(rows)} resynthesised, {more["frames_unchanged"]:.1f} % of the frames come back '
+            f'with given durations, {more["units_unchanged_predicted_durations"]:.1f} % of the '
+            'units with predicted ones'
+        )
+    if 'first_sound' in more:
+        what += f', first sound after {more["first_sound"]:.2f} s'
+    what += f': {spoken:.1f} s of speech in {seconds:.1f} s ({spoken / seconds:.1f} x real time)'
+    print(f'{what}{f", {loops} with a loop" if loops else ""} -> {html or stream or out}')
 
 
 def check_knobs():
@@ -608,8 +601,8 @@ def check_knobs():
         )
     if resynth and not prompt:
         raise InputError('--resynth needs --prompt: sound files, a folder or a units file')
-    if stream and (resynth or keep_prompt or html or num_samples > 1):
-        raise InputError('--stream goes without resynth, keep_prompt, html and num_samples')
+    if stream and (resynth or html or num_samples > 1):
+        raise InputError('--stream goes without resynth, html and num_samples')
 
 
 if __name__ == '__main__':
@@ -624,8 +617,6 @@ if __name__ == '__main__':
     if prompt:
         prompts = find_prompts(prompt, split, max_prompts)
     recorded = any('path' in p for p in prompts)
-    if keep_prompt and not all('path' in p for p in prompts):
-        raise InputError('--keep_prompt needs sound files as prompts: units have no recording')
     nets = load_networks(init, encoder, vocoder, where, dtype, not resynth, recorded or resynth)
     loaded = time.perf_counter()
     seconds = 60 if resynth else prompt_seconds
@@ -646,39 +637,12 @@ if __name__ == '__main__':
     if resynth:
         rows, more = resynthesise(prompts, nets)
     elif stream:
-        rows, more = stream_prompts(prompts, nets, sampling, seed, stream)
+        rows, more = stream_prompts(prompts, nets, sampling)
     else:
-        rows = continue_prompts(prompts, nets, sampling, seed)
+        rows = continue_prompts(prompts, nets, sampling)
 
     # the page, and files for machines
     if html:
-        about = nets.names
-        if not resynth:
-            about += f'; temperature {temperature}, top-k {top_k}, seed {seed}'
-        write_page(html, rows, nets, 'Resynthesis' if resynth else 'Continuations', about)
-    hidden = ('sound', 'recording', 'warning')
-    with write_atomic(os.path.join(out, 'units.jsonl')) as file:
-        for row in rows:
-            file.write(json.dumps({k: v for k, v in row.items() if k not in hidden}) + '\n')
-    skip = 0 if resynth else 1  # seconds that are new
-    frames = sum(sum(row['duration'][skip * row['prompt_units'] :]) for row in rows)
-    spoken, seconds = frames / nets.vocoder.frame_rate, time.perf_counter() - loaded
-    loops = sum(row['warning'].startswith('it loops') for row in rows)
-    result = dict(init=init, prompts=len(prompts), samples=len(rows), seed=seed, loops=loops)
-    result |= dict(seconds_spoken=round(spoken, 2), seconds=round(seconds, 2))
-    result |= dict(x_real_time=round(spoken / seconds, 1), **more)
-    with write_atomic(os.path.join(out, 'sample.json')) as file:
-        json.dump(result, file, indent=2)
-
-    # one line of summary
-    what = f'{len(rows)} continuations of {len(prompts) if prompt else "no"} prompts'
-    if resynth:
-        what = (
-            f'{len(rows)} resynthesised, {more["frames_unchanged"]:.1f} % of the frames come back '
-            f'with given durations, {more["units_unchanged_predicted_durations"]:.1f} % of the '
-            'units with predicted ones'
-        )
-    if stream and 'first_sound' in more:
-        what += f', first sound after {more["first_sound"]:.2f} s'
-    what += f': {spoken:.1f} s of speech in {seconds:.1f} s ({spoken / seconds:.1f} x real time)'
-    print(f'{what}{f", {loops} with a loop" if loops else ""} -> {html or stream or out}')
+        write_page(html, rows, nets)
+    seconds = time.perf_counter() - loaded
+    write_results(rows, prompts, more, nets.vocoder.frame_rate, seconds)

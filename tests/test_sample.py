@@ -66,16 +66,6 @@ def test_cut_at_a_words_end():
     assert sample.cut_seconds(None, 3.0) == 3.0 == sample.cut_seconds([], 3.0)
 
 
-def test_join_recording():
-    tone = 0.1 * torch.sin(torch.arange(16000) * 0.2)
-    same = sample.join_recording(tone, tone, 8000, 480)
-    assert len(same) == 16000
-    assert same[:7520].equal(tone[:7520]) and same[8000:].equal(tone[8000:])
-    joined = sample.join_recording(torch.ones(4000), torch.zeros(16000), 8000, 480)
-    assert joined[:3520].eq(1).all() and joined[4000:].eq(0).all()  # the recording is shorter
-    assert (joined.diff() <= 1e-6).all()
-
-
 @pytest.fixture
 def talk(tmp_path):
     """A folder of sound files, one of them deeper."""
@@ -354,7 +344,7 @@ def phone(data, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize('mode', ('', '--resynth', '--keep_prompt', '--stream'))
+@pytest.mark.parametrize('mode', ('', '--resynth', '--stream'))
 def test_every_mode_on_8_khz_recordings(data, phone, tmp_path, monkeypatch, capsys, mode):
     args = [f'--init={data["slm"]}', f'--prompt={phone}', '--max_new_tokens=20']
     args += [f'--out={tmp_path}/o', mode or '--num_samples=1']
@@ -364,10 +354,6 @@ def test_every_mode_on_8_khz_recordings(data, phone, tmp_path, monkeypatch, caps
     assert '3 resynthesised' in lines[-1] or '3 continuations of 3 prompts' in lines[-1]
     rows = rows_of(tmp_path / 'o/units.jsonl')
     assert sorted(row['prompt_units'] > 0 for row in rows) == [True] * 3
-    if mode == '--keep_prompt':  # the recording itself, at the voice's level
-        real, full = (M.load_audio(tmp_path / f'o/long/{n}.wav') for n in ('prompt', 'full'))
-        assert len(real) == 48000 and len(full) >= 48000
-        assert np.corrcoef(real[1000:40000], full[1000:40000])[0, 1] > 0.999
 
 
 def test_stereo_short_and_bad_files_and_no_prompt(data, tmp_path, monkeypatch, capsys):
@@ -422,7 +408,6 @@ def test_what_the_user_can_mend_is_one_line(data, tmp_path, monkeypatch, capsys)
         ([good, f'--prompt={tmp_path}/nan.wav'], 'NaN'),
         ([good, f'--prompt={tmp_path}/far.jsonl'], 'unit 100'),
         ([f'--init={tmp_path}/small', prompt], 'units do not match.*has 50.*has 100.*has 100'),
-        ([good, '--keep_prompt'], 'recording'),
         ([good, '--resynth'], '--prompt'),
         ([good, prompt, f'--stream={tmp_path}/a.wav', '--resynth'], '--stream'),
         ([good, prompt, f'--stream={tmp_path}'], 'expected'),
