@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as M
+import prepare_units
 
 # -----------------------------------------------------------------------------
 # Vocoders to try
@@ -509,3 +510,85 @@ def test_places_by_hand():
     wanted += [[np.log(3), 5 / 6, 1 / 3, 1]]
     torch.testing.assert_close(place, torch.tensor(wanted, dtype=torch.float32))
     assert M.NeuralVoice.places(torch.zeros(0, dtype=torch.long)).shape == (0, 4)
+
+
+# -----------------------------------------------------------------------------
+# Training the net
+
+
+@pytest.mark.parametrize('hertz', (75, 110, 180, 320))
+def test_pitch_of_pulses_is_found(hertz):
+    pulses, noise = M.Source()(torch.full((150,), float(hertz)))
+    tube = torch.exp(-torch.arange(200) / 30) * torch.cos(torch.arange(200) * 0.3)
+    wave = F.conv1d(pulses[None, None], tube.flip(0)[None, None])[0, 0]
+    found = prepare_units.track_pitch(wave + 0.01 * noise[: len(wave)])[5:-5]
+    assert (found - hertz).abs().median() < 0.02 * hertz and (found > 0).float().mean() > 0.95
+    assert (prepare_units.track_pitch(noise) > 0).float().mean() < 0.1  # a hiss has none
+
+
+def test_losses_know_what_is_equal():
+    wave = babble(1.0)
+    mels = prepare_units.log_mels(torch.stack((wave, 0.5 * wave)))
+    torch.testing.assert_close(mels[0], M.log_mel(wave), atol=1e-4, rtol=1e-4)
+    assert prepare_units.spectral_loss(wave[None], wave[None]) == 0
+    noise = M.fixed_noise()[None, :16000]
+    assert prepare_units.spectral_loss(2 * noise, noise) == pytest.approx(np.log(2), rel=1e-4)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """A function that trains a voice for some steps on babble of two speakers -> its vocoder."""
+    rows = []
+    for i in range(8):
+        wave = babble(1.5 if i == 0 else 4, seed=i % 2)  # one shorter than a stretch
+        M.save_audio(tmp_path / f'{i}.wav', wave)
+        rows.append(dict(path=f'{i}.wav', voice='ab'[i % 2], split='train'))
+    with open(tmp_path / 'manifest.jsonl', 'w') as file:
+        file.writelines(json.dumps(row) + '\n' for row in rows)
+    encoder = M.UnitEncoder.from_pretrained('mfcc')
+    features = torch.cat(encoder.features([babble(4, seed) for seed in (0, 1)]))
+    encoder.config['switch'] = 0
+    encoder.centroids = features[:: len(features) // 12][:12]
+    monkeypatch.setattr(prepare_units, 'audio', str(tmp_path))
+    monkeypatch.setattr(prepare_units, 'VOICE_SAVE', 4)
+    monkeypatch.setattr(prepare_units, 'VOICE_NET', dict(width=16, kernel=5, blocks=1))
+
+    def run(steps, out):
+        os.makedirs(tmp_path / out, exist_ok=True)
+        monkeypatch.setattr(prepare_units, 'out', str(tmp_path / out))
+        monkeypatch.setattr(prepare_units, 'vocoder_steps', steps)
+        items, _, plan = prepare_units.plan_work()
+        return prepare_units.fit_neural_vocoder(encoder, items, plan, 1)
+
+    return run
+
+
+def test_training_learns_and_is_resumed_exactly(train, tmp_path, monkeypatch):
+    voc = train(40, 'whole')
+    errors = voc.config['log_mel_error']
+    assert errors['neural'] < 0.98 * errors['table']
+    assert sorted(voc.config['voices']) == ['a', 'b'] and voc.n_units == 12
+    voc.save_pretrained(str(tmp_path / 'v'))
+    again = M.UnitVocoder.from_pretrained(str(tmp_path / 'v'))
+    units = [torch.tensor([1, 5, 2, 9])]
+    for speaker in (0, 1):
+        assert again.decode(units, speaker=speaker)[0].equal(voc.decode(units, speaker=speaker)[0])
+
+    loss, calls = prepare_units.voice_loss, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    whole = train(13, 'seen')
+    monkeypatch.setattr(prepare_units, 'voice_loss', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(13, 'killed')
+    resumed = train(13, 'killed')
+    assert len(calls) == 11 + 5  # from step 8, the last that was saved
+    for name, tensor in whole.tensors.items():
+        assert tensor.equal(resumed.tensors[name]), name
+    with pytest.raises(M.InputError, match='vocoder_state.pt'):
+        train(14, 'killed')
