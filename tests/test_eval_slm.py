@@ -56,7 +56,9 @@ def checkpoint(tmp_path_factory):
         tone(str(root / 'x.wav'), 2.0, seed)
         waves.append(M.load_audio(str(root / 'x.wav')))
     enc = M.UnitEncoder.from_pretrained('mfcc')
-    enc.centroids = torch.cat(enc.features(waves))[7::33][:N_UNITS].clone()
+    features = enc.features(waves)
+    enc.centroids = torch.cat(features)[7::33][:N_UNITS].clone()
+    enc.config['distortion'] = enc.distance(features)
     enc.save_pretrained(str(root / 'encoder'))
     table = M.UnitTable(N_UNITS, 25.0)
     for wave, units in zip(waves, enc.encode(waves), strict=True):
