@@ -151,10 +151,11 @@ def open_data(names, data_dir='data', split='train', like=None):
                 if meta.get(key) == key and not os.path.isdir(os.path.join(folder, key)):
                     raise ValueError(f'no folder {key}, which meta.json names')
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f'data {name!r}: {type(error).__name__} {error}; '
-                'name folders that prepare_units.py made, NAME or NAME:WEIGHT'
-            ) from None
+            remedy = 'name folders that prepare_units.py made, NAME or NAME:WEIGHT'
+            if split == 'val':
+                remedy = "name folders that have a val split; --val_data= takes that of data's own"
+            knob = 'val_data' if split == 'val' else 'data'
+            raise InputError(f'{knob} {name!r}: {type(error).__name__} {error}; {remedy}') from None
         sets.append((folder, weight, meta))
         like = like or sets[0]
         for key in ('vocab_size', 'offset', 'dedup', 'frame_rate'):
@@ -323,7 +324,7 @@ def describe(loader):
     ]
     if epochs > 10:
         lines.append(f'WARNING: {epochs:,.0f} epochs are many: lower --max_steps or add speech')
-    if max(warmup_steps, warmup_fraction * max_steps) > max_steps:
+    if warmup_steps > max_steps:
         lines.append(f'WARNING: a warm-up of {warmup_steps:,} steps is longer than the run')
     return lines
 
@@ -715,9 +716,8 @@ if __name__ == '__main__':
         # gradients of the mean loss over all predictions of the step, a row at a time
         loss = torch.zeros((), device=torch_device)
         for i, (row, predicted) in enumerate(zip(batch['passes'], batch['predicted'], strict=True)):
-            tokens, targets, doc = row.to(torch_device, non_blocking=True)[
-                :, None
-            ]  # (1, row_tokens)
+            row = row.to(torch_device, non_blocking=True)
+            tokens, targets, doc = row[:, None]  # (1, row_tokens) each
             if world > 1:  # gradients travel between processes once a step, with the last row
                 model.require_backward_grad_sync = i == len(batch['passes']) - 1
             with autocast:
@@ -729,9 +729,10 @@ if __name__ == '__main__':
         # and leaves all as it is; the others know no such switch, so the host waits for the norm
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf)
         finite = norm.isfinite()
-        for each in optimizers:
-            each.found_inf = 1 - finite.float()
-            if optimizer == 'adamw' or finite:
+        if optimizer == 'adamw':
+            optimizers[0].found_inf = 1 - finite.float()
+        if optimizer == 'adamw' or finite:
+            for each in optimizers:
                 each.step()
         raw.zero_grad()
 
@@ -750,9 +751,8 @@ if __name__ == '__main__':
         # --- now and then: read the numbers, agree with the other processes on clock and end
         loss, norm, good, bad, in_a_row = totals.tolist()  # here the host waits for the device
         took = time.perf_counter() - clock
-        loss, elapsed, halt = share(
-            [loss, (elapsed + took) * (rank == 0), len(stopping)], torch_device
-        )
+        clock_of_first = elapsed + took if rank == 0 else 0
+        loss, elapsed, halt = share([loss, clock_of_first, len(stopping)], torch_device)
         over = step >= max_steps or elapsed >= budget
         skipped += round(bad)
         speed = (seen - seen_before) / max(took, 1e-9)  # tokens a second

@@ -627,7 +627,24 @@ def poisoned(folder):
     return f'--init={folder}'
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('schedule', ['cosine', 'inverse_sqrt'])
+@pytest.mark.parametrize('optimizer', ['adamw', 'ademamix', 'adalomo'])
+def test_every_arm_of_figure_4_learns(data, tmp_path, monkeypatch, capsys, optimizer, schedule):
+    if optimizer in PACKAGES:
+        pytest.importorskip(PACKAGES[optimizer])
+    out = str(tmp_path / 'slm')
+    flags = f'--data={data}', f'--out_dir={out}', f'--optimizer={optimizer}', '--eval_interval=0'
+    flags += (
+        '--max_steps=30',
+        '--save_interval=0',
+        f'--lr={5e-2 if optimizer == "adalomo" else 5e-3}',
+    )
+    code, _, err = inside(monkeypatch, capsys, *flags, f'--schedule={schedule}')
+    assert code == 0, err
+    assert np.mean(losses(out)[-5:]) < losses(out)[0] - 0.2
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'adalomo'])
 def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch, capsys, optimizer):
     utterances = walks(100, 4, 30, 19)
     data = write_set(str(tmp_path / 'units'), [*utterances, np.array([3, 19, 4])])
@@ -868,5 +885,5 @@ def test_data_that_do_not_fit_are_one_line(data, tmp_path):
     other = write_set(str(tmp_path / 'other'), walks(3, 0), units=30)
     with pytest.raises(InputError, match='differ in vocab_size'):
         train.open_data(f'{data},{other}')
-    with pytest.raises(InputError, match='nothing in its split val'):
+    with pytest.raises(InputError, match='val_data .*nothing in its split val.*--val_data='):
         train.open_data(other, split='val')
