@@ -44,7 +44,7 @@ units data/audio/librilight librilight
 units hub:slprl/sTinyStories stinystories
 if [ "$SPOKENSWAG" = make ]; then
     has kokoro || install 'kokoro>=0.9'
-    python make_synthetic.py --task=pairs --text=hub:allenai/swag --tts=kokoro \
+    python make_synthetic.py --task=pairs --text=hub:allenai/swag:regular/train --tts=kokoro \
         --out=data/audio/spokenswag
     units data/audio/spokenswag/pairs spokenswag
 else

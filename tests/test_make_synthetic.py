@@ -639,11 +639,6 @@ def test_hostile_text_is_spoken_or_skipped_and_never_executed(tmp_path, espeak):
         assert np.abs(wave).max() > 0.05
 
 
-def file_of(clip):
-    """The path of a pair's side, as eval_slm.py lists it."""
-    return clip if isinstance(clip, str) else clip.files[0]
-
-
 class Whisper:
     """A voice that says a short buzz, at once."""
 
@@ -715,7 +710,7 @@ def test_blimp_is_read_back_by_the_evaluation(tmp_path):
     assert len(gold) == 12
     for pair in pairs:
         good, bad = (
-            texts[os.path.splitext(os.path.basename(file_of(pair[side])))[0]]
+            texts[os.path.splitext(os.path.basename(pair[side].files[0]))[0]]
             for side in ('pos', 'neg')
         )
         assert good[0] == '1' and good[1].startswith('These')
@@ -736,7 +731,7 @@ def test_a_suite_of_the_users_own_in_seen_and_unseen_voices(tmp_path):
         '--test_voices=de,gmw/en+f2', '--workers=2')  # fmt: skip
     for suite, voices in (('minimal', {'gmw/en'}), ('minimal_unseen', {'de', 'gmw/en+f2'})):
         pairs = list_folder(f'{tmp_path}/o/{suite}')
-        assert {os.path.basename(file_of(pair['pos'])) for pair in pairs} == {
+        assert {os.path.basename(pair['pos'].files[0]) for pair in pairs} == {
             '000000_correct.flac',
             '000002_correct.flac',
         }
@@ -806,7 +801,7 @@ def test_salmon(tmp_path):
         assert there == set(names)
         right = []
         for pair in list_folder(folder):
-            sides = file_of(pair['pos']), file_of(pair['neg'])
+            sides = pair['pos'].files[0], pair['neg'].files[0]
             assert sides[0].endswith('_consistent.wav')
             right.append(mfcc_distance(sides[0]) < mfcc_distance(sides[1]))
         assert np.mean(right) >= (0.95 if 'room' not in part and 'rir' not in part else 0.6), part
