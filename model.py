@@ -100,7 +100,7 @@ class Norm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE. x: (B, H, T, D); cos, sin: (B, 1, T, R / 2), the first R of the D features turn, feature
+    """RoPE. x: (B, T, H, D); cos, sin: (B, T, 1, R / 2), the first R of the D features turn, feature
     i together with feature i + R / 2."""
     R = 2 * cos.shape[-1]
     first, second, rest = x.split([R // 2, R // 2, x.shape[-1] - R], dim=-1)
@@ -128,12 +128,13 @@ class Block(nn.Module):
 
     def attention(self, x, rope, attend):
         c, (B, T, _) = self.config, x.shape
-        heads = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, heads, T, D)
-        q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
+        heads = self.qkv(x).view(B, T, -1, c.head_dim)
+        q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=2)  # (B, T, heads, D)
         if c.qk_norm:
             q, k = self.norm_q(q), self.norm_k(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return self.out(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
 
     def mlp(self, x):
@@ -232,7 +233,7 @@ class SLM(nn.Module):
         if c.positions == 'learned':
             x = x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
         else:
-            rope = [table[positions][:, None].to(x.dtype) for table in self.rope]  # (B, 1, T, R/2)
+            rope = [table[positions][:, :, None].to(x.dtype) for table in self.rope]  # (B,T,1,R/2)
 
         if attend is None:
             attend = attention_within(doc, branch, tokens.device, min(T, c.context))
@@ -382,24 +383,18 @@ class SLM(nn.Module):
                 f'{position_limit(c)} {c.positions} positions of this model'
             )
 
-        # prompts padded on the left: all rows continue at the same column
-        B, V = len(prompts), c.vocab_size
-        now, seen = torch.full((B, longest), PAD), torch.zeros(B, V, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            now[row, longest - len(prompt) :] = prompt
-            seen[row, prompt] = True
-        padding = torch.tensor([longest - len(prompt) for prompt in prompts])
-        now, seen, padding = now.to(device), seen.to(device), padding.to(device)
+        now, seen, padding = (x.to(device) for x in pad_left(prompts, c.vocab_size))
         where = torch.arange(longest, device=device)
         positions = (where - padding[:, None]).clamp(min=0)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
 
         # the cache has room for all columns, in steps of 128: few shapes, so little to compile
         columns = -(-(longest + max_new_tokens) // 128) * 128
         keep = torch.arange(columns, device=device) >= padding[:, None]
-        cache = self._cache(B, columns, compile)
-        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        cache = self._cache(len(prompts), columns, compile)
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        noise = torch.empty(max_new_tokens, B, min(top_k or V, V), device=device)
+        top_k = min(top_k or c.vocab_size, c.vocab_size)
+        noise = torch.empty(max_new_tokens, len(prompts), top_k, device=device)
         noise.exponential_(generator=generator)
 
         # numbers as tensors, which need no other compilation for other values
@@ -408,10 +403,13 @@ class SLM(nn.Module):
         ban_repeats = bool(self.slam.get('dedup') if ban_repeats is None else ban_repeats)
         for i in range(max_new_tokens):
             step = self._compiled(device) if compile and i > 0 else self._next
-            now = step(
-                *(now, positions, where, keep, cache, seen, ended, noise[i], numbers),
+            new = step(
+                *(now, positions, where, keep, cache, seen, noise[i], numbers),
                 *(temperature == 0, ban_repeats),
-            ).clone()
+            )
+            now = torch.where(ended, PAD, new)[:, None]
+            seen.scatter_(1, now, True)
+            ended = ended | (now[:, 0] == EOS)
             yield now[:, 0]
             # reading the flag waits for a GPU: not every token
             if (device.type == 'cpu' or i % 16 == 15) and ended.all():
@@ -449,14 +447,13 @@ class SLM(nn.Module):
         keep,
         cache,
         seen,
-        ended,
         noise,
         numbers,
         greedy,
         ban_repeats,
     ):
         """One round of generation: tokens (B, T) enter the cache at columns `where`, the next ones
-        (B, 1) leave; cache, seen and ended are updated.
+        (B,) leave.
 
         keep: (B, columns), False on padding. cache: as _cache makes it. seen: (B, V) tokens under
         repetition penalty. noise: (B, top_k) of Exp(1), whose race against the probabilities draws
@@ -490,11 +487,7 @@ class SLM(nn.Module):
         if ban_repeats:
             banned = banned | ((vocabulary == last) & (last >= OFFSET))
         logits = logits.masked_fill(banned, -torch.inf)
-        new = logits.argmax(-1) if greedy else draw(logits / temperature, noise, top_p)
-        new = torch.where(ended, PAD, new)[:, None]
-        seen.scatter_(1, new, True)
-        ended |= new[:, 0] == EOS
-        return new
+        return logits.argmax(-1) if greedy else draw(logits / temperature, noise, top_p)
 
     # ------------------------------------------------------------------ loading and saving
 
@@ -786,6 +779,18 @@ def find_pieces(doc, branch):
             pieces.append((prompt, start, stop))
         start = stop
     return pieces
+
+
+def pad_left(prompts, vocab_size):
+    """Prompts of any lengths side by side, so that all continue at the same column: tokens (B,
+    longest), the tokens that each has seen (B, vocab_size), and how many columns are padding (B,)."""
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.full((len(prompts), longest), PAD)
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = prompt
+        seen[row, prompt] = True
+    return tokens, seen, torch.tensor([longest - len(prompt) for prompt in prompts])
 
 
 def draw(logits, noise, top_p):
