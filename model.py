@@ -633,7 +633,17 @@ FLEX_OPTIONS = {
         bwd_num_warps=4,
         bwd_num_stages=2,
     ),
-    8: dict(ROWS_GUARANTEED_SAFE=True, PRESCALE_QK=True),
+    8: dict(
+        ROWS_GUARANTEED_SAFE=True,
+        PRESCALE_QK=True,
+        fwd_num_warps=8,
+        bwd_BLOCK_M1=32,
+        bwd_BLOCK_N1=64,
+        bwd_BLOCK_M2=64,
+        bwd_BLOCK_N2=32,
+        bwd_num_warps=4,
+        bwd_num_stages=2,
+    ),
 }
 
 # cuDNN's attention plans anew for each shape, and here shapes vary
@@ -1038,7 +1048,7 @@ PRESETS = {  # Table 7 of the paper, Slam (large)'s base, and a newer one of the
 
 def find_family(name):
     """The entry of a family. Raises InputError naming those there are."""
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         there = [name for name, entry in FAMILIES.items() if not entry['becomes']]
         raise InputError(
             f'model family {name!r} is not supported: use one of {", ".join(there)} '
@@ -1091,16 +1101,35 @@ def rope_kind(rope):
     return rope.get('rope_type', rope.get('type', 'default'))
 
 
+ROPE_KINDS = dict(
+    default=(),
+    linear=('factor',),
+    llama3=(
+        *('factor', 'original_max_position_embeddings'),
+        *('low_freq_factor', 'high_freq_factor'),
+    ),
+)
+
+
+def check_rope(rope):
+    """Raises InputError where the RoPE of a config.json is of a kind that SLM has not, or lacks a
+    number."""
+    kind = rope_kind(rope) if isinstance(rope, dict) else rope
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
+        raise InputError(f'RoPE scaling {kind!r} is not supported: use {", ".join(ROPE_KINDS)}')
+    optional = [key for key in ('rope_theta', 'partial_rotary_factor') if key in rope]
+    for key in (*ROPE_KINDS[kind], *optional):
+        if not isinstance(rope.get(key), int | float) or not rope[key] > 0:
+            raise InputError(f'config.json: RoPE ({kind}) needs {key} > 0, not {rope.get(key)!r}')
+
+
 def from_hf_config(hf):
     """SLMConfig from the dict of a transformers config.json. Raises InputError for a family or a
     feature that SLM does not have, and for values that are none."""
     entry = find_family(hf.get('model_type'))
     # transformers 5 writes the former, 4 the latter
     rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
-    if rope_kind(rope) not in ('default', 'linear', 'llama3'):
-        raise InputError(
-            f'RoPE scaling {rope_kind(rope)!r} is not supported: use default, linear or llama3'
-        )
+    check_rope(rope)
     for key in ('use_sliding_window', 'layer_sharing', '_remove_final_layer_norm'):
         if hf.get(key):
             raise InputError(f'{key}={hf[key]} in config.json is not supported')
@@ -1190,7 +1219,7 @@ def read_description(folder, where):
     that leads elsewhere is not followed."""
     hf, prefix = read_json(os.path.join(folder, 'config.json')), ''
     hf |= hf.get('model_args') or {}  # slm_scaling
-    slam = FAMILIES.get(hf.get('model_type'), LLAMA)['units']
+    slam = FAMILIES.get(str(hf.get('model_type')), LLAMA)['units']
     if hf.get('model_type') == 'speech_language_model':
         if not isinstance(hf.get('base_config'), dict):
             raise InputError(f"{where}: config.json has no base_config, the text LM's own config")

@@ -67,6 +67,12 @@ FAMILIES = {
     'llama linear rope': lambda: transformers.LlamaConfig(
         **LLAMA, rope_scaling=dict(rope_type='linear', factor=2.0)
     ),
+    'qwen3': lambda: transformers.Qwen3Config(
+        **LLAMA, num_key_value_heads=2, tie_word_embeddings=True, head_dim=16
+    ),
+    'qwen3 untied, biases': lambda: transformers.Qwen3Config(
+        **LLAMA, num_key_value_heads=2, tie_word_embeddings=False, head_dim=8, attention_bias=True
+    ),
     'opt': lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=32),
     'opt post-norm, projected': lambda: transformers.OPTConfig(
         **OPT, word_embed_proj_dim=16, do_layer_norm_before=False
@@ -322,6 +328,108 @@ def test_loss_and_logps_against_the_definition():
         assert abs(alone[0].item() - sums[0]) < 1e-3
 
 
+SCRATCH = [name for name, entry in slam.FAMILIES.items() if not entry['becomes']]
+
+
+@pytest.mark.parametrize('family', SCRATCH)
+def test_from_scratch_saved_and_loaded_is_transformers_model(tmp_path, family):
+    """The same flags for every family: its entry says all else."""
+    ours = small(family=family)
+    ours.save_pretrained(tmp_path, dict(n_units=V - OFFSET))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again = SLM.from_pretrained(str(tmp_path)).eval()
+    tokens = torch.randint(0, V, (2, 50))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert (ours(tokens) - expected).abs().max() < 1e-4
+        assert torch.equal(again(tokens), ours(tokens))
+        assert ours.num_params() == theirs.num_parameters()
+    assert type(theirs).__name__ == slam.FAMILIES[family]['architecture']
+    assert again.config == ours.config
+
+
+def forward_of_slm_scaling(state, args, tokens):
+    """The plain forward of tiagoCuervo/slm_scaling, RoPE as complex numbers over pairs: (T, V)."""
+    x, (T,) = state['tok_embeddings.weight'][tokens], tokens.shape
+    heads = args['n_heads']
+    kv_heads, D = args['n_kv_heads'] or heads, args['dim'] // heads
+    frequency = 10000.0 ** (-torch.arange(0, D, 2).double() / D)
+    angles = torch.outer(torch.arange(T).double(), frequency)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (T, 1, D / 2)
+
+    def norm(x, name):
+        return x * (x.pow(2).mean(-1, keepdim=True) + args['norm_eps']).rsqrt() * state[name]
+
+    def rotated(x):
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * turn).flatten(-2)
+
+    for i in range(args['n_layers']):
+        layer = f'layers.{i}.'
+        h = norm(x, layer + 'attention_norm.weight')
+        q, k, v = (h @ state[f'{layer}attention.w{one}.weight'].T for one in 'qkv')
+        q, k = rotated(q.view(T, heads, D)), rotated(k.view(T, kv_heads, D))
+        k, v = (
+            each.view(T, kv_heads, D).repeat_interleave(heads // kv_heads, 1) for each in (k, v)
+        )
+        scores = torch.einsum('ihd,jhd->hij', q, k) / D**0.5
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
+        out = torch.einsum('hij,jhd->ihd', scores, v).reshape(T, -1)
+        x = x + out @ state[layer + 'attention.wo.weight'].T
+        h = norm(x, layer + 'ffn_norm.weight')
+        gate, down, up = (state[f'{layer}feed_forward.w{n}.weight'].T for n in (1, 2, 3))
+        x = x + (F.silu(h @ gate) * (h @ up)) @ down
+    return norm(x, 'norm.weight') @ state['tok_embeddings.weight'].T
+
+
+@pytest.mark.parametrize('kept', ['tok_embeddings', 'output', 'both'])
+@pytest.mark.parametrize('kv_heads', [None, 2])
+def test_slm_scaling_scores_units_as_its_own_forward(tmp_path, kept, kv_heads):
+    args = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=kv_heads, vocab_size=V)
+    args |= dict(hidden_dim=None, norm_eps=1e-5, block_size=128)
+    state = {'tok_embeddings.weight': torch.randn(V, 32), 'norm.weight': 1 + torch.randn(32) / 9}
+    wide = 256  # 2 / 3 of 4 * 32, rounded up to a multiple of 256
+    shapes = {f'attention.w{one}': (32, 32) for one in 'qo'}
+    shapes |= {f'attention.w{one}': (8 * (kv_heads or 4), 32) for one in 'kv'}
+    shapes |= {f'feed_forward.w{n}': (wide, 32) for n in (1, 3)} | {'feed_forward.w2': (32, wide)}
+    for i in range(2):
+        for name in ('attention_norm', 'ffn_norm'):
+            state[f'layers.{i}.{name}.weight'] = 1 + torch.randn(32) / 9
+        for name, shape in shapes.items():
+            state[f'layers.{i}.{name}.weight'] = torch.randn(shape) * 0.15
+    saved = state | {'output.weight': state['tok_embeddings.weight'].clone()}
+    if kept != 'both':
+        del saved[('output' if kept == 'tok_embeddings' else 'tok_embeddings') + '.weight']
+    save_file(saved, tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='slm', model_args=args)))
+
+    ours = SLM.from_pretrained(str(tmp_path)).eval()
+    units = torch.randint(0, V - 2, (40,))
+    with torch.no_grad():
+        exact = {name: tensor.double() for name, tensor in state.items()}
+        theirs = forward_of_slm_scaling(exact, args, units).log_softmax(-1).float()
+        expected = theirs[:-1].gather(1, units[1:, None]).mean()
+        found = ours.logps((units + OFFSET)[None], (torch.arange(40) > 0)[None], mean=True)
+        assert abs(found[0] - expected) < 1e-4
+        # the end of an utterance is token V - 2 there, <S> here
+        ends = ours((units + OFFSET)[None])[0, :, EOS] - ours((units + OFFSET)[None])[0, :, OFFSET]
+        torch.testing.assert_close(ends, theirs[:, V - 2] - theirs[:, 0], atol=1e-4, rtol=1e-4)
+    assert ours.slam['scoring'] == 'units' and ours.slam['n_units'] == V - OFFSET
+    ours.save_pretrained(tmp_path / 'ours')
+    again = SLM.from_pretrained(str(tmp_path / 'ours'))
+    assert again.config.family == 'llama' and again.slam['scoring'] == 'units'
+
+
+def test_interleaved_checkpoint_is_refused_by_name(tmp_path):
+    """slprl/SIMS-*: the public layout with the text LM's vocabulary and the units."""
+    hf = transformers.Qwen2Config(**LLAMA | dict(vocab_size=152_438), num_key_value_heads=2)
+    config = dict(model_type='speech_language_model', base_config=hf.to_dict(), vocab_size=152_438)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    save_file({'lm.model.norm.weight': torch.ones(32)}, tmp_path / 'model.safetensors')
+    with pytest.raises(InputError, match='152,438.*interleaved speech-text model'):
+        SLM.from_pretrained(str(tmp_path))
+
+
 def test_public_layout_gives_the_same_likelihoods(tmp_path):
     """slprl/slam: transformers' Qwen2 under `lm.`, its config inside ours."""
     hf = random_hf(FAMILIES['qwen2']())
@@ -509,9 +617,76 @@ def test_errors_name_the_cause(tmp_path):
         SLM.from_preset('gpt-5')
 
 
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('hidden_size', -32, 'n_embd is -32'),
+        ('hidden_size', 'wide', "hidden_size='wide'"),
+        ('hidden_size', 64, 'config.json says'),
+        ('num_attention_heads', 0, 'n_head is 0'),
+        ('num_attention_heads', 10**30, 'n_head is 1000'),
+        ('num_hidden_layers', 10_000_000, 'n_layer is 10000000'),
+        ('num_hidden_layers', 900, 'misses'),
+        ('num_key_value_heads', 3, 'no multiple of 3'),
+        ('vocab_size', 2**40, 'vocab_size is'),
+        ('intermediate_size', None, 'config.json says'),
+        ('head_dim', 7, 'config.json says'),
+        ('rope_parameters', dict(rope_type='llama3', factor='x'), 'RoPE'),
+        ('rope_parameters', dict(rope_type='linear'), 'RoPE'),
+        ('rope_parameters', [1], 'RoPE'),
+        ('rope_parameters', dict(rope_theta='much'), 'RoPE'),
+        ('model_type', ['llama'], 'not supported'),
+    ],
+)
+def test_a_strangers_config_is_one_line(tmp_path, key, value, message):
+    random_hf(FAMILIES['llama']()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match=message):
+        SLM.from_pretrained(str(tmp_path), vocab_size=V)
+
+
+@pytest.mark.parametrize('name', ['../../secret', '{secret}', '../secret'])
+def test_a_strangers_parts_are_not_followed(tmp_path, name):
+    """slam.json naming a folder elsewhere does not bring that folder into the next checkpoint."""
+    secret = tmp_path / 'secret'
+    os.makedirs(secret)
+    (secret / 'key').write_text('private')
+    (secret / 'encoder.json').write_text('{}')
+    small().save_pretrained(tmp_path / 'slm/evil', dict(n_units=V - OFFSET))
+    about = dict(n_units=V - OFFSET, encoder=name.format(secret=secret), vocoder='hifigan25')
+    (tmp_path / 'slm/evil/slam.json').write_text(json.dumps(about))
+    ours = SLM.from_pretrained(str(tmp_path / 'slm/evil'))
+    assert ours.slam['encoder'] is None and ours.slam['vocoder'] == 'hifigan25'
+    ours.save_pretrained(tmp_path / 'next')
+    assert sorted(os.listdir(tmp_path / 'next')) == [
+        'config.json',
+        'model.safetensors',
+        'slam.json',
+    ]
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    import errno
+
+    import safetensors
+
+    ours = small()
+    ours.save_pretrained(tmp_path / 'slm')
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'slm').iterdir()}
+    full = safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
+    monkeypatch.setattr('safetensors.torch.save_file', lambda *_, **__: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError) as caught:
+        ours.save_pretrained(tmp_path / 'slm', dict(n_units=1))
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / 'slm/model.safetensors')
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'slm').iterdir()} == before
+
+
 def test_saved_folder_is_complete_by_itself(tmp_path):
     os.makedirs(tmp_path / 'data/encoder')
     (tmp_path / 'data/encoder/encoder.json').write_text('{}')
+    (tmp_path / 'data/encoder/notes.txt').write_text('not a part of an encoder')
     small().save_pretrained(
         tmp_path / 'slm',
         dict(encoder=str(tmp_path / 'data/encoder'), vocoder='hifigan25', n_units=V - OFFSET),
@@ -524,7 +699,11 @@ def test_saved_folder_is_complete_by_itself(tmp_path):
     )
     ours.save_pretrained(tmp_path / 'next')
     ours.save_pretrained(tmp_path / 'next')  # twice is as good as once
-    assert (tmp_path / 'next/encoder/encoder.json').exists()
+    assert os.listdir(tmp_path / 'next/encoder') == ['encoder.json']
+    plain = tmp_path / 'plain'
+    plain.write_text('')  # any new file: the umask's mode
+    for path in (tmp_path / 'next').iterdir():
+        assert path.is_dir() or path.stat().st_mode == plain.stat().st_mode
     assert not list(tmp_path.rglob('*.tmp'))
 
 
@@ -538,6 +717,45 @@ def test_same_seed_same_weights_and_samples():
     first, again, other = (ours.generate(prompts, 30, seed=seed) for seed in (1, 1, 2))
     assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
     assert all(len(new) <= 30 and (len(new) == 0 or new.min() >= OFFSET) for new in first)
+
+
+def test_no_unit_follows_itself_where_repeats_are_banned():
+    ours, prompts = small(), [torch.tensor([BOS, 5, 6]), torch.tensor([BOS, 9])]
+    options = dict(max_new_tokens=60, temperature=3.0, top_k=0, seed=4)
+
+    def repeats(rows):
+        rows = [torch.cat(pair) for pair in zip(prompts, rows, strict=True)]
+        return sum(int((row[1:] == row[:-1]).sum()) for row in rows)
+
+    assert repeats(ours.generate(prompts, **options, ban_repeats=False)) > 0
+    assert repeats(ours.generate(prompts, **options, ban_repeats=True)) == 0
+    ours.slam = dict(dedup=True)
+    assert repeats(ours.generate(prompts, **options)) == 0
+
+
+def test_steps_are_the_rows_as_they_are_made():
+    ours, prompts = small(), [torch.tensor([BOS, 5, 6]), torch.tensor([BOS]), torch.tensor([7])]
+    steps = ours.generate_steps(prompts, 80, temperature=2.0, seed=1)
+    rows = torch.stack(list(steps), dim=1)
+    for row, new in zip(rows, ours.generate(prompts, 80, temperature=2.0, seed=1), strict=True):
+        assert torch.equal(row[: len(new)], new)
+        assert len(new) == len(row) or row[len(new)] == EOS
+        assert not row[len(new) + 1 :].any()
+    assert len(set(map(len, ours.generate(prompts, 80, temperature=2.0, seed=1)))) > 1
+    assert ours.generate(prompts, 0)[0].shape == (0,)
+
+
+def test_a_large_vocabulary_goes_through_the_head_in_pieces(monkeypatch):
+    ours, tokens = small(), torch.randint(OFFSET, V, (2, 50))
+    mask = torch.arange(50).expand(2, -1) > 0
+    found = []
+    for numbers in (slam.LOGITS_AT_ONCE, 7 * V):  # 100 rows at once, or 7
+        monkeypatch.setattr(slam, 'LOGITS_AT_ONCE', numbers)
+        ours.zero_grad()
+        (ours(tokens, tokens) + ours.logps(tokens, mask).sum()).backward()
+        found.append({name: p.grad.clone() for name, p in ours.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-4, rtol=1e-4)
 
 
 def test_compiled_generation_gives_the_same_tokens_and_compiles_once():
