@@ -1,6 +1,8 @@
 """train.py: rows and their order, the loss of a step, the schedule, optimizers, exact resumption,
 processes, steps that are not finite, signals, and what a user can get wrong."""
 
+from config import read_block, run_config
+
 import io
 import itertools
 import json
@@ -219,6 +221,35 @@ def test_a_step_has_batch_tokens_within_one_percent(tmp_path):
     assert abs(mean / names['batch_tokens'] - 1) < 0.01
     assert names['batch_tokens'] == pytest.approx(128 * 620, rel=0.05)
     assert names['batch_tokens'] * names['max_steps'] == pytest.approx(1.4e9, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ('name', 'world', 'tokens'),
+    [
+        ('slam_a5000', 1, 1.4e9),
+        ('slam_h200', 1, 1.4e9),
+        ('slam_scaled', 2, 16.7e9),
+        ('slam_large', 2, 6.1e9),
+        ('twist_350m', 1, None),
+        ('twist_350m_stinystories', 1, None),
+        ('gslm', 1, None),
+        ('demo', 1, None),
+    ],
+)
+def test_the_arithmetic_of_the_recipes(name, world, tokens, monkeypatch):
+    """Knobs that train.py has, whole rows for the processes, and the paper's tokens."""
+    monkeypatch.chdir(ROOT)
+    knobs = {key: getattr(train, key) for key in configuration_names()}
+    knobs |= run_config(f'config/{name}.py', knobs)
+    assert set(knobs) == set(configuration_names())
+    assert knobs['batch_tokens'] % (knobs['row_tokens'] * world) == 0
+    assert knobs['context'] <= knobs['row_tokens']
+    if tokens:
+        assert knobs['batch_tokens'] * knobs['max_steps'] == pytest.approx(tokens, rel=0.035)
+
+
+def configuration_names():
+    return read_block(os.path.join(ROOT, 'train.py'))[1]
 
 
 @pytest.mark.parametrize('world', [1, 2, 3])
