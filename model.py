@@ -1762,7 +1762,7 @@ class UnitEncoder:
 
     @torch.inference_mode()
     def features(self, waves):
-        """List of (samples,) at 16 kHz, however long -> list of (frames, D) float32, on the device."""
+        """List of (samples,) at 16 kHz of any length -> list of (frames, D) float32 on the device."""
         waves = [torch.as_tensor(wave, dtype=torch.float32) for wave in waves]
         if self.config['kind'] == 'mfcc':
             return [self._mfcc(wave.to(self.device)) for wave in waves]

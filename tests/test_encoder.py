@@ -459,22 +459,22 @@ encoder = UnitEncoder(config, torch.randn(500, 32), net=net)
 
 @pytest.mark.parametrize('kind', HOURS)
 def test_long_utterances_take_bounded_memory(kind):
-    """Half an hour, 115 MB: all windows at once would take 370, the first convolution 1,500."""
+    """Twenty minutes, 77 MB: at once, the spectra would take 500, a net's first layer 980."""
     program = f"""
 import resource, torch
 from model import MFCC, UnitEncoder
 {HOURS[kind]}
-wave = 0.1 * torch.randn(1800 * 16000)
+wave = 0.1 * torch.randn(1200 * 16000)
 encoder.encode([wave[: 16000 * 30]])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 units = encoder.encode([wave])[0]
-assert abs(len(units) - 1800 * encoder.frame_rate) <= 1
+assert abs(len(units) - 1200 * encoder.frame_rate) <= 1
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(f'{kind}: {done.stdout.strip()} MB more')
-    assert int(done.stdout) < 330, done.stdout
+    assert int(done.stdout) < 400, done.stdout
 
 
 def test_bfloat16_is_near(tmp_path):
