@@ -400,10 +400,11 @@ def describe_run(first_set, config):
 
 
 def open_validation(sets):
-    """The rows to validate on, always the same: {name of the set: list of (row, predictions)}."""
+    """The rows to validate on, always the same, each set once whatever its weight:
+    {name of the set: list of (row, predictions in it)}."""
     validation = {}
-    for part in sets:
-        loader = Loader([part], context, row_tokens, seed=0, split='val')
+    for folder, _, meta in sets:
+        loader = Loader([(folder, 1, meta)], context, row_tokens, seed=0, split='val')
         rows, tokens = [], 0
         for chunks, (epoch, _, _) in loader.rows():
             if epoch or tokens >= VAL_TOKENS:
@@ -411,7 +412,8 @@ def open_validation(sets):
             size = int(loader.lengths[chunks].sum())
             rows.append((torch.from_numpy(loader.lay_out(chunks)), size - len(chunks)))
             tokens += size
-        validation[os.path.basename(os.path.normpath(part[0]))] = rows
+        name = os.path.basename(os.path.normpath(folder))
+        validation[folder if name in validation else name] = rows
     return validation
 
 

@@ -353,7 +353,7 @@ def test_validation_is_the_mean_over_tokens(data, monkeypatch, tmp_path):
     other = write_set(str(tmp_path / 'other'), walks(5, 0), walks(30, 7, 20))
     for knob, value in (('context', 32), ('row_tokens', 64)):
         monkeypatch.setattr(train, knob, value)
-    rows = train.open_validation(train.open_data(f'{data},{other}', split='val'))
+    rows = train.open_validation(train.open_data(f'{data}:2,{other}', split='val'))
     model = small_model()
     scores = train.validate(model, rows, torch.device('cpu'), train.contextlib.nullcontext())
     sums, counts = [], []
