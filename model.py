@@ -1762,7 +1762,7 @@ class UnitEncoder:
 
     @torch.inference_mode()
     def features(self, waves):
-        """List of (samples,) at 16 kHz of any length -> list of (frames, D) float32 on the device."""
+        """List of (samples,) at 16 kHz, of any length -> list of (frames, D) float32."""
         waves = [torch.as_tensor(wave, dtype=torch.float32) for wave in waves]
         if self.config['kind'] == 'mfcc':
             return [self._mfcc(wave.to(self.device)) for wave in waves]
@@ -2152,6 +2152,8 @@ def _check_encoder(config, path):
             raise InputError(f'{path}: `{key}` cannot be {value!r}')
     if config['kind'] == 'mfcc' and (config['frame_rate'], config['n_cep'] <= N_MELS) != (25, True):
         raise InputError(f'{path}: mfcc has 25 frames a second and at most {N_MELS} cepstra')
+    if config.get('vocoder') not in ('vocoder', *(p['vocoder'] for p in ENCODERS.values())):
+        raise InputError(f'{path}: `vocoder` cannot be {config["vocoder"]!r}')  # no path of others
 
 
 def _check_centroids(centroids, path):

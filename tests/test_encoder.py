@@ -560,6 +560,7 @@ def test_a_large_net_is_kept_as_a_path(tmp_path, monkeypatch):
         (dict(n_units='5'), '`n_units`'),
         (dict(model=['x']), '`model`'),
         (dict(vocoder=3), '`vocoder`'),
+        (dict(vocoder='../../etc'), '`vocoder`'),
         (dict(net=dict(model_type='bert')), 'bert'),
         (dict(net=dict(model_type='hubert', hidden_size=-3)), 'does not hold the net'),
         (dict(net=dict(model_type='hubert', hidden_size=10**6)), 'does not hold the net'),
