@@ -517,15 +517,12 @@ def read_utterance(path, known, sources, split, plan):
     known = {key: value for key, value in known.items() if key not in ('path', 'split')}
     row = dict(file_name=name, units=[], duration=[], split=split, **known)
     segments = list(find_segments(sources[0])) if isinstance(sources[0], str) else []
-    wave = load_audio(sources[0]).numpy()
     if not segments:
-        yield from cut_pieces(wave, row, plan.max_seconds)
+        yield from cut_pieces(load_audio(sources[0]).numpy(), row, plan.max_seconds)
     for known, spans in segments:
-        samples = [(int(a * SAMPLE_RATE), int(b * SAMPLE_RATE)) for a, b in spans]
-        part = np.concatenate([wave[a:b] for a, b in samples])
-        if len(part):
-            segment = row | known | dict(start=spans[0][0])
-            yield from cut_pieces(part, segment, plan.max_seconds)
+        parts = [load_audio(path, start=start, seconds=end - start) for start, end in spans]
+        segment = row | known | dict(start=spans[0][0])
+        yield from cut_pieces(np.concatenate(parts), segment, plan.max_seconds)
 
 
 def read_item(item, plan):
