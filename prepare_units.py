@@ -71,6 +71,7 @@ from model import (
     load_audio,
     mel_filters,
     parquet_files,
+    pick_device,
     read_jsonl,
     read_parquet,
     speech_level,
@@ -706,12 +707,18 @@ def fit(x, k, seed):
     return centroids.cpu(), mean
 
 
+def open_encoder(name, layer=None, kmeans=None):
+    """An encoder as it is stored. MFCC are computed by the workers, and so on the CPU."""
+    net = UnitEncoder.from_pretrained(name, layer, kmeans, 'cpu', dtype)
+    if net.config['kind'] != 'mfcc' and pick_device(device).type != 'cpu':
+        net = UnitEncoder.from_pretrained(name, layer, kmeans, device, dtype)
+    return net
+
+
 def load_encoder(name, clusters, price, items, plan, n_workers):
     """The encoder of that name; if asked with `clusters` fitted, and `price` set for a change of
     unit, in the mean distortion of its own (measured, where it is not known)."""
-    net = UnitEncoder.from_pretrained(
-        name, layer, '' if clusters else kmeans or None, device, dtype
-    )
+    net = open_encoder(name, layer, '' if clusters else kmeans or None)
     if net.centroids is None and not clusters:
         raise InputError(
             f'{name} has no k-means yet: --fit_kmeans=N fits one, --kmeans=FILE or '
@@ -1415,7 +1422,7 @@ def prepare_encoder(items, plan, recipe, part, n_workers):
         print('waiting for shard 0 to make the encoder', flush=True)
     while not os.path.exists(folder):
         time.sleep(1)
-    net = UnitEncoder.from_pretrained(folder, None, None, device, dtype)
+    net = open_encoder(folder)
     if net.config.get('fitted') != recipe:
         raise InputError(
             f'{folder} was fitted with other settings or audio: choose another --out, or delete it'
