@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import tqdm
 import transformers
 
 import prepare_units as P
@@ -56,6 +57,7 @@ def script(args, env, log):
     """prepare_units.py as a command runs it, in a forked process that has its libraries loaded."""
     sys.stdout, sys.stderr = open(f'{log}/out', 'w'), open(f'{log}/err', 'w')
     torch.set_num_threads(1)
+    tqdm.tqdm.set_lock(threading.RLock())  # else one shared by all, which a kill may leave locked
     os.environ.update(env)
     os.chdir(ROOT)
     sys.argv = [os.path.join(ROOT, 'prepare_units.py'), *args]
