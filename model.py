@@ -100,8 +100,8 @@ class Norm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE. x: (B, T, H, D); cos, sin: (B, T, 1, R / 2), the first R of the D features turn, feature
-    i together with feature i + R / 2."""
+    """RoPE. x: (B, T, H, D); cos, sin: (B, T, 1, R / 2). The first R of the D features turn, feature
+    i together with i + R / 2."""
     R = 2 * cos.shape[-1]
     first, second, rest = x.split([R // 2, R // 2, x.shape[-1] - R], dim=-1)
     turned = first * cos - second * sin, second * cos + first * sin
@@ -340,7 +340,7 @@ class SLM(nn.Module):
     def generate(self, prompts, *options, **more_options):
         """Continue prompts; arguments as in generate_steps.
 
-        Returns: list of 1-D int64 tensors on the CPU, the new tokens alone, without the final `<S>`.
+        Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the final `<S>`.
         """
         steps = list(self.generate_steps(prompts, *options, **more_options))
         if not steps:
@@ -792,8 +792,11 @@ def find_pieces(doc, branch):
 
 
 def pad_left(prompts, vocab_size):
-    """Prompts of any lengths side by side, so that all continue at the same column: tokens (B,
-    longest), the tokens that each has seen (B, vocab_size), and how many columns are padding (B,)."""
+    """Prompts of any lengths side by side, so that all continue at the same column.
+
+    Returns: tokens (B, longest), which tokens a row has seen (B, vocab_size), and how many of its
+    columns are padding (B,).
+    """
     longest = max(len(prompt) for prompt in prompts)
     tokens = torch.full((len(prompts), longest), PAD)
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
@@ -1061,7 +1064,7 @@ LARGEST = dict(n_layer=1000)  # what no model exceeds; any other dimension: 2 **
 
 
 def complete_config(config):
-    """Fill in what the family says, and hold the dimensions against each other. Raises InputError."""
+    """Fill in what the family says and check the dimensions. Raises InputError."""
     entry = find_family(config.family)
     for name, field in config.__dataclass_fields__.items():
         value, most = getattr(config, name), LARGEST.get(name, 1 << 24)
@@ -1240,7 +1243,7 @@ def read_description(folder, where):
 
 
 def check_vocabulary(size, wanted, slam, where):
-    """Raises InputError where a unit LM cannot hold the vocabulary of the data, or knows text too."""
+    """Raises InputError where a unit LM cannot hold the data's vocabulary, or knows text too."""
     if slam is None:
         return
     if size > max(20_000, slam.get('n_units', 0) + OFFSET):
@@ -1256,7 +1259,7 @@ def check_vocabulary(size, wanted, slam, where):
 
 
 def token_order(hf, vocab_size):
-    """Which of a checkpoint's tokens each of ours is: PAD, `<S>`, the units. None: they are equal."""
+    """Which of a checkpoint's tokens each of ours is: PAD, `<S>`, units. None: they are equal."""
     if 'offset' in hf:  # TWIST: unit u is token u + offset
         bos, pad = hf.get('bos_token_id'), hf.get('pad_token_id') or 0
         bos = bos if isinstance(bos, int) and bos < hf['offset'] else 0
@@ -1334,7 +1337,7 @@ def our_names(names, config, entry, prefix):
 
 
 def tensor_files(folder):
-    """The paths of a checkpoint's tensors: model.safetensors or pytorch_model.bin, or its shards."""
+    """The paths of a checkpoint's tensors: model.safetensors, pytorch_model.bin, or shards."""
     for name in ('model.safetensors', 'pytorch_model.bin'):
         path, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
         if os.path.exists(index):

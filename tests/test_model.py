@@ -1,4 +1,7 @@
-"""SLM against transformers: the same function, packed, cached and on disk. Checkpoints are small and random, written by transformers."""
+"""SLM against transformers: the same function, packed, cached and on disk.
+
+Checkpoints are small and random, written by transformers.
+"""
 
 import json
 import os
@@ -102,7 +105,8 @@ def one_thread():
 
 
 def random_hf(config):
-    """transformers' model with weights large enough that every part of it matters, biases and norms included."""
+    """transformers' model with weights so large that every part of it matters, biases and norms
+    included."""
     hf = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in hf.parameters():
@@ -150,7 +154,7 @@ def pack(lengths, width):
 
 
 def utterances(tokens, lengths):
-    return [piece for row, sizes in zip(tokens, lengths) for piece in row.split(sizes)]
+    return [piece for row, sizes in zip(tokens, lengths, strict=True) for piece in row.split(sizes)]
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -193,10 +197,8 @@ def test_gradients_equal_transformers(pair):
     names = slam.our_names(grads, ours.config, entry, '')
     grads = {names[name]: grad for name, grad in grads.items() if name in names}
     theirs = slam.to_our_tensors(grads, ours.config, entry)
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(
-            p.grad, theirs[name], atol=1e-5, rtol=1e-3, msg=lambda m: f'{name}: {m}'
-        )
+    mine = {name: p.grad for name, p in ours.named_parameters()}
+    torch.testing.assert_close(mine, {name: theirs[name] for name in mine}, atol=1e-5, rtol=1e-3)
 
 
 def test_cached_greedy_generation_equals_transformers(pair):
@@ -219,7 +221,7 @@ def test_cached_greedy_generation_equals_transformers(pair):
             suppress_tokens=[0],
         )[:, longest:].tolist()
         got = ours.generate(prompts, 25, temperature=0, repetition_penalty=1.1)
-        for theirs, mine in zip(expected, got):
+        for theirs, mine in zip(expected, got, strict=True):
             assert (theirs[: theirs.index(EOS)] if EOS in theirs else theirs) == mine.tolist()
 
 
@@ -519,7 +521,8 @@ def test_twist_keeps_all_but_the_embedding(tmp_path, family, embed_init):
 
 
 def test_mobilellm_layout_loads_as_llama(tmp_path):
-    """facebook/MobileLLM-125M names its own model type and code, shares the embedding without saying `tie`; the code must not run."""
+    """facebook/MobileLLM-125M has a model type and code of its own, which must not run, and shares
+    the embedding without saying `tie`."""
     hf = random_hf(FAMILIES['llama tied, wide heads']())
     hf.save_pretrained(tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
@@ -759,7 +762,7 @@ def test_a_large_vocabulary_goes_through_the_head_in_pieces(monkeypatch):
 
 
 def test_compiled_generation_gives_the_same_tokens_and_compiles_once():
-    """Whatever the batch, the prompts and the number of tokens: prompts of unequal lengths, ends, a repetition penalty."""
+    """Whatever the batch, the prompts' lengths and the number of tokens."""
     ours = small()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
