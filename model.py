@@ -2080,16 +2080,10 @@ def _read_net(folder, config):
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it lists each tensor of the layers above
     logging.disable_progress_bar()
-    try:
+    with _one_line(f'{folder} cannot be loaded'):
         hf = _net_config(values, config['layer'], folder)
         net, report = AutoModel.from_pretrained(folder, config=hf, output_loading_info=True)
-    except InputError:
-        raise
-    except Exception as error:  # what transformers raises of a folder that is no checkpoint
-        reason = ' '.join(str(error).split())[:200]
-        raise InputError(f'{folder} is no {values.get("model_type")}: {reason}') from None
-    finally:
-        logging.set_verbosity(verbosity)
+    logging.set_verbosity(verbosity)
     lost = sorted(name for name in report['missing_keys'] if name != 'masked_spec_embed')
     if lost:
         raise InputError(f'{folder}: {len(lost)} tensors are missing, such as {lost[0]}')
@@ -2114,10 +2108,8 @@ def _read_encoder(folder):
     path = os.path.join(folder, 'encoder.safetensors')
     config = read_json(os.path.join(folder, 'encoder.json'))
     _check_encoder(config, os.path.join(folder, 'encoder.json'))
-    try:
+    with _one_line(f'{path} cannot be read'):
         tensors = load_file(path)
-    except Exception as error:
-        raise InputError(f'{path} cannot be read: {error}') from None
     centroids = tensors.pop('centroids', None)
     _check_centroids(centroids, path)
     if config.get('n_units') not in (None, len(centroids)):
@@ -2128,16 +2120,22 @@ def _read_encoder(folder):
         return config, centroids.float(), None
     from transformers import AutoModel
 
-    try:
+    with _one_line(f'{path} does not hold the net of encoder.json'):
         with torch.device('meta'):  # it takes no memory before its tensors fit
             net = _fold(AutoModel.from_config(_net_config(config['net'], config['layer'], folder)))
         net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items()}, assign=True)
+    return config, centroids.float(), net
+
+
+@contextlib.contextmanager
+def _one_line(message):
+    """Whatever libraries raise of a file that is none becomes an InputError of one line."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise InputError(f'{path} does not hold the net of encoder.json: {reason}') from None
-    return config, centroids.float(), net
+        raise InputError(f'{message}: {" ".join(str(error).split())[:200]}') from None
 
 
 def _check_encoder(config, path):
@@ -2228,7 +2226,7 @@ class KMeansReader(pickle._Unpickler):
         plain = (module.split('.')[0], name) in (('numpy', 'ndarray'), ('numpy', 'scalar'))
         if plain or module.startswith(('sklearn.cluster.', 'numpy.random.')):
             return self.Inert
-        raise InputError(f'it asks to run {module}.{name}; refused')
+        raise pickle.UnpicklingError(f'it asks to run {module}.{name}; refused')
 
     def load_build(self):
         import numpy
@@ -2238,7 +2236,7 @@ class KMeansReader(pickle._Unpickler):
         if not isinstance(array, self.Array):
             return
         if array.dtype.hasobject:
-            raise InputError('it holds an array of objects; refused')
+            raise pickle.UnpicklingError('it holds an array of objects; refused')
         if 'numpy_array_alignment_bytes' in vars(array):
             self.file.read(self.file.read(1)[0])
         content = self.file.read(math.prod(array.shape) * array.dtype.itemsize)
@@ -2254,7 +2252,8 @@ class KMeansReader(pickle._Unpickler):
         tensor `centroids`. Raises InputError."""
         from safetensors.torch import load_file
 
-        try:
+        kinds = '.safetensors with `centroids`, or a plain joblib dump of KMeans'
+        with _one_line(f'{path} is no k-means file ({kinds})'):
             if path.endswith('.safetensors'):
                 centroids = load_file(path)['centroids'].float()
             else:
@@ -2263,11 +2262,6 @@ class KMeansReader(pickle._Unpickler):
                     reader.file = file
                     centres = vars(reader.load())['cluster_centers_']
                 centroids = torch.from_numpy(centres.astype('float32'))
-        except Exception as error:
-            raise InputError(
-                f'{path} is no k-means file (.safetensors with `centroids`, or a plain joblib dump '
-                f'of KMeans): {error}'
-            ) from None
         _check_centroids(centroids, path)
         return centroids
 
