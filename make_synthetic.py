@@ -7,9 +7,10 @@
     python make_synthetic.py --task=minimal --text=mine.csv --test_voices=en-us+f4 --out=data
     python make_synthetic.py --task=wuggy,salmon --text=stories.txt --out=data
 
---text is a .txt, .jsonl, .csv or .parquet file, a folder or a glob of such, hub:OWNER/NAME[:SPLIT],
-or toy. A .txt file holds stories: what stands between <|endoftext|> marks if the file has them,
-else between blank lines, or between what --separator says. The tasks, and the columns they read:
+--text is a .txt, .jsonl, .csv or .parquet file, a folder or a glob of such, hub:OWNER/NAME[:SPLIT]
+(its split train if none is named), or toy. A .txt file holds stories: what stands between
+<|endoftext|> marks if the file has them, else between blank lines, or between what --separator
+says. The tasks, and the columns they read:
 
 stories, prompts   text (--text_field): whole stories, or the first --prompt_seconds of each
 pairs              prompt, chosen, rejected; or the columns of SWAG, or of HellaSwag:

@@ -640,10 +640,11 @@ def test_hostile_text_is_spoken_or_skipped_and_never_executed(tmp_path, espeak):
 
 
 class Whisper:
-    """A voice that says a short buzz, at once."""
+    """A voice that says a short click, at once."""
 
     def speak(self, texts, *how):
-        return [ms.Speech(np.full(10, 0.1, np.float32), 16000, {}) for _ in texts]
+        waves = [np.full(len(text), 0.1, np.float32) for text in texts]
+        return [ms.Speech(wave, 16000, {}) for wave in waves]
 
 
 @pytest.mark.parametrize(
@@ -666,7 +667,6 @@ def test_at_most_a_thousand_files_a_folder(task, roles, tmp_path, monkeypatch):
         ]
         items.append((n, dict(files=files, id=str(n), **about.get(task, {}))))
     (tmp_path / 'parts').mkdir()
-    monkeypatch.setattr(np, 'array_equal', lambda *waves: False)
     ms.do_part(ms.part_path(str(tmp_path), 0), items, task, ['a'], Whisper())
     total = ms.join_parts(task, str(tmp_path), 1)
     paths = [row['path'] for row in rows_of(tmp_path)]
