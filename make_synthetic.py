@@ -640,28 +640,28 @@ def swap_choices(part, voices, speaker):
 
 def consistency_items(part, voices, speaker):
     """A recording, and one whose second half is in another voice, of another gender, with other
-    noise or in another room, as SALMon asks it (Maimon et al. 2024). Pairs come in couples with the
-    two exchanged, so that preferring a voice, noise or room gains nothing."""
+    noise or in another room, as SALMon asks it (Maimon et al. 2024). Of each text there are two
+    pairs with the two exchanged: preferring a voice, noise or room gains nothing."""
     key, choices = swap_choices(part, voices, speaker)
     if text == 'toy':  # held-out stories
         texts = ((row['right'], 'toy') for row, _ in read_rows('sstory'))
     else:
         texts = ((row[text_field], where) for row, where in read_rows(part, (text_field,)))
-    for n, (document, where) in enumerate(texts):
+    for number, (document, where) in enumerate(texts):
         found = sentences(document[:LONGEST])[:4]
         if len(found) < 2:
             yield dict(skip='fewer than two sentences', text=where)
             continue
-        couple = random.Random(f'{seed}/{part}/{n // 2}').choice(choices)
-        one, two = couple if n % 2 else reversed(couple)
         half = len(found) // 2
         first, second = ' '.join(found[:half]), ' '.join(found[half : 2 * half])
-        files = []
-        for name, other in (('consistent', one), ('inconsistent', two)):
-            halves = [{'text': first, key: one}, {'text': second, key: other}]
-            files.append(dict(name='sample_{n}_' + name, halves=halves, correct=other == one))
-        item = dict(files=files, alike=n // 2)
-        yield item | dict(voice=one) if key == 'voice' else item
+        couple = random.Random(f'{seed}/{part}/{number}').choice(choices)
+        for one, two in (couple, couple[::-1]):
+            files = []
+            for name, other in (('consistent', one), ('inconsistent', two)):
+                halves = [{'text': first, key: one}, {'text': second, key: other}]
+                files.append(dict(name='sample_{n}_' + name, halves=halves, correct=other == one))
+            item = dict(files=files, alike=number)
+            yield item | dict(voice=one) if key == 'voice' else item
 
 
 CONSISTENCY = (
