@@ -119,6 +119,7 @@ CUT_GRID = (
 )
 PAIR = ('prompt', 'chosen', 'rejected')
 ARCHIVES = ('.tar', '.tar.gz', '.tgz')
+OURS = ('path', 'file_name', 'units', 'duration', 'split')  # not taken from a manifest
 SPLITS = dict(validation='val', valid='val', dev='val')  # what others call it
 # Settings that decide what is in a part. A folder's parts all have the same.
 RECIPE = (
@@ -428,8 +429,9 @@ def find_segments(path):
     stem, extension = os.path.splitext(path)
     if extension == '.flac' and os.path.exists(stem + '.json'):
         with open(stem + '.json', encoding='utf-8') as file:
-            activity = json.load(file).get('voice_activity', [])
-        yield from (({}, spans) for spans in join_activity(activity))
+            meta = json.load(file)
+        activity = meta.get('voice_activity') if isinstance(meta, dict) else None
+        yield from (({}, spans) for spans in join_activity(activity or []))
     folder, name = os.path.split(stem)
     for stm in (f'{stem}.stm', os.path.join(os.path.dirname(folder), 'stm', name + '.stm')):
         if extension == '.sph' and os.path.exists(stm):
@@ -511,12 +513,12 @@ def read_utterance(path, known, sources, split, plan):
         row = dict(file_name=name)
         for part in PAIR:
             row[part] = dict(units=[], duration=[], text=known.get(f'{part}_text') or '')
-        own = {key: known[key] for key in known if not key.startswith(PAIR)}
+        own = {key: known[key] for key in known if not key.startswith(PAIR) and key not in OURS}
         yield Piece(row | own | dict(split=split), waves)
         return
 
-    known = {key: value for key, value in known.items() if key not in ('path', 'split')}
-    row = dict(file_name=name, units=[], duration=[], split=split, **known)
+    known = {key: value for key, value in known.items() if key not in OURS}
+    row = dict(file_name=name, units=[], duration=[], split=split) | known
     segments = list(find_segments(sources[0])) if isinstance(sources[0], str) else []
     if not segments:
         yield from cut_pieces(load_audio(sources[0]).numpy(), row, plan.max_seconds)
@@ -618,7 +620,8 @@ def draw_speech(items, seconds, plan, work, n_workers):
     seconds: how much will be asked for, about; of each item no more pieces are read than that
     needs. The order depends on the seed alone.
     """
-    items = [item for item in items if item.split != 'val'] or items
+    wanted = [item for item in items if item.split in ('', 'train')]
+    items = wanted or items
     items = random.Random(seed).sample(items, min(len(items), 100_000))
     per_item = min(64, math.ceil(seconds / 5 / len(items)))  # few are shorter than 5 s
     per_job = max(1, 16 // per_item)
@@ -627,7 +630,7 @@ def draw_speech(items, seconds, plan, work, n_workers):
     def read(items):
         found = [piece for item in items for piece in islice(read_item(item, short), per_item)]
         pieces = [piece for piece in found if isinstance(piece, Piece)]
-        yield work([piece for piece in pieces if piece.row['split'] == 'train'] or pieces)
+        yield work([piece for piece in pieces if piece.row['split'] == 'train' or not wanted])
 
     jobs = [(i, items[i : i + per_job]) for i in range(0, len(items), per_job)]
     for _, result in work_ahead(jobs, read, n_workers, in_order=True):
@@ -827,7 +830,7 @@ def rows_of_parts(n_parts, total):
     """Yields the rows of all parts, in order; adds up in the dict `total` what they tell."""
     for number in range(n_parts):
         for _, row in read_jsonl(part_path(number)):
-            if 'part' not in row:
+            if 'file_name' in row:
                 total['cut'] += str(row.get('piece', '')).startswith('1/')
                 yield row
                 continue
@@ -1511,8 +1514,8 @@ if __name__ == '__main__':
 
         publish(folder, write_recipe)
     check_recipe(os.path.join(folder, 'recipe.json'), recipe)
-    if os.path.exists(os.path.join(out, 'meta.json')):
-        check_recipe(os.path.join(out, 'meta.json'), recipe)
+    voice_missing = fit_vocoder and not os.path.exists(os.path.join(out, 'vocoder'))
+    if os.path.exists(os.path.join(out, 'meta.json')) and not voice_missing:
         print(f'{out}: everything is already there; nothing to do (delete it to make it again)')
         sys.exit()
 

@@ -540,6 +540,9 @@ def test_a_finished_folder_is_left_alone_and_another_recipe_refused(corpus, whol
     assert 'recipe.json: begun with another max_seconds' in said
     assert 'another exclude, listing' in run(*args, '--max_seconds=4', '--exclude=b.mp3', check=2)
     assert 'made from audio' in run(f'--from_units={whole}/units.jsonl', f'--out={whole}', check=2)
+    shutil.rmtree(f'{whole}/vocoder')  # a voice may be asked for later
+    run(*args, '--max_seconds=4')
+    assert os.path.exists(f'{whole}/vocoder/vocoder.json')
     os.makedirs(tmp_path / 'out')
     shutil.copytree(f'{whole}/encoder', tmp_path / 'out/encoder')
     said = run(f'--audio={corpus}', f'--out={tmp_path}/out', *SETTINGS, check=2)
@@ -560,7 +563,7 @@ def test_manifests(corpus, packed, tmp_path):
     phones = [['a', 0.0, 0.4], ['b', 0.4, 0.8]]
     lines = [
         dict(path=f'{corpus}/train/long.wav', words=None, seconds=None, voice='v', phones=phones),
-        dict(path=f'{corpus}/train/01.flac', split='validation'),
+        dict(path=f'{corpus}/train/01.flac', split='validation', duration=1.5, file_name='x'),
         dict(path=f'{corpus}/train/02.flac', split='test'),
         dict(path=f'{corpus}/train/gone.flac'),
     ]
