@@ -935,7 +935,7 @@ def describe(model, where):
         parameters=format_count(parameters),
         tokens=' + '.join(format_count(count) for count in counts if count),
         flops=6 * parameters * sum(counts) or None,
-        n_tokens=counts[0],
+        n_tokens=counts[-1],  # of its own log
         n_parameters=parameters,
     )
 

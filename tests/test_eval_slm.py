@@ -161,6 +161,13 @@ def test_likelihoods_against_transformers_one_by_one(tmp_path, family):
             wanted = -hf(ids, labels=ids).loss.item()  # the mean over every token but the first
         assert got / n == pytest.approx(wanted, abs=2e-5) and n == len(units) + 1
     assert sums[-3] == sums[3]  # the same utterance twice ties exactly
+    # a model trained without <S>: the units alone, after the first
+    slm.slam['scoring'] = 'units'
+    (total,), (n,) = eval_slm.log_likelihoods(slm, [[5, 9, 3, 7]])
+    ids = torch.tensor([[7, 11, 5, 9]])
+    with torch.no_grad():
+        assert total / n == pytest.approx(-hf(ids, labels=ids).loss.item(), abs=2e-5) and n == 3
+    del slm.slam['scoring']
     with pytest.raises(M.InputError, match='another encoder'):
         eval_slm.log_likelihoods(slm, [[3, 50]])
     next(slm.parameters()).data.fill_(math.nan)  # NaN wins no comparison: it would be a score of 0
