@@ -1066,6 +1066,7 @@ LARGEST = dict(n_layer=1000)  # what no model exceeds; any other dimension: 2 **
 def complete_config(config):
     """Fill in what the family says and check the dimensions. Raises InputError."""
     entry = find_family(config.family)
+    config.family = entry['becomes'] or config.family
     for name, field in config.__dataclass_fields__.items():
         value, most = getattr(config, name), LARGEST.get(name, 1 << 24)
         if value is None and name in entry:
@@ -1157,7 +1158,7 @@ def from_hf_config(hf):
         fields['rope_scaling'] = without(rope, 'rope_theta')
     if 'rotary_share' in entry['keys'] and 'partial_rotary_factor' in rope:
         fields['rotary_share'] = rope['partial_rotary_factor']
-    return SLMConfig(entry['becomes'] or hf['model_type'], **fields)
+    return SLMConfig(hf['model_type'], **fields)
 
 
 def to_hf_config(config):

@@ -330,10 +330,7 @@ def test_loss_and_logps_against_the_definition():
         assert abs(alone[0].item() - sums[0]) < 1e-3
 
 
-SCRATCH = [name for name, entry in slam.FAMILIES.items() if not entry['becomes']]
-
-
-@pytest.mark.parametrize('family', SCRATCH)
+@pytest.mark.parametrize('family', slam.FAMILIES)
 def test_from_scratch_saved_and_loaded_is_transformers_model(tmp_path, family):
     """The same flags for every family: its entry says all else."""
     ours = small(family=family)
@@ -347,6 +344,7 @@ def test_from_scratch_saved_and_loaded_is_transformers_model(tmp_path, family):
         assert torch.equal(again(tokens), ours(tokens))
         assert ours.num_params() == theirs.num_parameters()
     assert type(theirs).__name__ == slam.FAMILIES[family]['architecture']
+    assert ours.config.family == (slam.FAMILIES[family]['becomes'] or family)
     assert again.config == ours.config
 
 
