@@ -2331,6 +2331,11 @@ def frame_spectra(wave):
     return torch.fft.rfft(windows * torch.hann_window(WINDOW, device=wave.device), N_FFT)
 
 
+def power_of(spectra):
+    """Complex -> real: the squared magnitudes."""
+    return spectra.real.square() + spectra.imag.square()
+
+
 def overlap_add(spectra):
     """The inverse of frame_spectra, by least squares: (..., n, bins) -> (..., n * HOP)."""
     n, window = spectra.shape[-2], torch.hann_window(WINDOW, device=spectra.device)
@@ -2407,10 +2412,11 @@ def filter_source(mel, voiced, pulses, noise, rounds=0, basis=None):
     wave = overlap_add(shape * torch.exp(0.5 * target @ spread))
     for _ in range(rounds):
         heard = frame_spectra(wave)
-        missed = mel - (heard.abs().square() @ filters).clamp(min=1e-7).log()
+        power = power_of(heard)
+        missed = mel - (power @ filters).clamp(min=1e-7).log()
         missed = missed.clamp(-3, 3)
         target = target + (missed if basis is None else missed @ basis)
-        shape = shape.abs() * heard / heard.abs().clamp(min=1e-9)
+        shape = heard * (power_of(shape) / power.clamp(min=1e-18)).sqrt()
         wave = overlap_add(shape * torch.exp(0.5 * target @ spread))
     return wave
 

@@ -72,6 +72,7 @@ from model import (
     mel_filters,
     parquet_files,
     pick_device,
+    power_of,
     read_jsonl,
     read_parquet,
     speech_level,
@@ -1061,7 +1062,7 @@ def track_pitch(wave):
 
 def log_mels(waves):
     """log_mel of (B, samples), on any device."""
-    power = frame_spectra(waves).abs().square() @ mel_filters().to(waves.device)
+    power = power_of(frame_spectra(waves)) @ mel_filters().to(waves.device)
     return power.clamp(min=1e-7).log()
 
 
@@ -1071,7 +1072,7 @@ def spectral_loss(waves, real):
     for size in (128, 512, 1024):
         window = torch.hann_window(size, device=waves.device)
         both = torch.stack((waves, real)).unfold(-1, size, size // 4) * window
-        power = torch.view_as_real(torch.fft.rfft(both)).square().sum(-1)
+        power = power_of(torch.fft.rfft(both))
         total = total + torch.diff(power.clamp(min=1e-6).log(), dim=0).abs().mean()
     return total / 6  # of amplitudes, not powers
 
