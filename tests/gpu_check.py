@@ -594,10 +594,14 @@ def attention_kernels():
         return (doc[b, i] == doc[b, j]) & (j <= i)
 
     mask = torch.compile(create_block_mask)(visible, 1, None, T, T, device='cuda')
-    plain = torch.compile(flex_attention, dynamic=False)
+    flex = torch.compile(flex_attention, dynamic=False)
+    options = house.FLEX_OPTIONS.get(torch.cuda.get_device_capability()[0])
+    varlen = house.attend_varlen(doc, 1024)
+    common = dict(block_mask=mask, enable_gqa=True)
     ways = {
-        'flex_default': lambda: plain(q, k, v, block_mask=mask, enable_gqa=True),
-        **house.attention_variants(q, k, v, doc, mask),
+        'flex_default': lambda: flex(q, k, v, **common),
+        'flex_ours': lambda: flex(q, k, v, kernel_options=options, **common),
+        'varlen': lambda: varlen(q, k, v),
     }
     result = {}
     for name, forward in ways.items():
