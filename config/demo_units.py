@@ -1,4 +1,5 @@
-# The demo's units: MFCC and k-means fitted on the training stories, 25 frames a second, and a voice for them. No download.
+# The demo's units: MFCC and k-means fitted on the training stories, 25 frames a second, and a
+# voice for them. No download.
 audio = 'out/demo/audio/stories,out/demo/audio/pairs'
 out = 'out/demo/units'
 encoder = 'mfcc'

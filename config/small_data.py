@@ -1,7 +1,7 @@
 """A language or corpus of your own, 1 to 100 hours of speech.
 
     python train.py config/small_data.py --data=data/mine                    a GPU and a hub
-    python train.py config/small_data.py --data=data/mine --init=scratch     neither: 2.6 M parameters
+    python train.py config/small_data.py --data=data/mine --init=scratch    neither: 2.6 M weights
 
 Set _hours to what prepare_units.py said. Little speech is learnt by heart after few passes: watch
 the validation loss, out/mine/best is where it was lowest.
