@@ -16,6 +16,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import threading
 import time
 from bisect import bisect_left, insort
@@ -1931,11 +1932,12 @@ class UnitEncoder:
 
     def _mfcc(self, wave):
         """The offline features: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
-        wave = F.pad(wave, (0, max(0, 4 * HOP - len(wave))))
+        if len(wave) < 4 * HOP:  # one frame at least; longer waves are not copied
+            wave = F.pad(wave, (0, 4 * HOP - len(wave)))
         mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4]
         energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
         loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
-        mel = (mel - loud + self.config['range']).clamp(min=0)
+        mel = mel.add_(self.config['range'] - loud).clamp_(min=0)
         return (mel.view(-1, 2, 2, N_MELS).mean(2) @ self.basis).flatten(1)
 
     @torch.inference_mode()
@@ -3116,7 +3118,7 @@ def write_atomic(path, mode='w'):
     are made as needed. mode: 'w' (UTF-8) or 'wb'. After an error nothing is left behind.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    aside = f'{path}.{os.getpid()}.tmp'
+    aside = f'{path}.{socket.gethostname()}.{os.getpid()}.tmp'
     try:
         with open(aside, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file
