@@ -59,7 +59,11 @@ def finish_step(model, optimizer):
 
 
 def plain(model, compiled, pairs, batches, device, autocast):
-    """The usual trainer: a frozen reference beside the policy. Returns the loss of each step."""
+    """The usual trainer: a frozen reference beside the policy, pairs of a step in random order.
+
+    Returns the loss of each step. (deal_batches leaves a lone batch sorted by length.)
+    """
+    batches = np.random.default_rng(1).permuted(batches, axis=1)
     policy, reference = copy.deepcopy(model), copy.deepcopy(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-5, weight_decay=0.0, fused=True)
     calls = policy, reference
@@ -96,7 +100,9 @@ class Packed:
     def __init__(self, model, compiled, pairs, batches, device, autocast):
         self.model, self.device, self.autocast = model, device, autocast
         lengths = np.array([len(pair.tokens) for pair in pairs])
-        self.width = dpo.row_width(lengths, batches.shape[1], 8192, 1, 128)
+        # a GPU wants one long row, a CPU rows that its caches hold
+        row_tokens, multiple = (8192, 128) if device.type == 'cuda' else (1024, 8)
+        self.width = dpo.row_width(lengths, batches.shape[1], row_tokens, 1, multiple)
         self.pairs, self.batches, self.slots = pairs, batches, self.width // 5
         self.logps = torch.compile(model.logps, dynamic=False) if compiled else model.logps
 
