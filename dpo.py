@@ -18,6 +18,7 @@ no checkpoint that a warning was given for. train_state.pt goes on from the last
 from config import configure, fail
 
 import contextlib
+import fcntl
 import hashlib
 import importlib
 import json
@@ -532,8 +533,8 @@ def load_state(out_dir, fresh, config, free):
         return fresh
     try:
         state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        fail(f'{path} cannot be read ({str(error)[:100]}): --resume=False starts over')
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        fail(f'{path} is damaged ({type(error).__name__}): --resume=False starts over')
     if not isinstance(state, dict) or {*fresh, 'config'} - set(state):
         fail(f'{path} is not of this version: --resume=False starts over')
     for knob in sorted(set(state['config']) & set(config) - set(free)):
@@ -561,17 +562,28 @@ def save(folder, model, slam, state=None):
 
 
 def open_log(out_dir, step, rank=0):
-    """out_dir/log.jsonl to append to, without what a killed run wrote there past `step`."""
+    """out_dir/log.jsonl to append to, without what a killed run wrote there past `step`.
+
+    Locked as long as this process lives: exits with code 2 if another one is training in out_dir.
+    """
     if rank:
         return open(os.devnull, 'w')
-    path = os.path.join(out_dir, 'log.jsonl')
-    lines = []
-    if step and os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            lines = [line for line in file if line.endswith('\n')]  # the last may be torn
-    with write_atomic(path) as file:
-        file.writelines(line for line in lines if json.loads(line)['step'] <= step)
-    return open(path, 'a', buffering=1, encoding='utf-8')
+    os.makedirs(out_dir, exist_ok=True)
+    file = open(os.path.join(out_dir, 'log.jsonl'), 'a+', buffering=1, encoding='utf-8')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f'another process is training in {out_dir}: wait for it, or choose another --out_dir')
+    except OSError:
+        pass  # a file system without locks
+    file.seek(0)
+    kept = 0  # bytes: JSON is ASCII
+    for line in file.readlines() if step else []:
+        if not line.endswith('\n') or json.loads(line)['step'] > step:  # the last may be torn
+            break
+        kept += len(line)
+    file.truncate(kept)
+    return file
 
 
 if __name__ == '__main__':
@@ -583,6 +595,8 @@ if __name__ == '__main__':
     if loss not in LOSSES:
         fail(f'loss {loss!r} is unknown: use {", ".join(LOSSES)}')
     preference_loss, needs_reference = LOSSES[loss]
+    if compile not in (None, True, False):
+        fail(f'--compile={compile}: use True or False')
     if os.path.abspath(init) == os.path.abspath(out_dir):
         fail(f'init and out_dir are both {init}: choose another --out_dir, this one would be lost')
     explain_memory(f'lower --row_tokens={row_tokens} (the batch stays) or --context={context}')

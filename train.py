@@ -17,6 +17,7 @@ log.jsonl; out_dir/best is the best by validation. The same command continues a 
 from config import configure, fail
 
 import contextlib
+import fcntl
 import importlib
 import json
 import math
@@ -113,12 +114,12 @@ def learning_rate(step, progress):
     """
     warmup = max(warmup_steps, warmup_fraction * max_steps)
     warm = min(1, (step + 1) / max(1, warmup))
+    begin = min(1, warmup / max_steps)
+    done = min(1, max(0, progress - begin) / max(1e-9, 1 - begin))  # of what follows the warm-up
     if schedule == 'inverse_sqrt':
         timescale = warmup or 10_000
         return lr * min(warm, math.sqrt(timescale / (max(step, warmup) + timescale - warmup)))
     if schedule == 'cosine':
-        begin = min(1, warmup / max_steps)
-        done = min(1, max(0, progress - begin) / max(1e-9, 1 - begin))
         decay = 0.5 * (1 + math.cos(math.pi * done))
     elif schedule == 'wsd':
         decay = min(1, max(0, 1 - progress) / decay_fraction)
@@ -143,7 +144,8 @@ def open_data(names, data_dir='data', split='train', like=None):
                 meta, weight = json.load(file), float(weight or 1)
             if not 0 < weight < math.inf:
                 raise ValueError(f'weight {weight:g}')
-            if np.dtype(meta['dtype']).itemsize * meta['vocab_size'] < 1:
+            np.dtype(meta['dtype'])  # an unknown one fails here
+            if meta['vocab_size'] < 1:
                 raise ValueError('no vocabulary')
             if meta['tokens'][split] < 2:
                 raise ValueError(f'has nothing in its split {split}')
@@ -562,8 +564,8 @@ def load_state(out_dir, fresh, config, free):
         return fresh
     try:
         state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        fail(f'{path} cannot be read ({str(error)[:100]}): --resume=False starts over')
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        fail(f'{path} is damaged ({type(error).__name__}): --resume=False starts over')
     if not isinstance(state, dict) or {*fresh, 'config'} - set(state):
         fail(f'{path} is not of this version: --resume=False starts over')
     for knob in sorted(set(state['config']) & set(config) - set(free)):
@@ -591,17 +593,28 @@ def save(folder, model, slam, state=None):
 
 
 def open_log(out_dir, step, rank=0):
-    """out_dir/log.jsonl to append to, without what a killed run wrote there past `step`."""
+    """out_dir/log.jsonl to append to, without what a killed run wrote there past `step`.
+
+    Locked as long as this process lives: exits with code 2 if another one is training in out_dir.
+    """
     if rank:
         return open(os.devnull, 'w')
-    path = os.path.join(out_dir, 'log.jsonl')
-    lines = []
-    if step and os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            lines = [line for line in file if line.endswith('\n')]  # the last may be torn
-    with write_atomic(path) as file:
-        file.writelines(line for line in lines if json.loads(line)['step'] <= step)
-    return open(path, 'a', buffering=1, encoding='utf-8')
+    os.makedirs(out_dir, exist_ok=True)
+    file = open(os.path.join(out_dir, 'log.jsonl'), 'a+', buffering=1, encoding='utf-8')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f'another process is training in {out_dir}: wait for it, or choose another --out_dir')
+    except OSError:
+        pass  # a file system without locks
+    file.seek(0)
+    kept = 0  # bytes: JSON is ASCII
+    for line in file.readlines() if step else []:
+        if not line.endswith('\n') or json.loads(line)['step'] > step:  # the last may be torn
+            break
+        kept += len(line)
+    file.truncate(kept)
+    return file
 
 
 if __name__ == '__main__':
@@ -613,6 +626,10 @@ if __name__ == '__main__':
     least |= dict(train_hours=1e-9, decay_fraction=1e-9)
     check_ranges(config, least, dict(dropout=1, beta1=1, beta2=1, warmup_fraction=1))
     learning_rate(0, 0)  # an unknown schedule fails here
+    if compile not in (None, True, False):
+        fail(f'--compile={compile}: use True or False')
+    if init != 'scratch' and os.path.abspath(init) == os.path.abspath(out_dir):
+        fail(f'init and out_dir are both {init}: choose another --out_dir, this one would be lost')
     explain_memory(
         f'lower --row_tokens={row_tokens} (the batch stays as it is), --context={context} or the '
         'size of the model'
@@ -771,7 +788,8 @@ if __name__ == '__main__':
         left = min((max_steps - step) * batch_tokens / max(speed, 1e-9), budget - elapsed)
         say(f'{tell(record, speed * flops / peak)} | {duration(max(0, left))} left', rank)
         if in_a_row >= 10:
-            fail(f'{in_a_row:.0f} steps in a row were not finite: lower --lr, or look at the data')
+            where = 'lower --lr, or look at the data and at the weights of --init'
+            fail(f'{in_a_row:.0f} steps in a row were not finite: {where}')
 
         # checkpoints: the best by validation, and the one to go on from
         compute = dict(devices=world, device=machine, hours=elapsed / 3600, tokens=seen)

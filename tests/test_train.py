@@ -833,7 +833,7 @@ def test_memory_that_is_not_there_is_one_line(data, tmp_path, monkeypatch, capsy
         *('--lr=-1', '--context=0', '--row_tokens=0', '--batch_tokens=100', '--max_steps=0'),
         *('--train_hours=0', '--log_interval=0', '--dropout=1', '--decay_fraction=0'),
         *('--seed=-1', '--n_kv_head=0', '--schedule=linear', '--optimizer=sgd', '--context=100'),
-        *('--val_data=nowhere', '--data=nowhere'),
+        *('--val_data=nowhere', '--data=nowhere', '--compile=maybe'),
     ],
 )
 def test_a_knob_out_of_range_is_one_line(flag, data, tmp_path, monkeypatch, capsys):
@@ -847,6 +847,22 @@ def test_a_finished_run_is_left_alone(forty, data, monkeypatch, capsys):
     flags = f'--data={data}', f'--out_dir={forty[0]}', '--save_init'
     code, out, _ = inside(monkeypatch, capsys, *flags)
     assert code in (0, None) and len(out) == 1 and 'finished before' in out[0]
+
+
+def test_a_folder_in_use_is_refused(forty, data, tmp_path, monkeypatch, capsys):
+    """By another run, or as the model that this run begins from."""
+    out = str(shutil.copytree(forty[0], tmp_path / 'slm'))
+    flags = f'--data={data}', f'--out_dir={out}'
+    with train.open_log(out, 40):
+        code, _, err = inside(monkeypatch, capsys, *flags, '--max_steps=42')
+    assert code == 2 and len(err) == 1 and 'another process is training' in err[0]
+    code, _, err = inside(monkeypatch, capsys, *flags, f'--init={out}', '--resume=False')
+    assert code == 2 and len(err) == 1 and 'init and out_dir are both' in err[0]
+    assert read(out + '/log.jsonl') == read(forty[0] + '/log.jsonl')
+    with train.open_log(out, 7) as log:
+        log.write('{"step": 8, "lo')
+    train.open_log(out, 9).close()  # a torn line goes
+    assert losses(out) == losses(forty[0])[:7]
 
 
 def test_what_does_not_fit_a_former_run_is_one_line(forty, data, tmp_path, monkeypatch, capsys):
