@@ -620,9 +620,8 @@ def rope_tables(config):
 ATTENTION = 'flex'
 VARLEN_TOKENS = 64  # varlen: tokens of a document on average, at least; its lists have fixed length
 
-# flex_attention's blocks by the card's compute capability: with these ptxas spills no register of
-# heads of 64 features (of 128, in backward alone: 312 bytes on 9.0, 56 on 8.6).
-# Every token sees itself, so that no row is empty.
+# flex_attention's blocks by the card's compute capability, so that ptxas spills no register; heads
+# of 128 features take 8 warps in backward. Every token sees itself: no row is empty.
 FLEX_OPTIONS = {
     9: dict(
         ROWS_GUARANTEED_SAFE=True,
@@ -717,13 +716,14 @@ def attend_flex(visible, B, T, device):
     else:
         flex_attention, create_block_mask = compiled_flex()
     mask = create_block_mask(visible, B, None, T, T, device=device)
-    options = None
+    options = {}
     if device.type == 'cuda':
-        options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0])
+        options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {})
 
     def attend(q, k, v):
-        grouped = q.shape[1] != k.shape[1]
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=options)
+        grouped, wide = q.shape[1] != k.shape[1], q.shape[-1] > 64
+        blocks = options | dict(bwd_num_warps=8) if options and wide else options or None
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=blocks)
 
     return attend
 
