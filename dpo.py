@@ -720,7 +720,10 @@ if __name__ == '__main__':
     log_file = open_log(out_dir, step, rank)
     tracker = None
     if wandb and rank == 0:
-        tracker = importlib.import_module('wandb').init(project='slam', config=config)
+        try:
+            tracker = importlib.import_module('wandb').init(project='slam', config=config)
+        except ImportError:
+            fail('wandb is not installed: pip install wandb, or --wandb=False')
     stopping = catch_signals(rank)
 
     # --- validation: what is held out, and samples, against what they were

@@ -3,7 +3,7 @@
 SLM           units -> next unit   a transformer over speech units; it computes what transformers'
                                    model of the same family computes (FAMILIES)
 UnitEncoder   wave  -> units       HuBERT-like features, or MFCC offline, and k-means
-UnitVocoder   units -> wave        the unit HiFi-GAN, a small net that one trains, or a table of spectra
+UnitVocoder   units -> wave        the unit HiFi-GAN, a small net to train, or a table of spectra
 """
 
 import contextlib
@@ -101,8 +101,8 @@ class Norm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE. x: (B, T, H, D); cos, sin: (B, T, 1, R / 2). The first R of the D features turn, feature
-    i together with i + R / 2."""
+    """RoPE. x: (B, T, H, D); cos, sin: (B, T, 1, R / 2). Of the D features the first R turn,
+    feature i together with i + R / 2."""
     R = 2 * cos.shape[-1]
     first, second, rest = x.split([R // 2, R // 2, x.shape[-1] - R], dim=-1)
     turned = first * cos - second * sin, second * cos + first * sin
@@ -1087,6 +1087,11 @@ def complete_config(config):
         raise InputError(f'{config.n_head} heads are no multiple of {config.n_kv_head} kv heads')
     config.head_dim = config.head_dim or config.n_embd // config.n_head
     config.embed_dim = config.embed_dim or config.n_embd
+    if config.positions == 'rope' and (config.head_dim % 2 or not 0 <= config.rotary_share <= 1):
+        raise InputError(
+            f'RoPE cannot turn {config.rotary_share} of the {config.head_dim} features of a head: '
+            'expected 0 to 1 of an even number'
+        )
 
 
 def set_positions(config, context, rope_theta):
@@ -2957,7 +2962,7 @@ def pick_dtype(dtype, device):
     """'auto' -> bfloat16 on cuda, float32 elsewhere; else the torch dtype of that name."""
     if dtype == 'auto':
         return torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+    if dtype not in ('float32', 'bfloat16', 'float16'):
         raise InputError(f'dtype {dtype!r} is unknown: use auto, float32 or bfloat16')
     return getattr(torch, dtype)
 

@@ -833,7 +833,7 @@ def test_memory_that_is_not_there_is_one_line(data, tmp_path, monkeypatch, capsy
         *('--lr=-1', '--context=0', '--row_tokens=0', '--batch_tokens=100', '--max_steps=0'),
         *('--train_hours=0', '--log_interval=0', '--dropout=1', '--decay_fraction=0'),
         *('--seed=-1', '--n_kv_head=0', '--schedule=linear', '--optimizer=sgd', '--context=100'),
-        *('--val_data=nowhere', '--data=nowhere', '--compile=maybe'),
+        *('--val_data=nowhere', '--data=nowhere', '--compile=maybe', '--dtype=int8'),
     ],
 )
 def test_a_knob_out_of_range_is_one_line(flag, data, tmp_path, monkeypatch, capsys):
@@ -841,6 +841,15 @@ def test_a_knob_out_of_range_is_one_line(flag, data, tmp_path, monkeypatch, caps
     code, _, err = inside(monkeypatch, capsys, *flags)
     assert code == 2 and len(err) == 1 and flag[2:].split('=')[0].split('_')[-1] in err[0]
     assert not os.path.exists(f'{tmp_path}/slm/train_state.pt')
+
+
+def test_wandb_that_is_not_installed_is_one_line(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    flags = f'--data={data}', f'--out_dir={tmp_path}/slm', '--wandb'
+    code, _, err = inside(monkeypatch, capsys, *flags)
+    assert code == 2 and err == [
+        'train.py: wandb is not installed: pip install wandb, or --wandb=False'
+    ]
 
 
 def test_a_finished_run_is_left_alone(forty, data, monkeypatch, capsys):
