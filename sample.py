@@ -510,7 +510,7 @@ def stream_prompts(prompts, nets, sampling):
                     times.setdefault('first_new_sound', time.perf_counter() - start)
             new = torch.tensor(new, dtype=torch.long)
             rows.append(tell(p, 1, stream, voice.frame_rate, new, voice.durations([new])[0]))
-    return rows, times
+    return rows, {key: round(seconds, 3) for key, seconds in times.items()}
 
 
 # -----------------------------------------------------------------------------
