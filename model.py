@@ -2754,7 +2754,8 @@ class UnitVocoder:
             vocoder = cls(*read(path, config), device)
             one = torch.ones(1, dtype=torch.long)
             with torch.inference_mode():  # nothing is missing, everything fits
-                vocoder.voice.speak(0 * one, vocoder.voice.durations(0 * one))
+                vocoder.voice.durations(0 * one)
+                vocoder.voice.speak(0 * one, one)
         except Exception as error:  # files of strangers: unpickling raises anything
             why = ' '.join(repr(error).split())[:200]
             raise InputError(f'{path} and its .json are no vocoder: {why}') from None
