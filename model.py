@@ -401,12 +401,12 @@ class SLM(nn.Module):
         # numbers as tensors, which need no other compilation for other values
         numbers = torch.tensor([temperature or 1.0, min(top_p, 1.0), repetition_penalty])
         numbers = numbers.to(device).unbind()
+        greedy = temperature == 0
         ban_repeats = bool(self.slam.get('dedup') if ban_repeats is None else ban_repeats)
         for i in range(max_new_tokens):
             step = self._compiled(device) if compile and i > 0 else self._next
             new = step(
-                *(now, positions, where, keep, cache, seen, noise[i], numbers),
-                *(temperature == 0, ban_repeats),
+                now, positions, where, keep, cache, seen, noise[i], numbers, greedy, ban_repeats
             )
             now = torch.where(ended, PAD, new)[:, None]
             seen.scatter_(1, now, True)
@@ -441,17 +441,7 @@ class SLM(nn.Module):
         return self.compiled_step
 
     def _next(
-        self,
-        tokens,
-        positions,
-        where,
-        keep,
-        cache,
-        seen,
-        noise,
-        numbers,
-        greedy,
-        ban_repeats,
+        self, tokens, positions, where, keep, cache, seen, noise, numbers, greedy, ban_repeats
     ):
         """One round of generation: tokens (B, T) enter the cache at columns `where`, the next ones
         (B,) leave.
@@ -560,23 +550,23 @@ class SLM(nn.Module):
             model.slam = dict(n_units=config.vocab_size - OFFSET) | slam
         return model
 
-    def save_pretrained(self, folder, slam=None, state=None):
+    def save_pretrained(self, folder, slam=None):
         """Write config.json, model.safetensors (both as transformers reads them) and slam.json,
         each whole or not at all.
 
         slam: dict for slam.json; None: self.slam. Where `encoder` and `vocoder` name folders, these
-        are copied in, so that the checkpoint is complete by itself. state: a state dict in place of
-        self's. Raises OSError naming the folder where it cannot be written.
+        are copied in, so that the checkpoint is complete by itself. Raises OSError naming the
+        folder where it cannot be written.
         """
         slam = dict(self.slam if slam is None else slam, offset=OFFSET)
         for part in ('encoder', 'vocoder'):
             if os.path.isdir(str(slam.get(part) or '')):
                 copy_part(slam[part], folder, part)
                 slam[part] = part
-        tensors = to_hf_tensors(self.state_dict() if state is None else state, self.config)
-        config_file, slam_file = (
-            os.path.join(folder, name) for name in ('config.json', 'slam.json')
-        )
+        tensors = to_hf_tensors(self.state_dict(), self.config)
+        config_file = os.path.join(folder, 'config.json')
+        slam_file = os.path.join(folder, 'slam.json')
+        # the three appear one right after the other, the large one first
         with write_atomic(config_file) as about_model, write_atomic(slam_file) as about_units:
             json.dump(to_hf_config(self.config), about_model, indent=2)
             json.dump(slam, about_units, indent=2)
@@ -1150,12 +1140,14 @@ def from_hf_config(hf):
         kind, value = SLMConfig.__dataclass_fields__[ours].type, hf.get(theirs)
         if value is None:
             continue
-        if not isinstance(value, kind | int if kind in (float, float | None) else kind):
+        if kind in (float, float | None):
+            kind |= int
+        if not isinstance(value, kind):
             raise InputError(f'config.json has {theirs}={value!r}, which is no such value')
         fields[ours] = value
     missing = {'n_layer', 'n_embd', 'n_head', 'vocab_size'} - set(fields)
     if missing:
-        raise InputError(f'config.json lacks {entry["keys"][missing.pop()]}')
+        raise InputError(f'config.json lacks {entry["keys"][min(missing)]}')
     fields.setdefault('n_kv_head', fields['n_head'])
     hidden = -(-int(8 * fields['n_embd'] / 3) // 256) * 256  # Llama's rule, for slm
     fields.setdefault('n_ffn', hidden)
@@ -1300,6 +1292,7 @@ def tensor_layout(config, entry):
     with torch.device('meta'):
         state = SLM(config).state_dict()
     queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    # rows of the parts, by how many there are: q, k, v; gate, up
     rows = {3: (queries, keys, keys), 2: (config.n_ffn, config.n_ffn)}
     layout = {}
     for name, tensor in state.items():

@@ -50,9 +50,7 @@ from model import (
 out_dir = 'out/slam'
 data = 'librilight,librispeech,stinystories'  # folders of prepare_units.py, or names below data_dir
 #   'a:2,b:0.5' shows all of a twice and half of b in an epoch
-val_data = (
-    'librispeech,librilight'  # whose val split is validated on, real speech; '': that of data
-)
+val_data = 'librispeech,librilight'  # sets whose val split validates: real speech; '': data's own
 data_dir = 'data'
 init = 'Qwen/Qwen2.5-0.5B'  # a text LM (TWIST) or an SLM: a folder or a hub name;
 #   'preset:NAME': the shape alone of a model of Table 7; 'scratch': this shape:
@@ -72,8 +70,8 @@ optimizer = 'adamw'  # adamw, ademamix, adalomo (Figure 4), adamw8bit, muon (on 
 lr = 1e-3
 min_lr = 5e-5  # where cosine and wsd end
 schedule = 'cosine'  # cosine, inverse_sqrt, wsd (warm up, stay, decay)
-warmup_fraction = 0.01  # of max_steps, or
-warmup_steps = 100  # so many, the longer of the two
+warmup_fraction = 0.01  # the warm-up is this share of max_steps,
+warmup_steps = 100  # or so many steps, whichever is longer
 decay_fraction = 0.2  # of the run, for wsd
 beta1 = 0.9
 beta2 = 0.999
@@ -230,9 +228,10 @@ class Loader:
         self.first = np.cumsum([0] + [len(begins) for begins, _ in tables])
 
     def order(self, epoch):
-        """The chunks of an epoch, (n,): it is chance which set's turn it is."""
+        """The chunks of an epoch, (n,): each set's own, shuffled; whose turn it is, is chance."""
         queues = []
         for s, weight in enumerate(self.weights):
+            # of the endless line of a set's shuffled passes, this epoch takes begin to end
             n = self.first[s + 1] - self.first[s]
             begin, end = round(epoch * weight * n), round((epoch + 1) * weight * n)
             passes = range(begin // n, -(-end // n))
@@ -444,7 +443,7 @@ def add_up(totals, loss, norm):
     steps were finite and how many not, and of these how many in a row until now."""
     finite = norm.isfinite()
     none, one = torch.zeros_like(norm), torch.ones_like(norm)
-    good = torch.stack((loss, norm, one, none, -totals[4]))
+    good = torch.stack((loss, norm, one, none, -totals[4]))  # the row of bad steps ends
     bad = torch.stack((none, none, none, one, one))
     return totals + torch.where(finite, good, bad)
 
@@ -636,9 +635,8 @@ if __name__ == '__main__':
     )
     torch_device, rank, world = start_processes(device)
     cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)
-    rows_per_step, remainder = divmod(batch_tokens, row_tokens * world)
-    rows_per_step *= world
-    if remainder:
+    rows_per_step = batch_tokens // row_tokens  # over all processes
+    if batch_tokens % (row_tokens * world):
         fail(
             f'batch_tokens={batch_tokens} is no multiple of row_tokens={row_tokens} x {world} '
             'processes: change one of them'
@@ -703,6 +701,7 @@ if __name__ == '__main__':
     # --- what will be done is said before it is
     n_params, flops = raw.num_params(), raw.flops_per_token(float(loader.lengths.mean()))
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
+    # of a machine that PEAK does not know it is infinite, and no utilisation is told
     peak = 1e12 * world * next((PEAK[name] for name in PEAK if name in machine), math.inf)
     say(f'{init}: {n_params:,} parameters on {world} x {machine}, {torch_dtype}', rank)
     for line in describe(loader):
@@ -723,7 +722,8 @@ if __name__ == '__main__':
     thread = ThreadPoolExecutor(1)
     ahead = thread.submit(next, steps)
     totals = torch.zeros(5, device=torch_device)  # see add_up
-    first_step, seen_before, clock, halt = step, seen, time.perf_counter(), 0
+    first_step, halt = step, 0
+    seen_before, clock = seen, time.perf_counter()  # when the numbers were last read
     raw.train()
 
     while step < max_steps and elapsed < budget and not halt:
