@@ -1140,11 +1140,26 @@ def hear_voice(vocoder, speech):
     return round(float(torch.stack(errors).mean()), 4)
 
 
+def begin_voice(config, table, speech, device):
+    """The net before its training: it speaks as the table does, at the mean pitch."""
+    torch.manual_seed(seed)
+    voice = NeuralVoice(config)
+    hertz = torch.cat([known['pitch'] for known in speech])
+    with torch.no_grad():
+        voice.base.weight.copy_(table.tensors['mel'].flatten(1))
+        voice.head.weight *= 0.1
+        head = voice.head.bias.view(voice.steps, -1)
+        head.zero_()
+        head[:, -1] = hertz[hertz > 0].log().mean() if (hertz > 0).any() else math.log(120)
+    voice.device = device
+    return voice.to(device)
+
+
 def fit_neural_vocoder(net, items, plan, n_workers):
     """Train a small net to speak the units, on speech drawn evenly -> UnitVocoder.
 
     vocoder_steps steps, a state every few hundred from which a killed run goes on exactly. One
-    utterance in 16 is held out; meta.json's voice and vocoder.json tell the errors.
+    utterance in 16 is held out; vocoder.json tells its log-mel error and the table's.
     """
     steps = round(SAMPLE_RATE / HOP / net.frame_rate)
     if abs(steps * net.frame_rate * HOP - SAMPLE_RATE) > 1:
@@ -1159,20 +1174,9 @@ def fit_neural_vocoder(net, items, plan, n_workers):
     table, held_out = table.finish(), speech[::16]
     speech = [known for i, known in enumerate(speech) if i % 16] or speech
 
-    # the net begins as the table
     config = dict(kind='neural', n_units=net.n_units, frame_rate=net.frame_rate)
     config |= dict(sample_rate=SAMPLE_RATE, voices=list(voices), **VOICE_NET)
-    torch.manual_seed(seed)
-    voice = NeuralVoice(config)
-    hertz = torch.cat([known['pitch'] for known in speech])
-    with torch.no_grad():
-        voice.base.weight.copy_(table.tensors['mel'].flatten(1))
-        head = voice.head.bias.view(steps, -1)
-        voice.head.weight *= 0.1
-        head.zero_()
-        head[:, -1] = hertz[hertz > 0].log().mean() if (hertz > 0).any() else math.log(120)
-    voice.device = net.device
-    voice.to(net.device)
+    voice = begin_voice(config, table, speech, net.device)
     optimizer = torch.optim.AdamW(voice.parameters(), VOICE_RATE, betas=(0.9, 0.99))
 
     # go on where a killed run stopped
