@@ -360,7 +360,7 @@ def make_optimizers(model):
     if optimizer == 'adamw':
         return [torch.optim.AdamW(groups, lr, betas, eps, fused=True)]
     if optimizer == 'adalomo':
-        # Lv et al. 2023: Adafactor's update, fused into the backward pass to save its gradients
+        # Lv et al. 2023: Adafactor's update; that theirs is part of the backward pass saves memory
         return [torch.optim.Adafactor(groups, lr, eps=(1e-15, 1e-3))]
     try:
         if optimizer == 'ademamix':
@@ -637,9 +637,10 @@ if __name__ == '__main__':
     cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)
     rows_per_step = batch_tokens // row_tokens  # over all processes
     if batch_tokens % (row_tokens * world):
+        fits = [n for n in range(context, row_tokens) if batch_tokens % (n * world) == 0]
         fail(
             f'batch_tokens={batch_tokens} is no multiple of row_tokens={row_tokens} x {world} '
-            'processes: change one of them'
+            f'processes: {f"--row_tokens={fits[-1]} would do" if fits else "change one of them"}'
         )
     if context > row_tokens:
         fail(f'row_tokens={row_tokens} cannot hold a chunk of context={context} tokens')

@@ -9,6 +9,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 PATTERN=${1:-.} GPUS=${GPUS:-1}
+ROWS=--row_tokens=$((GPUS > 2 ? 16384 / GPUS : 8192))  # a step's rows in equal parts for 1, 2, 4, 8
 
 launch() {
     if [ "$GPUS" -gt 1 ]; then torchrun --nproc_per_node="$GPUS" "$@"; else python "$@"; fi
@@ -19,14 +20,14 @@ evaluate() {  # checkpoint
 }
 arm() {  # name, config, flags of train.py
     [[ $1 =~ $PATTERN ]] || return 0
-    launch train.py "$2" --out_dir="out/ablations/$1" "${@:3}"
+    launch train.py "$2" "$ROWS" --out_dir="out/ablations/$1" "${@:3}"
     evaluate "out/ablations/$1"
 }
 dpo() {  # name, minutes of DPO out of the 24 hours; 17,625 steps are 23.5 hours
     [[ $1 =~ $PATTERN ]] || return 0
     local hours share
     hours=$(awk "BEGIN {print 24 - $2 / 60}") share=$(awk "BEGIN {print $2 / 60}")
-    launch train.py config/slam_a5000.py --out_dir="out/ablations/$1" --train_hours="$hours" \
+    launch train.py config/slam_a5000.py "$ROWS" --out_dir="out/ablations/$1" --train_hours="$hours" \
         --max_steps="$(awk "BEGIN {print int(17625 * $hours / 23.5)}")"
     launch dpo.py config/slam_dpo.py --init="out/ablations/$1" --out_dir="out/ablations/$1-dpo" \
         --train_hours="$share" --max_steps=0 --epochs=0
