@@ -820,5 +820,7 @@ if __name__ == '__main__':
             print(f'{result}; stopped and saved, the same command continues', file=sys.stderr)
         raise SystemExit(128 + (stopping or [signal.SIGTERM])[0])
     if scores:
-        result += f', val loss {scores["val_loss"]:.4f} (best {best:.4f}: {out_dir}/best)'
+        result += f', val loss {scores["val_loss"]:.4f}'
+    if best < math.inf:
+        result += f' (best {best:.4f}: {out_dir}/best)'
     say(result, rank)
