@@ -847,6 +847,7 @@ if __name__ == '__main__':
         clock = time.perf_counter()
 
     # --- the end
+    log_file.close()
     stop_processes(world)
     result = f'{out_dir}: {step} steps of {batch_pairs} pairs, {duration(elapsed)}'
     if skipped:

@@ -811,6 +811,7 @@ if __name__ == '__main__':
         clock, seen_before = time.perf_counter(), seen
 
     # --- the end
+    log_file.close()
     stop_processes(world)
     result = f'{out_dir}: {step} steps, {seen:,} tokens, {duration(elapsed)}'
     if skipped:

@@ -153,7 +153,7 @@ def test_only_what_a_user_can_mend_is_one_line(tmp_path, body, code, lines):
 
 def test_second_interrupt_ends_a_script_that_hangs(tmp_path):
     body = (
-        '    import time\n    print("ready", flush=True)\n    try:\n        time.sleep(60)\n'
+        '    import time\n    try:\n        print("ready", flush=True)\n        time.sleep(60)\n'
         '    finally:\n        print("cleaning", flush=True)\n        time.sleep(60)\n'
     )
     process = run_script(tmp_path, body)

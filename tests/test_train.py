@@ -435,7 +435,7 @@ def test_the_clock_ends_a_run_at_the_foot_of_its_cosine(data, tmp_path):
     for before, row in itertools.pairwise(rows):
         progress = min(1, before['elapsed'])
         rate = 5e-5 + (5e-3 - 5e-5) * (1 + math.cos(math.pi * progress)) / 2
-        assert row['lr'] == pytest.approx(rate, rel=0.02, abs=2e-5)
+        assert row['lr'] == pytest.approx(rate, rel=0.02, abs=1e-4)  # elapsed is rounded
     assert (
         'finished before'
         in run(f'--data={data}', f'--out_dir={out}', *flags, '--warmup_fraction=0').stdout
