@@ -97,7 +97,7 @@ fit_frames = 300_000  # on so many frames of training speech, drawn evenly
 switch = None  # the price of a change of unit, in mean distortions; None: the encoder's (mfcc 1.0)
 fit_vocoder = None  # also fit a voice: table (seconds; --fit_vocoder alone), or neural, a small net
 vocoder_hours = 0.5  # on so much training speech, drawn evenly
-vocoder_steps = 3000  # of training the net: 4 minutes on two cores, more on a GPU
+vocoder_steps = 3000  # of training the net: 220 s of one core; a GPU bears many more
 # how it is cut and split
 max_seconds = 0.0  # longer utterances are cut at the quietest point of the last third; 0: never
 val_folders = ''  # files below folders of these names validate; '': dev, dev-*, validation, ...
