@@ -2639,7 +2639,8 @@ class NeuralVoice(nn.Module):
         self.blocks = nn.Sequential(*(ConvBlock(width, kernel) for _ in range(config['blocks'])))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, self.steps * (2 * N_MELS + 1))
-        self.base = nn.Embedding(config['n_units'], self.steps * N_MELS)  # begins as the table
+        self.base = nn.Embedding(config['n_units'], self.steps * N_MELS)  # the table's, fixed
+        self.base.weight.requires_grad = False
         # the durations' own net: over units, before any frame is known
         self.tempo = nn.Sequential(
             nn.Embedding(config['n_units'], 64),
@@ -2654,13 +2655,14 @@ class NeuralVoice(nn.Module):
             self.load_state_dict(tensors)
         self.to(device)
 
-    def forward(self, frames, place, voice):
+    def forward(self, frames, place, voice, share=1.0):
         """frames (B, T) units, place (B, T, 4) of `places`, voice (B,) -> log mel energies and
-        logits of the pulses' share (B, steps T, N_MELS), log of the pitch in Hz (B, steps T)."""
+        logits of the pulses' share (B, steps T, N_MELS), log of the pitch in Hz (B, steps T).
+        share: of what the net adds to the table's energies."""
         x = self.unit(frames) + self.voice(voice)[:, None] + self.place(place)
         x = self.head(self.norm(self.blocks(x))).unflatten(2, (self.steps, -1)).flatten(1, 2)
         base = self.base(frames).unflatten(2, (self.steps, -1)).flatten(1, 2)
-        return base + x[..., :N_MELS], x[..., N_MELS:-1], x[..., -1]
+        return base + share * x[..., :N_MELS], x[..., N_MELS:-1], x[..., -1]
 
     @staticmethod
     def places(durations):
@@ -2692,7 +2694,9 @@ class NeuralVoice(nn.Module):
             raise InputError(f'speaker {speaker} is not among the {voices} of this vocoder')
         frames = units.repeat_interleave(durations)[None].to(self.device)
         place = self.places(durations)[None].to(self.device)
-        mel, logits, pitch = self(frames, place, torch.tensor([speaker], device=self.device))
+        which = torch.tensor([speaker], device=self.device)
+        # nearer to the table more units come back, 98.9 % for 98.4 % at 0.95, at the same log-mel
+        mel, logits, pitch = self(frames, place, which, share=0.88)
         hop = self.steps * HOP
         ends = first * hop, None if until is None else until * hop
         sound = (source or Source())(pitch[0].exp().clamp(40, 600), *ends)
