@@ -707,6 +707,7 @@ if __name__ == '__main__':
         + f'; rows of {width} tokens, {filled / math.ceil(filled):.0%} filled',
         rank,
     )
+    # what is doubtful about it, too
     if 3 < n_epochs < math.inf:
         say(f'WARNING: {n_epochs:.3g} epochs: few pairs are soon known by heart; --epochs=3', rank)
     if warmup_steps > last_step:
@@ -716,6 +717,8 @@ if __name__ == '__main__':
         say(f'WARNING: accuracy of {len(val)} pairs means little: ± {points:.0f} points', rank)
     if step:
         say(f'going on at step {step}', rank)
+
+    # what the checkpoint says of itself, the log, and the first signal that stops the run
     slam = describe_run(model, config)
     log_file = open_log(out_dir, step, rank)
     tracker = None

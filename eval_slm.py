@@ -1269,6 +1269,8 @@ def compare(models, arms, items):
 if __name__ == '__main__':
     config = configure(globals())
     began = time.time()
+
+    # what is asked for: tasks, checkpoints, and the arms that these belong to
     wanted = dict.fromkeys(filter(None, map(str.strip, tasks.split(','))))
     models, arms = find_checkpoints(init)
     least = min(seed, n_prompts, prompt_seconds, max_new_tokens, temperature, top_k)
@@ -1326,6 +1328,8 @@ if __name__ == '__main__':
     record |= {'arms': {arm: dict(seeds=m, metrics=r) for arm, (m, r) in arm_results.items()}}
     with write_atomic(out) as file:
         file.write(json.dumps(record, indent=1))
+
+    # what a person reads: tables, notes, and what could not run
     tables = make_tables(metrics, arm_results, differences, about, suites)
     notes = make_notes(metrics, arm_results, suites, sampling)
     failed = {

@@ -1,16 +1,16 @@
 """Hear it: speech in, the same speech continued out. No text anywhere.
 
-    python sample.py --prompt=a.wav                  # continue the first 3 s with the public model
-    python sample.py --init=out/demo/dpo --prompt=a.wav,folder,units.jsonl --num_samples=4 --html=page.html
-    python sample.py --init=out/demo/dpo --prompt=a.wav --stream=- | aplay -f S16_LE -r 16000    # while it speaks
-    python sample.py --init=out/demo/units --prompt=a.wav --resynth    # wave -> units -> wave, no model:
-                                                     # is the encoder good for this language?
+    python sample.py --prompt=a.wav      # continue the first 3 s with the public model
+    python sample.py --init=out/demo/dpo --prompt=a.wav,folder,units.jsonl --html=page.html
+    python sample.py --init=out/demo/dpo --prompt=a.wav --stream=- | aplay -f S16_LE -r 16000
+    python sample.py --init=out/demo/units --prompt=a.wav --resynth      # no model: is the encoder
+                                         # good for this language?
 
 Prompts are encoded into units, continued by the model in batches and vocoded in one voice. For each
 prompt a folder in `out`: prompt.wav (what went in), continuation.wav and full.wav (prompt and
 continuation; of further samples continuation-2.wav ...), and for all of them units.jsonl, which may
 serve as prompts again. Encoder and vocoder are those that the checkpoint names.
-"""  # noqa: E501
+"""
 
 from config import configure
 
