@@ -50,6 +50,9 @@ def report_error(kind, error, trace):
         message = 'interrupted; run the same command to continue'
         print(f'\n{script}: {message}', file=sys.stderr, flush=True)
         raise SystemExit(130)
+    if kind is BrokenPipeError:  # a reader that left, `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)
     if isinstance(error, OSError) and error.errno in MENDABLE:
         # only of a file that was named: an error of ours in a library call names none
         where = f': {error.filename}' if error.filename else ''

@@ -147,6 +147,7 @@ def run_script(tmp_path, body):
         ("    raise OSError(9, 'Bad file descriptor')\n", 1, None),
         ('    raise TypeError("ours")\n', 1, None),
         ('    raise KeyboardInterrupt\n', 130, 2),
+        ('    raise BrokenPipeError(32, "Broken pipe")\n', 1, 0),
     ],
 )
 def test_only_what_a_user_can_mend_is_one_line(tmp_path, body, code, lines):
@@ -154,7 +155,7 @@ def test_only_what_a_user_can_mend_is_one_line(tmp_path, body, code, lines):
     _, error = process.communicate(timeout=60)
     assert process.returncode == code
     assert ('Traceback' in error) == (lines is None)
-    if lines:
+    if lines is not None:
         assert len(error.splitlines()) == lines
 
 
