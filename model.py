@@ -1673,13 +1673,14 @@ class UnitEncoder:
     """
 
     def __init__(self, config, centroids=None, device='cpu', dtype='auto', net=None):
-        self.config, self.device = dict(config), pick_device(device)
+        self.config = dict(config)
+        self.device = pick_device('cpu' if config['kind'] == 'mfcc' else device)
         self.tf32 = dtype == 'auto'
         self.dtype = torch.float32 if dtype == 'auto' else pick_dtype(dtype, self.device)
         self.centroids = None if centroids is None else centroids.to(self.device)  # None: to fit
         self.batch_seconds = BATCH_SECONDS if self.device.type == 'cuda' else 0
         if self.config['kind'] == 'mfcc':
-            self.basis = _cepstrum(self.config).to(self.device)  # (N_MELS, n_cep)
+            self.basis = _cepstrum(self.config)  # (N_MELS, n_cep)
         else:
             self._take(_load_net(self.config) if net is None else net)
         self.name, self.frame_rate = self.config['name'], self.config['frame_rate']
@@ -1771,7 +1772,7 @@ class UnitEncoder:
         """List of (samples,) at 16 kHz, of any length -> list of (frames, D) float32."""
         waves = [torch.as_tensor(wave, dtype=torch.float32) for wave in waves]
         if self.config['kind'] == 'mfcc':
-            return [self._mfcc(wave.to(self.device)) for wave in waves]
+            return [self._mfcc(wave) for wave in waves]
         if self.device.type != 'cpu':
             return self._run(waves, map)
         # a core an utterance: threads that share one wait for each other, and round by their number
@@ -2971,7 +2972,7 @@ AUDIO_EXTENSIONS = (
 )
 
 
-def find_audio(path):
+def find_audio(path, extensions=AUDIO_EXTENSIONS):
     """The sound files below a folder, or [path] for a file: sorted, hidden ones left out.
 
     Links are followed, each folder once, so that links in a circle end. Raises InputError where
@@ -2989,12 +2990,10 @@ def find_audio(path):
         seen.add(os.path.realpath(folder))
         folders.sort()
         for name in names:
-            if name.lower().endswith(AUDIO_EXTENSIONS) and not name.startswith('.'):
+            if name.lower().endswith(extensions) and not name.startswith('.'):
                 found.append(os.path.join(folder, name))
     if not found:
-        raise InputError(
-            f'{path}: no sound in this folder (looked for {" ".join(AUDIO_EXTENSIONS)})'
-        )
+        raise InputError(f'{path}: no sound in this folder (looked for {" ".join(extensions)})')
     return sorted(found)
 
 
@@ -3028,17 +3027,12 @@ def parquet_files(where):
     `hub:owner/name@revision` another revision. Its files stay there, one is named
     `hub:owner/name@revision:path.parquet`, and read_parquet fetches it. Raises InputError.
     """
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise InputError(f'{where}: parquet is read by a package: pip install pyarrow') from None
     if not where.startswith('hub:'):
-        if os.path.isfile(where):
-            return [where]
-        found = []
-        for folder, folders, names in os.walk(where):
-            folders.sort()
-            found += [os.path.join(folder, name) for name in sorted(names)]
-        found = [path for path in found if path.endswith('.parquet')]
-        if not found:
-            raise InputError(f'{where}: no .parquet file there')
-        return found
+        return find_audio(where, ('.parquet',))
 
     repo, _, split = where.removeprefix('hub:').partition(':')
     if split.endswith('.parquet'):
@@ -3079,20 +3073,17 @@ def _hub_files(name, revision):
     return [os.path.relpath(path, folder) for path in parquet_files(folder)]
 
 
-def read_parquet(where, group=None):
+def read_parquet(where):
     """Yields the rows of parquet data, dicts of plain Python values, a few at a time in memory.
 
-    where: as of parquet_files. group: of each file this row group alone, from 0. Audio stays a
-    struct dict(bytes=..., path=...): load_audio takes io.BytesIO(row['audio']['bytes']). Raises
-    InputError naming the file, or what to install.
+    where: as of parquet_files. Audio stays a struct dict(bytes=..., path=...): load_audio takes
+    io.BytesIO(row['audio']['bytes']). Raises InputError naming the file.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError('parquet is read by a package: pip install pyarrow') from None
+    files = parquet_files(where)  # says what to install
+    import pyarrow
+    import pyarrow.parquet
 
-    for name in parquet_files(where):
+    for name in files:
         path = name
         if name.startswith('hub:'):
             from huggingface_hub import hf_hub_download
@@ -3106,8 +3097,7 @@ def read_parquet(where, group=None):
                 raise InputError(f'{name}: the hub did not give it ({reason})') from None
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
-                groups = range(file.num_row_groups) if group is None else [group]
-                for batch in file.iter_batches(batch_size=16, row_groups=groups):
+                for batch in file.iter_batches(batch_size=16):
                     yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f'{path}: not readable as parquet ({error})') from None

@@ -11,9 +11,9 @@
     python prepare_units.py --audio=speech --report=mfcc:100,mfcc:100:4,out/units/encoder
 
 --audio takes, comma-separated: folders (searched), files, globs, manifest.jsonl (a folder that has
-one is read by it), lists of paths (.txt), .parquet, hub:owner/name[:split], .tar and .tar.gz. A
-.json with `voice_activity` beside a recording (Libri-Light) or an .stm (TEDLIUM) cuts it. Manifests
-and parquet of preference pairs (prompt, chosen, rejected) give pairs.jsonl, all else units.jsonl,
+one is read by it), .parquet, hub:owner/name[:split], .tar and .tar.gz. A .json with
+`voice_activity` beside a recording (Libri-Light) or an .stm (TEDLIUM) cuts it. Manifests and
+parquet of preference pairs (prompt, chosen, rejected) give pairs.jsonl, all else units.jsonl,
 train.bin and val.bin: of each utterance <S>, its de-duplicated units + 2, <S>. Folders called
 dev-clean, validation and so on validate, those called test-clean, test and so on are left alone.
 
@@ -37,11 +37,11 @@ import shutil
 import sys
 import tarfile
 import time
+import zlib
 from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
 from functools import partial
 from itertools import islice
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -67,12 +67,14 @@ from model import (
     UnitVocoder,
     dedup,
     filter_source,
+    find_audio,
     frame_spectra,
     load_audio,
     mel_filters,
     parquet_files,
     pick_device,
     power_of,
+    read_json,
     read_jsonl,
     read_parquet,
     speech_level,
@@ -81,7 +83,7 @@ from model import (
 )
 
 # -----------------------------------------------------------------------------
-audio = ''  # folders, files, globs, manifests, lists, parquet, hub:owner/name, tars; see above
+audio = ''  # folders, files, globs, manifests, parquet, hub:owner/name, tars; see above
 exclude = ''  # leave out files and folders of these names (patterns, comma-separated)
 out = 'data/units'  # a folder: units.jsonl, train.bin, val.bin, meta.json, encoder, vocoder ...
 from_units = ''  # instead of audio: units.jsonl, features.jsonl, tokens.jsonl, packed shards; globs
@@ -115,13 +117,15 @@ PART_FILES = 128  # at most, of a large corpus
 PART_BYTES = 32 << 20  # about 17 minutes of wav
 BATCH_SECONDS = 600  # of speech that a worker reads before it hands it on
 SAMPLE_SECONDS = 60.0  # what is drawn to fit on is cut to this
-CUT_GRID = (
-    640  # samples, 40 ms: utterances are cut there, so that frames fall where they would uncut
-)
+CUT_GRID = 640  # samples, 40 ms: cut there, frames fall where they would uncut
 PAIR = ('prompt', 'chosen', 'rejected')
 ARCHIVES = ('.tar', '.tar.gz', '.tgz')
+WANTED = (*AUDIO_EXTENSIONS, *ARCHIVES, '.parquet', 'manifest.jsonl')
 OURS = ('path', 'file_name', 'units', 'duration', 'split')  # not taken from a manifest
 SPLITS = dict(validation='val', valid='val', dev='val')  # what others call it
+OTHER_NAMES = dict(speaker='voice', raw_text='text')
+# What a broken file raises. Want of memory or of a library is not the file's fault
+BAD_DATA = (OSError, ValueError, KeyError, TypeError, EOFError, tarfile.TarError, zlib.error)
 # Settings that decide what is in a part. A folder's parts all have the same.
 RECIPE = (
     *('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch', 'dtype'),
@@ -130,59 +134,55 @@ RECIPE = (
 
 
 # -----------------------------------------------------------------------------
-# What there is: items, a file each, or a row, a member, a row group of one
+# What there is: items, a file each, or a row of a manifest
 
 
 class Item(NamedTuple):
     """Where an utterance, or several, are to be read."""
 
-    kind: str  # file; row of a manifest; member of a tar; archive (tar.gz); parquet
+    kind: str  # file; row of a manifest; tar and parquet, which hold many
     path: str
-    at: int = 0  # byte of the row or member; row group of a parquet file (-1: all)
+    at: int = 0  # byte of the row
     size: int = 0  # bytes, as far as known
     split: str = ''  # train, val or test, where the data says so
-    name: str = ''  # of the member, or the path in the row
+    name: str = ''  # the path in the row
+
+
+class Corpus(NamedTuple):
+    """What --audio names."""
+
+    items: list
+    left_out: int  # items of test sets, and what --exclude names
+    root: str  # the folder of it all: names in units.jsonl are relative to it
+
+
+def find_items(path):
+    """Yields the items of a file, a folder or a data set of the hub, in a fixed order."""
+    if path.startswith('hub:') or path.endswith('.parquet'):
+        for name in parquet_files(path):
+            yield Item('parquet', name, 0, size_of(name) or PART_BYTES)
+    elif path.endswith('.jsonl'):
+        yield from items_of_manifest(path)
+    elif os.path.isdir(path):
+        found = find_audio(path, WANTED)
+        # a manifest knows what lies beside it
+        known = {os.path.dirname(file) for file in found if file.endswith('/manifest.jsonl')}
+        for file in found:
+            above = parents(file.removesuffix('/manifest.jsonl'))
+            if known.isdisjoint(above):
+                yield from find_items(file)
+    else:
+        yield Item('tar' if path.endswith(ARCHIVES) else 'file', path, 0, size_of(path))
 
 
 def size_of(path):
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def find_items(path):
-    """Yields the items of a file, a folder or a data set of the hub, in a fixed order."""
-    if path.startswith('hub:'):
-        for name in parquet_files(path):
-            yield Item('parquet', name, -1)
-    elif os.path.isdir(path):
-        yield from items_below(path)
-    elif path.endswith('.jsonl'):
-        yield from items_of_manifest(path)
-    elif path.endswith('.txt'):
-        yield from items_of_list(path)
-    elif path.endswith('.parquet'):
-        yield from items_of_parquet(path)
-    elif path.endswith('.tar'):
-        yield from items_of_tar(path)
-    else:
-        yield Item('archive' if path.endswith(ARCHIVES) else 'file', path, 0, size_of(path))
-
-
-def items_below(path):
-    """A folder, searched, links too, each folder once. A manifest knows what lies beside it."""
-    seen = set()
-    for folder, folders, names in os.walk(path, followlinks=True):
-        folders.sort()
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        if 'manifest.jsonl' in names:
-            folders.clear()
-            names = ['manifest.jsonl']
-        for name in sorted(names):
-            wanted = (*AUDIO_EXTENSIONS, *ARCHIVES, '.parquet', 'manifest.jsonl')
-            if name.lower().endswith(wanted) and not name.startswith('.'):
-                yield from find_items(os.path.join(folder, name))
+def parents(path):
+    """The folders that a path lies in."""
+    while path != (path := os.path.dirname(path)):
+        yield path
 
 
 def items_of_manifest(path):
@@ -211,74 +211,36 @@ def paths_of_row(row):
     return [row[f'{part}_path'] for part in PAIR] if 'prompt_path' in row else [row['path']]
 
 
-def items_of_list(path):
-    """A path a line (what follows a tab is ignored), relative to the list or to where we are."""
-    with open(path, encoding='utf-8', errors='surrogateescape') as file:
-        for line in file:
-            name = line.split('\t')[0].strip()
-            if name:
-                full = find_path(name, os.path.dirname(path))
-                yield Item('file', full, 0, size_of(full))
-
-
-def items_of_parquet(path):
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise InputError(f'{path}: to read parquet, pip install pyarrow') from None
-    try:
-        with ParquetFile(path) as file:
-            sizes = [
-                file.metadata.row_group(group).total_byte_size
-                for group in range(file.num_row_groups)
-            ]
-    except (ArrowException, OSError) as error:
-        raise InputError(f'{path}: not readable as parquet ({error})') from None
-    for group, size in enumerate(sizes):
-        yield Item('parquet', path, group, size)
-
-
-def items_of_tar(path):
-    try:
-        with tarfile.open(path, 'r:') as tar:
-            for member in tar:
-                if member.isfile() and member.name.lower().endswith(AUDIO_EXTENSIONS):
-                    yield Item('member', path, member.offset_data, member.size, '', member.name)
-                tar.members = []  # else it remembers them all
-    except tarfile.TarError as error:
-        raise InputError(f'{path} is no uncompressed tar ({error})') from None
-
-
 def find_path(path, folder):
-    """A path from a manifest or list: relative to its folder or, else, to where we are."""
+    """A path from a manifest: relative to its folder or, else, to where we are."""
     beside = os.path.join(folder, path)
     return path if not os.path.exists(beside) and os.path.exists(path) else beside
 
 
-def list_audio(where):
-    """What --audio names -> [(source, items)], and the folder of it all. Raises InputError."""
+def find_sources():
+    """What --audio names, one by one -> [items], and the folder of it all. Raises InputError."""
     sources, folders = [], []
-    for source in filter(None, (part.strip() for part in where.split(','))):
-        direct = source.startswith('hub:') or os.path.exists(source)
-        found = [source] if direct else sorted(glob.glob(source, recursive=True))
-        if not direct and '**' in source:  # it names folders and again what lies in them
-            found = [path for path in found if not os.path.isdir(path)]
+    for source in split_list(audio):
+        there = source.startswith('hub:') or os.path.exists(source)
+        found = [source] if there else sorted(glob.glob(source, recursive=True))
+        if '**' in source:  # it names folders and again what lies in them
             found = [path for path in found if path.lower().endswith(AUDIO_EXTENSIONS + ARCHIVES)]
-            found = sorted({os.path.realpath(path): path for path in reversed(found)}.values())
         items = [item for path in found for item in find_items(path)]
         if not items:
             what = 'no audio in it' if found else 'no such file or folder'
-            kinds = ' '.join((*AUDIO_EXTENSIONS, *ARCHIVES, '.parquet', 'manifest.jsonl'))
-            raise InputError(f'--audio={source}: {what} (looked for {kinds})')
-        sources.append((source, items))
-        for path in found:
-            if not path.startswith('hub:'):
-                folder = path if os.path.isdir(path) else os.path.dirname(path)
-                folders.append(os.path.abspath(folder))
+            raise InputError(f'--audio={source}: {what} (looked for {" ".join(WANTED)})')
+        sources.append(items)
+        local = [path for path in found if not path.startswith('hub:')]
+        folders += [path if os.path.isdir(path) else os.path.dirname(path) for path in local]
     if not sources:
         raise InputError('--audio names nothing: give folders, files, globs, manifests, hub:NAME')
+    folders = [os.path.abspath(folder) for folder in folders]
     return sources, os.path.commonpath(folders) if folders else os.getcwd()
+
+
+def split_list(text):
+    """'a, b/' -> ['a', 'b/']"""
+    return [part.strip() for part in text.split(',') if part.strip()]
 
 
 def name_below(path, root):
@@ -289,7 +251,7 @@ def name_below(path, root):
 def split_by_folder(name, val_folders):
     """'val' or 'test' where a folder in the name says so (LibriSpeech: dev-clean, test-other)."""
     for folder in name.split('/')[:-1]:
-        if val_folders and any(fnmatch(folder, pattern) for pattern in val_folders):
+        if any(fnmatch(folder, pattern) for pattern in val_folders):
             return 'val'
         if re.match(r'test([-_.].*)?$', folder):
             return 'test'
@@ -305,39 +267,35 @@ def split_by_hash(name, val_fraction):
 
 
 def choose_items(sources, root, val_folders, exclude):
-    """-> the items to encode, each with its split if its folder says one; how many are left out.
+    """-> Corpus of the items to encode, each with its split if its folder says one.
 
     Left out is what --exclude names, and test sets, but where all of a source is one: it is meant.
     """
     val_folders, exclude = (
-        [name.strip(' /') for name in names.split(',') if name.strip(' /')]
-        for names in (val_folders, exclude)
+        [name.strip('/') for name in split_list(names)] for names in (val_folders, exclude)
     )
-    chosen, left_out = [], 0
-    for _, items in sources:
-        kept = []
+    chosen = []
+    for items in sources:
+        kept, tests = [], []
         for item in items:
-            name = os.path.join(name_below(item.path, root), item.name)
-            if item.kind == 'row':
-                name = os.path.join(name_below(os.path.dirname(item.path), root), item.name)
+            folder = os.path.dirname(item.path) if item.kind == 'row' else item.path
+            name = os.path.join(name_below(folder, root), item.name)
             if any(fnmatch(part, pattern) for part in name.split('/') for pattern in exclude):
                 continue
-            if item.kind in ('parquet', 'archive'):
+            if item.kind in ('parquet', 'tar'):
                 name += '/'  # dev-clean.tar.gz, test-00000-of-00001.parquet
-            folder_split = '' if item.split else split_by_folder(name, val_folders)
-            kept.append((item, folder_split))
-        if any(folder_split != 'test' for _, folder_split in kept):
-            kept = [(item, folder_split) for item, folder_split in kept if folder_split != 'test']
-        for item, folder_split in kept:
-            split = item.split or (folder_split if folder_split == 'val' else '')
-            chosen.append(item._replace(split=split))
-        left_out += len(items) - len(kept)
+            split = item.split or split_by_folder(name, val_folders)
+            if split == 'test' and not item.split:
+                tests.append(item)
+            else:
+                kept.append(item._replace(split=split))
+        chosen += kept or tests
     if not chosen:
         raise InputError('--exclude leaves nothing of --audio')
-    by_folder = bool(val_folders) or any(item.split == 'val' for item in chosen)
-    if by_folder:
+    left_out = sum(map(len, sources)) - len(chosen)
+    if val_folders or any(item.split == 'val' for item in chosen):
         chosen = [item._replace(split=item.split or 'train') for item in chosen]
-    return list(dict.fromkeys(chosen)), left_out  # what was named twice comes once
+    return Corpus(list(dict.fromkeys(chosen)), left_out, root)  # named twice, it comes once
 
 
 def make_parts(items):
@@ -356,8 +314,17 @@ def make_parts(items):
 # Reading: items -> utterances
 
 
+class Utterance(NamedTuple):
+    """Where an utterance, or a preference pair, is, and what is known of it."""
+
+    path: str  # or a name, of what has none
+    known: dict  # text, voice, words ...
+    sources: list  # a path or an open file; of a pair three
+    spans: list = ()  # [(start s, end s), ...] to be joined; none: all of it
+
+
 class Piece(NamedTuple):
-    """An utterance, or a preference pair, read."""
+    """An utterance, a part of a long one, or a preference pair, read."""
 
     row: dict  # what is known of it, as units.jsonl will say
     waves: list  # (samples,) float32 at 16 kHz each: one, or of a pair three
@@ -368,82 +335,68 @@ class Failure(NamedTuple):
     reason: str
 
 
-def open_item(item):
-    """Yields (path or name, what is known, [audio] or of a pair three) of what an item holds."""
-    folder = os.path.dirname(item.path)
+def find_utterances(item):
+    """Yields the utterances of an item."""
     if item.kind == 'file':
-        yield item.path, {}, [item.path]
+        yield from utterances_of_file(item.path)
     elif item.kind == 'row':
         with open(item.path, 'rb') as file:
             file.seek(item.at)
             row = json.loads(file.readline())
-        paths = [find_path(path, folder) for path in paths_of_row(row)]
-        yield paths[0], row, paths
-    elif item.kind == 'member':
-        with open(item.path, 'rb') as file:
-            file.seek(item.at)
-            source = io.BytesIO(file.read(item.size))
-        yield os.path.join(item.path.removesuffix('.tar'), item.name), {}, [source]
-    elif item.kind == 'archive':
-        with tarfile.open(item.path, 'r|gz') as tar:
+        paths = [find_path(path, os.path.dirname(item.path)) for path in paths_of_row(row)]
+        yield Utterance(paths[0], row, paths)
+    elif item.kind == 'tar':
+        stem = re.sub(r'\.(tar|tar\.gz|tgz)$', '', item.path)
+        with tarfile.open(item.path, 'r|*') as tar:
             for member in tar:
                 if member.isfile() and member.name.lower().endswith(AUDIO_EXTENSIONS):
                     source = io.BytesIO(tar.extractfile(member).read())
-                    yield (
-                        os.path.join(re.sub(r'(\.tar\.gz|\.tgz)$', '', item.path), member.name),
-                        {},
-                        [source],
-                    )
-                tar.members = []
+                    yield Utterance(os.path.join(stem, member.name), {}, [source])
+                tar.members = []  # else it remembers them all
     else:
-        group = None if item.at < 0 else item.at
-        for number, row in enumerate(read_parquet(item.path, group)):
-            yield open_parquet_row(row, item, number)
+        for number, row in enumerate(read_parquet(item.path)):
+            yield utterance_of_row(row, item.path, number)
 
 
-def open_parquet_row(row, item, number):
-    """The same of a row of parquet: columns prompt, chosen, rejected, or the one with audio."""
-    structs = {
-        key: row.pop(key)
-        for key, value in list(row.items())
-        if isinstance(value, dict) and 'bytes' in value
-    }
-    keys = PAIR if all(part in structs for part in PAIR) else list(structs)[:1]
-    if not keys:
-        raise InputError(f'{item.path}: no column holds audio, a struct of bytes and path')
-    sources = []
-    for struct in (structs[key] for key in keys):
-        where = find_path(struct.get('path') or '', os.path.dirname(item.path))
-        sources.append(io.BytesIO(struct['bytes']) if struct['bytes'] else where)
-    stem = item.path.removesuffix('.parquet') + (f'/{item.at:05d}' if item.at >= 0 else '')
-    name = os.path.basename(structs[keys[0]].get('path') or '')
-    if 'speaker' in row:
-        row.setdefault('voice', row.pop('speaker'))
-    if 'raw_text' in row:
-        row.setdefault('text', row['raw_text'])
-    return f'{stem}/{number:05d}' + (f'-{name}' if name else ''), row, sources
-
-
-def find_segments(path):
-    """Yields (what is known, [(start s, end s), ...] to be joined) where a file beside a recording
-    says how it is cut: Libri-Light's .json or TEDLIUM's .stm. Nothing otherwise."""
+def utterances_of_file(path):
+    """A recording whole, or cut as a file beside it says: Libri-Light's .json, TEDLIUM's .stm."""
     stem, extension = os.path.splitext(path)
     if extension == '.flac' and os.path.exists(stem + '.json'):
         with open(stem + '.json', encoding='utf-8') as file:
             meta = json.load(file)
         activity = meta.get('voice_activity') if isinstance(meta, dict) else None
-        yield from (({}, spans) for spans in join_activity(activity or []))
-    folder, name = os.path.split(stem)
-    for stm in (f'{stem}.stm', os.path.join(os.path.dirname(folder), 'stm', name + '.stm')):
-        if extension == '.sph' and os.path.exists(stm):
-            with open(stm, encoding='utf-8', errors='replace') as file:
-                for line in file:
-                    fields = line.split(maxsplit=6)
-                    if len(fields) < 7 or line.startswith(';;') or 'ignore_time_segment' in line:
-                        continue
-                    _, _, speaker, start, end, _, text = fields
-                    yield dict(voice=speaker, text=text.strip()), [(float(start), float(end))]
-            break
+        if activity:
+            yield from (Utterance(path, {}, [path], spans) for spans in join_activity(activity))
+            return
+    stm = stem + '.stm'
+    if not os.path.exists(stm):
+        stm = re.sub(r'sph/([^/]*)$', r'stm/\1', stm)
+    if extension != '.sph' or not os.path.exists(stm):
+        yield Utterance(path, {}, [path])
+        return
+    with open(stm, encoding='utf-8', errors='replace') as file:
+        for line in file:
+            fields = line.split(maxsplit=6)
+            if len(fields) == 7 and not line.startswith(';;') and 'ignore_time' not in line:
+                _, _, speaker, start, end, _, text = fields
+                spans = [(float(start), float(end))]
+                yield Utterance(path, dict(voice=speaker, text=text.strip()), [path], spans)
+
+
+def utterance_of_row(row, path, number):
+    """A row of parquet: columns prompt, chosen, rejected, or the one with audio."""
+    structs = {key: row[key] for key in row if isinstance(row[key], dict) and 'bytes' in row[key]}
+    keys = PAIR if structs.keys() >= set(PAIR) else list(structs)[:1]
+    if not keys:
+        raise InputError(f'{path}: no column holds audio, a struct of bytes and path')
+    sources = []
+    for struct in (structs[key] for key in keys):
+        where = find_path(struct.get('path') or '', os.path.dirname(path))
+        sources.append(io.BytesIO(struct['bytes']) if struct['bytes'] else where)
+    known = {OTHER_NAMES.get(key, key): row[key] for key in row if key not in structs}
+    name = os.path.basename(structs[keys[0]].get('path') or '')
+    name = f'{path.removesuffix(".parquet")}/{number:05d}' + (f'-{name}' if name else '')
+    return Utterance(name, known, sources)
 
 
 def join_activity(activity, longest=60):
@@ -470,7 +423,7 @@ def cut(wave, longest):
         last = min(longest, len(wave) - start - longest // 6)  # what remains is no scrap
         blocks = torch.from_numpy(wave[start : start + last // CUT_GRID * CUT_GRID])
         energy = blocks.view(-1, CUT_GRID).square().mean(1)
-        energy = torch.nn.functional.avg_pool1d(energy[None], 5, 1, 2, count_include_pad=False)[0]
+        energy = F.avg_pool1d(energy[None], 5, 1, 2, count_include_pad=False)[0]
         first = max(1, longest * 2 // 3 // CUT_GRID)
         end = start + (first + int(energy[first:].argmin())) * CUT_GRID
         spans.append((start, end))
@@ -505,51 +458,51 @@ def cut_pieces(wave, row, longest):
         yield Piece(piece, [wave[first:last]])
 
 
-def read_utterance(path, known, sources, split, plan):
-    """Yields the pieces of what open_item tells of."""
-    name = name_below(path, plan.root)
-    split = split or split_by_hash(name, plan.val_fraction)
-    if len(sources) == 3:
-        waves = [load_audio(source).numpy() for source in sources]
+def read_utterance(utterance, split, root, longest):
+    """Yields the pieces of an utterance, of at most `longest` seconds, or the pair that it is."""
+    path, known, sources, spans = utterance
+    name = name_below(path, root)
+    split = split or split_by_hash(name, val_fraction)
+    if len(sources) == len(PAIR):
         row = dict(file_name=name)
         for part in PAIR:
             row[part] = dict(units=[], duration=[], text=known.get(f'{part}_text') or '')
-        own = {key: known[key] for key in known if not key.startswith(PAIR) and key not in OURS}
-        yield Piece(row | own | dict(split=split), waves)
+        row |= {key: known[key] for key in known if not key.startswith(PAIR) and key not in OURS}
+        yield Piece(row | dict(split=split), [load_audio(source).numpy() for source in sources])
         return
 
-    known = {key: value for key, value in known.items() if key not in OURS}
-    row = dict(file_name=name, units=[], duration=[], split=split) | known
-    segments = list(find_segments(sources[0])) if isinstance(sources[0], str) else []
-    if not segments:
-        yield from cut_pieces(load_audio(sources[0]).numpy(), row, plan.max_seconds)
-    for known, spans in segments:
-        parts = [load_audio(path, start=start, seconds=end - start) for start, end in spans]
-        segment = row | known | dict(start=spans[0][0])
-        yield from cut_pieces(np.concatenate(parts), segment, plan.max_seconds)
+    row = dict(file_name=name, units=[], duration=[], split=split)
+    row |= {key: known[key] for key in known if key not in OURS}
+    if spans:
+        row['start'] = spans[0][0]
+        parts = [load_audio(sources[0], start=a, seconds=b - a) for a, b in spans]
+        wave = torch.cat(parts).numpy()
+    else:
+        wave = load_audio(sources[0]).numpy()
+    yield from cut_pieces(wave, row, longest)
 
 
-def read_item(item, plan):
+def read_item(item, root, longest):
     """Yields the Pieces of an item, and a Failure for what cannot be read: one file of millions
     must not end the run. What the hub does not give ends it: it is not the data's fault."""
+    where = item.path + (f', byte {item.at}' if item.kind == 'row' else '')
     try:
-        for path, known, sources in open_item(item):
+        for utterance in find_utterances(item):
             try:
-                yield from read_utterance(path, known, sources, item.split, plan)
-            except Exception as error:
-                yield Failure(path, ' '.join(str(error).split()) or repr(error))
-    except Exception as error:
+                yield from read_utterance(utterance, item.split, root, longest)
+            except BAD_DATA as error:
+                yield Failure(utterance.path, ' '.join(str(error).split()) or repr(error))
+    except BAD_DATA as error:
         if item.path.startswith('hub:'):
             raise
-        where = f', byte {item.at}' if item.kind == 'row' else ''
-        yield Failure(item.path + where, ' '.join(str(error).split()) or repr(error))
+        yield Failure(where, ' '.join(str(error).split()) or repr(error))
 
 
-def read_batches(items, plan):
+def read_batches(items, root):
     """Yields (pieces, failures, whether these are the last) of a part, some minutes at a time."""
     pieces, failures, seconds = [], [], 0.0
     for item in items:
-        for found in read_item(item, plan):
+        for found in read_item(item, root, max_seconds):
             if isinstance(found, Failure):
                 failures.append(found)
                 continue
@@ -568,6 +521,7 @@ class Reader(IterableDataset):
         self.jobs, self.work = jobs, work
 
     def __iter__(self):
+        start_worker()
         worker = get_worker_info()
         for key, items in self.jobs[worker.id :: worker.num_workers]:
             try:
@@ -577,22 +531,17 @@ class Reader(IterableDataset):
                 yield key, error
 
 
-def begin_worker(number):
-    start_worker()
-
-
 def hand_on(result):
     return result  # arrays stay arrays, which go through a pipe and need no shared memory
 
 
-def work_ahead(jobs, work, n_workers, in_order):
+def work_ahead(jobs, work, in_order=False):
     """Yields (key, result) of `work(items)` for each job (key, items), made by worker processes in
     advance. in_order: of jobs with one result each, in their order; else as they come."""
     loader = DataLoader(
         Reader(jobs, work),
         batch_size=None,
-        num_workers=max(1, min(n_workers, len(jobs))),
-        worker_init_fn=begin_worker,
+        num_workers=max(1, min(count_workers(), len(jobs))),
         collate_fn=hand_on,
         multiprocessing_context='fork',  # it takes what is loaded along
         in_order=in_order,
@@ -602,8 +551,8 @@ def work_ahead(jobs, work, n_workers, in_order):
             if isinstance(result, InputError):
                 raise result
             yield key, result
-    except RuntimeError as error:
-        if 'DataLoader worker' not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if 'DataLoader worker (pid' not in str(error) and not isinstance(error, MemoryError):
             raise
         raise InputError(
             'a worker died, most likely for want of memory: use fewer --workers; '
@@ -615,45 +564,38 @@ def work_ahead(jobs, work, n_workers, in_order):
 # The encoder: what is fitted, on speech drawn evenly
 
 
-def draw_speech(items, seconds, plan, work, n_workers):
-    """Yields work(pieces) of training speech drawn evenly from all items, 16 pieces at a time.
+def draw_speech(corpus, seconds):
+    """Yields lists of Pieces of training speech drawn evenly from all items, about 16 at a time.
 
     seconds: how much will be asked for, about; of each item no more pieces are read than that
     needs. The order depends on the seed alone.
     """
-    wanted = [item for item in items if item.split in ('', 'train')]
-    items = wanted or items
+    wanted = [item for item in corpus.items if item.split in ('', 'train')]
+    items = wanted or corpus.items
     items = random.Random(seed).sample(items, min(len(items), 100_000))
     per_item = min(64, math.ceil(seconds / 5 / len(items)))  # few are shorter than 5 s
     per_job = max(1, 16 // per_item)
-    short = SimpleNamespace(**vars(plan) | dict(max_seconds=SAMPLE_SECONDS))
 
     def read(items):
-        found = [piece for item in items for piece in islice(read_item(item, short), per_item)]
+        found = [
+            piece
+            for item in items
+            for piece in islice(read_item(item, corpus.root, SAMPLE_SECONDS), per_item)
+        ]
         pieces = [piece for piece in found if isinstance(piece, Piece)]
-        yield work([piece for piece in pieces if piece.row['split'] == 'train' or not wanted])
+        yield [piece for piece in pieces if piece.row['split'] == 'train' or not wanted]
 
     jobs = [(i, items[i : i + per_job]) for i in range(0, len(items), per_job)]
-    for _, result in work_ahead(jobs, read, n_workers, in_order=True):
-        yield result
+    for _, pieces in work_ahead(jobs, read, in_order=True):
+        yield pieces
 
 
-def draw_frames(net, items, n_frames, plan, n_workers):
+def draw_frames(net, corpus, n_frames):
     """(frames, D) features of training speech, on the encoder's device."""
-
-    def features(pieces):
-        waves = [wave for piece in pieces for wave in piece.waves]
-        return [x.cpu().numpy() for x in net.features(waves)]
-
-    in_worker = net.config['kind'] == 'mfcc'
-    seconds = n_frames / net.frame_rate
-    drawn = draw_speech(items, seconds, plan, features if in_worker else hand_on, n_workers)
     frames, total = [], 0
-    with tqdm(
-        total=n_frames, desc='frames to fit on', unit='', unit_scale=True, leave=False
-    ) as bar:
-        for result in drawn:
-            found = result if in_worker else features(result)
+    with tqdm(total=n_frames, desc='frames to fit on', unit_scale=True, leave=False) as bar:
+        for pieces in draw_speech(corpus, n_frames / net.frame_rate):
+            found = net.features([wave for piece in pieces for wave in piece.waves])
             frames += found
             total += sum(map(len, found))
             bar.update(sum(map(len, found)))
@@ -661,7 +603,7 @@ def draw_frames(net, items, n_frames, plan, n_workers):
                 break
     if not frames:
         raise InputError('no training speech to fit on: none of the files drawn can be read')
-    return torch.from_numpy(np.concatenate(frames)[:n_frames]).to(net.device)
+    return torch.cat(frames)[:n_frames]
 
 
 def fit(x, k, seed):
@@ -711,18 +653,12 @@ def fit(x, k, seed):
     return centroids.cpu(), mean
 
 
-def open_encoder(name, layer=None, kmeans=None):
-    """An encoder as it is stored. MFCC are computed by the workers, and so on the CPU."""
-    net = UnitEncoder.from_pretrained(name, layer, kmeans, 'cpu', dtype)
-    if net.config['kind'] != 'mfcc' and pick_device(device).type != 'cpu':
-        net = UnitEncoder.from_pretrained(name, layer, kmeans, device, dtype)
-    return net
-
-
-def load_encoder(name, clusters, price, items, plan, n_workers):
+def load_encoder(name, clusters, price, corpus):
     """The encoder of that name; if asked with `clusters` fitted, and `price` set for a change of
     unit, in the mean distortion of its own (measured, where it is not known)."""
-    net = open_encoder(name, layer, '' if clusters else kmeans or None)
+    net = UnitEncoder.from_pretrained(
+        name, layer, '' if clusters else kmeans or None, device, dtype
+    )
     if net.centroids is None and not clusters:
         raise InputError(
             f'{name} has no k-means yet: --fit_kmeans=N fits one, --kmeans=FILE or '
@@ -731,20 +667,18 @@ def load_encoder(name, clusters, price, items, plan, n_workers):
     if price is not None:
         net.config['switch'] = price
     if clusters:
-        frames = draw_frames(net, items, fit_frames, plan, n_workers)
+        frames = draw_frames(net, corpus, fit_frames)
         net.centroids, net.config['distortion'] = fit(frames, clusters, seed)
         net.centroids = net.centroids.to(net.device)
     elif net.config.get('switch') and not net.config.get('distortion'):
-        x = draw_frames(net, items, min(fit_frames, 30_000), plan, n_workers)
-        net.config['distortion'] = net.distance([x])
+        frames = draw_frames(net, corpus, min(fit_frames, 30_000))
+        net.config['distortion'] = net.distance([frames])
     return net
 
 
 def publish(folder, write):
     """A folder that appears whole or not at all, made by write(folder); the first to come stays."""
     aside = f'{folder}.{os.uname().nodename}.{os.getpid()}.tmp'
-    shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(aside)
     try:
         write(aside)
         os.rename(aside, folder)
@@ -777,7 +711,7 @@ def encode(net, pieces):
     return lines
 
 
-def encode_parts(todo, net, plan, n_workers):
+def encode_parts(todo, net, root):
     """Encode the parts [(number, items), ...]; yields (number, its lines, failures, seconds).
 
     MFCC are computed where the files are read. A net runs here, while workers read ahead.
@@ -785,12 +719,12 @@ def encode_parts(todo, net, plan, n_workers):
     in_worker = net.config['kind'] == 'mfcc'
 
     def work(items):
-        for pieces, failures, last in read_batches(items, plan):
+        for pieces, failures, last in read_batches(items, root):
             seconds = sum(len(wave) for piece in pieces for wave in piece.waves) / SAMPLE_RATE
             yield encode(net, pieces) if in_worker else pieces, failures, seconds, last
 
     begun = {}
-    for number, (found, failures, seconds, last) in work_ahead(todo, work, n_workers, False):
+    for number, (found, failures, seconds, last) in work_ahead(todo, work):
         lines, failed, total = begun.get(number, ([], [], 0.0))
         lines += found if in_worker else encode(net, found)
         begun[number] = lines, failed + failures, total + seconds
@@ -812,9 +746,7 @@ def write_part(number, lines, failures, seconds, n_files):
 
 def check_recipe(path, recipe):
     """Refuse a folder that was begun with other settings or other audio."""
-    with open(path, encoding='utf-8') as file:
-        there = json.load(file)
-    there = there.get('recipe', there)
+    there = read_json(path)
     others = [key for key in recipe if there.get(key) != recipe[key]]
     if others:
         raise InputError(
@@ -844,18 +776,12 @@ def rows_of_units(path):
     """Yields the rows of units made elsewhere: our units.jsonl; the public toolkit's
     features.jsonl (units, duration), tokens.jsonl (audio_repr) and tokenised pairs; a packed shard
     of slm_scaling (a folder with audio.bin, audio.len, meta.json)."""
-    if os.path.isdir(path):
-        yield from rows_of_shard(path)
-        return
-    for number, row in read_jsonl(path):
+    rows = rows_of_shard(path) if os.path.isdir(path) else read_jsonl(path)
+    for number, row in rows:
         try:
             row = {'file_name': f'{os.path.basename(path)}:{number}', **row}
-            if not isinstance(row['file_name'], str):
-                raise ValueError
-            if all(isinstance(row.get(part), dict) for part in PAIR):
-                yield row | {part: row[part] | collapse(row[part]) for part in PAIR}
-            else:
-                yield row | collapse(row)
+            pair = {part: row[part] | collapse(row[part]) for part in PAIR if part in row}
+            yield row | (pair if len(pair) == len(PAIR) else collapse(row))
         except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):
             raise InputError(
                 f'{path}, line {number}: expected a JSON object with `units` (numbers from 0) or '
@@ -877,7 +803,8 @@ def collapse(row):
 
 
 def rows_of_shard(path):
-    """A packed shard: int16 units of all utterances, int64 lengths; each ends with its EOS."""
+    """A packed shard: int16 units of all utterances, int64 lengths; each ends with its EOS. Yields
+    (number from 1, row)."""
     try:
         with open(os.path.join(path, 'meta.json'), encoding='utf-8') as file:
             made = json.load(file)['preprocessing']
@@ -888,32 +815,23 @@ def rows_of_shard(path):
         raise InputError(
             f'{path}: no packed shard, a folder with audio.bin, audio.len and meta.json ({error})'
         ) from None
-    samples = os.path.join(path, 'samples.jsonl')
-    rows = [row for _, row in read_jsonl(samples)] if os.path.exists(samples) else []
-    rows += [{}] * (len(lengths) - len(rows))
-    for number, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
-        name = rows[number].get('id', f'{os.path.basename(path)}:{number + 1}')
+    for number, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True), 1):
         found = units[end - length : end]
-        found = found[~np.isin(found, special)].tolist()
-        split = dict(split=rows[number]['split']) if rows[number].get('split') else {}
-        yield dict(file_name=name, **collapse(dict(units=found)), **split)
+        yield number, dict(units=found[~np.isin(found, special)].tolist())
 
 
-def find_unit_files(where):
+def find_unit_files():
     """The files and packed shards that --from_units names, globs and folders of shards too."""
     found = []
-    for source in filter(None, (part.strip() for part in where.split(','))):
+    for source in split_list(from_units):
         paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+        for path in paths:
+            below = sorted(glob.glob(os.path.join(glob.escape(path), '*/audio.bin')))
+            found += map(os.path.dirname, below)
+            if not below:
+                found.append(path)
         if not paths:
             raise InputError(f'--from_units={source}: no such file or folder')
-        for path in paths:
-            if os.path.isdir(path) and not os.path.exists(os.path.join(path, 'audio.bin')):
-                below = sorted(glob.glob(os.path.join(glob.escape(path), '*/audio.bin')))
-                if not below:
-                    raise InputError(f'--from_units={path}: no packed shard in this folder')
-                found += map(os.path.dirname, below)
-            else:
-                found.append(path)
     return found
 
 
@@ -993,15 +911,14 @@ def finish(meta):
         f'{meta["pairs"]:,} pairs',
     ]
     if 'files' in meta:
-        told.append(f'{meta["failed"]:,} of {meta["files"]:,} files failed')
-        told.append(
-            f'{meta["cut"]:,} utterances cut at {max_seconds:g} s' if meta['cut'] else 'none cut'
-        )
-        told += [f'{meta["left_out"]:,} files left out (test sets, --exclude)'] * (
-            meta['left_out'] > 0
-        )
-        told += [f'{meta["x_real_time"]:,} x real time'] * bool(meta['x_real_time'])
-    told += ['nothing to validate on'] * (not meta['tokens']['val'])
+        told += [
+            f'{meta["failed"]:,} of {meta["files"]:,} files failed',
+            f'{meta["left_out"]:,} files left out (test sets, --exclude)',
+            f'{meta["cut"]:,} utterances cut at {max_seconds:g} s' if meta['cut'] else 'none cut',
+            f'{meta["x_real_time"]:,} x real time',
+        ]
+    if not meta['tokens']['val']:
+        told.append('nothing to validate on')
     print(f'{out}: {", ".join(told)}')
 
 
@@ -1009,10 +926,10 @@ def finish(meta):
 # A voice for the units
 
 
-def draw_utterances(net, items, plan, n_workers):
+def draw_utterances(net, corpus):
     """Yields (wave, units, voice) of vocoder_hours of training speech drawn evenly."""
     seconds = 0.0
-    for pieces in draw_speech(items, vocoder_hours * 3600, plan, hand_on, n_workers):
+    for pieces in draw_speech(corpus, vocoder_hours * 3600):
         waves = [wave for piece in pieces for wave in piece.waves]
         voices = [str(piece.row.get('voice') or '') for piece in pieces for _ in piece.waves]
         yield from zip(waves, net.encode(waves), voices, strict=True)
@@ -1021,10 +938,10 @@ def draw_utterances(net, items, plan, n_workers):
             return
 
 
-def fit_table(net, items, plan, n_workers):
+def fit_table(net, corpus):
     """The table vocoder of that speech: mean spectra, mean durations of units."""
     table = UnitTable(net.n_units, net.frame_rate)
-    for wave, units, _ in draw_utterances(net, items, plan, n_workers):
+    for wave, units, _ in draw_utterances(net, corpus):
         table.add(wave, units)
     return table.finish()
 
@@ -1083,40 +1000,37 @@ def learn_from(wave, units, voice, steps):
     n = int(durations.sum()) * steps * HOP
     wave = F.pad(wave, (0, max(0, n - len(wave))))[:n]
     wave = wave * (VOICE_LEVEL / max(speech_level(wave), 1e-5))
-    place, pitch = NeuralVoice.places(durations), track_pitch(wave)
-    known = dict(frames=units.repeat_interleave(durations), place=place, pitch=pitch, wave=wave)
-    times = -(-VOICE_FRAMES // len(place))  # a short one is said again
-    known = {key: torch.cat([x] * times) for key, x in known.items()}
-    return known | dict(units=units, durations=durations, voice=voice)
+    frames, place = units.repeat_interleave(durations), NeuralVoice.places(durations)
+    known = dict(frames=frames, place=place, pitch=track_pitch(wave), wave=wave)
+    return known | dict(voice=torch.full_like(frames, voice), units=units, durations=durations)
 
 
 def draw_stretches(speech, step, device):
-    """The stretches of one step, a function of (seed, step) alone: dict of tensors (B, ...)."""
-    rng = random.Random(f'{seed} {step}')
-    batch = dict(frames=[], place=[], pitch=[], wave=[], voice=[])
-    for known in rng.choices(speech, k=VOICE_BATCH):
-        start = rng.randrange(len(known['frames']) - VOICE_FRAMES + 1)
-        for key in ('frames', 'place', 'pitch', 'wave'):
-            each = len(known[key]) // len(known['frames'])
-            batch[key].append(known[key][start * each : (start + VOICE_FRAMES) * each])
-        batch['voice'].append(torch.tensor(known['voice']))
-    batch = {key: torch.stack(parts) for key, parts in batch.items()}
-    noise = torch.Generator().manual_seed(rng.randrange(2**31))
-    batch['noise'] = torch.randn(batch['wave'][:VOICE_WAVES].shape, generator=noise)
-    spoken = rng.choice(speech)
-    batch |= dict(units=spoken['units'], durations=spoken['durations'])
-    return {key: tensor.to(device) for key, tensor in batch.items()}
+    """The stretches of one step, a function of (seed, step) alone: dict of tensors (B, ...).
+
+    speech: what learn_from gives of all utterances, one after the other."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    batch = {}
+    for keys in (('frames', 'place', 'pitch', 'wave', 'voice'), ('units', 'durations')):
+        total = len(speech[keys[0]])
+        starts = torch.randint(max(1, total - VOICE_FRAMES), (VOICE_BATCH,), generator=generator)
+        for key in keys:
+            each = len(speech[key]) // total  # of them a frame
+            parts = [speech[key][at * each : (at + VOICE_FRAMES) * each] for at in starts.tolist()]
+            batch[key] = torch.stack(parts).to(device)
+    noise = torch.randn(batch['wave'][:VOICE_WAVES].shape, generator=generator)
+    return batch | dict(noise=noise.to(device))
 
 
 def voice_loss(voice, batch):
     """Log-mel, pitch and duration losses, and the spectral one of some stretches' waves, through
     source and inverse STFT. The energies have the first for themselves, so that the last teaches
     what is voice and what is noise. -> scalar"""
-    energies, logits, pitch = voice(batch['frames'], batch['place'], batch['voice'])
+    energies, logits, pitch = voice(batch['frames'], batch['place'], batch['voice'][:, 0])
     mel = (energies - log_mels(batch['wave'])).abs().mean()
     voiced = batch['pitch'] > 0
     wrong = (pitch - batch['pitch'].clamp(min=1).log()).abs() * voiced
-    beyond = voice.mean_durations(batch['units'][None])[0] - 1
+    beyond = voice.mean_durations(batch['units']) - 1
     tempo = F.poisson_nll_loss(beyond, batch['durations'].float() - 1, log_input=False)
 
     some = slice(0, VOICE_WAVES)
@@ -1133,56 +1047,32 @@ def hear_voice(vocoder, speech):
     errors = []
     with torch.inference_mode():
         for known in speech:
-            which = dict(speaker=known['voice']) if vocoder.config['kind'] == 'neural' else {}
+            which = dict(speaker=int(known['voice'][0])) if 'voices' in vocoder.config else {}
             wave = vocoder.voice.speak(known['units'], known['durations'], **which).cpu()
-            real = log_mels(known['wave'][None, : len(wave)])[0]
-            errors.append((log_mels(wave[None])[0] - real).abs().mean())
+            both = log_mels(torch.stack((wave, known['wave'])))
+            errors.append(both.diff(dim=0).abs().mean())
     return round(float(torch.stack(errors).mean()), 4)
 
 
-def begin_voice(config, table, speech, device):
+def begin_voice(config, table, pitch):
     """The net before its training: it speaks as the table does, at the mean pitch."""
     torch.manual_seed(seed)
-    voice = NeuralVoice(config)
-    hertz = torch.cat([known['pitch'] for known in speech])
+    voice = NeuralVoice(config, device=pick_device(device))
     with torch.no_grad():
         voice.base.weight.copy_(table.tensors['mel'].flatten(1))
         voice.head.weight *= 0.1
         head = voice.head.bias.view(voice.steps, -1)
         head.zero_()
-        head[:, -1] = hertz[hertz > 0].log().mean() if (hertz > 0).any() else math.log(120)
-    voice.device = device
-    return voice.to(device)
+        head[:, -1] = pitch[pitch > 0].log().mean() if (pitch > 0).any() else math.log(120)
+    return voice
 
 
-def fit_neural_vocoder(net, items, plan, n_workers):
-    """Train a small net to speak the units, on speech drawn evenly -> UnitVocoder.
-
-    vocoder_steps steps, a state every few hundred from which a killed run goes on exactly. One
-    utterance in 16 is held out; vocoder.json tells its log-mel error and the table's.
-    """
-    steps = round(SAMPLE_RATE / HOP / net.frame_rate)
-    if abs(steps * net.frame_rate * HOP - SAMPLE_RATE) > 1:
-        raise InputError(f'--fit_vocoder=neural needs frames of whole 10 ms, not {net.frame_rate}')
-    table, speech, voices = UnitTable(net.n_units, net.frame_rate), [], {}
-    for wave, units, voice in draw_utterances(net, items, plan, n_workers):
-        table.add(wave, units)
-        row = voices.setdefault(voice, len(voices))
-        speech.append(learn_from(torch.as_tensor(wave), units, row, steps))
-    if not speech:
-        raise InputError('no training speech to fit a voice on: none of the files can be read')
-    table, held_out = table.finish(), speech[::16]
-    speech = [known for i, known in enumerate(speech) if i % 16] or speech
-
-    config = dict(kind='neural', n_units=net.n_units, frame_rate=net.frame_rate)
-    config |= dict(sample_rate=SAMPLE_RATE, voices=list(voices), **VOICE_NET)
-    voice = begin_voice(config, table, speech, net.device)
+def train_voice(voice, config, speech):
+    """vocoder_steps steps; a state every few hundred, from which a killed run goes on exactly."""
     optimizer = torch.optim.AdamW(voice.parameters(), VOICE_RATE, betas=(0.9, 0.99))
-
-    # go on where a killed run stopped
     path, done = os.path.join(out, 'vocoder_state.pt'), 0
     if os.path.exists(path):
-        state = torch.load(path, map_location=net.device, weights_only=True)
+        state = torch.load(path, map_location=voice.device, weights_only=True)
         if state['config'] != config or state['steps'] != vocoder_steps:
             raise InputError(f'{path} is of another voice: delete it, or give its settings')
         voice.load_state_dict(state['voice'])
@@ -1192,19 +1082,44 @@ def fit_neural_vocoder(net, items, plan, n_workers):
     for step in bar:
         share = (1 + math.cos(math.pi * step / vocoder_steps)) / 2
         optimizer.param_groups[0]['lr'] = VOICE_RATE * min((step + 1) / 20, 0.02 + 0.98 * share)
-        loss = voice_loss(voice, draw_stretches(speech, step, net.device))
+        loss = voice_loss(voice, draw_stretches(speech, step, voice.device))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(voice.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % VOICE_SAVE == 0:
-            bar.set_postfix_str(f'loss {float(loss):.3f}')
+            bar.set_postfix_str(f'loss {loss.item():.3f}')
             state = dict(voice=voice.state_dict(), optimizer=optimizer.state_dict())
             state |= dict(config=config, steps=vocoder_steps, done=step + 1)
             with write_atomic(path, 'wb') as file:
                 torch.save(state, file)
 
-    vocoder = UnitVocoder(config, voice.state_dict(), net.device)
+
+def fit_neural_vocoder(net, corpus):
+    """Train a small net to speak the units, on speech drawn evenly -> UnitVocoder.
+
+    One utterance in 16 is held out; vocoder.json tells its log-mel error and the table's.
+    """
+    table = UnitTable(net.n_units, net.frame_rate)
+    if abs(table.steps * net.frame_rate * HOP - SAMPLE_RATE) > 1:
+        raise InputError(f'--fit_vocoder=neural needs frames of whole 10 ms, not {net.frame_rate}')
+    speech, voices = [], {}
+    for wave, units, voice in draw_utterances(net, corpus):
+        table.add(wave, units)
+        row = voices.setdefault(voice, len(voices))
+        speech.append(learn_from(torch.as_tensor(wave), units, row, table.steps))
+    if not speech:
+        raise InputError('no training speech to fit a voice on: none of the files can be read')
+    table, held_out = table.finish(), speech[::16]
+    speech = [known for i, known in enumerate(speech) if i % 16] or speech
+    speech = {key: torch.cat([known[key] for known in speech]) for key in speech[0]}
+
+    config = dict(kind='neural', n_units=net.n_units, frame_rate=net.frame_rate)
+    config |= dict(sample_rate=SAMPLE_RATE, voices=list(voices), **VOICE_NET)
+    voice = begin_voice(config, table, speech['pitch'])
+    train_voice(voice, config, speech)
+
+    vocoder = UnitVocoder(config, voice.state_dict(), voice.device)
     errors = hear_voice(vocoder, held_out), hear_voice(table, held_out)
     vocoder.config['log_mel_error'] = dict(zip(('neural', 'table'), errors, strict=True))
     print(f'voice: held-out log-mel error {errors[0]:.3f} nats, of the table {errors[1]:.3f}')
@@ -1234,32 +1149,30 @@ def measure_units(rows, frame_rate, n_units):
     of the de-duplicated units: their entropy x their rate), units used, tokens a second, and the
     mean length of a run in ms.
     """
-    names, joint = {}, np.zeros((0, n_units), dtype=np.int64)
-    tokens, frames = np.zeros(n_units, dtype=np.int64), 0
-    for units, marks in rows:
-        units = np.asarray(units)
-        labels = frame_labels(marks, len(units), frame_rate)
-        index = np.array([names.setdefault(label, len(names)) for label in labels], dtype=np.int64)
-        joint = np.pad(joint, ((0, len(names) - len(joint)), (0, 0)))
-        np.add.at(joint, (index, units), 1)
-        tokens += np.bincount(dedup(units)[0], minlength=n_units)
-        frames += len(units)
-    if not frames:
+    labels, tokens, units = [], [], []
+    for found, marks in rows:
+        labels.append(frame_labels(marks, len(found), frame_rate))
+        tokens.append(dedup(found)[0].numpy())
+        units.append(np.asarray(found))
+    if not units:
         raise InputError('no utterance with phone or word times: see `phones` of a manifest')
+    units, tokens = np.concatenate(units), np.concatenate(tokens)
+    names, phones = np.unique(np.concatenate(labels), return_inverse=True)
+    together = np.zeros((len(names), n_units))
+    np.add.at(together, (phones, units), 1 / len(units))
 
-    together = joint / frames
     phone, unit = together.sum(1), together.sum(0)
-    information = -(entropy(together) - entropy(phone) - entropy(unit))
-    rate = tokens.sum() / frames * frame_rate
+    information = entropy(phone) + entropy(unit) - entropy(together)
+    rate = len(tokens) / len(units) * frame_rate
     return dict(
         phone_purity=together.max(0).sum(),
         cluster_purity=together.max(1).sum(),
         pnmi=information / max(entropy(phone), 1e-12),
-        bitrate=entropy(tokens / tokens.sum()) / math.log(2) * rate,
+        bitrate=entropy(np.bincount(tokens) / len(tokens)) / math.log(2) * rate,
         units_used=int((unit > 0).sum()),
         tokens_per_second=rate,
         run_ms=1000 / rate,
-        frames=frames,
+        frames=len(units),
     )
 
 
@@ -1273,48 +1186,67 @@ def judge_file(path):
     """measure_units of a units file with marks; its meta.json says the frame rate."""
     with open(os.path.join(os.path.dirname(path), 'meta.json'), encoding='utf-8') as file:
         meta = json.load(file)
-
-    def rows():
-        seconds = 0.0
-        for _, row in read_jsonl(path):
-            marks = row.get('phones') or row.get('words')
-            if marks and seconds < report_hours * 3600:
-                seconds += sum(row['duration']) / meta['frame_rate']
-                yield np.repeat(row['units'], row['duration']), marks
-
-    return measure_units(rows(), meta['frame_rate'], meta['n_units'])
+    rows, seconds = [], 0.0
+    for _, row in read_jsonl(path):
+        marks = row.get('phones') or row.get('words')
+        if marks and seconds < report_hours * 3600:
+            seconds += sum(row['duration']) / meta['frame_rate']
+            rows.append((np.repeat(row['units'], row['duration']), marks))
+    return measure_units(rows, meta['frame_rate'], meta['n_units'])
 
 
-def judge_encoder(setting, pieces, items, plan, n_workers):
+def judge_encoder(setting, pieces, corpus):
     """measure_units of an encoder, NAME[:clusters[:switch]], on the pieces of read speech."""
     name, clusters, price = re.fullmatch(r'(.*?)(?::(\d+))?(?::([\d.]+))?', setting).groups()
     price = switch if price is None else float(price)
-    net = load_encoder(name, int(clusters or fit_kmeans), price, items, plan, n_workers)
+    net = load_encoder(name, int(clusters or fit_kmeans), price, corpus)
     units = net.encode([piece.waves[0] for piece in pieces])
     marks = [piece.row.get('phones') or piece.row['words'] for piece in pieces]
     return measure_units(zip(units, marks, strict=True), net.frame_rate, net.n_units)
 
 
-def print_report(results):
-    """The table, and report.json."""
-    columns = dict(
-        phone_purity='phone purity',
-        cluster_purity='cluster purity',
-        pnmi='PNMI',
-        bitrate='bits/s',
-        units_used='units used',
-        tokens_per_second='tokens/s',
-        run_ms='run, ms',
-    )
-    width = max(len('units'), *map(len, results))
-    print(f'{"units":{width}}  ' + '  '.join(columns.values()))
+def draw_marked(corpus):
+    """report_hours of utterances with phone or word times, drawn evenly."""
+    found, seconds = [], 0.0
+    for pieces in draw_speech(corpus, report_hours * 3600):
+        for piece in pieces:
+            if piece.row.get('phones') or piece.row.get('words'):
+                found.append(piece)
+                seconds += len(piece.waves[0]) / SAMPLE_RATE
+        if seconds >= report_hours * 3600:
+            break
+    return found
+
+
+REPORT = dict(  # column and digits of each measure
+    phone_purity=('phone purity', 3),
+    cluster_purity=('cluster purity', 3),
+    pnmi=('PNMI', 3),
+    bitrate=('bits/s', 0),
+    units_used=('units used', 0),
+    tokens_per_second=('tokens/s', 1),
+    run_ms=('run, ms', 0),
+)
+
+
+def judge_units():
+    """--report: one table of encoders and units files, and report.json."""
+    settings = split_list(report)
+    results, pieces, corpus = {}, None, None
+    for setting in settings:
+        if setting.endswith('.jsonl'):
+            results[setting] = judge_file(setting)
+            continue
+        if corpus is None:
+            corpus = list_corpus()
+            pieces = draw_marked(corpus)
+        results[setting] = judge_encoder(setting, pieces, corpus)
+
+    width = max(len('units'), *map(len, settings))
+    print(f'{"units":{width}}', *(title for title, _ in REPORT.values()), sep='  ')
     for setting, result in results.items():
-        cells = []
-        for key, title in columns.items():
-            digits = 3 if key in ('phone_purity', 'cluster_purity', 'pnmi') else 0
-            digits = 1 if key == 'tokens_per_second' else digits
-            cells.append(f'{result[key]:{len(title)}.{digits}f}')
-        print(f'{setting:{width}}  ' + '  '.join(cells))
+        cells = (f'{result[key]:{len(title)}.{n}f}' for key, (title, n) in REPORT.items())
+        print(f'{setting:{width}}', *cells, sep='  ')
     with write_atomic(os.path.join(out, 'report.json')) as file:
         json.dump(results, file, indent=2)
 
@@ -1341,33 +1273,35 @@ def check_knobs():
 
 
 def find_place():
-    """-> (part, of) of --shard or torchrun, and how many cores are this process's share."""
+    """-> (part, of) of --shard or torchrun; the latter's ranks have a GPU each."""
     part, of = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if shard:
         part, of = map(int, shard.split('/'))
     if not 0 <= part < of:
         raise InputError(f'--shard={shard}: expected i/n with i from 0 to n - 1')
+    if torch.cuda.is_available() and device == 'auto':
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    return part, of
+
+
+def count_workers():
+    """--workers, or one a core of this process's share."""
     has_affinity = hasattr(os, 'sched_getaffinity')
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    cores //= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if torch.cuda.is_available() and 'LOCAL_RANK' in os.environ and device == 'auto':
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    return part, of, workers or max(1, cores)
+    return workers or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
-def plan_work():
-    """-> items, how many were left out, and the plan that reading follows."""
-    sources, root = list_audio(audio)
-    items, left_out = choose_items(sources, root, val_folders, exclude)
-    plan = SimpleNamespace(root=root, val_fraction=val_fraction, max_seconds=max_seconds)
-    return items, left_out, plan
+def list_corpus():
+    """What --audio names, less what is left out."""
+    sources, root = find_sources()
+    return choose_items(sources, root, val_folders, exclude)
 
 
-def make_recipe(items, plan, config):
+def make_recipe(corpus, config):
     """What decides the parts: settings and a digest of the listing."""
     listing = hashlib.sha1()
-    for item in items:
-        path = name_below(item.path, plan.root)
+    for item in corpus.items:
+        path = name_below(item.path, corpus.root)
         listing.update(repr(item._replace(path=path)).encode())
     return {key: config[key] for key in RECIPE} | dict(listing=listing.hexdigest())
 
@@ -1376,52 +1310,29 @@ def pack_units():
     """--from_units: no audio, no encoder."""
     if os.path.exists(os.path.join(out, 'parts')):
         raise InputError(f'{out} holds units made from audio: choose another --out, or delete it')
-    paths = find_unit_files(from_units)
-    rows = tqdm((row for path in paths for row in rows_of_units(path)), unit=' rows')
-    frame_rate = 50.0 if encoder == 'hubert50' else 25.0
-    folders = [name.strip(' /') for name in val_folders.split(',') if name.strip(' /')]
+    folders = [name.strip('/') for name in split_list(val_folders)]
 
     def split(name):
         by_folder = split_by_folder(name, folders)
         return by_folder or ('train' if folders else split_by_hash(name, val_fraction))
 
-    meta = pack(rows, out, n_units + OFFSET, frame_rate, split)
+    rows = tqdm((row for path in find_unit_files() for row in rows_of_units(path)), unit=' rows')
+    meta = pack(rows, out, n_units + OFFSET, 50.0 if encoder == 'hubert50' else 25.0, split)
     if not sum(meta['utterances'].values()) + meta['pairs']:
         raise InputError(f'--from_units={from_units}: no units in it')
     vocoder = 'hifigan25' if encoder == 'mhubert25' else None
     finish(meta | dict(encoder=encoder, vocoder=vocoder, recipe=config))
 
 
-def judge_units(n_workers):
-    """--report: one table of encoders and units files."""
-    settings = [setting.strip() for setting in report.split(',') if setting.strip()]
-    results, pieces = {}, []
-    if not all(setting.endswith('.jsonl') for setting in settings):
-        items, _, plan = plan_work()
-        seconds = 0.0
-        for found in draw_speech(items, report_hours * 3600, plan, hand_on, n_workers):
-            found = [piece for piece in found if piece.row.get('phones') or piece.row.get('words')]
-            pieces += [piece for piece in found if len(piece.waves) == 1]
-            seconds += sum(len(piece.waves[0]) for piece in found) / SAMPLE_RATE
-            if seconds >= report_hours * 3600:
-                break
-    for setting in settings:
-        if setting.endswith('.jsonl'):
-            results[setting] = judge_file(setting)
-        else:
-            results[setting] = judge_encoder(setting, pieces, items, plan, n_workers)
-    print_report(results)
-
-
-def prepare_encoder(items, plan, recipe, part, n_workers):
+def prepare_encoder(corpus, recipe, part):
     """The encoder, fitted and saved in --out if it is not one known by name. Shard 0 does it."""
     folder = os.path.join(out, 'encoder')
     custom = fit_kmeans or kmeans or layer is not None or switch is not None
     if not custom and encoder in ENCODERS:
-        return load_encoder(encoder, 0, None, items, plan, n_workers), encoder
+        return load_encoder(encoder, 0, None, corpus), encoder
 
     if part == 0 and not os.path.exists(folder):
-        net = load_encoder(encoder, fit_kmeans, switch, items, plan, n_workers)
+        net = load_encoder(encoder, fit_kmeans, switch, corpus)
         if fit_kmeans:
             net.config['vocoder'] = 'vocoder'
         net.config['fitted'] = recipe
@@ -1430,7 +1341,7 @@ def prepare_encoder(items, plan, recipe, part, n_workers):
         print('waiting for shard 0 to make the encoder', flush=True)
     while not os.path.exists(folder):
         time.sleep(1)
-    net = open_encoder(folder)
+    net = UnitEncoder.from_pretrained(folder, None, None, device, dtype)
     if net.config.get('fitted') != recipe:
         raise InputError(
             f'{folder} was fitted with other settings or audio: choose another --out, or delete it'
@@ -1438,12 +1349,12 @@ def prepare_encoder(items, plan, recipe, part, n_workers):
     return net, 'encoder'
 
 
-def prepare_vocoder(net, name, items, plan, n_workers):
+def prepare_vocoder(net, name, corpus):
     """The voice that goes with the units: fitted here, or that of the encoder -> its name."""
     folder = os.path.join(out, 'vocoder')
     if fit_vocoder and not os.path.isdir(folder):
         fit_voice = fit_neural_vocoder if fit_vocoder == 'neural' else fit_table
-        publish(folder, fit_voice(net, items, plan, n_workers).save_pretrained)
+        publish(folder, fit_voice(net, corpus).save_pretrained)
         with suppress(FileNotFoundError):
             os.remove(os.path.join(out, 'vocoder_state.pt'))
     elif name == 'encoder' and net.vocoder and os.path.isdir(net.vocoder):
@@ -1454,14 +1365,14 @@ def prepare_vocoder(net, name, items, plan, n_workers):
     return net.vocoder if name != 'encoder' else None
 
 
-def encode_all(parts, mine, net, plan, n_workers):
+def encode_all(parts, mine, net, root):
     """Encode those of the parts `mine` that are not there -> how many times faster than speech."""
     there = set(os.listdir(os.path.join(out, 'parts')))
     todo = [(i, parts[i]) for i in mine if os.path.basename(part_path(i)) not in there]
     done = sum(len(parts[i]) for i in mine) - sum(len(items) for _, items in todo)
     started, total, failed = time.time(), 0.0, []
     with tqdm(total=sum(len(parts[i]) for i in mine), initial=done, unit=' files') as bar:
-        for number, lines, failures, seconds in encode_parts(todo, net, plan, n_workers):
+        for number, lines, failures, seconds in encode_parts(todo, net, root):
             write_part(number, lines, failures, seconds, len(parts[number]))
             total += seconds
             failed += failures
@@ -1476,7 +1387,7 @@ def encode_all(parts, mine, net, plan, n_workers):
     return round(total / max(time.time() - started, 1e-3)) if todo else 0
 
 
-def merge(parts, net, name, left_out, speed, items, plan, n_workers):
+def merge(parts, net, name, speed, corpus):
     """All parts are there: the voice, the token files, meta.json."""
     total = dict(files=0, audio_seconds=0.0, cut=0, failed=[])
     meta = pack(rows_of_parts(len(parts), total), out, net.n_units + OFFSET, net.frame_rate)
@@ -1487,51 +1398,49 @@ def merge(parts, net, name, left_out, speed, items, plan, n_workers):
     if not sum(meta['utterances'].values()) + meta['pairs'] and failed:
         path = os.path.join(out, 'failed.jsonl')
         raise InputError(f'none of the {total["files"]} files could be used; see {path}')
-    vocoder = prepare_vocoder(net, name, items, plan, n_workers)
+    vocoder = prepare_vocoder(net, name, corpus)
     hours = round(total.pop('audio_seconds') / 3600, 4)
-    counts = dict(failed=len(failed), left_out=left_out, audio_hours=hours, x_real_time=speed)
+    counts = dict(
+        failed=len(failed), left_out=corpus.left_out, audio_hours=hours, x_real_time=speed
+    )
     return meta | dict(encoder=name, vocoder=vocoder) | total | counts
 
 
 if __name__ == '__main__':
     config = configure(globals())
     check_knobs()
-    part, of, n_workers = find_place()
+    part, of = find_place()
 
     # Two errands that make no units
     if report:
-        judge_units(n_workers)
+        judge_units()
         sys.exit()
     if from_units:
         pack_units()
         sys.exit()
 
     # What there is to do. The first to come lays down the recipe, the others must have the same
-    items, left_out, plan = plan_work()
-    parts = make_parts(items)
-    recipe = make_recipe(items, plan, config)
-    folder = os.path.join(out, 'parts')
-    if not os.path.exists(folder):
-
-        def write_recipe(where):
-            with write_atomic(os.path.join(where, 'recipe.json')) as file:
-                json.dump(recipe, file, indent=2)
-
-        publish(folder, write_recipe)
-    check_recipe(os.path.join(folder, 'recipe.json'), recipe)
+    corpus = list_corpus()
+    parts = make_parts(corpus.items)
+    recipe = make_recipe(corpus, config)
+    path = os.path.join(out, 'parts', 'recipe.json')
+    if not os.path.exists(path):
+        with write_atomic(path) as file:
+            json.dump(recipe, file, indent=2)
+    check_recipe(path, recipe)
     voice_missing = fit_vocoder and not os.path.exists(os.path.join(out, 'vocoder'))
     if os.path.exists(os.path.join(out, 'meta.json')) and not voice_missing:
         print(f'{out}: everything is already there; nothing to do (delete it to make it again)')
         sys.exit()
 
     # The encoder, then this shard's parts, read by workers ahead of the net
-    net, name = prepare_encoder(items, plan, recipe, part, n_workers)
-    speed = encode_all(parts, range(part, len(parts), of), net, plan, n_workers)
+    net, name = prepare_encoder(corpus, recipe, part)
+    speed = encode_all(parts, range(part, len(parts), of), net, corpus.root)
 
     # Whoever finds all parts there joins them; if two do, both write the same
     missing = sum(not os.path.exists(part_path(number)) for number in range(len(parts)))
     if missing:
         print(f'{out}: shard {part} of {of} is done; {missing} of {len(parts)} parts are missing')
     else:
-        meta = merge(parts, net, name, left_out, speed, items, plan, n_workers)
+        meta = merge(parts, net, name, speed, corpus)
         finish(meta | dict(recipe=config | recipe))

@@ -191,8 +191,8 @@ def test_splits_by_folder_and_by_name():
 
 def choose(names, val_folders='', exclude=''):
     items = [P.Item('file', f'/r/{name}') for name in names]
-    chosen, left_out = P.choose_items([('/r', items)], '/r', val_folders, exclude)
-    return [(item.path[3:], item.split) for item in chosen], left_out
+    corpus = P.choose_items([items], '/r', val_folders, exclude)
+    return [(item.path[3:], item.split) for item in corpus.items], corpus.left_out
 
 
 def test_what_is_left_out():
@@ -291,7 +291,7 @@ def public(tmp_path_factory):
         shard_name = f'stories/train-0000{shard}-of-00002'
         pq.write_table(pa.table(table), f'{root}/{shard_name}.parquet', row_group_size=2)
         for i, (_, wave) in enumerate(structs):
-            waves[f'{shard_name}/0000{i // 2}/0000{i % 2}-{i}.wav'] = wave
+            waves[f'{shard_name}/0000{i}-{i}.wav'] = wave
 
     os.makedirs(root / 'SpokenSwag/data')
     table = dict(speaker=['af_heart'], auto_bleu2=[0.25])
@@ -332,7 +332,7 @@ def test_every_public_layout_gives_the_units_of_its_waves(public, packed):
         assert row['split'] == ('val' if 'dev-clean' in row['file_name'] else 'train')
     ted = found['TEDLIUM_release-3/legacy/train/sph/AlGore_2009.sph', 3.0]
     assert (ted['text'], ted['voice'], ted['seconds']) == ('the end', 'AlGore_2009', 2.5)
-    assert found['stories/train-00001-of-00002/00001/00000-2.wav']['text'] == 'three'
+    assert found['stories/train-00001-of-00002/00002-2.wav']['text'] == 'three'
     assert '1 files left out' in said and 'none cut' in said and '1 pairs' in said
     (pair,) = rows(folder / 'out/pairs.jsonl')
     for part in P.PAIR:
@@ -428,14 +428,12 @@ def test_units_made_elsewhere(tmp_path):
         np.array([4, 2], np.int64).tofile(folder / 'audio.len')
         special = dict(eos_token=500, pad_token=501, vocab_size=502)
         (folder / 'meta.json').write_text(json.dumps(dict(num_samples=2, preprocessing=special)))
-        samples = [dict(id=f'LibriSpeech:{shard}-{i}', audio_steps=2) for i in range(2)]
-        (folder / 'samples.jsonl').write_text(''.join(json.dumps(s) + '\n' for s in samples))
     where = f'{tmp_path}/a/*.jsonl,{tmp_path}/shards'
     said = run(f'--from_units={where}', f'--out={tmp_path}/out', '--val_fraction=0')
     tokens = np.fromfile(tmp_path / 'out/train.bin', 'uint16').tolist()
     assert tokens == [1, 5, 6, 1, 1, 14, 9, 1] + [1, 7, 8, 7, 1, 1, 10, 1] * 2
     found = rows(tmp_path / 'out/units.jsonl')
-    assert found[0]['duration'] == [3, 1] and found[-1]['file_name'] == 'LibriSpeech:1-1'
+    assert found[0]['duration'] == [3, 1] and found[-1]['file_name'] == 'shard-00001:2'
     assert rows(tmp_path / 'out/pairs.jsonl')[0]['chosen']['units'] == [1, 9]
     assert json.load(open(tmp_path / 'out/meta.json'))['vocab_size'] == 502 and '1 pairs' in said
     args = f'--from_units={tmp_path}/a/features.jsonl', f'--out={tmp_path}/x'

@@ -557,8 +557,8 @@ def train(tmp_path, monkeypatch):
         os.makedirs(tmp_path / out, exist_ok=True)
         monkeypatch.setattr(prepare_units, 'out', str(tmp_path / out))
         monkeypatch.setattr(prepare_units, 'vocoder_steps', steps)
-        items, _, plan = prepare_units.plan_work()
-        return prepare_units.fit_neural_vocoder(encoder, items, plan, 1)
+        corpus = prepare_units.list_corpus()
+        return prepare_units.fit_neural_vocoder(encoder, corpus)
 
     return run
 
