@@ -8,6 +8,7 @@ UnitVocoder   units -> wave        the unit HiFi-GAN, a small net to train, or a
 
 import contextlib
 import errno
+import glob
 import io
 import json
 import math
@@ -1481,14 +1482,13 @@ def load_audio(path, sample_rate=SAMPLE_RATE, start=0.0, seconds=None):
         if opened:
             path.seek(0)
         source = path if opened else os.fsencode(path)  # bytes: names need not be UTF-8
-        rate, blocks, error = _decode(source, start, seconds, size)
-        if blocks or not error:
+        rate, samples, error = _decode(source, start, seconds, size)
+        if samples or not error:
             break
-    if not blocks:
+    if not samples:
         reason = f'not readable audio ({error})' if error else 'holds no samples'
         raise InputError(f'{name}: {reason}' + (f' at {start:g} s' if start and not error else ''))
-    wave = torch.cat(blocks)
-    blocks.clear()  # hours of sound are there once
+    wave = torch.frombuffer(samples, dtype=torch.float32)
     lowest, highest = torch.aminmax(wave)
     if not (lowest > -1e6 and highest < 1e6):  # NaN fails too
         raise InputError(f'{name}: holds NaN or infinite samples, or such as are no sound')
@@ -1496,10 +1496,10 @@ def load_audio(path, sample_rate=SAMPLE_RATE, start=0.0, seconds=None):
 
 
 def _decode(source, start, seconds, size):
-    """-> its rate, blocks (samples,) of at most `size` samples, and what stopped it or None."""
+    """-> its rate, the samples, float32, read `size` at a time, and what stopped it or None."""
     import soundfile
 
-    rate, blocks = 0, []
+    rate, samples = 0, bytearray()  # which grows in place: hours of sound are there once
     try:
         with soundfile.SoundFile(source) as file:
             rate = file.samplerate
@@ -1509,10 +1509,10 @@ def _decode(source, start, seconds, size):
             while left > 0 and len(block := file.read(min(size, left), dtype='float32')):
                 left -= len(block)
                 block = block if block.ndim == 1 else block.mean(axis=1)  # channels to mono
-                blocks.append(torch.from_numpy(block))
+                samples += block.tobytes()
     except (RuntimeError, OSError, TypeError) as error:  # TypeError: of .raw it asks for a rate
-        return rate, blocks, str(error).rsplit(': ', 1)[-1].rstrip('.')
-    return rate, blocks, None
+        return rate, samples, str(error).rsplit(': ', 1)[-1].rstrip('.')
+    return rate, samples, None
 
 
 def save_audio(path, wave, sample_rate=SAMPLE_RATE):
@@ -1542,6 +1542,11 @@ def resample(wave, rate, wanted):
     wave = torch.as_tensor(wave, dtype=torch.float32)
     if rate == wanted or not len(wave):
         return wave
+    if len(wave) > 62 * rate:  # a minute at a time, with the second before and after it
+        starts = range(0, len(wave), 60 * rate)
+        parts = (resample(wave[max(0, at - rate) : at + 61 * rate], rate, wanted) for at in starts)
+        parts = (part[wanted * (i > 0) :][: 60 * wanted] for i, part in enumerate(parts))
+        return torch.cat(list(parts))
     (taken, made), reach, kernels = _sinc_kernels(rate, wanted)
     count = -(-len(wave) * wanted // rate)
     periods = -(-count // made)
@@ -1601,13 +1606,15 @@ def log_mel(wave):
     160 t + 80; outside the wave is silence. Floored at -16.
     """
     frames = max(1, len(wave) // HOP)
-    left = (WINDOW - HOP) // 2
-    right = max(0, (frames - 1) * HOP + WINDOW - left - len(wave))
-    windows = F.pad(wave, (left, right)).unfold(0, WINDOW, HOP)[:frames]  # (frames, WINDOW)
+    side = (WINDOW - HOP) // 2
     hann, filters = torch.hann_window(WINDOW).to(wave.device), mel_filters().to(wave.device)
     mel = wave.new_empty(frames, N_MELS)
-    for some, out in zip(windows.split(1000), mel.split(1000), strict=True):  # hours stay small
-        spectrum = torch.fft.rfft(F.pad(some * hann, (0, N_FFT - WINDOW)))  # padded: 3 x as fast
+    for first, out in zip(range(0, frames, 1000), mel.split(1000), strict=True):
+        # some seconds at a time: hours stay small
+        start, stop = first * HOP - side, (first + len(out)) * HOP + side
+        part = F.pad(wave[max(0, start) : stop], (max(0, -start), max(0, stop - len(wave))))
+        windows = part.unfold(0, WINDOW, HOP)  # (at most 1000, WINDOW)
+        spectrum = torch.fft.rfft(F.pad(windows * hann, (0, N_FFT - WINDOW)))  # 3 x as fast padded
         power = spectrum.real.square() + spectrum.imag.square()
         torch.log((power @ filters).clamp(min=1e-7), out=out)
     return mel
@@ -1933,11 +1940,12 @@ class UnitEncoder:
         """The offline features: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
         if len(wave) < 4 * HOP:  # one frame at least; longer waves are not copied
             wave = F.pad(wave, (0, 4 * HOP - len(wave)))
-        mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4]
-        energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
+        mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4].split(4 * BLOCK)  # hours stay small
+        energy = torch.cat([torch.logsumexp(part, 1) for part in mel]) - math.log(N_MELS)
         loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
-        mel = mel.add_(self.config['range'] - loud).clamp_(min=0)
-        return (mel.view(-1, 2, 2, N_MELS).mean(2) @ self.basis).flatten(1)
+        mel = ((part + (self.config['range'] - loud)).clamp_(min=0) for part in mel)
+        halves = (part.view(-1, 2, 2, N_MELS).mean(2) for part in mel)
+        return torch.cat([(half @ self.basis).flatten(1) for half in halves])
 
     @torch.inference_mode()
     def assign(self, features):
@@ -1988,18 +1996,19 @@ class UnitEncoder:
         rows = torch.arange(len(features))
         total = torch.zeros(len(features), self.n_units)  # the least cost that ends in each unit
         began = torch.zeros(len(features), self.n_units, dtype=torch.long)
-        source, before = [], []  # for each t, (B,): the cheapest unit at t - 1, and when it began
-        for start in range(0, max(map(len, features)), BLOCK):
+        longest = max(map(len, features))
+        # for each t, (B,): the cheapest unit at t - 1, and when it began
+        source, before = (torch.zeros(longest, len(rows), dtype=torch.long) for _ in range(2))
+        for start in range(0, longest, BLOCK):
             # past an utterance's end all costs are 0, and its cheapest unit stays
             costs = [self._costs(f[start : start + BLOCK]).cpu() for f in features]
-            for cost in nn.utils.rnn.pad_sequence(costs):  # (B, n_units)
-                best, cheapest = total.min(1)
+            for t, cost in enumerate(nn.utils.rnn.pad_sequence(costs), start):  # (B, n_units)
+                best, source[t] = total.min(1)
                 total -= best[:, None]
-                source.append(cheapest)
-                before.append(began[rows, cheapest])
-                began[total > price] = len(source) - 1
+                before[t] = began[rows, source[t]]
+                began[total > price] = t
                 total = total.clamp(max=price) + cost
-        source, before = torch.stack(source, 1).tolist(), torch.stack(before, 1).tolist()
+        source, before = source.T.tolist(), before.T.tolist()
         paths = []
         for row, f in enumerate(features):
             unit = int(total[row].argmin())
@@ -3103,15 +3112,28 @@ def read_parquet(where):
             raise InputError(f'{path}: not readable as parquet ({error})') from None
 
 
+def name_aside(path):
+    """A name beside `path` that no other process uses. What a process that was killed on this
+    machine left there under such a name is removed."""
+    host = socket.gethostname()
+    for stale in glob.glob(f'{glob.escape(str(path))}.{host}.*.tmp'):
+        with contextlib.suppress(OSError, ValueError):  # another may remove it too
+            try:
+                os.kill(int(stale.split('.')[-2]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(stale) if os.path.isdir(stale) else os.remove(stale)
+    return f'{path}.{host}.{os.getpid()}.tmp'
+
+
 @contextlib.contextmanager
 def write_atomic(path, mode='w'):
     """A file that appears under `path` whole or not at all: `with write_atomic(path) as file: ...`
 
-    It is written aside, under a name that no other process uses, and renamed at the end; folders
-    are made as needed. mode: 'w' (UTF-8) or 'wb'. After an error nothing is left behind.
+    It is written aside and renamed at the end; folders are made as needed. mode: 'w' (UTF-8) or
+    'wb'. After an error nothing is left behind, after a kill no longer than until the next time.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    aside = f'{path}.{socket.gethostname()}.{os.getpid()}.tmp'
+    aside = name_aside(path)
     try:
         with open(aside, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file

@@ -71,6 +71,7 @@ from model import (
     frame_spectra,
     load_audio,
     mel_filters,
+    name_aside,
     parquet_files,
     pick_device,
     power_of,
@@ -678,7 +679,7 @@ def load_encoder(name, clusters, price, corpus):
 
 def publish(folder, write):
     """A folder that appears whole or not at all, made by write(folder); the first to come stays."""
-    aside = f'{folder}.{os.uname().nodename}.{os.getpid()}.tmp'
+    aside = name_aside(folder)
     try:
         write(aside)
         os.rename(aside, folder)

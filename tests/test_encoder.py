@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 
@@ -34,6 +35,7 @@ from model import (
     mel_filters,
     resample,
     save_audio,
+    write_atomic,
 )
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -86,6 +88,13 @@ def test_resample_is_the_windowed_sinc(rate, wanted):
         theirs = windowed_sinc(wave, rate, wanted)
         assert len(ours) == len(theirs)
         assert np.allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_resample_of_minutes_is_that_of_the_whole():
+    wave = np.random.default_rng(0).uniform(-1, 1, 50 * 125 + 7)
+    ours = resample(wave, 50, 80).numpy()
+    theirs = windowed_sinc(wave, 50, 80)
+    assert len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(('rate', 'wanted'), RATES)
@@ -197,6 +206,21 @@ def test_save_audio_never_clips_and_leaves_nothing_beside(tmp_path):
         assert 0.98 < float(load_audio(tmp_path / name / name).abs().max()) <= 0.99
         assert os.listdir(tmp_path / name) == [name]
     assert soundfile.info(tmp_path / 'x.flac' / 'x.flac').format == 'FLAC'
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    here = f'{tmp_path}/a.json.{socket.gethostname()}'
+    for name in (
+        f'{here}.999999999.tmp',
+        f'{here}.{os.getppid()}.tmp',
+        f'{tmp_path}/a.json.x.1.tmp',
+    ):
+        open(name, 'w').close()
+    with write_atomic(f'{tmp_path}/a.json') as file:
+        file.write('x')
+        assert os.path.exists(f'{here}.{os.getpid()}.tmp')
+    left = ['a.json', f'a.json.{socket.gethostname()}.{os.getppid()}.tmp', 'a.json.x.1.tmp']
+    assert sorted(os.listdir(tmp_path)) == sorted(left)  # the living and other machines keep theirs
 
 
 def test_dedup():
