@@ -13,7 +13,7 @@
 says. The tasks, and the columns they read:
 
 stories, prompts   text (--text_field): whole stories, or the first --prompt_seconds of each
-pairs              prompt, chosen, rejected; or the columns of SWAG, or of HellaSwag:
+pairs              prompt, chosen, rejected; or the columns of SWAG:
                        prompt,chosen,rejected
                        A dog barks at the gate.,It wants to come in.,It wants to be a gate.
                        Anna has lost her key.,She cannot open the door.,She cannot open the sea.
@@ -40,29 +40,27 @@ import glob
 import io
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import re
-import signal
 import time
-import traceback
 import unicodedata
 import zlib
 from collections import Counter
-from contextlib import closing, contextmanager, suppress
-from functools import cache
-from itertools import chain, combinations, count, islice
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
+from itertools import combinations, count, islice
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from model import (
     SAMPLE_RATE,
+    InputError,
     auto_bleu,
     pick_device,
     read_jsonl,
@@ -95,7 +93,6 @@ test_voices = ''  # voices for the suites NAME_unseen; '': no such suites
 speed = '1.0-1.0'  # 1 is the voice's usual pace; every voice has its own, drawn from this range
 pitch = '50-50'  # espeak: 0 to 99; likewise
 pause = 0.2  # seconds of silence after each sentence
-audio_format = 'flac'  # flac or wav, 16-bit; blimp, wuggy and salmon are always wav
 # the machine
 workers = 0  # processes that run espeak; 0: one a core. A network runs in one
 seed = 1234
@@ -121,12 +118,9 @@ MODELS = dict(
     fastspeech2='espnet/fastspeech2_conformer_with_hifigan',
 )
 
-# Columns that a task expects, one of the sets
-PAIRS = (
-    ('prompt', 'chosen', 'rejected'),
-    ('sent1', 'sent2', 'gold-source', 'label', 'ending0', 'ending1', 'ending2', 'ending3'),  # SWAG
-    ('ctx_a', 'ctx_b', 'source_id', 'label', 'endings'),  # HellaSwag
-)
+# Columns that a task expects; of pairs one of the sets
+PAIR = ('prompt', 'chosen', 'rejected')
+SWAG = ('sent1', 'sent2', 'gold-source', 'label', 'ending0', 'ending1', 'ending2', 'ending3')
 BLIMP = ('sentence_good', 'sentence_bad', 'linguistics_term', 'UID', 'pairID')
 CLOZE = (
     *('InputSentence1', 'InputSentence2', 'InputSentence3', 'InputSentence4'),
@@ -384,8 +378,6 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
 # -----------------------------------------------------------------------------
 # Text: rows of files
 
-SPLITTERS = {'': 'blank lines', MARK: MARK}  # how they are called on the last line
-
 
 def text_files():
     """The files that the knob `text` names; [] for toy and hub."""
@@ -395,8 +387,7 @@ def text_files():
     if os.path.exists(text):
         pattern = glob.escape(text) + '/**' * os.path.isdir(text)
     found = sorted(glob.glob(pattern, recursive=True))
-    known = [path for path in found if path.endswith(('.txt', '.jsonl', '.csv', '.parquet'))]
-    return [path for path in known if os.path.isfile(path) and os.path.getsize(path)]
+    return [path for path in found if path.endswith(('.txt', '.jsonl', '.csv', '.parquet'))]
 
 
 def separator_of(path):
@@ -429,157 +420,116 @@ def read_file(path):
         yield from read_parquet(path)
     elif path.endswith('.jsonl'):
         yield from (row for _, row in read_jsonl(path))
+    elif path.endswith('.csv'):
+        csv.field_size_limit(1 << 30)
+        with open(path, encoding='utf-8-sig', errors='replace', newline='') as file:
+            yield from csv.DictReader(file)
     else:
         between = separator_of(path)
-        newline = '' if path.endswith('.csv') else None
-        with open(path, encoding='utf-8-sig', errors='replace', newline=newline) as file:
-            if path.endswith('.csv'):
-                csv.field_size_limit(1 << 30)
-                yield from csv.DictReader(file)
-            else:
-                yield from ({text_field: story} for story in split_stories(file, between))
+        with open(path, encoding='utf-8-sig', errors='replace') as file:
+            yield from ({text_field: story} for story in split_stories(file, between))
 
 
-def read_rows(task, *expected):
-    """Yields (row, where it stands) of the knob `text`; what is empty is '', a number its digits.
+def read_rows(kind, *expected):
+    """Yields the rows of the knob `text`, dicts of strings; what is empty is ''.
 
     expected: sets of columns, one of which each row must have as text; ends the run otherwise.
     """
     if text == 'toy':
-        yield from ((row, 'toy') for row in toy_rows(task, seed, n_stories, n_pairs, n_suite))
+        yield from toy_rows(kind, seed, n_stories, n_pairs, n_suite)
         return
     if text.startswith('hub:'):
         sources = {text: read_parquet(text if text.count(':') > 1 else text + ':train')}
     else:
         sources = {path: read_file(path) for path in text_files()}
-        if not sources:
-            kinds = 'a .txt, .jsonl, .csv or .parquet file, a folder or glob of such, hub:NAME, toy'
-            fail(f'{text}: no text there; expected {kinds}')
-
-    def has(row, columns):
-        kinds = ((key, list if key == 'endings' else str) for key in columns)
-        return all(isinstance(row.get(key), kind) for key, kind in kinds)
-
+    if not sources:
+        kinds = 'a .txt, .jsonl, .csv or .parquet file, a folder or glob of such, hub:NAME, toy'
+        fail(f'{text}: no text there; expected {kinds}')
     for name, rows in sources.items():
         for number, row in enumerate(rows, 1):
             for key, value in row.items():
                 if value is None or isinstance(value, (int, float)):
                     row[key] = '' if value is None else str(value)
-            if not any(has(row, columns) for columns in expected):
+            texts = {key for key, value in row.items() if isinstance(value, str)}
+            if not any(texts.issuperset(columns) for columns in expected):
                 wanted = '; or '.join(map(', '.join, expected))
                 there = ', '.join(f'{key} ({type(value).__name__})' for key, value in row.items())
-                fail(f'{name} row {number}: task {task} expects {wanted}; there are {there}')
-            yield row, f'{name} row {number}'
+                fail(f'{name} row {number}: task {kind} expects {wanted}; there are {there}')
+            yield row
 
 
 # -----------------------------------------------------------------------------
-# Items: what a task says, made of rows. An item is dict(files=[file, ...], ...): files that belong
-# together, and keys for their rows of the manifest; or dict(skip=reason, text=...). Keys of its own
-# are voice, alike (items that have this number in common have one voice) and split. A file is
-# dict(name, halves=[half, ...], ...), a half dict(text, voice, noise, room), the latter optional
+# Items: what a task says, made of rows. An item is dict(say={role: [half, ...]}), a file for each
+# role, and a half is dict(text), perhaps with a voice, noise or room of its own. Other keys: voice;
+# alike (items that have this number in common have one voice); split (into train and val); skip (a
+# reason); and what is to stand in the manifest
 
 
-def make_file(name, text, **more):
-    return dict(more, name=name, halves=[dict(text=text)])
+def say(**texts):
+    """The files of an item that are spoken plainly, {role: text}."""
+    return {role: [dict(text=text)] for role, text in texts.items()}
 
 
-def minimal_pair(right, wrong, name='{n:06d}', **more):
-    files = [
-        make_file(f'{name}_correct', right, correct=True),
-        make_file(f'{name}_incorrect', wrong, correct=False),
-    ]
-    return dict(more, files=files)
+def story_items(kind, voices, speaker):
+    """Each row's text; the role of its only file is none."""
+    for row in read_rows(kind, (text_field,)):
+        yield dict(say=say(**{'': row[text_field]}), split=kind == 'stories')
 
 
-def story_items(task, voices):
-    for row, _ in read_rows(task, (text_field,)):
-        yield dict(files=[make_file('{n:06d}', row[text_field])], split=task == 'stories')
-
-
-def minimal_items(task, voices):
+def minimal_items(kind, voices, speaker):
     """The user's own pairs, and those of the toy language."""
-    for row, _ in read_rows(task, ('right', 'wrong')):
+    for row in read_rows(kind, ('right', 'wrong')):
         kept = {key: row[key] for key in ('type', 'alike') if row.get(key, '') != ''}
-        yield minimal_pair(row['right'], row['wrong'], **kept)
+        yield dict(say=say(correct=row['right'], incorrect=row['wrong']), **kept)
 
 
-def preference(row, rng):
-    """(prompt, chosen, rejected) of a row of PAIRS, the rejected ending drawn by rng.
-
-    None for a row that the recipe leaves out (SpokenSwag's rule, section 4). Raises ValueError for
-    one that is not whole.
-    """
-    if 'rejected' in row:
-        return row['prompt'], row['chosen'], row['rejected']
-    if 'sent1' in row:
-        first, second = row['sent1'], row['sent2']
-        endings = [row[f'ending{i}'] for i in range(4)]
-        kept = row['gold-source'] == 'gold'
-    else:
-        first, second, endings = row['ctx_a'], row['ctx_b'], row['endings']
-        whole = ' '.join((first, second, *map(str, endings)))
-        kept = len(endings) > 1 and not re.search(r'[][(){}<>/\\]|www\.', whole)
-    if not kept:
-        return None
-    numbers = [str(i) for i in range(len(endings))]
-    if row['label'] not in numbers or not all(isinstance(e, str) and e for e in endings):
-        raise ValueError(f'label {row["label"]!r} of {len(endings)} endings, or one of them empty')
-    right = int(row['label'])
-    wrong = rng.choice([i for i in range(len(endings)) if i != right])
-    chosen, rejected = (f'{second} {endings[i]}'.strip() for i in (right, wrong))
-    return first, chosen, rejected
-
-
-def pair_items(task, voices):
-    for number, (row, where) in enumerate(read_rows(task, *PAIRS)):
-        try:
-            texts = preference(row, random.Random(f'{seed}/{task}/{number}'))
-        except ValueError as error:
-            yield dict(skip=str(error), text=where)
-            continue
-        if not texts:
-            continue
-        liked = f'{texts[0]} {texts[1]}'
-        share = auto_bleu(tokenize_words(liked))
+def pair_items(kind, voices, speaker):
+    """Preference pairs; of SWAG's rows as SpokenSwag makes them (section 4 of the paper)."""
+    labels = ['0', '1', '2', '3']
+    for number, row in enumerate(read_rows(kind, PAIR, SWAG)):
+        texts = row
+        if 'sent1' in row:
+            right = row['label']
+            if row['gold-source'] != 'gold' or right not in labels:
+                continue
+            rng = random.Random(f'{seed}/{kind}/{number}')
+            wrong = rng.choice([label for label in labels if label != right])
+            chosen, rejected = (f'{row["sent2"]} {row["ending" + i]}' for i in (right, wrong))
+            texts = dict(prompt=row['sent1'], chosen=chosen.strip(), rejected=rejected.strip())
+        item = dict(say=say(**{role: texts[role] for role in PAIR}), split=True)
+        share = auto_bleu(tokenize_words(f'{texts["prompt"]} {texts["chosen"]}'))
         if share >= max_auto_bleu:
-            yield dict(skip=f'auto-BLEU {share:.2f}', text=liked)
-            continue
-        files = [
-            make_file(f'{{n:06d}}_{role}', said, role=role)
-            for role, said in zip(('prompt', 'chosen', 'rejected'), texts, strict=True)
-        ]
-        yield dict(files=files, split=True)
+            item['skip'] = f'auto-BLEU {share:.2f}'
+        yield item
 
 
-def blimp_items(task, voices):
-    for row, _ in read_rows(task, BLIMP):
+def blimp_items(kind, voices, speaker):
+    for row in read_rows(kind, BLIMP):
         about = dict(type=row['linguistics_term'], subtype=row['UID'], id=row['pairID'])
+        sentences = say(correct=row['sentence_good'], incorrect=row['sentence_bad'])
         for voice in voices:
-            name = re.sub('[^A-Za-z0-9_]+', '-', f'{row["UID"]}_{row["pairID"]}_{voice}')
-            sentences = row['sentence_good'], row['sentence_bad']
-            yield minimal_pair(*sentences, '{n:06d}_' + name, voice=voice, **about)
+            yield dict(say=sentences, voice=voice, **about)
 
 
-def cloze_items(task, voices):
+def cloze_items(kind, voices, speaker):
     """Stories with their right ending and the wrong one, or another story's (tstorycloze)."""
-    endings = []
-    if task == 'tstorycloze':
-        for row, _ in read_rows(task, CLOZE):
-            endings.append(row.get(f'RandomFifthSentenceQuiz{row["AnswerRightEnding"]}'))
-    for number, (row, where) in enumerate(read_rows(task, CLOZE)):
-        answer = row['AnswerRightEnding']
-        if answer not in ('1', '2'):
+    rows = list(read_rows(kind, CLOZE))
+    for row in rows:
+        if row['AnswerRightEnding'] not in ('1', '2'):
             hint = 'expected 1 or 2 (the test set without answers makes no pairs)'
-            fail(f'{where}: AnswerRightEnding is {answer!r}, {hint}')
-        right, wrong = (row[f'RandomFifthSentenceQuiz{i}'] for i in (answer, 3 - int(answer)))
-        if task == 'tstorycloze':
-            drawn = random.Random(f'{seed}/{task}/{number}').choices(endings, k=20)
-            other = [ending for ending in drawn if ending not in (right, wrong, None)]
-            if not other:
+            fail(f'{text}: an AnswerRightEnding is {row["AnswerRightEnding"]!r}, {hint}')
+    endings = [row['RandomFifthSentenceQuiz' + row['AnswerRightEnding']] for row in rows]
+    for number, (row, right) in enumerate(zip(rows, endings, strict=True)):
+        other = {'1': '2', '2': '1'}[row['AnswerRightEnding']]
+        wrong = row['RandomFifthSentenceQuiz' + other]
+        if kind == 'tstorycloze':
+            drawn = random.Random(f'{seed}/{kind}/{number}').choices(endings, k=20)
+            others = [ending for ending in drawn if ending not in (right, wrong)]
+            if not others:
                 fail(f'{text}: too few stories to draw endings from')
-            wrong = other[0]
+            wrong = others[0]
         prompt = ' '.join(row[key] for key in CLOZE[:4])
-        yield minimal_pair(f'{prompt} {right}', f'{prompt} {wrong}')
+        yield dict(say=say(correct=f'{prompt} {right}', incorrect=f'{prompt} {wrong}'))
 
 
 def pseudo_words(word, pairs, alphabet):
@@ -597,11 +547,11 @@ def pseudo_words(word, pairs, alphabet):
                 yield changed[1:-1]
 
 
-def wuggy_items(task, voices):
+def wuggy_items(kind, voices, speaker):
     """Words of the text, and pseudo-words made of them that it does not have (as Wuggy's: Keuleers
     and Brysbaert 2010). frequency: how often the text has the word."""
     counts = Counter()
-    for row, _ in read_rows('stories', (text_field,)):
+    for row in read_rows('stories', (text_field,)):
         counts.update(re.findall(r'[^\W\d_]+', row[text_field].lower()))
     edged = [f'^{word}$' for word in counts]
     pairs = {word[i : i + 2] for word in edged for i in range(len(word) - 1)}
@@ -617,83 +567,104 @@ def wuggy_items(task, voices):
             other = rng.choice(free)
             used.add(other)
             about = dict(id=f'{len(used) - len(counts)}', word=word, frequency=counts[word])
-            name = re.sub('[^A-Za-z]+', '-', word)
-            yield minimal_pair(word, other, '{n:06d}_' + name, **about)
+            yield dict(say=say(correct=word, incorrect=other), **about)
 
 
-def swap_choices(part, voices, speaker):
+def swap_choices(kind, voices, speaker):
     """What the second half of a recording differs in: (key of a half, [(one, other), ...])."""
-    if part == 'bg_all_consistency':
+    if kind == 'bg_all_consistency':
         return 'noise', list(combinations(NOISES, 2))
-    if part == 'rir_consistency':
+    if kind == 'rir_consistency':
         return 'room', list(combinations(ROOMS, 2))
     couples = list(combinations(voices, 2))
-    alike = [couple for couple in couples if len(set(map(speaker.gender, couple))) == 1]
-    if part == 'speaker_consistency':
-        choices = alike or couples
-    else:
+    alike = [(one, two) for one, two in couples if speaker.gender(one) == speaker.gender(two)]
+    choices = alike or couples
+    if kind == 'gender_consistency':
         choices = [couple for couple in couples if couple not in alike]
     if not choices:
-        fail(f'{part} needs two voices' + ' of two genders' * (part == 'gender_consistency'))
+        fail(f'{kind} needs two voices' + ' of two genders' * (kind == 'gender_consistency'))
     return 'voice', choices
 
 
-def consistency_items(part, voices, speaker):
+def consistency_items(kind, voices, speaker):
     """A recording, and one whose second half is in another voice, of another gender, with other
     noise or in another room, as SALMon asks it (Maimon et al. 2024). Of each text there are two
     pairs with the two exchanged: preferring a voice, noise or room gains nothing."""
-    key, choices = swap_choices(part, voices, speaker)
+    key, choices = swap_choices(kind, voices, speaker)
     if text == 'toy':  # held-out stories
-        texts = ((row['right'], 'toy') for row, _ in read_rows('sstory'))
+        texts = (row['right'] for row in read_rows('sstory'))
     else:
-        texts = ((row[text_field], where) for row, where in read_rows(part, (text_field,)))
-    for number, (document, where) in enumerate(texts):
+        texts = (row[text_field] for row in read_rows(kind, (text_field,)))
+    for number, document in enumerate(texts):
         found = sentences(document[:LONGEST])[:4]
         if len(found) < 2:
-            yield dict(skip='fewer than two sentences', text=where)
+            yield dict(say=say(consistent=document), skip='fewer than two sentences')
             continue
         half = len(found) // 2
         first, second = ' '.join(found[:half]), ' '.join(found[half : 2 * half])
-        couple = random.Random(f'{seed}/{part}/{number}').choice(choices)
+        couple = random.Random(f'{seed}/{kind}/{number}').choice(choices)
         for one, two in (couple, couple[::-1]):
-            files = []
-            for name, other in (('consistent', one), ('inconsistent', two)):
-                halves = [{'text': first, key: one}, {'text': second, key: other}]
-                files.append(dict(name='sample_{n}_' + name, halves=halves, correct=other == one))
-            item = dict(files=files, alike=number)
+            files = dict(
+                consistent=[{'text': first, key: one}, {'text': second, key: one}],
+                inconsistent=[{'text': first, key: one}, {'text': second, key: two}],
+            )
+            item = dict(say=files, alike=number)
             yield item | dict(voice=one) if key == 'voice' else item
 
+
+# -----------------------------------------------------------------------------
+# Tasks: a new one is a function like those above and an entry here
 
 CONSISTENCY = (
     *('speaker_consistency', 'gender_consistency'),
     *('bg_all_consistency', 'rir_consistency'),
 )
 MAKERS = dict(
-    **dict.fromkeys(('stories', 'prompts'), story_items),
+    stories=story_items,
+    prompts=story_items,
     pairs=pair_items,
-    **dict.fromkeys(('minimal', 'grammar', 'sstory', 'tstory'), minimal_items),
+    minimal=minimal_items,
+    grammar=minimal_items,
+    sstory=minimal_items,
+    tstory=minimal_items,
     blimp=blimp_items,
-    **dict.fromkeys(('sstorycloze', 'tstorycloze'), cloze_items),
+    sstorycloze=cloze_items,
+    tstorycloze=cloze_items,
     wuggy=wuggy_items,
+    **dict.fromkeys(CONSISTENCY, consistency_items),
 )
-SIZED = ('wuggy', *CONSISTENCY)  # of which a text makes as many as are asked for
 
 
-def base_task(task):
-    """salmon_unseen/speaker_consistency -> speaker_consistency, grammar_unseen -> grammar"""
-    return task.rpartition('/')[2].removesuffix('_unseen')
+class Task(NamedTuple):
+    kind: str  # a key of MAKERS
+    name: str  # its folder in `out`, such as grammar_unseen or salmon/rir_consistency
+    voices: list
+
+    def items(self, speaker):
+        """Yields what is to be spoken, at most `limit` items, and what is skipped."""
+        most = [limit] if limit else []
+        unseen = '_unseen' in self.name
+        if self.kind in ('wuggy', *CONSISTENCY) or text == 'toy' and unseen:
+            most += [n_suite, n_unseen] if unseen else [n_suite]
+        items = MAKERS[self.kind](self.kind, self.voices, speaker)
+        return islice(items, min(most, default=None))
 
 
-def make_items(task, voices, speaker=None):
-    """Yields all items of a task, spoken in these voices."""
-    base, unseen = base_task(task), '_unseen' in task
-    if base in CONSISTENCY:
-        items = consistency_items(base, voices, speaker)
-    else:
-        items = MAKERS[base](base, voices)
-    if base in SIZED or text == 'toy' and unseen:
-        items = islice(items, min(n_suite, n_unseen) if unseen else n_suite)
-    return items
+def find_tasks():
+    """The tasks that the knob `task` names, suites also in unseen voices."""
+    groups = dict(storycloze=('sstorycloze', 'tstorycloze'), salmon=CONSISTENCY)
+    seen, unseen = (voices or VOICES[tts]).split(','), test_voices.split(',')
+    tasks = []
+    for name in task.split(','):
+        kinds = groups.get(name, (name,))
+        if not MAKERS.keys() >= {*kinds}:
+            fail(f'no task {name!r}; there are {", ".join([*MAKERS, *groups])}')
+        suite = name not in ('stories', 'prompts', 'pairs')
+        for more in ('', '_unseen') if suite and test_voices else ('',):
+            for kind in kinds:
+                folder = f'salmon{more}/{kind}' if kind in CONSISTENCY else kind + more
+                tasks.append(Task(kind, folder, unseen if more else seen))
+    return tasks
 
 
 # -----------------------------------------------------------------------------
@@ -748,13 +719,40 @@ def sentences(document, longest=300):
 
 # -----------------------------------------------------------------------------
 # Voices: __init__ loads; gender(voice) is '' if not known, and ends the run if there is no such
-# voice; speak(texts, voice, speed, pitch) gives a Speech for each text
+# voice; speak(sentence, voice, speed, pitch) gives a Speech. A new voice is such a class
 
 
 class Speech(NamedTuple):
     wave: np.ndarray  # (samples,) float32
     rate: int  # Hz
     times: dict  # words and phones, [[word, start s, end s], ...], if the voice tells them
+
+
+def word_times(sentence, wave, rate, marks):
+    """[[word, start s, end s], ...] from marks, [(character, sample), ...], where words begin.
+
+    Words without a mark share the time since the last one by letters. A word ends where its sound
+    does, not after the pause of a comma.
+    """
+    spans = [(match[0], *match.span()) for match in re.finditer(r'\S+', sentence)]
+    starts = []
+    for _, begin, end in spans:
+        starts.append(next((sample for at, sample in marks if begin <= at < end), None))
+    starts[0] = starts[0] or 0
+    starts.append(len(wave))
+    for i in range(1, len(spans)):
+        if starts[i] is None or starts[i] < starts[i - 1]:
+            later = range(i + 1, len(starts))
+            j = next(j for j in later if starts[j] is not None and starts[j] >= starts[i - 1])
+            share = len(spans[i - 1][0]) / sum(len(word) for word, _, _ in spans[i - 1 : j])
+            starts[i] = starts[i - 1] + round(share * (starts[j] - starts[i - 1]))
+
+    loud, words = np.abs(wave) > SILENCE, []
+    for (word, _, _), begin, end in zip(spans, starts[:-1], starts[1:], strict=True):
+        sounding = np.flatnonzero(loud[begin:end])
+        sound_end = begin + sounding[-1] + 1 if len(sounding) else end
+        words.append([word, begin / rate, float(sound_end / rate)])
+    return words
 
 
 class Event(ctypes.Structure):  # espeak_EVENT of espeak-ng/speak_lib.h
@@ -779,12 +777,11 @@ class Espeak:
         self.path, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
         # en-gb and fr-fr are names of no file: {name: file}, that of the lowest number wins
         ranked = []
-        for path in glob.glob(f'{glob.escape(self.data)}/lang/**', recursive=True):
-            if os.path.isfile(path):
-                with open(path, encoding='utf-8') as file:
-                    named = [line.split()[1:] for line in file if line.startswith('language')]
-                ranked += [(-int([*rest, 5][0]), path, name) for name, *rest in named]
         lang = os.path.join(self.data, 'lang')
+        for path in filter(os.path.isfile, glob.glob(f'{glob.escape(lang)}/**', recursive=True)):
+            with open(path, encoding='utf-8') as file:
+                named = [line.split()[1:] for line in file if line.startswith('language')]
+            ranked += [(-int([*rest, 5][0]), path, name) for name, *rest in named]
         self.files = {name: os.path.relpath(path, lang) for _, path, name in sorted(ranked)}
 
     @contextmanager
@@ -816,10 +813,7 @@ class Espeak:
         with open(os.path.join(self.data, 'voices', '!v', variant), encoding='utf-8') as file:
             return 'female' if 'gender female' in file.read() else 'male'
 
-    def speak(self, texts, voice, speed=1.0, pitch=50):
-        return [self.speak_sentence(text, voice, speed, pitch) for text in texts]
-
-    def speak_sentence(self, sentence, voice, speed, pitch):
+    def speak(self, sentence, voice, speed, pitch):
         chunks, events = [], []
 
         @RECEIVE
@@ -843,24 +837,20 @@ class Espeak:
         wave = np.frombuffer(b''.join(chunks), np.int16).astype(np.float32) / 32768
 
         marks = [(at, sample) for kind, at, sample, _ in events if kind == WORD]
-        sounds = [
-            (name.decode(errors='ignore').strip('ˈˌ'), sample)
-            for kind, _, sample, name in events
-            if kind == PHONEME
-        ]
+        sounds = [(name, sample) for kind, _, sample, name in events if kind == PHONEME]
         ends = [sample for _, sample in sounds[1:]] + [len(wave)]
-        phones = [  # an empty name is a pause
-            [name, start / rate, end / rate]
-            for (name, start), end in zip(sounds, ends, strict=True)
-            if name
-        ]
+        phones = []
+        for (name, start), end in zip(sounds, ends, strict=True):
+            name = name.decode(errors='ignore').strip('ˈˌ')
+            if name:  # an empty one is a pause
+                phones.append([name, start / rate, end / rate])
         words = word_times(sentence, wave, rate, marks)
         return Speech(wave, rate, dict(words=words, phones=phones))
 
 
-def fix_noise(what):
+def fix_noise(voice, sentence):
     """A network's noise becomes a function of the seed and of what it says alone."""
-    torch.manual_seed(zlib.crc32(f'{seed}/{what}'.encode()))
+    torch.manual_seed(zlib.crc32(f'{seed}/{voice} {sentence}'.encode()))
 
 
 def first_line(error):
@@ -892,27 +882,24 @@ class Kokoro:
         self.pipeline = cache(lambda language: KPipeline(language, name, model=model))
 
     def gender(self, voice):
-        self.speak(['a'], voice)
+        self.speak('a', voice, 1.0, 50)
         return dict(f='female', m='male').get(voice[1:2], '')
 
-    def speak(self, texts, voice, speed=1.0, pitch=50):
-        spoken = []
-        for sentence in texts:
-            waves, marks, at, end = [np.zeros(0, np.float32)], [], 0, 0
-            fix_noise(f'{voice} {sentence}')
-            file = f'{self.folder}/{voice}.pt' if self.folder else voice
-            for part in self.pipeline(voice[0])(sentence, voice=file, speed=speed):
-                for token in part.tokens or ():  # punctuation is a token of its own
-                    found = sentence.find(token.text, at)
-                    if found >= 0 and token.start_ts is not None:
-                        marks.append((found, end + round(24000 * token.start_ts)))
-                        at = found + len(token.text)
-                waves.append(part.audio.cpu().numpy())
-                end += len(waves[-1])
-            wave = np.concatenate(waves)
-            times = dict(words=word_times(sentence, wave, 24000, marks)) if marks else {}
-            spoken.append(Speech(wave, 24000, times))
-        return spoken
+    def speak(self, sentence, voice, speed, pitch):
+        waves, marks, at, end = [np.zeros(0, np.float32)], [], 0, 0
+        fix_noise(voice, sentence)
+        file = f'{self.folder}/{voice}.pt' if self.folder else voice
+        for part in self.pipeline(voice[0])(sentence, voice=file, speed=speed):
+            for token in part.tokens or ():  # punctuation is a token of its own
+                found = sentence.find(token.text, at)
+                if found >= 0 and token.start_ts is not None:
+                    marks.append((found, end + round(24000 * token.start_ts)))
+                    at = found + len(token.text)
+            waves.append(part.audio.cpu().numpy())
+            end += len(waves[-1])
+        wave = np.concatenate(waves)
+        times = dict(words=word_times(sentence, wave, 24000, marks)) if marks else {}
+        return Speech(wave, 24000, times)
 
 
 class Transformers:
@@ -946,84 +933,51 @@ class Transformers:
         return ''
 
     @torch.inference_mode()
-    def speak_vits(self, texts, voice, speed=1.0, pitch=50):
+    def speak_vits(self, sentence, voice, speed, pitch):
         self.model.speaking_rate = self.model.config.speaking_rate * speed
         rate = self.model.config.sampling_rate
-        inputs = self.tokenizer(list(texts), return_tensors='pt', padding=True).to(self.device)
-        if not inputs['attention_mask'].any(1).all():  # a text without a letter of its alphabet
-            if len(texts) == 1:
-                return [Speech(np.zeros(0, np.float32), rate, {})]
-            return [speech for text in texts for speech in self.speak_vits([text], voice, speed)]
-        fix_noise(f'{voice} {texts}')
+        inputs = self.tokenizer(sentence, return_tensors='pt').to(self.device)
+        if not inputs['attention_mask'].any():  # not a letter of its alphabet
+            return Speech(np.zeros(0, np.float32), rate, {})
+        fix_noise(voice, sentence)
         speaker = dict(speaker_id=int(voice)) if self.speakers > 1 else {}
         made = self.model(**inputs, **speaker)
-        waves = zip(made.waveform.float().cpu().numpy(), made.sequence_lengths, strict=True)
-        return [Speech(wave[: int(length)], rate, {}) for wave, length in waves]
+        return Speech(made.waveform[0].cpu().numpy(), rate, {})
 
     @torch.inference_mode()
-    def speak_fastspeech2(self, texts, voice, speed=1.0, pitch=50):
-        """A sentence at a time, since the model masks no padding; its phones a word at a time, so
-        that words have times."""
+    def speak_fastspeech2(self, sentence, voice, speed, pitch):
+        """The phones are found a word at a time, so that words have times."""
         config = self.model.config.vocoder_config
         hop, rate = math.prod(config.upsample_rates), getattr(config, 'sampling_rate', 22050)
         self.model.model.config.speaking_speed = 1 / speed  # it multiplies durations
         speaker = {}
         if self.speakers > 1:
             speaker = dict(speaker_ids=torch.tensor([[int(voice)]], device=self.device))
-        spoken = []
-        for sentence in texts:
-            end = self.tokenizer.eos_token
-            words = [
-                [phone for phone in self.tokenizer.tokenize(word) if phone.strip() and phone != end]
-                for word in sentence.split()
-            ]
-            phones = list(chain(*words))
-            tokens = self.tokenizer.convert_tokens_to_ids([*phones, end])
-            fix_noise(f'{voice} {sentence}')
-            tokens = torch.tensor([tokens], device=self.device)
-            made = self.model(input_ids=tokens, return_dict=True, **speaker)
-            durations = made.duration_outputs[0].float().cpu().numpy()
-            if speed != 1:
-                durations = np.round(durations / speed)
-            seconds = [0.0, *(np.cumsum(durations) * hop / rate).tolist()]
-            ends = np.cumsum([0, *map(len, words)])
-            spans = zip(sentence.split(), ends, ends[1:], strict=False)
-            times = dict(
-                words=[[word, seconds[first], seconds[last]] for word, first, last in spans],
-                phones=[[p, *seconds[i : i + 2]] for i, p in enumerate(phones) if p.isalnum()],
-            )
-            spoken.append(Speech(made.waveform[0].float().cpu().numpy(), rate, times))
-        return spoken
+
+        phones, ends = [], [0]  # of each word
+        end = self.tokenizer.eos_token
+        for word in sentence.split():
+            found = self.tokenizer.tokenize(word)
+            phones += [phone for phone in found if phone.strip() and phone != end]
+            ends.append(len(phones))
+        tokens = self.tokenizer.convert_tokens_to_ids([*phones, end])
+        fix_noise(voice, sentence)
+        tokens = torch.tensor([tokens], device=self.device)
+        made = self.model(input_ids=tokens, return_dict=True, **speaker)
+
+        durations = made.duration_outputs[0].float().cpu().numpy()  # frames
+        if speed != 1:
+            durations = np.round(durations / speed)
+        seconds = [0.0, *(np.cumsum(durations) * hop / rate).tolist()]
+        spans = zip(sentence.split(), ends, ends[1:], strict=False)
+        times = dict(
+            words=[[word, seconds[first], seconds[last]] for word, first, last in spans],
+            phones=[[p, *seconds[i : i + 2]] for i, p in enumerate(phones) if p.isalnum()],
+        )
+        return Speech(made.waveform[0].cpu().numpy(), rate, times)
 
 
 SPEAKERS = dict(espeak=Espeak, kokoro=Kokoro, vits=Transformers, fastspeech2=Transformers)
-
-
-def word_times(sentence, wave, rate, marks):
-    """[[word, start s, end s], ...] from marks, [(character, sample), ...], where words begin.
-
-    Words without a mark share the time since the last one by letters. A word ends where its sound
-    does, not after the pause of a comma.
-    """
-    spans = [(match[0], *match.span()) for match in re.finditer(r'\S+', sentence)]
-    starts = []
-    for _, begin, end in spans:
-        starts.append(next((sample for at, sample in marks if begin <= at < end), None))
-    starts[0] = starts[0] or 0
-    starts.append(len(wave))
-    for i in range(1, len(spans)):
-        if starts[i] is None or starts[i] < starts[i - 1]:
-            later = range(i + 1, len(starts))
-            j = next(j for j in later if starts[j] is not None and starts[j] >= starts[i - 1])
-            share = len(spans[i - 1][0]) / sum(len(word) for word, _, _ in spans[i - 1 : j])
-            starts[i] = starts[i - 1] + round(share * (starts[j] - starts[i - 1]))
-
-    loud, words = np.abs(wave) > SILENCE, []
-    for (word, _, _), begin, end in zip(spans, starts[:-1], starts[1:], strict=True):
-        sounding = np.flatnonzero(loud[begin:end])
-        sound_end = begin + sounding[-1] + 1 if len(sounding) else end
-        words.append([word, begin / rate, float(sound_end / rate)])
-    return words
 
 
 # -----------------------------------------------------------------------------
@@ -1102,133 +1056,111 @@ def save_wave(path, wave):
 
 
 # -----------------------------------------------------------------------------
-# The work: parts of a task, each done when its file parts/00012.jsonl is there. Its first line
-# counts, the others are rows of manifest.jsonl, or of skipped.jsonl: those that have a reason
+# An item spoken
 
 
 class Skip(Exception):
     """Why an item is not spoken."""
 
 
-def say_all(halves, voice, speaker):
-    """{(voice, sentence): Speech at 16 kHz} of halves, silent ones left out. A voice says all its
-    sentences at once, and what files share once."""
-    wanted, spoken = {}, {}
-    for half in halves:
-        found = dict.fromkeys(sentences(half['text']))
-        wanted.setdefault(half.get('voice', voice), {}).update(found)
-    for name, texts in wanted.items():
-        own = random.Random(f'{seed}/{name}')  # a voice has a pace and a pitch of its own
-        how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
-        for sentence, speech in zip(texts, speaker.speak(list(texts), name, *how), strict=True):
-            if np.abs(speech.wave).max(initial=0) > SILENCE:
-                spoken[name, sentence] = trim(speech)
-    return spoken
+@lru_cache(100)  # the files of an item share sentences
+def speak_sentence(sentence, voice, speaker):
+    """A sentence as Speech at 16 kHz; None if there is nothing to hear."""
+    own = random.Random(f'{seed}/{voice}')  # a voice has a pace and a pitch of its own
+    how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
+    speech = speaker.speak(sentence, voice, *how)
+    return trim(speech) if np.abs(speech.wave).max(initial=0) > SILENCE else None
 
 
-def make_half(half, voice, spoken, draw):
+def speak_half(half, voice, draw, speaker):
     """(text, Speech) of a half, in its room and noise. Raises Skip."""
-    name = half.get('voice', voice)
-    known = [sentence for sentence in sentences(half['text']) if (name, sentence) in spoken]
-    if not known:
+    heard = []
+    for sentence in sentences(half['text']):
+        speech = speak_sentence(sentence, half.get('voice', voice), speaker)
+        if speech:
+            heard.append((sentence, speech))
+    if not heard:
         raise Skip('nothing to say')
-    speech = join([spoken[name, sentence] for sentence in known])
+    speech = join([speech for _, speech in heard])
     wave = speech.wave
     if 'room' in half:
         wave = add_room(wave, half['room'])
     if 'noise' in half:
         wave = add_noise(wave, half['noise'], draw)
-    return ' '.join(known), speech._replace(wave=wave)
+    return ' '.join(sentence for sentence, _ in heard), speech._replace(wave=wave)
 
 
-def speak_item(n, item, task, voices, speaker):
-    """(voice, [(text, Speech) of each of an item's files]). Raises Skip."""
+def first_seconds(said, speech):
+    """(text, Speech): the beginning of one, with the words that are whole in it, if known."""
+    times = {
+        key: [span for span in found if span[2] <= prompt_seconds]
+        for key, found in speech.times.items()
+    }
+    if 'words' in times:
+        said = ' '.join(word for word, _, _ in times['words'])
+    return said, Speech(speech.wave[: round(prompt_seconds * SAMPLE_RATE)], SAMPLE_RATE, times)
+
+
+def speak_item(n, item, voice, speaker):
+    """{role: (text, Speech)} of an item. Raises Skip."""
     if 'skip' in item:
         raise Skip(item['skip'])
-    halves = [half for file in item['files'] for half in file['halves']]
-    if sum(len(half['text']) for half in halves) > LONGEST:
+    if sum(len(half['text']) for halves in item['say'].values() for half in halves) > LONGEST:
         raise Skip(f'longer than {LONGEST:,} letters')
-    drawn = random.Random(f'{seed}/{task}/{item.get("alike", n)}').choice(voices)
-    voice = item.get('voice', drawn)
-    spoken = say_all(halves, voice, speaker)
-
-    files = []
-    for file in item['files']:
-        halves = enumerate(file['halves'])
-        texts, parts = zip(
-            *(make_half(half, voice, spoken, f'{n}/{i}') for i, half in halves), strict=True
-        )
-        files.append((' '.join(texts), parts[0] if len(parts) == 1 else join(parts)))
-    waves = [speech.wave for _, speech in files]
+    spoken = {}
+    for role, halves in item['say'].items():
+        halves = [speak_half(half, voice, f'{n}/{i}', speaker) for i, half in enumerate(halves)]
+        texts, speeches = zip(*halves, strict=True)
+        spoken[role] = ' '.join(texts), join(speeches)
+    waves = [speech.wave for _, speech in spoken.values()]
     if len(waves) == 2 and np.array_equal(*waves):
         raise Skip('both sound the same')
-    return voice, files
+    return spoken
 
 
-def place_of(task, n, file, count):
+def place_of(kind, n, role, count):
     """Where in the task's folder a file of item n lies, at most 1,000 a folder, gold.csv among
     them. ZeroSpeech and SALMon have no sub-folders: as many as may stand there without."""
-    base = base_task(task)
-    flat = base in LAYOUT or base in CONSISTENCY
-    folder = f'{n // ((1000 - (base in LAYOUT)) // count):03d}'
+    salmon = kind in CONSISTENCY
+    flat = kind in LAYOUT or salmon
+    folder = f'{n // ((1000 - (kind in LAYOUT)) // count):03d}'
     if flat and folder == '000':
         folder = ''
-    name = file['name'].format(n=n) + ('.wav' if flat else f'.{audio_format}')
-    return os.path.join(LAYOUT.get(base, ''), folder, name)
+    name = f'sample_{n}' if salmon else f'{n:06d}'
+    name += f'_{role}' * bool(role) + ('.wav' if flat else '.flac')
+    return os.path.join(LAYOUT.get(kind, ''), folder, name)
 
 
-def make_rows(n, item, task, folder, voices, speaker):
-    """Speaks an item and saves its audio -> (rows of the manifest, seconds, bytes)."""
-    voice, spoken = speak_item(n, item, task, voices, speaker)
-    about = {key: item[key] for key in item if key not in ('files', 'split', 'alike')}
-    about['voice'] = voice
-    if item.get('split'):
-        held_out = random.Random(f'{seed}/{task}/{n}/split').random() < val_share
+def make_rows(n, item, task, speaker):
+    """Speaks an item and saves its audio -> (rows of the manifest, seconds, bytes). Raises Skip."""
+    about = {key: item[key] for key in item if key not in ('say', 'alike')}
+    drawn = random.Random(f'{seed}/{task.name}/{item.get("alike", n)}').choice(task.voices)
+    about.setdefault('voice', drawn)
+    if about.pop('split', False):
+        held_out = random.Random(f'{seed}/{task.name}/{n}/split').random() < val_share
         about['split'] = 'val' if held_out else 'train'
 
-    rows, seconds, size = [], 0.0, 0
-    for file, (said, speech) in zip(item['files'], spoken, strict=True):
-        wave, times = speech.wave, speech.times
-        if task == 'prompts':
-            wave = wave[: round(prompt_seconds * SAMPLE_RATE)]
-            times = {
-                key: [span for span in found if span[2] <= prompt_seconds]
-                for key, found in times.items()
-            }
-            if 'words' in times:
-                said = ' '.join(word for word, _, _ in times['words'])
-        path = place_of(task, n, file, len(item['files']))
-        size += save_wave(os.path.join(folder, path), wave)
-        row = dict(path=path, text=said, seconds=round(len(wave) / SAMPLE_RATE, 3), **times)
-        seconds += row['seconds']
-        if 'correct' in file:
-            row['correct'] = file['correct']
-        rows.append(row)
-    if 'role' in item['files'][0]:  # a preference pair is one row
-        named = zip(item['files'], rows, strict=True)
-        rows = [{f'{file["role"]}_{key}': row[key] for file, row in named for key in row}]
+    rows, seconds, size = {}, 0.0, 0
+    for role, (said, speech) in speak_item(n, item, about['voice'], speaker).items():
+        if task.kind == 'prompts':
+            said, speech = first_seconds(said, speech)
+        path = place_of(task.kind, n, role, len(item['say']))
+        size += save_wave(os.path.join(out, task.name, path), speech.wave)
+        length = round(len(speech.wave) / SAMPLE_RATE, 3)
+        seconds += length
+        rows[role] = dict(path=path, text=said, seconds=length, **speech.times)
+        if role and task.kind != 'pairs':
+            rows[role]['correct'] = role in ('correct', 'consistent')
+    if task.kind == 'pairs':  # a preference pair is one row
+        rows = [{f'{role}_{key}': row[key] for role, row in rows.items() for key in row}]
+    else:
+        rows = list(rows.values())
     return [row | about for row in rows], seconds, size
 
 
-def do_part(path, items, task, voices, speaker):
-    """Speaks the items of a part, [(number, item), ...], and writes its file -> seconds."""
-    folder = os.path.dirname(os.path.dirname(path))
-    lines, total = [], dict(items=len(items), skipped=0, seconds=0.0, bytes=0)
-    for n, item in items:
-        try:
-            rows, seconds, size = make_rows(n, item, task, folder, voices, speaker)
-        except Skip as reason:
-            said = [half['text'] for file in item.get('files', ()) for half in file['halves']]
-            said = item.get('text', ' | '.join(said))[:1000]
-            rows, seconds, size = [dict(n=n, reason=str(reason), text=said)], 0.0, 0
-            total['skipped'] += 1
-        lines += rows
-        total['seconds'] += seconds
-        total['bytes'] += size
-    with write_atomic(path) as file:
-        for line in (total, *lines):
-            file.write(to_json(line))
-    return total['seconds']
+# -----------------------------------------------------------------------------
+# The work: parts of a task, each done when its file parts/00012.jsonl is there. Its first line
+# counts, the others are rows of manifest.jsonl, or of skipped.jsonl: those that have a reason
 
 
 def to_json(row):
@@ -1236,113 +1168,107 @@ def to_json(row):
     return json.dumps(row, ensure_ascii=False).encode(errors='replace').decode() + '\n'
 
 
-def part_path(folder, number):
-    return os.path.join(folder, 'parts', f'{number:05d}.jsonl')
+def part_path(task, number):
+    return os.path.join(out, task.name, 'parts', f'{number:05d}.jsonl')
 
 
-def take_part(progress):
-    """The number of the next part that no process has taken."""
-    with progress.get_lock():
-        progress[0] += 1
-        return int(progress[0]) - 1
+def do_part(number, items, task, speaker):
+    """Speaks the items of a part, [(number, item), ...], and writes its file -> seconds."""
+    lines, total = [], dict(items=len(items), skipped=0, seconds=0.0, bytes=0)
+    for n, item in items:
+        try:
+            rows, seconds, size = make_rows(n, item, task, speaker)
+        except Skip as reason:
+            texts = [half['text'] for halves in item['say'].values() for half in halves]
+            rows, seconds, size = [], 0.0, 0
+            rows.append(dict(n=n, reason=str(reason), text=' | '.join(texts)[:1000]))
+            total['skipped'] += 1
+        lines += rows
+        total['seconds'] += seconds
+        total['bytes'] += size
+    with write_atomic(part_path(task, number)) as file:
+        for line in (total, *lines):
+            file.write(to_json(line))
+    return total['seconds']
 
 
-def do_parts(task, folder, voices, speaker, progress):
-    """Does the parts that are not there, each taken by one process alone. Yields after each.
+class Parts(IterableDataset):
+    """The parts of a task -> the seconds spoken for each, 0 where its file was there. Worker i of n
+    takes parts i, i + n, ...; what ends it is handed to the parent."""
 
-    progress: shared array [parts taken, parts done, seconds spoken].
-    """
-    items = enumerate(islice(make_items(task, voices, speaker), limit or None))
-    mine = take_part(progress)
-    for number in count():
-        part = list(islice(items, PART))
-        if not part:
-            return
-        if number < mine:
-            continue
-        path, seconds = part_path(folder, number), 0.0
-        if not os.path.exists(path):
-            seconds = do_part(path, part, task, voices, speaker)
-        with progress.get_lock():
-            progress[1] += 1
-            progress[2] += seconds
-        yield
-        mine = take_part(progress)
+    def __init__(self, task, speaker):
+        self.task, self.speaker = task, speaker
 
-
-def run_worker(errors, *args):
-    """The body of a worker process; what ends it is told to the parent."""
-    start_worker()
-    try:
-        for _ in do_parts(*args):
-            pass
-    except Exception as error:
-        error.add_note(traceback.format_exc())
-        errors.put(error)
-
-
-def do_parts_in_workers(processes, *args):
-    """do_parts by several processes. Yields now and then.
-
-    They wait for nothing and nobody waits for them: what they share is an array and the disk, and
-    when the caller leaves, by whatever way, they are killed.
-    """
-    context = multiprocessing.get_context('fork')
-    errors = context.SimpleQueue()
-    team = []
-    try:
-        # blocked, for a worker must not get Ctrl-C before it ignores it
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        for _ in range(processes):
-            team.append(context.Process(target=run_worker, args=(errors, *args), daemon=True))
-            team[-1].start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        while True:
-            alive = [process.sentinel for process in team if process.is_alive()]
-            if not errors.empty():
-                raise errors.get()
-            if any(process.exitcode not in (None, 0) for process in team):
-                hint = 'run the same command to continue, with fewer --workers'
-                fail(f'a worker was killed (no memory left?): {hint}')
-            if not alive:
+    def __iter__(self):
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        items = enumerate(self.task.items(self.speaker))
+        for number in count():
+            part = list(islice(items, PART))
+            if not part:
                 return
-            multiprocessing.connection.wait(alive, timeout=0.2)
-            yield
-    finally:
-        for process in team:
-            process.kill()
-            process.join()
+            if number % step != first:
+                continue
+            try:
+                there = os.path.exists(part_path(self.task, number))
+                yield 0.0 if there else do_part(number, part, self.task, self.speaker)
+            except (OSError, InputError) as error:
+                yield error
+
+
+def begin_worker(number):
+    start_worker()
+
+
+def do_parts(task, speaker, parts):
+    """Yields after each part of a task its seconds; espeak in worker processes, a network here."""
+    processes = min(workers or os.cpu_count(), parts) if tts == 'espeak' else 0
+    loader = DataLoader(
+        Parts(task, speaker),
+        batch_size=None,
+        num_workers=processes,
+        worker_init_fn=begin_worker,
+        multiprocessing_context='fork' if processes else None,  # it takes what is loaded along
+        in_order=False,
+    )
+    try:
+        for seconds in loader:
+            if isinstance(seconds, Exception):
+                raise seconds
+            yield seconds
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        hint = 'run the same command to continue, with fewer --workers'
+        fail(f'a worker was killed (no memory left?): {hint}')
 
 
 def remove_leavings(folder):
     """Remove what killed processes left half-written, not what living ones write: NAME.PID.tmp."""
     for path in glob.glob(f'{glob.escape(folder)}/**/*.tmp', recursive=True):
-        pid = path.split('.')[-2]
-        try:
-            os.kill(int(pid), 0)
-        except (ProcessLookupError, ValueError):
-            with suppress(FileNotFoundError):
+        with suppress(PermissionError, FileNotFoundError):  # another user's; removed by another
+            try:
+                os.kill(int(path.split('.')[-2]), 0)
+            except ProcessLookupError:
                 os.remove(path)
-        except PermissionError:
-            pass  # another user's
 
 
-def join_parts(task, folder, parts):
+def join_parts(task, parts):
     """Joins the parts in order into manifest.jsonl and skipped.jsonl, and gold.csv where the layout
     has one -> their counts added up."""
-    base, total, gold = base_task(task), Counter(), []
+    total, gold, folder = Counter(), [], os.path.join(out, task.name)
     manifest, skipped = (os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped'))
     with write_atomic(manifest) as manifest_file, write_atomic(skipped) as skipped_file:
         for number in range(parts):
-            rows = (row for _, row in read_jsonl(part_path(folder, number)))
+            rows = (row for _, row in read_jsonl(part_path(task, number)))
             total.update(next(rows))
             for row in rows:
                 (skipped_file if 'reason' in row else manifest_file).write(to_json(row))
-                if base in GOLD and 'reason' not in row:
-                    gold.append(gold_row(row, LAYOUT[base]))
-    if base in GOLD:
-        with write_atomic(os.path.join(folder, LAYOUT[base], 'gold.csv')) as file:
-            writer = csv.DictWriter(file, GOLD[base], extrasaction='ignore')
+                if task.kind in GOLD and 'reason' not in row:
+                    gold.append(gold_row(row, LAYOUT[task.kind]))
+    if task.kind in GOLD:
+        with write_atomic(os.path.join(folder, LAYOUT[task.kind], 'gold.csv')) as file:
+            writer = csv.DictWriter(file, GOLD[task.kind], extrasaction='ignore')
             writer.writeheader()
             writer.writerows(gold)
     return total
@@ -1360,37 +1286,15 @@ def gold_row(row, layout):
 # What the user asks for
 
 
-def find_tasks():
-    """The tasks that the knob `task` names, suites also in unseen voices."""
-    toy = ('stories', 'pairs', 'grammar', 'sstory', 'tstory', 'wuggy', 'salmon')
-    own = ('stories', 'prompts', 'pairs', 'minimal', 'blimp', 'storycloze', 'sstorycloze')
-    known = toy if text == 'toy' else (*own, 'tstorycloze', 'wuggy', 'salmon')
-    tasks = []
-    for name in task.split(','):
-        if name not in known:
-            fail(f'no task {name!r} for --text={text}; there are {", ".join(known)}')
-        suite = name not in ('stories', 'prompts', 'pairs')
-        names = ['sstorycloze', 'tstorycloze'] if name == 'storycloze' else [name]
-        for unseen in ('', '_unseen') if test_voices and suite else ('',):
-            parts = [f'/{part}' for part in CONSISTENCY] if name == 'salmon' else ['']
-            tasks += [f'{one}{unseen}{part}' for one in names for part in parts]
-    return tasks
-
-
 def check_knobs(config):
     """Ends the run at a knob that is out of its range."""
-    for knob, low, high in (('speed', 0.1, 10), ('pitch', 0, 99)):
-        span = config[knob]
-        number = r'\d+(\.\d+)?'
-        if not re.fullmatch(f'{number}-{number}', span) or not all(
-            low <= float(end) <= high for end in span.split('-')
-        ):
-            example = '0.9-1.1' if knob == 'speed' else '40-60'
-            fail(f'--{knob}={span}: expected a range within {low} and {high}, such as {example}')
+    for knob, low, high, example in (('speed', 0.1, 10, '0.9-1.1'), ('pitch', 0, 99, '40-60')):
+        found = re.fullmatch(r'(\d+\.?\d*)-(\d+\.?\d*)', config[knob])
+        if not found or not all(low <= float(end) <= high for end in found.groups()):
+            expected = f'expected a range within {low} and {high}, such as {example}'
+            fail(f'--{knob}={config[knob]}: {expected}')
     for knob, good, expected in (
         ('tts', tts in VOICES, ', '.join(VOICES)),
-        ('audio_format', audio_format in ('flac', 'wav'), 'flac or wav'),
-        ('val_share', 0 <= val_share <= 1, '0 to 1'),
         ('prompt_seconds', prompt_seconds > 0, 'more than 0'),
         *((knob, config[knob] >= 0, '0 or more') for knob in ('limit', 'pause', 'workers')),
     ):
@@ -1398,21 +1302,20 @@ def check_knobs(config):
             fail(f'--{knob}={config[knob]}: expected {expected}')
 
 
-def agree(folder, settings):
+def agree(task, settings):
     """Ends the run if a task's folder holds speech made with other settings."""
-    path = os.path.join(folder, 'parts', 'settings.json')
-    if not os.path.exists(path) or not glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
-        return
-    with open(path, encoding='utf-8') as file:
-        old = json.load(file)
-    changed = [key for key in settings if settings[key] != old.get(key)]
-    if changed:
-        made = f'{folder} holds speech made with other {", ".join(changed)}'
-        fail(f'{made}: choose another --out, or remove it')
+    folder = os.path.join(out, task.name)
+    if glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
+        with open(os.path.join(folder, 'parts', 'settings.json'), encoding='utf-8') as file:
+            old = json.load(file)
+        changed = [key for key in settings if settings[key] != old.get(key)]
+        if changed:
+            made = f'{folder} holds speech made with other {", ".join(changed)}'
+            fail(f'{made}: choose another --out, or remove it')
 
 
 def check_voices(speaker, wanted):
-    """Ends the run at a voice that is not there; loads a network's, before workers are forked."""
+    """Ends the run at a voice that is not there; loads a network's, before it is needed."""
     for voice in sorted(wanted):
         try:
             speaker.gender(voice)
@@ -1420,62 +1323,40 @@ def check_voices(speaker, wanted):
             fail(f'--voices={voice}: {tts} does not speak with it: {first_line(error)}')
 
 
-def run_task(task, folder, voices, speaker):
+def run_task(task, speaker):
     """Makes a task's speech, what is not there of it -> what summary.json says."""
-    full = sum(1 for _ in make_items(task, voices, speaker))
-    if not full:
-        fail(f'{text}: no text in it for task {task}')
-    parts = math.ceil(min(limit or full, full) / PART)
-    began = time.time()
-    progress = multiprocessing.Array('d', 3)
-    args = (task, folder, voices, speaker, progress)
-    processes = min(workers or os.cpu_count(), parts)
-    steps = do_parts_in_workers(processes, *args) if tts == 'espeak' else do_parts(*args)
-    with closing(steps), tqdm(total=parts, desc=task, unit=' parts') as bar:
-        for _ in steps:
-            _, done, seconds = progress
-            rate = seconds / (time.time() - began)
-            bar.set_postfix_str(f'{seconds / 3600:.2f} h, {rate:.0f} x real time', refresh=False)
-            bar.update(int(done) - bar.n)
+    began, spoken = time.time(), 0.0
+    parts = math.ceil(sum(1 for _ in task.items(speaker)) / PART)
+    if not parts:
+        fail(f'{text}: no text in it for task {task.kind}')
+    with tqdm(total=parts, desc=task.name, unit=' parts') as bar:
+        for seconds in do_parts(task, speaker, parts):
+            spoken += seconds
+            rate = spoken / (time.time() - began)
+            bar.set_postfix_str(f'{spoken / 3600:.2f} h, {rate:.0f} x real time', refresh=False)
+            bar.update()
 
-    remove_leavings(folder)
-    total = join_parts(task, folder, parts)
-    spent, hours = time.time() - began, total['seconds'] / 3600
-    rate, full_hours = progress[2] / spent, hours * full / total['items']
-    return dict(
-        items=total['items'],
-        skipped=total['skipped'],
-        bytes=total['bytes'],
-        hours=hours,
-        seconds=spent,
-        x_real_time=rate,
-        full_items=full,
-        full_hours=full_hours,
-        full_machine_hours=full_hours / rate if rate else None,  # nothing was left to speak
-    )
+    remove_leavings(os.path.join(out, task.name))
+    total = join_parts(task, parts)
+    hours, spent = total.pop('seconds') / 3600, time.time() - began
+    return dict(total, hours=hours, seconds=spent, x_real_time=spoken / spent)
 
 
 def print_summary(task, made):
     """The last line of a task."""
-    full, full_hours = made['full_items'], made['full_hours']
-    line = f'{task}: {made["items"]:,} items, {made["hours"]:.2f} h, {made["skipped"]} skipped, '
-    line += f'{made["bytes"] / 1e6:.0f} MB in {made["seconds"]:.1f} s, '
-    line += f'{made["x_real_time"]:.0f} x real time; '
-    line += f'the full set, {full:,} items, {full_hours:.2f} h of speech'
-    if made['x_real_time']:
-        line += f', takes {made["full_machine_hours"]:.3f} h'
+    line = f'{task.name}: {made["items"]:,} items, {made["hours"]:.2f} h, {made["skipped"]} '
+    line += f'skipped, {made["bytes"] / 1e6:.0f} MB in {made["seconds"]:.1f} s, '
+    line += f'{made["x_real_time"]:.0f} x real time'
     written = [path for path in text_files() if path.endswith('.txt')]
-    if written and task in ('stories', 'prompts'):
+    if written and task.kind in ('stories', 'prompts'):
         between = separator_of(written[0])
-        name = SPLITTERS.get(between, repr(between))
-        stand = 'separate' if name == 'blank lines' else 'separates'
-        line += f'; {full:,} stories: {name} {stand} them, --separator changes that'
+        separates = f'{between!r} separates' if between else 'blank lines separate'
+        line += f'; {made["items"]:,} stories: {separates} them, --separator changes that'
     print(line, flush=True)
 
 
 if __name__ == '__main__':
     config = configure(globals())
-    tasks = find_tasks()
     check_knobs(config)
 
     # what the speech depends on: it may not change in a folder that holds some
@@ -1485,22 +1366,20 @@ if __name__ == '__main__':
 
     # what is there already, and a voice that is not there, are said before anything is spoken
     work = []
-    for name in tasks:
-        folder = os.path.join(out, name)
-        spoken_by = (test_voices if '_unseen' in name else voices or VOICES[tts]).split(',')
-        made_with = settings | dict(voices=spoken_by)
-        agree(folder, made_with)
-        if os.path.exists(os.path.join(folder, 'summary.json')):
-            print(f'{name}: already in {folder}, nothing to do')
+    for wanted in find_tasks():
+        agree(wanted, settings | dict(voices=wanted.voices))
+        if os.path.exists(os.path.join(out, wanted.name, 'summary.json')):
+            print(f'{wanted.name}: already in {out}/{wanted.name}, nothing to do')
         else:
-            work.append((name, folder, spoken_by, made_with))
+            work.append(wanted)
     speaker = SPEAKERS[tts]() if work else None
-    check_voices(speaker, {voice for *_, spoken_by, _ in work for voice in spoken_by})
+    check_voices(speaker, {voice for wanted in work for voice in wanted.voices})
 
-    for name, folder, spoken_by, made_with in work:
-        with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
+    for wanted in work:
+        made_with = settings | dict(voices=wanted.voices)
+        with write_atomic(os.path.join(out, wanted.name, 'parts', 'settings.json')) as file:
             file.write(to_json(made_with))
-        made = run_task(name, folder, spoken_by, speaker) | dict(settings=made_with)
-        with write_atomic(os.path.join(folder, 'summary.json')) as file:
+        made = run_task(wanted, speaker) | dict(settings=made_with)
+        with write_atomic(os.path.join(out, wanted.name, 'summary.json')) as file:
             file.write(to_json(made))
-        print_summary(name, made)
+        print_summary(wanted, made)

@@ -7,7 +7,6 @@ UnitVocoder   units -> wave        the unit HiFi-GAN, a small net to train, or a
 """
 
 import contextlib
-import errno
 import glob
 import io
 import json
@@ -1135,6 +1134,9 @@ def from_hf_config(hf):
     for key in ('use_sliding_window', 'layer_sharing', '_remove_final_layer_norm'):
         if hf.get(key):
             raise InputError(f'{key}={hf[key]} in config.json is not supported')
+    # sliding_window itself says nothing: without one of these transformers, too, attends to all
+    if 'sliding_attention' in (hf.get('layer_types') or ()):
+        raise InputError('config.json has layer_types with a sliding window: not supported')
 
     fields = dict(entry['absent'])
     for ours, theirs in entry['keys'].items():
@@ -1353,33 +1355,24 @@ def tensor_files(folder):
     )
 
 
-def read_tensors(path, device='cpu'):
-    """The tensors of a file by name; device 'meta': their shapes alone, of safetensors out of its
-    header. Pickles are read with weights_only: no code runs."""
-    from safetensors import safe_open
+def read_tensors(path):
+    """The tensors of a file by name. Pickles are read with weights_only: no code runs."""
     from safetensors.torch import load_file
 
     try:
-        if not path.endswith('.safetensors'):
-            return torch.load(path, map_location=device, weights_only=True)
-        if device != 'meta':
-            return load_file(path, device=device)
-        with safe_open(path, 'pt') as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        return {name: torch.empty(shape, device='meta') for name, shape in shapes.items()}
+        if path.endswith('.safetensors'):
+            return load_file(path)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
         reason = ' '.join(str(error).split())[:200]
         raise InputError(f'{path} cannot be read: {reason}') from None
 
 
-def check_shapes(shapes, layout, config, where):
+def check_shapes(state, layout, config, where):
     """Hold a file's tensors against the layout. Raises InputError naming those that do not fit."""
     wanted = dict(part for parts in layout.values() for part in parts)
     problems = []
-    for word, names in (
-        ('misses', wanted.keys() - shapes),
-        ('has unknown', shapes - wanted.keys()),
-    ):
+    for word, names in (('misses', wanted.keys() - state), ('has unknown', state.keys() - wanted)):
         if names:
             some = ', '.join(sorted(names)[:4]) + (', ...' if len(names) > 4 else '')
             problems.append(f'{word} {len(names)} ({some})')
@@ -1388,25 +1381,22 @@ def check_shapes(shapes, layout, config, where):
             f'{where}: the checkpoint {" and ".join(problems)} tensors of a {config.family} model'
         )
     for name, shape in wanted.items():
-        if tuple(shapes[name]) != tuple(shape):
+        if tuple(state[name].shape) != tuple(shape):
             raise InputError(
-                f'{where}: {name} has shape {tuple(shapes[name])}, config.json says {tuple(shape)}'
+                f'{where}: {name} has shape {tuple(state[name].shape)}, '
+                f'config.json says {tuple(shape)}'
             )
 
 
 def load_state(folder, config, entry, prefix=''):
     """The state dict of an SLM out of a checkpoint's files; names and shapes are held against the
-    config before anything large is read or made. Raises InputError naming what does not fit."""
-    paths, layout = tensor_files(folder), tensor_layout(config, entry)
-    shapes = {}
-    for path in paths:
-        shapes |= {name: tensor.shape for name, tensor in read_tensors(path, 'meta').items()}
-    names = our_names(shapes, config, entry, prefix)
-    check_shapes({names[name]: shapes[name] for name in names}, layout, config, folder)
-    state = {}
-    for path in paths:
-        tensors = read_tensors(path)
-        state |= {names[name]: tensors[name] for name in tensors if name in names}
+    config before a model is made. Raises InputError naming what does not fit."""
+    tensors = {}
+    for path in tensor_files(folder):
+        tensors |= read_tensors(path)
+    names = our_names(tensors, config, entry, prefix)
+    state = {proper: tensors[name] for name, proper in names.items()}
+    check_shapes(state, tensor_layout(config, entry), config, folder)
     return to_our_tensors(state, config, entry)
 
 
@@ -2493,10 +2483,11 @@ class TableVoice:
         below = torch.sigmoid((4500 - hertz.to(mel.device)) / 400)
         return torch.sigmoid(2 * tilt - 1)[:, None] * below
 
-    def speak(self, units, durations, first=0, until=None, source=None):
+    def speak(self, units, durations, first=0, until=None, source=None, **who):
         """Units (n,) of so many frames -> (frames * hop,) samples whose log_mel is the table's.
 
-        first, until (frames of the utterance), source: for a stretch of one, see Source.
+        first, until (frames of the utterance), source: for a stretch of one, see Source. It has one
+        speaker and one style.
         """
         mel = self.spectra(units.repeat_interleave(durations), first)  # (n, N_MELS)
         hop = HOP * self.steps_a_frame
@@ -2559,43 +2550,31 @@ class HifiganVoice:
 
     def speak(self, units, durations, speaker=0, style=0, **where):
         """Units (n,) of so many frames -> (frames * hop,) samples in [-1, 1]."""
-        return self.speak_batch([units.repeat_interleave(durations)], speaker, style)[0]
-
-    def speak_batch(self, frames, speaker=0, style=0):
-        """List of (frames,) units -> list of (frames * hop,) samples in [-1, 1], in one batch.
-
-        Layer by layer what lies past an utterance's end is set to the zeros that padding would
-        show it alone, so the batch changes nothing.
-        """
         c = self.config
-        codes = nn.utils.rnn.pad_sequence(frames, batch_first=True).to(self.device)  # (B, T)
-        lengths = torch.tensor([len(f) for f in frames], device=self.device)
-        mask = torch.arange(codes.shape[1], device=self.device) < lengths[:, None]
-        mask = mask[:, None].float()  # (B, 1, T)
-        x = self._conv('conv_pre', self._embed(codes, speaker, style) * mask)
+        frames = units.repeat_interleave(durations).to(self.device)
+        x = self._conv('conv_pre', self._embed(frames, speaker, style)[None])  # (1, C, frames)
         for i, rate in enumerate(c['upsample_rates']):
             weight, bias = (self.tensors[f'ups.{i}.{kind}'] for kind in ('weight', 'bias'))
             padding = (c['upsample_kernel_sizes'][i] - rate) // 2
-            x = F.leaky_relu(x * mask, 0.1)
+            x = F.leaky_relu(x, 0.1)
             x = F.conv_transpose1d(x, weight, bias, stride=rate, padding=padding)
-            mask = mask.repeat_interleave(rate, dim=-1)
-            x = self._residual_blocks(x * mask, i, mask)
-        x = torch.tanh(self._conv('conv_post', F.leaky_relu(x)))[:, 0]  # here the slope is 0.01
-        return [row[: len(f) * self.hop] for row, f in zip(x, frames, strict=True)]
+            x = self._residual_blocks(x, i)
+        x = torch.tanh(self._conv('conv_post', F.leaky_relu(x)))[0, 0]  # here the slope is 0.01
+        return x[: len(frames) * self.hop]
 
-    def _embed(self, codes, speaker, style):
-        """(B, T) units -> (B, channels, T): unit, speaker and style, those that there are."""
-        parts = [self.tensors['dict.weight'][codes]]
+    def _embed(self, frames, speaker, style):
+        """(T,) units -> (channels, T): unit, speaker and style, those that there are."""
+        parts = [self.tensors['dict.weight'][frames]]
         for name, row in (('spkr', speaker), ('style', style)):
             table = self.tensors.get(name + '.weight')
             if table is None:
                 continue
             if not 0 <= row < len(table):
                 raise InputError(f'{name} {row} is not among the {len(table)} of this vocoder')
-            parts.append(table[row].expand(*codes.shape, -1))
-        return torch.cat(parts, dim=-1).transpose(1, 2)
+            parts.append(table[row].expand(len(frames), -1))
+        return torch.cat(parts, dim=-1).T
 
-    def _residual_blocks(self, x, stage, mask):
+    def _residual_blocks(self, x, stage):
         """Multi-receptive field fusion: the mean of the residual blocks of a stage."""
         dilation_sizes = self.config['resblock_dilation_sizes']
         total = 0
@@ -2603,8 +2582,7 @@ class HifiganVoice:
             y, block = x, f'resblocks.{stage * len(dilation_sizes) + j}'
             for k, dilation in enumerate(dilations):
                 z = self._conv(f'{block}.convs1.{k}', F.leaky_relu(y, 0.1), dilation)
-                z = self._conv(f'{block}.convs2.{k}', F.leaky_relu(z * mask, 0.1))
-                y = (z + y) * mask
+                y = y + self._conv(f'{block}.convs2.{k}', F.leaky_relu(z, 0.1))
             total = total + y
         return total / len(dilation_sizes)
 
@@ -2740,25 +2718,27 @@ class UnitVocoder:
         is no vocoder.
         """
         if os.path.exists(os.path.join(where, 'vocoder.json')):
-            path = os.path.join(where, 'vocoder.safetensors')
-            config, read = read_json(os.path.join(where, 'vocoder.json')), _read_vocoder
+            path, about = (
+                os.path.join(where, f'vocoder.{kind}') for kind in ('safetensors', 'json')
+            )
         elif where in HIFIGAN:
-            path, config = (fetch(*file) for file in HIFIGAN[where])
-            config, read = read_json(config), _read_hifigan
+            path, about = (fetch(*file) for file in HIFIGAN[where])
         elif where.endswith('.pt') and os.path.exists(where):
-            beside = (where[:-3] + '_config.json', where[:-3] + '.json')
-            beside += (os.path.join(os.path.dirname(where), 'config.json'),)
-            found = next(filter(os.path.exists, beside), None)
-            if not found:
-                raise InputError(f'{where} needs its config beside it: {beside[0]}')
-            path, config, read = where, read_json(found), _read_hifigan
+            path, about = where, where[:-3] + '_config.json'
+            if not os.path.exists(about):
+                about = where[:-3] + '.json'
         else:
             raise InputError(
-                f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt, or '
-                f'one of {", ".join(HIFIGAN)}'
+                f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt with '
+                f'its .json, or one of {", ".join(HIFIGAN)}'
             )
+        config = read_json(about)
         try:
-            vocoder = cls(*read(path, config), device)
+            if path.endswith('.pt'):
+                config, tensors = _read_hifigan(path, config)
+            else:
+                tensors = read_tensors(path)
+            vocoder = cls(config, tensors, device)
             one = torch.ones(1, dtype=torch.long)
             with torch.inference_mode():  # nothing is missing, everything fits
                 vocoder.voice.durations(0 * one)
@@ -2804,26 +2784,13 @@ class UnitVocoder:
         units = self.check(units)
         durations = self.durations(units) if durations is None else durations
         durations = [torch.as_tensor(d, dtype=torch.long, device='cpu') for d in durations]
-        waves = [torch.zeros(0) for _ in units]
-        order = [i for i in range(len(units)) if int(durations[i].sum())]
-        order.sort(key=lambda i: int(durations[i].sum()))  # like lengths together
-        for start in range(0, len(order), 16):
-            batch = order[start : start + 16]
-            spoken = self._speak(
-                [units[i] for i in batch], [durations[i] for i in batch], speaker, style
-            )
-            for i, wave in zip(batch, spoken, strict=True):
-                waves[i] = finish_wave(wave).cpu()
+        waves = []
+        for u, d in zip(units, durations, strict=True):
+            wave = torch.zeros(0)
+            if int(d.sum()):
+                wave = finish_wave(self.voice.speak(u, d, speaker=speaker, style=style)).cpu()
+            waves.append(wave)
         return waves
-
-    def _speak(self, units, durations, speaker, style):
-        """Raw waves; the HiFi-GAN's in one batch, the others one by one, which costs no more."""
-        kind, pairs = self.config['kind'], list(zip(units, durations, strict=True))
-        if kind == 'hifigan':
-            frames = [u.repeat_interleave(d) for u, d in pairs]
-            return self.voice.speak_batch(frames, speaker, style)
-        which = dict(speaker=speaker) if kind == 'neural' else {}
-        return [self.voice.speak(u, d, **which) for u, d in pairs]
 
     @torch.inference_mode()
     def stream(self, pieces, prompt=None, speaker=0, style=0):
@@ -2839,7 +2806,6 @@ class UnitVocoder:
         units, durations = prompt or (none, none)
         units, fixed = self.check([units])[0], len(units)
         said, source, reach = 0, Source(), self.voice.reach
-        which = {} if self.config['kind'] == 'table' else dict(speaker=speaker, style=style)
         for piece in chain([none], pieces, [None]):
             final = piece is None
             if not final:
@@ -2855,20 +2821,18 @@ class UnitVocoder:
             ends = durations[:first].sum(), durations[:said].sum(), durations[:until].sum()
             before, start, stop = map(int, ends)
             wave = self.voice.speak(
-                units[first:known], durations[first:known], first=before, until=stop,
-                source=source, **which,
-            )  # fmt: skip
+                units[first:known],
+                durations[first:known],
+                first=before,
+                until=stop,
+                source=source,
+                speaker=speaker,
+                style=style,
+            )
             wave = wave[(start - before) * self.hop : (stop - before) * self.hop]
             wave = limit_peaks(wave * (VOICE_LEVEL / self.voice.level))
             yield fade_ends(wave, start=said == 0, end=final).cpu()
             said = until
-
-
-def _read_vocoder(path, config):
-    """The config and the tensors of a folder of save_pretrained."""
-    from safetensors.torch import load_file
-
-    return config, load_file(path)
 
 
 def _read_hifigan(path, config):
@@ -2897,8 +2861,7 @@ def _read_hifigan(path, config):
 
 
 class UnitTable:
-    """What a table vocoder is made of: per unit the sum of its spectra, its frames and its runs.
-    Tables of parts add up."""
+    """What a table vocoder is made of: per unit the sum of its spectra, its frames and its runs."""
 
     def __init__(self, n_units, frame_rate):
         self.n_units, self.frame_rate = n_units, frame_rate
@@ -2917,24 +2880,6 @@ class UnitTable:
         self.mels.index_add_(0, units[inside], mel[at[inside]].flatten(1).double())
         self.frames += torch.bincount(units[inside], minlength=self.n_units)
         self.runs += torch.bincount(dedup(units)[0], minlength=self.n_units)
-
-    def to_bytes(self):
-        """The counts as bytes, all tables of one encoder equally many: appended they add up."""
-        counts = torch.cat((self.mels, self.frames[:, None], self.runs[:, None]), dim=1)
-        return counts.numpy().tobytes()
-
-    @classmethod
-    def from_bytes(cls, path, n_units, frame_rate):
-        """The sum of the tables in a file."""
-        total = cls(n_units, frame_rate)
-        size = n_units * (total.mels.shape[1] + 2) * 8
-        with open(path, 'rb') as file:
-            while part := file.read(size):
-                part = torch.frombuffer(bytearray(part), dtype=torch.float64).view(n_units, -1)
-                total.mels += part[:, :-2]
-                total.frames += part[:, -2].long()
-                total.runs += part[:, -1].long()
-        return total
 
     def finish(self):
         """The vocoder of the mean spectra and mean durations; a unit never seen sounds as the mean
@@ -3138,26 +3083,20 @@ def write_atomic(path, mode='w'):
         with open(aside, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file
         os.replace(aside, path)
+    except OSError as error:
+        error.filename = error.filename or path  # a full disk names no file
+        raise
     finally:
         with contextlib.suppress(OSError):
             os.remove(aside)
 
 
 def write_tensors(path, tensors):
-    """A .safetensors file that appears whole or not at all, with the mode of any new file. Raises
-    OSError naming it where it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    """A .safetensors file that appears whole or not at all."""
+    from safetensors.torch import save
 
     with write_atomic(path, 'wb') as file:
-        mode = os.stat(file.name).st_mode
-        try:
-            save_file(tensors, file.name, metadata={'format': 'pt'})
-        except SafetensorError as error:  # a full disk, say: "... (os error 28)"
-            number = re.search(r'os error (\d+)', str(error))
-            code = int(number[1]) if number else errno.EIO
-            raise OSError(code, os.strerror(code), path) from None
-        os.chmod(file.name, mode)  # safetensors' own is 0600
+        file.write(save(tensors, metadata={'format': 'pt'}))
 
 
 # The Penn Treebank's word rule as NLTK's word_tokenize has it, each rule in its turn: what is to

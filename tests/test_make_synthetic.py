@@ -31,6 +31,10 @@ from model import InputError
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TASKS = ('stories', 'pairs', 'grammar', 'sstory', 'tstory')
 VOICE = 'gmw/en+m3'
+SMALL = (
+    *('config/demo_synthetic.py', '--n_stories=60', '--n_pairs=20', '--n_suite=24'),
+    '--n_unseen=8',
+)
 
 
 def run(*args, check=True):
@@ -51,6 +55,10 @@ def run(*args, check=True):
         os.chdir(before[1])
     assert not check or code == 0, err.getvalue()
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def speak(speaker, texts, voice=VOICE, speed=1.0, pitch=50):
+    return [speaker.speak(text, voice, speed, pitch) for text in texts]
 
 
 def rows_of(folder):
@@ -84,15 +92,7 @@ def toy():
 def made(tmp_path_factory):
     """A small run of all the toy tasks by 4 workers."""
     out = str(tmp_path_factory.mktemp('made'))
-    run(
-        'config/demo_synthetic.py',
-        '--n_stories=60',
-        '--n_pairs=44',
-        '--n_suite=48',
-        '--n_unseen=20',
-        '--workers=4',
-        f'--out={out}',
-    )
+    run(*SMALL, '--workers=4', f'--out={out}')
     return out
 
 
@@ -237,7 +237,7 @@ def test_toy_agrees_in_number_and_gender(toy):
 def test_manifests_and_audio_of_the_demo(made):
     for task in TASKS:
         rows, folder = rows_of(f'{made}/{task}'), f'{made}/{task}'
-        assert len(rows) in ((43, 44) if task == 'pairs' else (60,) if task == 'stories' else (96,))
+        assert len(rows) == dict(stories=60, pairs=20).get(task, 48)
         for row in rows:
             for role in ('prompt_', 'chosen_', 'rejected_') if task == 'pairs' else ('',):
                 wave, rate = soundfile.read(os.path.join(folder, row[role + 'path']))
@@ -273,7 +273,7 @@ def test_manifests_and_audio_of_the_demo(made):
                 assert all(
                     np.abs(wave[int(a * rate) : int(b * rate)]).max() > 0.02 for _, a, b in words
                 )
-        assert len({row['voice'] for row in rows}) == 4
+        assert len({row['voice'] for row in rows}) == 4 or len(rows) < 60
     assert {'train'} <= {row['split'] for row in rows_of(f'{made}/stories')} <= {'train', 'val'}
 
 
@@ -307,7 +307,7 @@ def test_a_pair_differs_in_what_it_must_only(made):
 def test_prompt_and_ending_laid_end_to_end_are_the_whole(espeak):
     texts = 'A dog barks. It is old. She runs.', 'A dog barks. It is old.', 'She runs.'
     whole, prompt, ending = (
-        ms.join([ms.trim(speech) for speech in espeak.speak(ms.sentences(text), VOICE, 1.1, 45)])
+        ms.join([ms.trim(s) for s in speak(espeak, ms.sentences(text), VOICE, 1.1, 45)])
         for text in texts
     )
     assert np.array_equal(whole.wave, np.concatenate([prompt.wave, ending.wave]))
@@ -324,18 +324,18 @@ def test_prompt_and_ending_laid_end_to_end_are_the_whole(espeak):
 def test_espeak_does_not_remember_what_it_said(espeak):
     texts = ['The old man has a dog.', 'She is here.']
     for voice in (VOICE, 'gmw/en+Annie', 'en-us+klatt4', 'de+f2'):
-        first = espeak.speak(texts, voice, 1.1, 40)
-        espeak.speak(['Something else entirely, and long.'], 'gmw/en+f2')
-        again = espeak.speak(texts[::-1], voice, 1.1, 40)[::-1]
+        first = speak(espeak, texts, voice, 1.1, 40)
+        speak(espeak, ['Something else entirely, and long.'], 'gmw/en+f2')
+        again = speak(espeak, texts[::-1], voice, 1.1, 40)[::-1]
         for one, two in zip(first, again, strict=True):
             assert np.array_equal(one.wave, two.wave) and one.times == two.times
-    slow, fast = (len(espeak.speak(texts, 'gmw/en', speed)[0].wave) for speed in (0.8, 1.6))
+    slow, fast = (len(speak(espeak, texts, 'gmw/en', speed)[0].wave) for speed in (0.8, 1.6))
     assert 1.6 < slow / fast < 2.4
 
 
 def test_espeak_knows_languages_that_name_no_file(espeak):
     for language, file in (('fr-fr', 'roa/fr'), ('en-gb+f2', 'gmw/en+f2'), ('de', 'gmw/de')):
-        one, two = (espeak.speak(['Salut, Jörg là-bas.'], voice)[0] for voice in (language, file))
+        one, two = (speak(espeak, ['Salut, Jörg là-bas.'], voice)[0] for voice in (language, file))
         assert np.array_equal(one.wave, two.wave) and len(one.wave) > one.rate / 2
         assert [word for word, _, _ in one.times['words']] == ['Salut,', 'Jörg', 'là-bas.']
     found = {voice: espeak.gender(voice) for voice in (VOICE, 'gmw/en', 'en-us+f2', 'de+Annie')}
@@ -345,7 +345,7 @@ def test_espeak_knows_languages_that_name_no_file(espeak):
 def test_phones_of_espeak_are_those_of_its_own_transcription(espeak):
     """Against espeak_TextToPhonemes, and in the sound: s hisses, vowels hum."""
     sentence = 'The old cat, which barks, sees six ships.'
-    (speech,) = espeak.speak([sentence], VOICE)
+    (speech,) = speak(espeak, [sentence], VOICE)
     phones = speech.times['phones']
     assert all(a < b <= c for (_, a, b), (_, c, _) in zip(phones, phones[1:], strict=False))
     assert 0 <= phones[0][1] < 0.05 and phones[-1][2] <= len(speech.wave) / speech.rate
@@ -427,7 +427,12 @@ def test_clean_and_sentences():
 def items_of(monkeypatch, task, path, **knobs):
     for key, value in dict(text=str(path), **knobs).items():
         monkeypatch.setattr(ms, key, value)
-    return list(ms.make_items(task, ['a', 'b']))
+    return list(ms.Task(task, task, ['a', 'b']).items(None))
+
+
+def texts_of(item):
+    """{role: text} of an item whose files are spoken plainly."""
+    return {role: half['text'] for role, (half,) in item['say'].items()}
 
 
 def write_csv(path, columns, *rows):
@@ -436,7 +441,7 @@ def write_csv(path, columns, *rows):
     return path
 
 
-def test_swag_hellaswag_and_plain_pairs(tmp_path, monkeypatch):
+def test_swag_and_plain_pairs(tmp_path, monkeypatch):
     swag = write_csv(
         tmp_path / 'swag.csv',
         'video-id fold-ind startphrase sent1 sent2 gold-source ending0 ending1 ending2 ending3 '
@@ -444,71 +449,47 @@ def test_swag_hellaswag_and_plain_pairs(tmp_path, monkeypatch):
         ['v', 1, 's', 'A man sits.', 'He', 'gold', 'eats.', 'flies.', 'swims.', 'melts.', 2],
         ['v', 2, 's', 'A man sits.', 'He', 'gen', 'eats.', 'flies.', 'swims.', 'melts.', 2],
         ['v', 3, 's', 'the cat the cat the cat', 'the', 'gold', 'cat.', 'b.', 'c.', 'd.', 0],
+        [
+            'v',
+            4,
+            's',
+            'Of the test split.',
+            'He',
+            'gold',
+            'eats.',
+            'flies.',
+            'swims.',
+            'melts.',
+            '',
+        ],
     )
     one, two = items_of(monkeypatch, 'pairs', swag)
-    texts = {file['role']: file['halves'][0]['text'] for file in one['files']}
-    assert (
-        texts['prompt'] == 'A man sits.'
-        and texts['chosen'] == 'He swims.'
-        and texts['rejected'] in ('He eats.', 'He flies.', 'He melts.')
-    )
-    assert two['skip'].startswith('auto-BLEU') and two['text'] == 'the cat the cat the cat the cat.'
-    os.rename(
-        swag, tmp_path / 'moved.csv'
-    )  # what is drawn depends on the row, not on where the file lies
+    texts = texts_of(one)
+    assert texts['prompt'] == 'A man sits.' and texts['chosen'] == 'He swims.'
+    assert texts['rejected'] in ('He eats.', 'He flies.', 'He melts.')
+    assert two['skip'].startswith('auto-BLEU') and texts_of(two)['chosen'] == 'the cat.'
+    # what is drawn depends on the row, not on where the file lies
+    os.rename(swag, tmp_path / 'moved.csv')
     assert items_of(monkeypatch, 'pairs', tmp_path / 'moved.csv') == [one, two]
-    hella = tmp_path / 'hella.jsonl'
-    row = dict(
-        ctx_a='A cook stirs.',
-        ctx_b='she',
-        endings=['tastes it.', 'leaves.', 'sings.', 'falls.'],
-        label=0,
-        source_id='x',
-    )
-    left_out = (
-        dict(row, ctx_a='[header] How to stir'),
-        dict(row, endings=['a/b', 'b', 'c', 'd']),
-        dict(row, label=''),
-        dict(row, label='12'),
-        dict(row, endings=['a.', None, 'c.']),
-    )
-    hella.write_text('\n'.join(json.dumps(r) for r in (row, *left_out)))
-    one, *odd = items_of(monkeypatch, 'pairs', hella)
-    assert ['label' in item['skip'] and item['text'] for item in odd] == [
-        f'{hella} row {n}' for n in (4, 5, 6)
-    ]  # what is not whole is listed
-    texts = {file['role']: file['halves'][0]['text'] for file in one['files']}
-    assert (texts['prompt'], texts['chosen']) == ('A cook stirs.', 'she tastes it.')
-    assert texts['rejected'] in ('she leaves.', 'she sings.', 'she falls.')
     plain = tmp_path / 'plain.jsonl'
-    plain.write_text(json.dumps(dict(prompt='A b.', chosen='C d.', rejected='E f.')))
-    assert [
-        file['halves'][0]['text'] for file in items_of(monkeypatch, 'pairs', plain)[0]['files']
-    ] == [
-        'A b.',
-        'C d.',
-        'E f.',
-    ]
+    row = dict(prompt='A b.', chosen='C d.', rejected='E f.')
+    plain.write_text(json.dumps(row))
+    assert texts_of(items_of(monkeypatch, 'pairs', plain)[0]) == row
 
 
 def test_storycloze_rows(tmp_path, monkeypatch):
     columns = ' '.join(('InputStoryid', *ms.CLOZE))
-    path = write_csv(
-        tmp_path / 'cloze.csv',
-        columns,
-        *([i, 'A.', 'B.', 'C.', f'D {i}.', f'One {i}.', f'Two {i}.', 1 + i % 2] for i in range(8)),
-    )
+    rows = [[i, 'A.', 'B.', 'C.', f'D {i}.', f'One {i}.', f'Two {i}.', 1 + i % 2] for i in range(8)]
+    path = write_csv(tmp_path / 'cloze.csv', columns, *rows)
     right = [('One', 'Two')[i % 2] + f' {i}.' for i in range(8)]
     same, topic = (items_of(monkeypatch, task, path) for task in ('sstorycloze', 'tstorycloze'))
     for i in range(8):
-        assert [file['halves'][0]['text'] for file in same[i]['files']] == [
-            f'A. B. C. D {i}. {right[i]}',
-            f'A. B. C. D {i}. ' + ('Two', 'One')[i % 2] + f' {i}.',
-        ]
-        correct, wrong = (file['halves'][0]['text'] for file in topic[i]['files'])
-        assert correct == same[i]['files'][0]['halves'][0]['text']
-        assert wrong.startswith(f'A. B. C. D {i}. ')
-        assert wrong.split('. ', 4)[4] in set(right) - {right[i]}
+        prompt = f'A. B. C. D {i}. '
+        wrong = ('Two', 'One')[i % 2] + f' {i}.'
+        assert texts_of(same[i]) == dict(correct=prompt + right[i], incorrect=prompt + wrong)
+        texts = texts_of(topic[i])
+        assert texts['correct'] == prompt + right[i]
+        assert texts['incorrect'].removeprefix(prompt) in set(right) - {right[i]}
 
 
 def test_text_files(tmp_path, monkeypatch):
@@ -522,7 +503,7 @@ def test_text_files(tmp_path, monkeypatch):
 
     def stories(name, **knobs):
         items = items_of(monkeypatch, 'stories', tmp_path / f'{name}.txt', **knobs)
-        return [ms.sentences(item['files'][0]['halves'][0]['text']) for item in items]
+        return [ms.sentences(texts_of(item)['']) for item in items]
 
     assert stories('tiny') == [['One day.', 'She ran.'], ['Two.']]
     assert stories('plain') == [['First one goes on.'], ['Second.']]
@@ -569,7 +550,6 @@ def test_stories_are_split_wherever_a_block_of_the_file_ends(between, tmp_path):
         ('a.jsonl', b'{"text": "A."}\n[1]\n', 'stories', 'a.jsonl, line 2'),
         ('a.jsonl', b'{"text": "A."}\n\n{"te', 'stories', 'a.jsonl, line 3'),
         ('a.jsonl', b'{"text": ["A."]}', 'stories', 'text (list)'),
-        ('a.txt', b'', 'stories', 'no text there'),
     ],
 )
 def test_bad_text_is_one_line(name, content, task, says, tmp_path, monkeypatch, capsys):
@@ -587,7 +567,7 @@ def test_odd_text_is_read(tmp_path, monkeypatch):
 
     def texts(name):
         items = items_of(monkeypatch, 'stories', tmp_path / name)
-        return [item['files'][0]['halves'][0]['text'] for item in items]
+        return [texts_of(item)[''] for item in items]
 
     assert texts('a.jsonl') == ['', '5']
     assert len(texts('b[1].csv')[0].split()) == 40000
@@ -632,7 +612,7 @@ def test_hostile_text_is_spoken_or_skipped_and_never_executed(tmp_path, espeak):
     assert said['control']['text'] == 'A dog 200S ran 31m here.'
     # phonemes as letters: espeak, which would speak the same sounds of both otherwise, is not asked
     assert said['phonemes']['text'] == "A dog h@l'oU ran."
-    marked, plain = espeak.speak(["[[h@l'oU]]", '<b>hi</b>'], VOICE), espeak.speak(['hi'], VOICE)
+    marked, plain = speak(espeak, ["[[h@l'oU]]", '<b>hi</b>'], VOICE), speak(espeak, ['hi'], VOICE)
     assert len(marked[0].wave) > 2 * len(plain[0].wave) < len(marked[1].wave)
     for row in said.values():
         wave, _ = soundfile.read(f'{tmp_path}/o/stories/{row["path"]}')
@@ -642,45 +622,52 @@ def test_hostile_text_is_spoken_or_skipped_and_never_executed(tmp_path, espeak):
 class Whisper:
     """A voice that says a short click, at once."""
 
-    def speak(self, texts, *how):
-        waves = [np.full(len(text), 0.1, np.float32) for text in texts]
-        return [ms.Speech(wave, 16000, {}) for wave in waves]
+    def speak(self, sentence, *how):
+        return ms.Speech(np.full(len(sentence), 0.1, np.float32), 16000, {})
 
 
 @pytest.mark.parametrize(
     ('task', 'roles'),
-    [('stories', 1), ('pairs', 3), ('sstorycloze', 2), ('blimp', 2), ('wuggy_unseen', 2)],
+    [
+        ('stories', ['']),
+        ('pairs', ['prompt', 'chosen', 'rejected']),
+        ('sstorycloze', ['correct', 'incorrect']),
+        ('blimp', ['correct', 'incorrect']),
+        ('wuggy', ['correct', 'incorrect']),
+    ],
 )
 def test_at_most_a_thousand_files_a_folder(task, roles, tmp_path, monkeypatch):
-    # 'x': no path twice
-    monkeypatch.setattr(ms, 'save_wave', lambda path, wave: open_new(path).close() or 1)
-    about = dict(blimp=dict(type='t', subtype='s'), wuggy_unseen=dict(word='w', frequency=1))
-
-    def open_new(path):
+    def touch(path, wave):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        return open(path, 'x')
+        open(path, 'x').close()  # 'x': no path twice
+        return 1
 
-    items = []
-    for n in range(1200):
-        files = [
-            ms.make_file(f'{{n:06d}}_{i}', 'A.' * (i + 1), correct=not i) for i in range(roles)
-        ]
-        items.append((n, dict(files=files, id=str(n), **about.get(task, {}))))
-    (tmp_path / 'parts').mkdir()
-    ms.do_part(ms.part_path(str(tmp_path), 0), items, task, ['a'], Whisper())
-    total = ms.join_parts(task, str(tmp_path), 1)
-    paths = [row['path'] for row in rows_of(tmp_path)]
-    assert total['items'] == 1200 and total['bytes'] == len(paths) == 1200 * roles
-    assert all(os.path.exists(tmp_path / path) for path in paths)
-    zerospeech = 'gold.csv' in str(list(tmp_path.glob('*/*/*')))
-    assert max(Counter(map(os.path.dirname, paths)).values()) <= 1000 - zerospeech
-    assert zerospeech == (task in ('blimp', 'wuggy_unseen'))
+    monkeypatch.setattr(ms, 'save_wave', touch)
+    monkeypatch.setattr(ms, 'out', str(tmp_path))
+    about = dict(blimp=dict(type='t', subtype='s'), wuggy=dict(word='w', frequency=1))
+    texts = {role: 'A.' * (i + 1) for i, role in enumerate(roles)}
+    item = dict(say=ms.say(**texts), id='0', **about.get(task, {}))
+    items = [(n, item | dict(id=str(n))) for n in range(1200)]
+    wanted = ms.Task(task, f'{task}_unseen', ['a'])
+    ms.do_part(0, items, wanted, Whisper())
+    total = ms.join_parts(wanted, 1)
+    folder = tmp_path / wanted.name
+    files = (
+        [row[f'{role}_path'] for row in rows_of(folder) for role in roles]
+        if (task == 'pairs')
+        else [row['path'] for row in rows_of(folder)]
+    )
+    assert total['items'] == 1200 and total['bytes'] == len(files) == 1200 * len(roles)
+    assert all(os.path.exists(folder / path) for path in files)
+    zerospeech = 'gold.csv' in str(list(folder.glob('*/*/*')))
+    assert max(Counter(map(os.path.dirname, files)).values()) <= 1000 - zerospeech
+    assert zerospeech == (task in ('blimp', 'wuggy'))
     if zerospeech:  # a small suite is flat, as ZeroSpeech; the evaluation finds the rest too
         from eval_slm import list_zerospeech
 
         kind = 'syntactic' if task == 'blimp' else 'lexical'
-        assert {os.path.dirname(path) for path in paths[:998]} == {f'{kind}/dev'}
-        assert len(list_zerospeech(str(tmp_path), kind, 'dev')[0]) == 1200
+        assert {os.path.dirname(path) for path in files[:998]} == {f'{kind}/dev'}
+        assert len(list_zerospeech(str(folder), kind, 'dev')[0]) == 1200
 
 
 def test_blimp_is_read_back_by_the_evaluation(tmp_path):
@@ -853,9 +840,7 @@ def whole(tmp_path_factory):
 
 
 def test_one_worker_makes_what_four_do(made, tmp_path):
-    args = ('config/demo_synthetic.py', '--n_stories=60', '--n_pairs=44', '--n_suite=48',
-            '--n_unseen=20', '--task=stories,pairs,grammar', '--workers=1',
-            f'--out={tmp_path}')  # fmt: skip
+    args = *SMALL, '--task=stories,pairs,grammar', '--workers=1', f'--out={tmp_path}'
     run(*args)
     for task in ('stories', 'pairs', 'grammar', 'grammar_unseen'):
         assert contents(f'{tmp_path}/{task}') == contents(f'{made}/{task}')
@@ -943,14 +928,14 @@ def test_an_error_in_a_worker_is_that_of_the_run(tmp_path):
     assert 'stories/000' in result.stderr
 
 
-def test_what_cannot_be_said_is_listed_and_limit_projects(tmp_path):
+def test_what_cannot_be_said_is_listed(tmp_path):
     long = 'A cat sat. ' + 'It sat on and on, and sang. ' * 40
     (tmp_path / 't.txt').write_text(
         f'A dog ran.\n<|endoftext|>\n***\n<|endoftext|>\n{long}\n<|endoftext|>\nMore.\n'
     )
     args = f'--text={tmp_path}/t.txt', f'--out={tmp_path}/o', '--limit=3', '--workers=1'
     result = run(*args)
-    assert '4 stories: <|endoftext|> separates them, --separator changes that' in result.stdout
+    assert "3 stories: '<|endoftext|>' separates them, --separator changes that" in result.stdout
     rows, folder = rows_of(f'{tmp_path}/o/stories'), f'{tmp_path}/o/stories'
     assert [row['path'] for row in rows] == ['000/000000.flac', '000/000002.flac']
     assert rows[1]['seconds'] > 60 and len(rows[1]['words']) == 3 + 7 * 40
@@ -959,12 +944,9 @@ def test_what_cannot_be_said_is_listed_and_limit_projects(tmp_path):
             dict(n=1, reason='nothing to say', text='\n***\n')
         ]
     summary = summary_of(folder)
-    assert summary['items'] == 3 and summary['skipped'] == 1 and summary['full_items'] == 4
+    assert summary['items'] == 3 and summary['skipped'] == 1
     assert summary['bytes'] == sum(os.path.getsize(f'{folder}/{row["path"]}') for row in rows)
     assert summary['hours'] == pytest.approx(sum(row['seconds'] for row in rows) / 3600)
-    assert summary['full_hours'] == pytest.approx(summary['hours'] * 4 / 3)
-    expected = pytest.approx(summary['full_hours'] / summary['x_real_time'])
-    assert summary['full_machine_hours'] == expected
     run(*args, '--task=prompts')
     prompts = rows_of(f'{tmp_path}/o/prompts')
     assert prompts[1]['seconds'] == 3.0 and prompts[1]['text'].startswith('A cat sat. It sat on')
@@ -1052,12 +1034,12 @@ def test_vits(tmp_path, monkeypatch):
     set_network(monkeypatch, 'vits', tmp_path)
     speaker = ms.Transformers()
     texts = ['the dog is here.', 'a cat.']
-    one, two = speaker.speak(texts, '1'), speaker.speak(texts, '1')
+    one, two = speak(speaker, texts, '1'), speak(speaker, texts, '1')
     for a, b in zip(one, two, strict=True):
         assert np.array_equal(a.wave, b.wave) and a.wave.ndim == 1 and len(a.wave)
         assert (a.rate, a.times) == (16000, {})
-    assert not np.array_equal(one[0].wave[:100], speaker.speak(texts, '0')[0].wave[:100])
-    assert len(speaker.speak(['!?', 'yes'], '0')[0].wave) == 0
+    assert not np.array_equal(one[0].wave[:100], speak(speaker, texts, '0')[0].wave[:100])
+    assert len(speak(speaker, ['!?', 'yes'], '0')[0].wave) == 0
     with pytest.raises(SystemExit):
         speaker.gender('2')
 
@@ -1157,17 +1139,17 @@ def test_fastspeech2(tmp_path, monkeypatch, capsys):
     find_g2p(monkeypatch, there=True)
     speaker = ms.Transformers()
     text = 'The old dog barks, then it sleeps.'
-    wave, rate, times = speaker.speak([text], '0')[0]
+    wave, rate, times = speak(speaker, [text], '0')[0]
     words, spoken = times['words'], [phone for phone, _, _ in times['phones']]
     assert rate == 22050 and [word for word, _, _ in words] == text.split()
     assert words[0][1] == 0 and words[-1][2] <= len(wave) / rate and np.isfinite(wave).all()
     assert all(a < b == c for (_, a, b), (_, c, _) in zip(words, words[1:], strict=False))
     assert spoken == ' '.join(PHONES[word] for word in re.findall('[a-z]+', text.lower())).split()
-    assert np.array_equal(wave, speaker.speak([text], '0')[0].wave)
-    fast = speaker.speak([text], '0', speed=2.0)[0]
+    assert np.array_equal(wave, speak(speaker, [text], '0')[0].wave)
+    fast = speak(speaker, [text], '0', speed=2.0)[0]
     assert 0.3 < len(fast.wave) / len(wave) < 0.7
     assert fast.times['words'][-1][2] <= len(fast.wave) / rate
-    names = [word for word, _, _ in speaker.speak(['Oh - no.'], '0')[0].times['words']]
+    names = [word for word, _, _ in speak(speaker, ['Oh - no.'], '0')[0].times['words']]
     assert names == ['Oh', '-', 'no.']
 
     # the network itself, given the same phones at once
@@ -1208,15 +1190,15 @@ def test_kokoro(monkeypatch):
     )
     set_network(monkeypatch, 'kokoro')
     speaker, text = ms.Kokoro(), '"Yes," he said.'
-    wave, rate, times = speaker.speak([text], 'af_heart')[0]
+    wave, rate, times = speak(speaker, [text], 'af_heart')[0]
     words = times['words']
     assert rate == 24000 and len(wave) == 24000 and [word for word, _, _ in words] == text.split()
     assert [start for _, start, _ in words] == [0.05, 0.55, 0.65]
     assert all(a < b <= c for (_, a, b), (_, c, _) in zip(words, words[1:], strict=False))
     # its noise is a function of the text
-    other, again = speaker.speak(['Another.', text], 'af_heart')
+    other, again = speak(speaker, ['Another.', text], 'af_heart')
     assert np.array_equal(again.wave, wave) and not np.array_equal(other.wave, wave)
-    assert speaker.speak([text], 'ff_siwis')[0].times == {}
+    assert speak(speaker, [text], 'ff_siwis')[0].times == {}
     assert [language for language, *_ in made] == ['a', 'f'] and made[0][2] is made[1][2]
     assert [speaker.gender(voice) for voice in ('af_heart', 'bm_george')] == ['female', 'male']
 
@@ -1278,15 +1260,15 @@ def test_kokoro_itself(tmp_path, monkeypatch):
     set_network(monkeypatch, 'kokoro', tmp_path)
     speaker, text = ms.Kokoro(), 'The old dog barks, then it sleeps.'
     for voice in ('af_heart', 'bm_george'):
-        wave, rate, times = speaker.speak([text], voice)[0]
+        wave, rate, times = speak(speaker, [text], voice)[0]
         words = times['words']
         assert rate == 24000 and len(wave) % 600 == 0 and len(wave) > 24000
         assert np.isfinite(wave).all() and [word for word, _, _ in words] == text.split()
         assert all(a < b <= c for (_, a, b), (_, c, _) in zip(words, words[1:], strict=False))
         assert words[-1][2] <= len(wave) / rate
-        assert np.array_equal(wave, speaker.speak(['Another.', text], voice)[1].wave)
-    fast = speaker.speak([text], 'bm_george', speed=2.0)[0]
+        assert np.array_equal(wave, speak(speaker, ['Another.', text], voice)[1].wave)
+    fast = speak(speaker, [text], 'bm_george', speed=2.0)[0]
     assert 0.3 < len(fast.wave) / len(wave) < 0.7
     assert fast.times['words'][-1][2] <= len(fast.wave) / rate
-    french = speaker.speak(['Le chien dort.'], 'ff_siwis')[0]
+    french = speak(speaker, ['Le chien dort.'], 'ff_siwis')[0]
     assert len(french.wave) > 12000 and french.times == {}

@@ -618,6 +618,25 @@ def test_errors_name_the_cause(tmp_path):
         SLM.from_preset('gpt-5')
 
 
+def test_a_window_that_transformers_ignores_and_one_that_it_obeys(tmp_path):
+    """sliding_window without use_sliding_window is none, as in Qwen2.5's config.json."""
+    config = transformers.Qwen2Config(**LLAMA, num_key_value_heads=2, sliding_window=4)
+    theirs = random_hf(config)
+    theirs.save_pretrained(tmp_path)
+    about = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(about | dict(sliding_window=4)))
+    tokens = torch.randint(OFFSET, V, (2, 20))
+    ours = SLM.from_pretrained(str(tmp_path), vocab_size=V)
+    reloaded = type(theirs).from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), reloaded(tokens).logits, atol=1e-5, rtol=1e-5)
+    layers = ['full_attention', 'sliding_attention']
+    for sliding in (dict(use_sliding_window=True), dict(layer_types=layers)):
+        (tmp_path / 'config.json').write_text(json.dumps(about | sliding))
+        with pytest.raises(InputError, match='sliding'):
+            SLM.from_pretrained(str(tmp_path), vocab_size=V)
+
+
 @pytest.mark.parametrize(
     ('key', 'value', 'message'),
     [
@@ -668,19 +687,20 @@ def test_a_strangers_parts_are_not_followed(tmp_path, name):
     ]
 
 
-def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    import errno
-
-    import safetensors
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path):
+    """Full here: no file may grow beyond 4 kB."""
+    import resource
 
     ours = small()
     ours.save_pretrained(tmp_path / 'slm')
     before = {path.name: path.read_bytes() for path in (tmp_path / 'slm').iterdir()}
-    full = safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
-    monkeypatch.setattr('safetensors.torch.save_file', lambda *_, **__: (_ for _ in ()).throw(full))
-    with pytest.raises(OSError) as caught:
-        ours.save_pretrained(tmp_path / 'slm', dict(n_units=1))
-    assert caught.value.errno == errno.ENOSPC
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            ours.save_pretrained(tmp_path / 'slm', dict(n_units=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.filename == str(tmp_path / 'slm/model.safetensors')
     assert {path.name: path.read_bytes() for path in (tmp_path / 'slm').iterdir()} == before
 
@@ -766,22 +786,14 @@ def test_compiled_generation_gives_the_same_tokens_and_compiles_once():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for lengths, n in (((3, 9, 2), 20), ((1, 4, 17, 5, 5), 30), ((8, 8, 8, 30, 1, 2, 3), 25)):
-        prompts = [
-            torch.cat((torch.tensor([BOS]), torch.randint(OFFSET, V, (length - 1,))))
-            for length in lengths
-        ]
-        for options in (dict(temperature=0), dict(top_k=5, top_p=0.9, seed=n)):
-            assert all(
-                map(
-                    torch.equal,
-                    ours.generate(prompts, n, **options),
-                    ours.generate(prompts, n, **options, compile=True),
-                )
-            )
+        units = [torch.randint(OFFSET, V, (length - 1,)) for length in lengths]
+        prompts = [torch.cat((torch.tensor([BOS]), prompt)) for prompt in units]
+        options = dict(top_k=5, top_p=0.9, seed=n)
+        plain = ours.generate(prompts, n, **options)
+        for one, two in zip(plain, ours.generate(prompts, n, **options, compile=True), strict=True):
+            assert torch.equal(one, two)
     counters = torch._dynamo.utils.counters
-    assert (
-        counters['stats']['unique_graphs'] == 2 and not counters['graph_break']
-    )  # one a way of choosing the token
+    assert counters['stats']['unique_graphs'] == 1 and not counters['graph_break']
 
 
 @pytest.mark.parametrize(
