@@ -1052,15 +1052,13 @@ def find_family(name):
     return FAMILIES[name]
 
 
-LARGEST = dict(n_layer=1000)  # what no model exceeds; any other dimension: 2 ** 24
-
-
 def complete_config(config):
     """Fill in what the family says and check the dimensions. Raises InputError."""
     entry = find_family(config.family)
     config.family = entry['becomes'] or config.family
     for name, field in config.__dataclass_fields__.items():
-        value, most = getattr(config, name), LARGEST.get(name, 1 << 24)
+        value = getattr(config, name)
+        most = 1000 if name == 'n_layer' else 1 << 24  # what no model exceeds
         if value is None and name in entry:
             setattr(config, name, entry[name])
         elif field.type in (int, int | None) and value is not None and not 1 <= value <= most:
@@ -2299,11 +2297,11 @@ def speech_level(wave):
     return float(power[power >= 0.05 * loud].mean().sqrt())
 
 
-def finish_wave(wave, level=VOICE_LEVEL):
-    """What a listener expects of (samples,), at least one: no DC, speech at `level`, peaks below
-    VOICE_PEAK, 5 ms fades so that no end clicks."""
+def finish_wave(wave):
+    """What a listener expects of (samples,), at least one: no DC, speech at VOICE_LEVEL, peaks
+    below VOICE_PEAK, 5 ms fades so that no end clicks."""
     wave = wave - wave.mean()
-    gain = level / max(speech_level(wave), 1e-6)
+    gain = VOICE_LEVEL / max(speech_level(wave), 1e-6)
     wave = wave * min(gain, VOICE_PEAK / max(float(wave.abs().max()), 1e-6))
     return fade_ends(wave)
 
@@ -2838,15 +2836,7 @@ class UnitVocoder:
 def _read_hifigan(path, config):
     """The config and the tensors of a unit HiFi-GAN's generator, its weight norm folded."""
     state = torch.load(path, map_location='cpu', weights_only=True)['generator']
-    new_names = {
-        'parametrizations.weight.original0': 'weight_g',
-        'parametrizations.weight.original1': 'weight_v',
-    }
-    tensors = {}
-    for name, tensor in state.items():
-        for new, old in new_names.items():
-            name = name.replace(new, old)
-        tensors[name] = tensor.float()
+    tensors = {name: tensor.float() for name, tensor in state.items()}
     for name in [name[:-2] for name in tensors if name.endswith('.weight_g')]:
         g, v = tensors.pop(name + '_g'), tensors.pop(name + '_v')
         tensors[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))  # w = g v / |v|
