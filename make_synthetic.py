@@ -1043,8 +1043,7 @@ def add_noise(wave, noise, what):
 
 
 def save_wave(path, wave):
-    """16-bit audio, whole or not at all -> its bytes. Louder than full scale is scaled down, never
-    clipped."""
+    """16-bit audio, whole or not at all. Louder than full scale is scaled down, never clipped."""
     samples = np.round(wave * (32767 / max(1.0, float(np.abs(wave).max())))).astype(np.int16)
     kind, more = path.rpartition('.')[2], {}
     if kind == 'flac':
@@ -1052,7 +1051,7 @@ def save_wave(path, wave):
     buffer = io.BytesIO()  # soundfile names no full disk
     soundfile.write(buffer, samples, SAMPLE_RATE, format=kind, subtype='PCM_16', **more)
     with write_atomic(path, 'wb') as file:
-        return file.write(buffer.getbuffer())
+        file.write(buffer.getbuffer())
 
 
 # -----------------------------------------------------------------------------
@@ -1132,7 +1131,7 @@ def place_of(kind, n, role, count):
 
 
 def make_rows(n, item, task, speaker):
-    """Speaks an item and saves its audio -> (rows of the manifest, seconds, bytes). Raises Skip."""
+    """Speaks an item and saves its audio -> (rows of the manifest, seconds). Raises Skip."""
     about = {key: item[key] for key in item if key not in ('say', 'alike')}
     drawn = random.Random(f'{seed}/{task.name}/{item.get("alike", n)}').choice(task.voices)
     about.setdefault('voice', drawn)
@@ -1140,12 +1139,12 @@ def make_rows(n, item, task, speaker):
         held_out = random.Random(f'{seed}/{task.name}/{n}/split').random() < val_share
         about['split'] = 'val' if held_out else 'train'
 
-    rows, seconds, size = {}, 0.0, 0
+    rows, seconds = {}, 0.0
     for role, (said, speech) in speak_item(n, item, about['voice'], speaker).items():
         if task.kind == 'prompts':
             said, speech = first_seconds(said, speech)
         path = place_of(task.kind, n, role, len(item['say']))
-        size += save_wave(os.path.join(out, task.name, path), speech.wave)
+        save_wave(os.path.join(out, task.name, path), speech.wave)
         length = round(len(speech.wave) / SAMPLE_RATE, 3)
         seconds += length
         rows[role] = dict(path=path, text=said, seconds=length, **speech.times)
@@ -1155,7 +1154,7 @@ def make_rows(n, item, task, speaker):
         rows = [{f'{role}_{key}': row[key] for role, row in rows.items() for key in row}]
     else:
         rows = list(rows.values())
-    return [row | about for row in rows], seconds, size
+    return [row | about for row in rows], seconds
 
 
 # -----------------------------------------------------------------------------
@@ -1174,18 +1173,16 @@ def part_path(task, number):
 
 def do_part(number, items, task, speaker):
     """Speaks the items of a part, [(number, item), ...], and writes its file -> seconds."""
-    lines, total = [], dict(items=len(items), skipped=0, seconds=0.0, bytes=0)
+    lines, total = [], dict(items=len(items), skipped=0, seconds=0.0)
     for n, item in items:
         try:
-            rows, seconds, size = make_rows(n, item, task, speaker)
+            rows, seconds = make_rows(n, item, task, speaker)
+            lines += rows
+            total['seconds'] += seconds
         except Skip as reason:
             texts = [half['text'] for halves in item['say'].values() for half in halves]
-            rows, seconds, size = [], 0.0, 0
-            rows.append(dict(n=n, reason=str(reason), text=' | '.join(texts)[:1000]))
+            lines.append(dict(n=n, reason=str(reason), text=' | '.join(texts)[:1000]))
             total['skipped'] += 1
-        lines += rows
-        total['seconds'] += seconds
-        total['bytes'] += size
     with write_atomic(part_path(task, number)) as file:
         for line in (total, *lines):
             file.write(to_json(line))
@@ -1232,10 +1229,10 @@ def do_parts(task, speaker, parts):
         in_order=False,
     )
     try:
-        for seconds in loader:
-            if isinstance(seconds, Exception):
-                raise seconds
-            yield seconds
+        for result in loader:
+            if isinstance(result, Exception):
+                raise result
+            yield result
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error):
             raise
@@ -1344,9 +1341,10 @@ def run_task(task, speaker):
 
 def print_summary(task, made):
     """The last line of a task."""
-    line = f'{task.name}: {made["items"]:,} items, {made["hours"]:.2f} h, {made["skipped"]} '
-    line += f'skipped, {made["bytes"] / 1e6:.0f} MB in {made["seconds"]:.1f} s, '
-    line += f'{made["x_real_time"]:.0f} x real time'
+    line = (
+        f'{task.name}: {made["items"]:,} items, {made["hours"]:.2f} h, {made["skipped"]} skipped '
+    )
+    line += f'in {made["seconds"]:.1f} s, {made["x_real_time"]:.0f} x real time'
     written = [path for path in text_files() if path.endswith('.txt')]
     if written and task.kind in ('stories', 'prompts'):
         between = separator_of(written[0])
@@ -1375,6 +1373,7 @@ if __name__ == '__main__':
     speaker = SPEAKERS[tts]() if work else None
     check_voices(speaker, {voice for wanted in work for voice in wanted.voices})
 
+    # one task after the other; its folder tells what the speech was made with
     for wanted in work:
         made_with = settings | dict(voices=wanted.voices)
         with write_atomic(os.path.join(out, wanted.name, 'parts', 'settings.json')) as file:

@@ -640,7 +640,6 @@ def test_at_most_a_thousand_files_a_folder(task, roles, tmp_path, monkeypatch):
     def touch(path, wave):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         open(path, 'x').close()  # 'x': no path twice
-        return 1
 
     monkeypatch.setattr(ms, 'save_wave', touch)
     monkeypatch.setattr(ms, 'out', str(tmp_path))
@@ -657,7 +656,7 @@ def test_at_most_a_thousand_files_a_folder(task, roles, tmp_path, monkeypatch):
         if (task == 'pairs')
         else [row['path'] for row in rows_of(folder)]
     )
-    assert total['items'] == 1200 and total['bytes'] == len(files) == 1200 * len(roles)
+    assert total['items'] == 1200 and len(files) == 1200 * len(roles)
     assert all(os.path.exists(folder / path) for path in files)
     zerospeech = 'gold.csv' in str(list(folder.glob('*/*/*')))
     assert max(Counter(map(os.path.dirname, files)).values()) <= 1000 - zerospeech
@@ -945,7 +944,6 @@ def test_what_cannot_be_said_is_listed(tmp_path):
         ]
     summary = summary_of(folder)
     assert summary['items'] == 3 and summary['skipped'] == 1
-    assert summary['bytes'] == sum(os.path.getsize(f'{folder}/{row["path"]}') for row in rows)
     assert summary['hours'] == pytest.approx(sum(row['seconds'] for row in rows) / 3600)
     run(*args, '--task=prompts')
     prompts = rows_of(f'{tmp_path}/o/prompts')
