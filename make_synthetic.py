@@ -47,7 +47,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from itertools import combinations, count, islice
 from typing import NamedTuple
@@ -1240,16 +1240,6 @@ def do_parts(task, speaker, parts):
         fail(f'a worker was killed (no memory left?): {hint}')
 
 
-def remove_leavings(folder):
-    """Remove what killed processes left half-written, not what living ones write: NAME.PID.tmp."""
-    for path in glob.glob(f'{glob.escape(folder)}/**/*.tmp', recursive=True):
-        with suppress(PermissionError, FileNotFoundError):  # another user's; removed by another
-            try:
-                os.kill(int(path.split('.')[-2]), 0)
-            except ProcessLookupError:
-                os.remove(path)
-
-
 def join_parts(task, parts):
     """Joins the parts in order into manifest.jsonl and skipped.jsonl, and gold.csv where the layout
     has one -> their counts added up."""
@@ -1333,7 +1323,6 @@ def run_task(task, speaker):
             bar.set_postfix_str(f'{spoken / 3600:.2f} h, {rate:.0f} x real time', refresh=False)
             bar.update()
 
-    remove_leavings(os.path.join(out, task.name))
     total = join_parts(task, parts)
     hours, spent = total.pop('seconds') / 3600, time.time() - began
     return dict(total, hours=hours, seconds=spent, x_real_time=spoken / spent)
