@@ -21,7 +21,9 @@ Tasks, and where they are looked for in data_dir:
     genppl, autobleu                    on prompt + continuation, as published; with
                                         _continuation behind the name on that alone
     gptscore, utmos                     a judge's opinion, a predictor's of the sound
-NAME_unseen beside a suite is scored with it.
+NAME_unseen beside a suite is scored with it. Of an interleaved model NAME_to_text and
+NAME_from_text score the endings of stories in the other modality than their beginnings, alone:
+where the words and their times are known, or each part is a file with its text beside it.
 
 A task that cannot run is 'not run', with the reason, and the exit code is 2.
 """
@@ -52,8 +54,6 @@ import torch
 from tqdm import tqdm
 
 from model import (
-    BOS,
-    EOS,
     OFFSET,
     SAMPLE_RATE,
     SLM,
@@ -167,8 +167,15 @@ Write a brief analysis first, then close with: "The final answer is \boxed{x}", 
 Beginning: %s
 Continuation: %s"""
 
-# An utterance: its files, laid end to end, `seconds` of the beginning (0: all); or its units.
-Clip = namedtuple('Clip', 'files seconds units', defaults=((), 0.0, ()))
+# What may follow a task's name: endings in the other modality than beginnings; in words
+CROSSINGS = {'_to_text': ', speech → text', '_from_text': ', text → speech'}
+
+# An utterance: its files, laid end to end, `seconds` of the beginning (0: all), or what follows
+# `start` seconds; or its units.
+Clip = namedtuple('Clip', 'files seconds units start', defaults=((), 0.0, (), 0.0))
+# A story whose ending is in the modality `to`, 'text' or 'speech', and alone is scored: of its
+# beginning and its ending one is speech, a Clip, the other text.
+Crossing = namedtuple('Crossing', 'speech text to')
 # What is scored: pairs are dict(id, voice, types, pos, neg, text, words), pos and neg Clips; clips:
 # {file name: Clip} of a submission; split: of the suite; official: the paper's own audio.
 Suite = namedtuple('Suite', 'pairs clips split official', defaults=({}, '', False))
@@ -347,6 +354,11 @@ def list_zerospeech(root, kind, split, blind=False):
     return pairs, {stem: Clip((file,)) for stem, file in stems.items()}
 
 
+def find_crossing(name):
+    """Which of CROSSINGS a task's name ends with, or ''."""
+    return next((end for end in CROSSINGS if name.endswith(end)), '')
+
+
 def find_task(name, path, data_dir):
     """[(task, path)] of a task as the user names it: SALMon becomes its eight parts, and what
     stands beside it as NAME_unseen comes along. Raises InputError where nothing is found."""
@@ -395,14 +407,66 @@ def list_suite(name, path, split, cache, blind=False):
     return Suite(pairs, official=official)
 
 
+def find_ending(words, others):
+    """Index of the word at which two stories part, lists of words: where the sentence begins in
+    which they first differ, or that word itself if they have no sentence in common."""
+    both = list(zip(words, others, strict=False))
+    same = next((i for i, (a, b) in enumerate(both) if a != b), len(both))
+    ends = [i for i in range(1, same + 1) if words[i - 1].endswith(('.', '!', '?'))]
+    return max(ends, default=same)
+
+
+def cut_stories(pair, manifest):
+    """(beginning, ending of the correct story, of the wrong one), each (Clip, text): two files of
+    one story, or one whose words are known. Raises InputError where there is no such text."""
+    sides = [pair[side].files for side in ('pos', 'neg')]
+    if len(sides[0]) == 2:  # the beginning in a file of its own
+        files = (sides[0][0], sides[0][1], sides[1][1])
+        texts = []
+        for file in files:
+            beside = os.path.splitext(file)[0] + '.txt'
+            text = manifest.get(file, {}).get('text')
+            if not text and os.path.exists(beside):
+                with open(beside, encoding='utf-8') as content:
+                    text = content.read()
+            texts.append((text or '').strip())
+        if not all(texts):
+            raise InputError(f'{files[0]}: no text, in manifest.jsonl or beside it in .txt')
+        return [(Clip((file,)), text) for file, text in zip(files, texts, strict=True)]
+    words = [manifest.get(side[-1], {}).get('words') if side else None for side in sides]
+    spoken = [[word for word, *_ in known or ()] for known in words]
+    first = find_ending(*spoken)
+    if not 0 < first < min(map(len, spoken)):
+        name = '+'.join(sides[0]) or pair['id']
+        raise InputError(f'{name}: no ending known, expected `words` of it in manifest.jsonl')
+    parts = [(Clip(sides[0], words[0][first - 1][2]), ' '.join(spoken[0][:first]))]
+    for side, known, said in zip(sides, words, spoken, strict=True):
+        parts.append((Clip(side, start=known[first][1]), ' '.join(said[first:])))
+    return parts
+
+
+def cross(suite, path, to):
+    """The Suite with endings in the modality `to`, 'text' or 'speech', and beginnings in the other.
+    Raises InputError where a text is not known."""
+    manifest, pairs = read_manifest(path), []
+    for pair in suite.pairs:
+        begin, *endings = cut_stories(pair, manifest)
+        sides = [
+            Crossing(begin[0], end[1], to) if to == 'text' else Crossing(end[0], begin[1], to)
+            for end in endings
+        ]
+        pairs.append(pair | dict(zip(('pos', 'neg'), sides, strict=True)))
+    return suite._replace(pairs=pairs, clips={})
+
+
 # -----------------------------------------------------------------------------
 # Likelihoods: utterances -> units, once for an encoder -> the log-likelihood of each
 
 
 def load_clip(clip):
     """(samples,) of a clip's files, laid end to end, and cut to its seconds."""
-    waves = [load_audio(file) for file in clip.files]
-    return torch.cat(waves)[: int(clip.seconds * SAMPLE_RATE) or None]
+    wave = torch.cat([load_audio(file) for file in clip.files])
+    return wave[int(clip.start * SAMPLE_RATE) : int(clip.seconds * SAMPLE_RATE) or None]
 
 
 def hash_encoder(where):
@@ -429,7 +493,9 @@ def encode_clips(clips, where, folder, device='cpu', batch=64):
     for clip in clips:
         stats = [(os.path.realpath(file), os.stat(file)) for file in clip.files]
         parts = [f'{path}|{stat.st_size}|{stat.st_mtime_ns}' for path, stat in stats]
-        keys[clip] = '|'.join([*parts, f'{clip.seconds:g}'])
+        keys[clip] = '|'.join(
+            [*parts, f'{clip.seconds:g}'] + [f'{clip.start:g}'] * bool(clip.start)
+        )
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f'units_{hash_encoder(where)}.jsonl')
     with open(path, 'a+', encoding='utf-8', errors='replace') as cache:
@@ -459,34 +525,51 @@ def encode_clips(clips, where, folder, device='cpu', batch=64):
     return {clip: np.array(clip.units) if clip.units else known[keys[clip]] for clip in keys}
 
 
-def to_tokens(model, units):
-    """(T,) int64, what of an utterance is scored: `<S>` units `<S>`; the units alone for a model
-    trained without (slam['scoring'] == 'units'). What is beyond the model's context is cut off."""
-    tokens = np.asarray(units, np.int64) + OFFSET
-    if model.slam.get('scoring') != 'units':
-        tokens = np.array([BOS, *tokens, EOS])
-    if len(tokens) < 2:
+def to_tokens(model, utterance):
+    """(tokens (T,) int64, how many of the first are given and not scored) of an utterance.
+
+    utterance: units, scored but for the first token as `<S>` units `<S>`, of an interleaved model
+    `<speech>` units and its end; as the units alone for one trained without (slam['scoring'] ==
+    'units'). Or (units, text ids, to): a beginning, given, and the ending in the modality `to`,
+    scored alone. Beyond the model's context the end is cut off, of a beginning the start.
+    """
+    context = model.config.context
+    if isinstance(utterance, tuple):
+        units, ids, to = utterance
+        parts = [('speech', units), ('text', ids)][:: 1 if to == 'text' else -1]
+        tokens, given = model.tokens_of(parts).numpy(), len(model.tokens_of(parts[:1])) + 1
+        cut = max(0, len(tokens) - context)
+        tokens, given = tokens[cut:], max(1, given - cut)
+    else:
+        units, given = utterance, 1
+        alone = model.slam.get('scoring') == 'units'
+        tokens = model.tokens_of([('speech', units)], alone).numpy()
+        tokens = (tokens if alone else np.append(tokens, model.end))[:context]
+    n_units = model.slam.get('n_units', model.config.vocab_size - OFFSET)
+    top = int(np.max(units, initial=0))
+    if top >= n_units:
+        has = f'none of the {n_units} of the model'
+        raise InputError(f'unit {top} is {has}: made by another encoder?')
+    if len(tokens) <= given:
         raise InputError('an utterance of fewer than two units cannot be scored by this model')
-    return tokens[: model.config.context]
+    return tokens, given
 
 
 @torch.inference_mode()
 def log_likelihoods(model, utterances, progress=False):
-    """Log-likelihoods in nats of unit sequences, each token but the first given all before it.
+    """Log-likelihoods in nats of utterances, of to_tokens' kinds, each token given all before it.
 
     Returns: sums (n,), tokens predicted (n,). Each distinct sequence is computed once, so that
     equal ones tie exactly. Raises InputError for units that the model does not have, and for NaN.
     """
     device = next(model.parameters()).device
-    whole = [to_tokens(model, units) for units in utterances]
-    distinct = {tokens.tobytes(): tokens for tokens in whole}
+    whole = [to_tokens(model, utterance) for utterance in utterances]
+    keys = [(tokens.tobytes(), given) for tokens, given in whole]
+    distinct = dict(zip(keys, whole, strict=True))
     place = {key: i for i, key in enumerate(distinct)}
-    sequences = list(distinct.values())
+    sequences = [tokens for tokens, _ in distinct.values()]
+    begins = [given for _, given in distinct.values()]
     lengths = [len(tokens) for tokens in sequences]
-    top = max(int(tokens.max()) for tokens in sequences)
-    if top >= model.config.vocab_size:
-        has = f'none of the {model.config.vocab_size - OFFSET} of the model'
-        raise InputError(f'unit {top - OFFSET} is {has}: made by another encoder?')
 
     # rows of one width, so that a GPU compiles once; on a CPU they are filled and done one by one
     width = max(2048, *lengths)
@@ -505,15 +588,15 @@ def log_likelihoods(model, utterances, progress=False):
                 begin, end = end, end + lengths[i]
                 x[0, r, begin:end] = sequences[i]
                 x[1:, r, begin:end] = np.array([i + 1, 1, i])[:, None]
-                x[2, r, begin] = 0  # nothing predicts the first token
+                x[2, r, begin : begin + begins[i]] = 0  # at least the first: nothing predicts it
         tokens, doc, mask, segments = torch.from_numpy(x).to(device)
         part = model.logps(tokens, mask, doc, segments=segments, n=len(sequences))
         sums += part.double().cpu().numpy()
     if not np.isfinite(sums).all():  # NaN would lose every comparison, and read as a score of 0
         why = 'its weights hold NaN, or overflow'
         raise InputError(f'the model gives likelihoods that are no numbers: {why}')
-    index = [place[tokens.tobytes()] for tokens in whole]
-    return sums[index], np.array([len(tokens) - 1 for tokens in whole])
+    index = [place[key] for key in keys]
+    return sums[index], np.array([len(tokens) - given for tokens, given in whole])
 
 
 # -----------------------------------------------------------------------------
@@ -746,7 +829,8 @@ def find_prompts(suites):
         return found[:n_prompts]
     for task in ('sstorycloze', 'sstory', *suites):
         pairs = suites[task].pairs if task in suites else ()
-        first = {pair['pos'].files[-1]: pair for pair in pairs if len(pair['pos'].files) == 1}
+        clips = [(pair['pos'], pair) for pair in pairs if isinstance(pair['pos'], Clip)]
+        first = {clip.files[-1]: pair for clip, pair in clips if len(clip.files) == 1}
         if first:
             found = [dict(path=f, text=p['text'], words=p['words']) for f, p in first.items()]
             return found[:n_prompts]
@@ -760,9 +844,9 @@ def continue_prompts(speaker, clips, cache, device):
     tails = []
     starts = range(0, len(heads), 32)
     for start in tqdm(starts, 'continuing', leave=False, disable=len(heads) < 64):
-        part = [torch.cat((torch.tensor([BOS]), head + OFFSET)) for head in heads[start:][:32]]
+        part = [speaker.model.tokens_of([('speech', head)]) for head in heads[start:][:32]]
         new = speaker.model.generate(part, **speaker.sampling, seed=seed + start)
-        tails += [tail - OFFSET for tail in new]
+        tails += [tail - speaker.model.offset for tail in new]
     return heads, tails
 
 
@@ -798,23 +882,35 @@ def score_suite(speaker, task, suite, cache, device, folder=''):
     folder: where the submission goes, if there is to be one.
     """
     sides = [pair[side] for side in ('pos', 'neg') for pair in suite.pairs]
-    clips = sides + list(suite.clips.values())
+    sides += suite.clips.values()
+    clips = [side.speech if isinstance(side, Crossing) else side for side in sides]
     units = encode_clips(clips, speaker.encoder, cache, device)
-    sums, counts = log_likelihoods(speaker.model, [units[clip] for clip in clips], progress=True)
+    utterances = [units[clip] for clip in clips]
+    if isinstance(sides[0], Crossing):
+        utterances = [
+            (known, speaker.model.encode_text(side.text, inside=side.to == 'text'), side.to)
+            for side, known in zip(sides, utterances, strict=True)
+        ]
+    sums, counts = log_likelihoods(speaker.model, utterances, progress=True)
     scores = sums / counts if likelihood == 'mean' else sums
     if folder and suite.clips:
-        lines = zip(suite.clips, scores[len(sides) :], strict=True)
+        lines = zip(suite.clips, scores[2 * len(suite.pairs) :], strict=True)
         with write_atomic(os.path.join(folder, ZEROSPEECH[task], split + '.txt')) as file:
             file.writelines(f'{name} {score:.8f}\n' for name, score in lines)
     if not suite.pairs:
         raise InputError('no gold.csv: the submission alone was written')
-    pos, neg = scores[: len(suite.pairs)], scores[len(suite.pairs) : len(sides)]
+    pos, neg = scores[: len(suite.pairs)], scores[len(suite.pairs) :][: len(suite.pairs)]
     wins = (pos > neg) + 0.5 * (pos == neg)
     result, items = summarise(suite.pairs, wins, seed)
     rows = []
     for pair, a, b, win in zip(suite.pairs, pos.tolist(), neg.tolist(), wins.tolist(), strict=True):
         about = {key: pair[key] for key in ('id', 'voice', 'types', 'text')}
-        about |= {side: '+'.join(pair[side].files) or pair[side].units for side in ('pos', 'neg')}
+        for side in ('pos', 'neg'):
+            what = pair[side]
+            if isinstance(what, Crossing):
+                about[side] = [*what.speech.files, what.text]
+            else:
+                about[side] = '+'.join(what.files) or what.units
         rows.append(dict(model=speaker.name, task=task, **about, score_pos=a, score_neg=b, win=win))
     return result, items, rows
 
@@ -982,11 +1078,15 @@ def make_tables(metrics, arms, differences, about, suites):
     columns = list(dict.fromkeys(task for result in metrics.values() for task in result))
     head, what = ['model'], ['']
     for task in columns:
-        seen = task.removesuffix('_unseen')
-        head.append(LABELS.get(seen, seen) + (', unseen voices' if task != seen else ''))
+        crossing = find_crossing(task)
+        base = task.removesuffix(crossing)
+        seen = base.removesuffix('_unseen')
+        voices = ', unseen voices' if base != seen else ''
+        head.append(LABELS.get(seen, seen) + voices + CROSSINGS.get(crossing, ''))
         n = max(results.get(task, {}).get('n', 0) for results in metrics.values())
         suite = suites.get(task.removesuffix('_in_vocabulary'))
-        measure = MEASURES.get(task, f'% of pairs, by {likelihood} log-likelihood')
+        scored = ' of the ending' if crossing else ''
+        measure = MEASURES.get(task, f'% of pairs, by {likelihood} log-likelihood{scored}')
         parts = (suite.split if suite else '', f'n = {n:,}' if n else '', measure)
         what.append('; '.join(filter(None, parts)))
     keys = ('gpus', 'gpu_days', 'parameters', 'tokens')
@@ -1292,9 +1392,15 @@ if __name__ == '__main__':
     cache = os.path.join(os.path.dirname(out) or '.', 'eval_cache')
     suites, not_run = {}, {}
     for name, _, path in (task.partition('=') for task in wanted if task not in TRANSFORM):
-        for task, place in attempt(not_run, name, find_task, name, path, data_dir) or ():
+        crossing = find_crossing(name)
+        base = name.removesuffix(crossing)
+        for task, place in attempt(not_run, name, find_task, base, path, data_dir) or ():
             arguments = (task, place, split, cache, bool(submission))
+            task += crossing
             suite = attempt(not_run, task, list_suite, *arguments)
+            if suite and crossing:
+                to = 'text' if crossing == '_to_text' else 'speech'
+                suite = attempt(not_run, task, cross, suite, place, to)
             suites |= {task: suite} if suite else {}
     generative = [task for task in wanted if task in TRANSFORM]
     if not suites and not generative:

@@ -23,7 +23,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 
 import torch
@@ -165,6 +165,10 @@ class SLM(nn.Module):
     slprl/slam. `slam` is what slam.json knew: encoder, vocoder, n_units, frame_rate, dedup, recipe,
     scores; and `scoring`: 'units' where the model was trained without `<S>` at the front, so that
     an utterance is scored as its units alone, the first of which nothing predicts.
+
+    An interleaved model has a text LM's tokens first, unit u at u + offset, then `<speech>` and
+    `<text>`, each before what it names; `end`, the text LM's own token, closes a document. Of this
+    slam knows tokenizer (a folder), offset and end.
     """
 
     def __init__(self, config, seed=0):
@@ -336,18 +340,74 @@ class SLM(nn.Module):
                 weights += parameter.numel()
         return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * (span or c.context)
 
+    # ------------------------------------------------------------------ tokens
+
+    @property
+    def offset(self):
+        """The token of unit 0."""
+        return self.slam.get('offset', OFFSET)
+
+    @property
+    def end(self):
+        """The token that ends an utterance or a document."""
+        return self.slam.get('end', EOS)
+
+    def tokens_of(self, parts, alone=False):
+        """Tokens (n,) int64 of a prompt, which the model may continue.
+
+        parts: list of ('speech', units) and ('text', ids), in their order; an interleaved model
+        puts its switches before each, a unit LM `<S>` before the units, its one part. alone:
+        nothing is put before the units, as models with slam['scoring'] 'units' were trained.
+        Raises: InputError for text where the model knows none.
+        """
+        tokens = list(self.slam.get('prefix', ()))
+        for kind, ids in parts:
+            if self.slam.get('tokenizer'):
+                switch = self.config.vocab_size - (2 if kind == 'speech' else 1)
+            elif kind == 'text':
+                raise InputError('the model knows no text: train one on interleaved data')
+            else:
+                switch = BOS
+            tokens += [] if alone else [switch]
+            tokens += (torch.as_tensor(ids) + (self.offset if kind == 'speech' else 0)).tolist()
+        return torch.tensor(tokens, dtype=torch.long)
+
+    @cached_property
+    def tokenizer(self):
+        """The text LM's. Raises InputError where the model knows no text."""
+        if not self.slam.get('tokenizer'):
+            raise InputError('the model knows no text: train one on interleaved data')
+        return read_tokenizer(self.slam['tokenizer'])[0]
+
+    def encode_text(self, text, inside=False):
+        """The text LM's tokens of a text, list of int; inside: it goes on after other words, with a
+        space before it. Raises InputError where the model knows no text."""
+        return self.tokenizer.encode(' ' * inside + text, add_special_tokens=False).ids
+
+    def may_follow(self, kind='speech'):
+        """Which tokens generation may choose, (vocab_size,) bool: of an interleaved model units,
+        or the text LM's own tokens, and the end; of a unit LM all but PAD."""
+        allowed = torch.ones(self.config.vocab_size, dtype=torch.bool)
+        allowed[PAD] = False
+        if self.slam.get('tokenizer'):
+            is_text = torch.arange(len(allowed)) < self.offset
+            allowed = is_text if kind == 'text' else ~is_text
+            allowed[-2:] = False
+            allowed[self.end] = True
+        return allowed
+
     # ------------------------------------------------------------------ generation
 
     def generate(self, prompts, *options, **more_options):
         """Continue prompts; arguments as in generate_steps.
 
-        Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the final `<S>`.
+        Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
         """
         steps = list(self.generate_steps(prompts, *options, **more_options))
         if not steps:
             return [torch.empty(0, dtype=torch.long) for _ in prompts]
         rows = torch.stack(steps, dim=1).cpu()  # (B, steps)
-        lengths = (rows >= OFFSET).long().cumprod(dim=1).sum(dim=1)
+        lengths = (rows != self.end).long().cumprod(dim=1).sum(dim=1)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
     @torch.inference_mode()
@@ -362,17 +422,19 @@ class SLM(nn.Module):
         seed=None,
         compile=False,
         ban_repeats=None,
+        kind='speech',
     ):
         """Continue prompts token by token (defaults: Table 6 of the paper).
 
-        prompts: list of 1-D int64 tensors, `<S>` + units + OFFSET, of any lengths >= 1.
+        prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1.
         temperature: 0 takes the likeliest. top_k: 0 is off. repetition_penalty: over prompt and
         continuation, as transformers defines it. seed: of a generator of its own, None: torch's.
         ban_repeats: no unit directly after itself, which de-duplicated units never show; None:
         where slam says dedup. compile: torch.compile the step of one token; half a minute the first
-        time, then faster where launching small operations is what costs.
+        time, then faster where launching small operations is what costs. kind: 'speech' or 'text',
+        what an interleaved model is to go on with, after that switch.
 
-        Yields: (B,) int64, the new tokens as they are made, on the model's device; `<S>` where a
+        Yields: (B,) int64, the new tokens as they are made, on the model's device; self.end where a
         row ends, PAD after that. Stops when all rows have ended.
         Raises: InputError if the model's positions do not reach prompt + continuation.
         """
@@ -403,14 +465,16 @@ class SLM(nn.Module):
         numbers = numbers.to(device).unbind()
         greedy = temperature == 0
         ban_repeats = bool(self.slam.get('dedup') if ban_repeats is None else ban_repeats)
+        allowed = self.may_follow(kind).to(device)
         for i in range(max_new_tokens):
             step = self._compiled(device) if compile and i > 0 else self._next
             new = step(
-                now, positions, where, keep, cache, seen, noise[i], numbers, greedy, ban_repeats
+                *(now, positions, where, keep, cache, seen, allowed),
+                *(noise[i], numbers, greedy, ban_repeats),
             )
             now = torch.where(ended, PAD, new)[:, None]
             seen.scatter_(1, now, True)
-            ended = ended | (now[:, 0] == EOS)
+            ended = ended | (now[:, 0] == self.end)
             yield now[:, 0]
             # reading the flag waits for a GPU: not every token
             if (device.type == 'cpu' or i % 16 == 15) and ended.all():
@@ -441,14 +505,26 @@ class SLM(nn.Module):
         return self.compiled_step
 
     def _next(
-        self, tokens, positions, where, keep, cache, seen, noise, numbers, greedy, ban_repeats
+        self,
+        tokens,
+        positions,
+        where,
+        keep,
+        cache,
+        seen,
+        allowed,
+        noise,
+        numbers,
+        greedy,
+        ban_repeats,
     ):
         """One round of generation: tokens (B, T) enter the cache at columns `where`, the next ones
         (B,) leave.
 
         keep: (B, columns), False on padding. cache: as _cache makes it. seen: (B, V) tokens under
-        repetition penalty. noise: (B, top_k) of Exp(1), whose race against the probabilities draws
-        the token. numbers: temperature, top_p, repetition_penalty.
+        repetition penalty. allowed: (V,), what may be chosen. noise: (B, top_k) of Exp(1), whose
+        race against the probabilities draws the token. numbers: temperature, top_p,
+        repetition_penalty.
         """
         B, T = tokens.shape
         columns = torch.arange(keep.shape[1], device=keep.device)
@@ -474,9 +550,9 @@ class SLM(nn.Module):
         penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
         logits = torch.where(seen, penalised, logits)
         vocabulary, last = torch.arange(logits.shape[1], device=logits.device), tokens[:, -1:]
-        banned = vocabulary == PAD
+        banned = ~allowed
         if ban_repeats:
-            banned = banned | ((vocabulary == last) & (last >= OFFSET))
+            banned = banned | ((vocabulary == last) & (last >= self.offset))
         logits = logits.masked_fill(banned, -torch.inf)
         return logits.argmax(-1) if greedy else draw(logits / temperature, noise, top_p)
 
@@ -503,21 +579,25 @@ class SLM(nn.Module):
         dropout=0.0,
         seed=0,
         dtype=torch.float32,
+        text=None,
     ):
         """Load a folder or a hub name; no code of the checkpoint is ever run.
 
         (a) A text LM of a family in FAMILIES: TWIST, everything but the embedding (and head) stays;
         the new vocabulary of vocab_size (None: 502) rows begins as `embed_init`: 'first_rows' of
         the old one (what resizing leaves; Hassid et al. 2023), 'random', or 'mean', its mean row.
-        (b) A checkpoint of ours, (c) a public SLM (`lm.` prefix, slprl/slam), (d) a TWIST
-        checkpoint (`offset` in its config), (e) one of tiagoCuervo/slm_scaling (slam['scoring'] is
-        'units'). Their vocabulary stays, in our order, and vocab_size, if given, must fit in it.
+        With `text`, meta.json of data of text and units (offset, tokenizer_sha256), all rows stay
+        and those of units and switches are added, out of the old ones likewise.
+        (b) A checkpoint of ours, (c) a public SLM (`lm.` prefix: slprl/slam; slprl/SIMS-7B, which
+        needs the tokenizer of its text LM, in its folder or from the hub), (d) a TWIST checkpoint
+        (`offset` in its config), (e) one of tiagoCuervo/slm_scaling (slam['scoring'] is 'units').
+        Their vocabulary stays, in our order, and vocab_size, if given, must fit in it.
         context: tokens to note in the config (learned positions stay as many as they are).
         rope_theta: in place of the checkpoint's.
 
         Raises: InputError when there is no such folder or hub name, the family or a feature is not
         supported, config.json and the tensors do not fit (named), the vocabulary cannot hold the
-        units or is that of text and units, or context is longer than the model's positions.
+        units, data and model differ in their text, or context is longer than the model's positions.
         """
         folder = find_checkpoint(where)
         hf, prefix, slam = read_description(folder, where)
@@ -525,14 +605,16 @@ class SLM(nn.Module):
         config.dropout = dropout
         set_positions(config, context, rope_theta)
         check_vocabulary(config.vocab_size, vocab_size, slam, where)
+        check_text(config.vocab_size, vocab_size, slam, folder, where, text)
         state = load_state(folder, config, FAMILIES[hf['model_type']], prefix)
 
         embeddings = ['embed.weight'] if config.tied else ['embed.weight', 'head.weight']
         order = token_order(hf, config.vocab_size)
         for name in embeddings:
             if slam is None:
-                size = vocab_size or 502
-                state[name] = twist_rows(state[name], size, embed_init, seed, where)
+                size = (vocab_size or 502) - (len(state[name]) if text else 0)
+                new = twist_rows(state[name], size, embed_init, seed, where)
+                state[name] = torch.cat((state[name], new.to(state[name]))) if text else new
             elif order is not None:
                 state[name] = state[name][order]
         config.vocab_size = len(state['embed.weight'])
@@ -554,12 +636,13 @@ class SLM(nn.Module):
         """Write config.json, model.safetensors (both as transformers reads them) and slam.json,
         each whole or not at all.
 
-        slam: dict for slam.json; None: self.slam. Where `encoder` and `vocoder` name folders, these
-        are copied in, so that the checkpoint is complete by itself. Raises OSError naming the
-        folder where it cannot be written.
+        slam: dict for slam.json; None: self.slam. Where PARTS of it name folders, these are copied
+        in, so that the checkpoint is complete by itself. Raises OSError naming the folder where it
+        cannot be written.
         """
-        slam = dict(self.slam if slam is None else slam, offset=OFFSET)
-        for part in ('encoder', 'vocoder'):
+        slam = dict(self.slam if slam is None else slam)
+        slam.setdefault('offset', OFFSET)
+        for part in PARTS:
             if os.path.isdir(str(slam.get(part) or '')):
                 copy_part(slam[part], folder, part)
                 slam[part] = part
@@ -568,11 +651,15 @@ class SLM(nn.Module):
         slam_file = os.path.join(folder, 'slam.json')
         # the three appear one right after the other, the large one first
         with write_atomic(config_file) as about_model, write_atomic(slam_file) as about_units:
-            json.dump(to_hf_config(self.config), about_model, indent=2)
+            hf = to_hf_config(self.config)
+            if slam.get('tokenizer'):
+                hf |= dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'), slam['end'])
+            json.dump(hf, about_model, indent=2)
             json.dump(slam, about_units, indent=2)
             write_tensors(os.path.join(folder, 'model.safetensors'), tensors)
 
 
+PARTS = ('encoder', 'vocoder', 'tokenizer')  # folders that a checkpoint may have
 ROPE_POSITIONS = 1 << 15  # rows of RoPE's tables: no utterance is longer than 32,768 tokens
 LOGITS_AT_ONCE = 1 << 28  # numbers; a vocabulary of units never comes near
 
@@ -1193,9 +1280,9 @@ def read_json(path):
     return content
 
 
-def find_checkpoint(where):
+def find_checkpoint(where, tensors=True):
     """The folder `where`, or that of a hub name in the local cache, downloaded if need be (no code,
-    safetensors before pickles)."""
+    safetensors before pickles; its json files alone without `tensors`)."""
     if os.path.isdir(where):
         return where
     if where.count('/') != 1 or where.startswith(('.', '/', 'out/')):
@@ -1203,8 +1290,9 @@ def find_checkpoint(where):
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(where, allow_patterns=['*.json', '*.safetensors'])
-        if not any(name.endswith('.safetensors') for name in os.listdir(folder)):
+        kinds = ['*.json', '*.safetensors'] if tensors else ['*.json']
+        folder = snapshot_download(where, allow_patterns=kinds)
+        if tensors and not any(name.endswith('.safetensors') for name in os.listdir(folder)):
             folder = snapshot_download(where, allow_patterns=['*.json', 'pytorch_model*.bin'])
         return folder
     except Exception as error:
@@ -1227,14 +1315,17 @@ def read_description(folder, where):
     if hf.get('model_type') == 'speech_language_model':
         if not isinstance(hf.get('base_config'), dict):
             raise InputError(f"{where}: config.json has no base_config, the text LM's own config")
-        hf, prefix, slam = hf['base_config'] | {'vocab_size': hf.get('vocab_size')}, 'lm.', {}
+        base, size = hf.get('base_model_name'), hf.get('vocab_size')
+        hf, prefix, slam = hf['base_config'] | {'vocab_size': size}, 'lm.', {}
+        if isinstance(size, int) and size > 20_000:  # no vocabulary of units is so large
+            slam = describe_sims(folder, where, base, size)
     if 'offset' in hf:
         slam = {}
     if slam is not None:
         slam = PUBLIC_UNITS | slam
     if os.path.exists(os.path.join(folder, 'slam.json')):
         slam = read_json(os.path.join(folder, 'slam.json'))
-        for part in ('encoder', 'vocoder'):
+        for part in PARTS:
             name = str(slam.get(part) or '')
             if os.path.isdir(os.path.join(folder, os.path.basename(name) or '?')):
                 slam[part] = os.path.abspath(os.path.join(folder, os.path.basename(name)))
@@ -1243,19 +1334,80 @@ def read_description(folder, where):
     return hf, prefix, slam
 
 
-def check_vocabulary(size, wanted, slam, where):
-    """Raises InputError where a unit LM cannot hold the data's vocabulary, or knows text too."""
-    if slam is None:
-        return
-    if size > max(20_000, slam.get('n_units', 0) + OFFSET):
+def read_tokenizer(folder):
+    """(tokenizer, end, digest) of a text LM's folder: a tokenizers.Tokenizer to which the names of
+    special tokens are text like any other, the token that ends a document, and the SHA-256 of
+    tokenizer.json. No code of the folder is run. Raises InputError where there is none."""
+    import hashlib
+
+    from tokenizers import Tokenizer
+
+    path = os.path.join(folder, 'tokenizer.json')
+    read_json(path)
+    with open(path, 'rb') as file:
+        content = file.read()
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:
+        raise InputError(f'{path} cannot be read: {" ".join(str(error).split())[:200]}') from None
+    tokenizer.encode_special_tokens = True
+    eos = read_json(os.path.join(folder, 'tokenizer_config.json')).get('eos_token')
+    end = tokenizer.token_to_id(eos.get('content') if isinstance(eos, dict) else str(eos))
+    if end is None:
+        raise InputError(f'{folder}: tokenizer_config.json names no eos_token of tokenizer.json')
+    return tokenizer, end, hashlib.sha256(content).hexdigest()
+
+
+def describe_sims(folder, where, base, size):
+    """What slam.json would say of a public interleaved model (slprl/SIMS-7B, ...): after the tokens
+    of its text LM's tokenizer come the units, `<speech>` and `<text>`. An utterance is scored as
+    its units alone, behind what the tokenizer puts before all text (Llama's begin of text)."""
+    try:
+        if not os.path.exists(os.path.join(folder, 'tokenizer.json')):
+            folder = find_checkpoint(str(base), tensors=False)
+        tokenizer, end, _ = read_tokenizer(folder)
+    except InputError as error:
         raise InputError(
-            f'{where} has a vocabulary of {size:,}, that of a text LM and units: an interleaved '
-            f'speech-text model, which is not supported yet'
-        )
-    if wanted is not None and wanted > size:
+            f'{where} has a vocabulary of {size:,}, that of an interleaved speech-text model, and '
+            f'its tokenizer is missing ({error}): copy tokenizer.json and tokenizer_config.json of '
+            f'its text LM, {base}, into its folder'
+        ) from None
+    first = tokenizer.token_to_id('<Un0>') or tokenizer.get_vocab_size()
+    prefix = [token for token in tokenizer.encode('').ids if token != end]
+    slam = dict(n_units=size - 2 - first, offset=first, end=end, prefix=prefix, scoring='units')
+    return slam | dict(tokenizer=os.path.abspath(folder), text_lm=base)
+
+
+def check_vocabulary(size, wanted, slam, where):
+    """Raises InputError where a unit LM cannot hold the data's vocabulary."""
+    if slam is not None and wanted is not None and wanted > size:
         raise InputError(
             f'{where} has a vocabulary of {size}, which cannot hold the {wanted - OFFSET} units '
             f'of the data'
+        )
+
+
+def check_text(size, wanted, slam, folder, where, text):
+    """Raises InputError where a model and the data that it is to learn from differ in their text.
+
+    size: rows of its embedding. wanted, text: vocabulary and meta.json of the data, None if it is
+    only to be loaded, or if they hold no text. folder: where `where` lies.
+    """
+    interleaved = slam is not None and bool(slam.get('tokenizer'))
+    if wanted is None or not (text or interleaved):
+        return
+    if slam is not None and bool(text) != interleaved:
+        has = ('units alone', 'text and units')
+        raise InputError(
+            f'{where} is a model of {has[interleaved]}, the data hold {has[bool(text)]}: start '
+            'from a text LM, or prepare the data with --text_lm'
+        )
+    old = slam['offset'] if interleaved else size
+    known = read_tokenizer(slam['tokenizer'] if interleaved else folder)[2], old
+    if known != (text['tokenizer_sha256'], text['offset']) or interleaved and wanted != size:
+        raise InputError(
+            f'{where} and the data have different tokenizers or vocabularies: start from '
+            f'{text["text_lm"]}, for which the data were made, or make them for another --text_lm'
         )
 
 
@@ -1436,11 +1588,11 @@ def to_hf_tensors(state, config):
 
 
 def copy_part(source, folder, part):
-    """Copy an encoder or a vocoder into folder/part: its two files and nothing else."""
+    """Copy an encoder, a vocoder or a tokenizer into folder/part: its files and nothing else."""
     target = os.path.join(folder, part)
     if os.path.realpath(source) == os.path.realpath(target):
         return
-    for name in (f'{part}.json', f'{part}.safetensors'):
+    for name in (f'{part}.json', f'{part}.safetensors', f'{part}_config.json'):
         path = os.path.join(source, name)
         if os.path.isfile(path):
             with open(path, 'rb') as old, write_atomic(os.path.join(target, name), 'wb') as new:

@@ -9,6 +9,8 @@
         --fit_kmeans=500 --fit_vocoder                                your own language
     python prepare_units.py --from_units=features.jsonl --out=data/theirs             no audio
     python prepare_units.py --audio=speech --report=mfcc:100,mfcc:100:4,out/units/encoder
+    python prepare_units.py --from_units=data/stinystories/units.jsonl --out=data/mixed \\
+        --text_lm=Qwen/Qwen2.5-0.5B           for an interleaved model: speech/, text/, interleaved/
 
 --audio takes, comma-separated: folders (searched), files, globs, manifest.jsonl (a folder that has
 one is read by it), .parquet, hub:owner/name[:split], .tar and .tar.gz. A .json with
@@ -41,7 +43,7 @@ import zlib
 from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +59,7 @@ from model import (
     EOS,
     HOP,
     OFFSET,
+    PARTS,
     SAMPLE_RATE,
     VOICE_LEVEL,
     InputError,
@@ -65,9 +68,11 @@ from model import (
     UnitEncoder,
     UnitTable,
     UnitVocoder,
+    copy_part,
     dedup,
     filter_source,
     find_audio,
+    find_checkpoint,
     frame_spectra,
     load_audio,
     mel_filters,
@@ -78,6 +83,7 @@ from model import (
     read_json,
     read_jsonl,
     read_parquet,
+    read_tokenizer,
     speech_level,
     start_worker,
     write_atomic,
@@ -101,6 +107,10 @@ switch = None  # the price of a change of unit, in mean distortions; None: the e
 fit_vocoder = None  # also fit a voice: table (seconds; --fit_vocoder alone), or neural, a small net
 vocoder_hours = 0.5  # on so much training speech, drawn evenly
 vocoder_steps = 3000  # of training the net: 220 s of one core; a GPU bears many more
+# text beside it, for an interleaved model: folders speech, text and interleaved in out
+text_lm = ''  # with the tokenizer of this text LM, a folder or a hub name; units need word times
+texts = ''  # of the set text: .txt, .jsonl, .parquet, hub:owner/name; '': what the utterances say
+draws = 4  # interleavings of each utterance: in so many epochs none comes twice
 # how it is cut and split
 max_seconds = 0.0  # longer utterances are cut at the quietest point of the last third; 0: never
 val_folders = ''  # files below folders of these names validate; '': dev, dev-*, validation, ...
@@ -265,6 +275,13 @@ def split_by_hash(name, val_fraction):
     """'train' or 'val', by the name alone."""
     digest = hashlib.sha1(os.fsencode(name)).digest()
     return 'val' if int.from_bytes(digest[:6], 'big') < val_fraction * 2**48 else 'train'
+
+
+def split_by_name(name):
+    """The split of units whose rows do not say it."""
+    folders = [folder.strip('/') for folder in split_list(val_folders)]
+    by_folder = split_by_folder(name, folders)
+    return by_folder or ('train' if folders else split_by_hash(name, val_fraction))
 
 
 def choose_items(sources, root, val_folders, exclude):
@@ -1128,6 +1145,171 @@ def fit_neural_vocoder(net, corpus):
 
 
 # -----------------------------------------------------------------------------
+# Text beside the units: token sets for an interleaved model (section 4.3 of the paper)
+
+SPAN_WORDS, SPEECH_SHARE = 10, 0.3  # mean of a span of speech; share of the words that are speech
+MARK = '<|endoftext|>'  # between the documents of a .txt file, which else are parted by blank lines
+
+
+def draw_spans(n_words, rng):
+    """Which words of an utterance are speech, (n_words,) bool: spans of Poisson(SPAN_WORDS) words
+    with text between them, drawn until SPEECH_SHARE of the words are speech, or one has no room.
+    A span may reach over either end, so that the first word is speech as often as any other."""
+    speech = np.zeros(n_words, bool)
+    while speech.sum() < SPEECH_SHARE * n_words:
+        length = max(1, rng.poisson(SPAN_WORDS))
+        # how many words are speech before each; of a span and its neighbours none may be
+        before = np.concatenate(([0], np.cumsum(speech)))
+        starts = np.arange(1 - length, n_words)
+        left, right = (np.clip(x, 0, n_words) for x in (starts - 1, starts + length + 1))
+        starts = starts[before[left] == before[right]]
+        if not len(starts):
+            break
+        start = rng.choice(starts)
+        speech[max(0, start) : start + length] = True
+    return speech
+
+
+def units_between(row, start, end, frame_rate):
+    """De-duplicated units (n,) of the frames of an utterance whose middles lie from start to end,
+    in seconds."""
+    first, last = (max(0, math.ceil(time * frame_rate - 0.5)) for time in (start, end))
+    return dedup(np.repeat(row['units'], row['duration'])[first:last])[0].numpy()
+
+
+def interleave(row, speech, encode, meta):
+    """Tokens of an utterance whose words are speech where `speech` (n_words,) says so, else text:
+    `<speech>` or `<text>` before each stretch of them, meta['end'] last. encode: text -> ids."""
+    words, tokens = row['words'], []
+    for span in np.split(np.arange(len(words)), np.flatnonzero(np.diff(speech)) + 1):
+        first, last = words[span[0]], words[span[-1]]
+        if speech[span[0]]:
+            units = units_between(row, first[1], last[2], meta['frame_rate'])
+            tokens += [meta['vocab_size'] - 2, *(units + meta['offset']).tolist()]
+        else:
+            text = ' '.join(words[i][0] for i in span)
+            # within a text a word has a space before it, and so other tokens than the first
+            tokens += [meta['vocab_size'] - 1, *encode(f' {text}' if span[0] else text)]
+    return [*tokens, meta['end']]
+
+
+def read_texts(where):
+    """Yields (name, text) of the documents in text files, JSON lines and parquet, whose column is
+    `text`. Raises InputError where there is none."""
+    for path in split_list(where):
+        if path.endswith('.jsonl'):
+            rows = (row for _, row in read_jsonl(path))
+        elif path.startswith('hub:') or path.endswith('.parquet') or os.path.isdir(path):
+            rows = read_parquet(path)
+        else:
+            rows = (dict(text=document) for document in documents_of(path))
+        for number, row in enumerate(rows):
+            if not isinstance(row.get('text'), str):
+                raise InputError(f'--texts={path}, row {number}: no text in a column `text`')
+            yield f'{path}:{number}', row['text']
+
+
+def documents_of(path):
+    """Yields the documents of a .txt file: between MARK if it has that, or blank lines."""
+    with open(path, encoding='utf-8') as file:
+        mark = MARK if MARK in file.read(1 << 20) else ''
+        file.seek(0)
+        lines = []
+        for line in chain(file, [mark]):
+            if line.strip() == mark:
+                yield ''.join(lines).strip()
+                lines = []
+            else:
+                lines.append(line)
+
+
+def rows_with_split():
+    """Yields (number, split, row) of the utterances in out/units.jsonl that are not empty."""
+    for number, row in read_jsonl(os.path.join(out, 'units.jsonl')):
+        split = row.get('split') or split_by_name(row['file_name'])
+        if row['units']:
+            yield number, SPLITS.get(split, split), row
+
+
+def speech_documents(meta):
+    """Yields (split, tokens) of the utterances as speech: `<speech>`, units, the end."""
+    for _, split, row in rows_with_split():
+        units = (np.array(row['units']) + meta['offset']).tolist()
+        yield split, [meta['vocab_size'] - 2, *units, meta['end']]
+
+
+def text_documents(meta, encode):
+    """Yields (split, tokens) of texts: `<text>`, the text LM's tokens, the end."""
+    rows = ((split, row.get('text')) for _, split, row in rows_with_split())
+    if texts:
+        rows = ((split_by_hash(name, val_fraction), text) for name, text in read_texts(texts))
+    for split, text in rows:
+        if text:
+            yield split, [meta['vocab_size'] - 1, *encode(text), meta['end']]
+
+
+def interleaved_documents(meta, encode):
+    """Yields (split, tokens) of the utterances with word times, `draws` times, each time with other
+    spans; those that validate once."""
+    for draw in range(draws):
+        for number, split, row in rows_with_split():
+            if row.get('words') and (split == 'train' or draw == 0):
+                rng = np.random.default_rng((seed, draw, number))
+                speech = draw_spans(len(row['words']), rng)
+                yield split, interleave(row, speech, encode, meta)
+
+
+def write_token_set(name, documents, meta):
+    """Write train.bin, val.bin and meta.json of (split, tokens) in the folder out/name."""
+    folder = os.path.join(out, name)
+    tokens, documents_of_split = dict(train=0, val=0), dict(train=0, val=0)
+    with ExitStack() as stack:
+        files = {
+            split: stack.enter_context(write_atomic(os.path.join(folder, f'{split}.bin'), 'wb'))
+            for split in tokens
+        }
+        for split, document in tqdm(documents, name, unit=' documents'):
+            if split in files:
+                files[split].write(np.array(document, meta['dtype']).tobytes())
+                tokens[split] += len(document)
+                documents_of_split[split] += 1
+    if not tokens['train']:
+        wanted = dict(text='a text, or --texts', interleaved='words: [[word, start s, end s], ...]')
+        raise InputError(
+            f'{out}/units.jsonl has nothing for the set {name}: its rows need '
+            f'{wanted.get(name, "units")}'
+        )
+    with write_atomic(os.path.join(folder, 'meta.json')) as file:
+        json.dump(meta | dict(tokens=tokens, utterances=documents_of_split), file, indent=2)
+    print(f'{folder}: {documents_of_split["train"]:,} documents, {tokens["train"]:,} tokens')
+
+
+def write_text_sets():
+    """The sets speech, text and interleaved beside out/units.jsonl, in the vocabulary of text_lm
+    and after it the units, <speech> and <text>; and the tokenizer, a copy."""
+    folder = find_checkpoint(text_lm, tensors=False)
+    tokenizer, end, digest = read_tokenizer(folder)
+    copy_part(folder, out, 'tokenizer')
+    meta = read_json(os.path.join(out, 'meta.json'))
+    offset = read_json(os.path.join(folder, 'config.json')).get('vocab_size')
+    if type(offset) is not int or offset < tokenizer.get_vocab_size():
+        raise InputError(f'{folder}/config.json has vocab_size={offset}, fewer than the tokenizer')
+    for part in PARTS:  # one copy for the three
+        if os.path.isdir(os.path.join(out, part)):
+            meta[part] = f'../{part}'
+    vocab_size = offset + meta['n_units'] + 2
+    meta |= dict(vocab_size=vocab_size, offset=offset, end=end, text_lm=text_lm)
+    meta |= dict(tokenizer_sha256=digest, dtype='uint16' if vocab_size <= 65_536 else 'uint32')
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    write_token_set('speech', speech_documents(meta), meta)
+    write_token_set('text', text_documents(meta, encode), meta)
+    write_token_set('interleaved', interleaved_documents(meta, encode), meta)
+
+
+# -----------------------------------------------------------------------------
 # The report: what units know of phones, before any model is trained
 
 
@@ -1261,6 +1443,8 @@ def check_knobs():
         raise InputError(
             'n_units and fit_frames are at least 1, val_fraction is a share, no number is negative'
         )
+    if draws < 1:
+        raise InputError(f'--draws={draws}: expected at least 1')
     if 0 < max_seconds < 1:
         raise InputError(f'--max_seconds={max_seconds:g}: expected 0 or at least 1')
     if fit_vocoder not in (None, False, '', True, 'table', 'neural') or vocoder_steps < 1:
@@ -1311,14 +1495,8 @@ def pack_units():
     """--from_units: no audio, no encoder."""
     if os.path.exists(os.path.join(out, 'parts')):
         raise InputError(f'{out} holds units made from audio: choose another --out, or delete it')
-    folders = [name.strip('/') for name in split_list(val_folders)]
-
-    def split(name):
-        by_folder = split_by_folder(name, folders)
-        return by_folder or ('train' if folders else split_by_hash(name, val_fraction))
-
     rows = tqdm((row for path in find_unit_files() for row in rows_of_units(path)), unit=' rows')
-    meta = pack(rows, out, n_units + OFFSET, 50.0 if encoder == 'hubert50' else 25.0, split)
+    meta = pack(rows, out, n_units + OFFSET, 50.0 if encoder == 'hubert50' else 25.0, split_by_name)
     if not sum(meta['utterances'].values()) + meta['pairs']:
         raise InputError(f'--from_units={from_units}: no units in it')
     vocoder = 'hifigan25' if encoder == 'mhubert25' else None
@@ -1418,6 +1596,8 @@ if __name__ == '__main__':
         sys.exit()
     if from_units:
         pack_units()
+        if text_lm:
+            write_text_sets()
         sys.exit()
 
     # What there is to do. The first to come lays down the recipe, the others must have the same
@@ -1432,6 +1612,8 @@ if __name__ == '__main__':
     voice_missing = fit_vocoder and not os.path.exists(os.path.join(out, 'vocoder'))
     if os.path.exists(os.path.join(out, 'meta.json')) and not voice_missing:
         print(f'{out}: everything is already there; nothing to do (delete it to make it again)')
+        if text_lm:
+            write_text_sets()
         sys.exit()
 
     # The encoder, then this shard's parts, read by workers ahead of the net
@@ -1445,3 +1627,5 @@ if __name__ == '__main__':
     else:
         meta = merge(parts, net, name, speed, corpus)
         finish(meta | dict(recipe=config | recipe))
+        if text_lm:
+            write_text_sets()

@@ -1,10 +1,12 @@
-"""Hear it: speech in, the same speech continued out. No text anywhere.
+"""Hear it: speech in, the same speech continued out. No text, but of an interleaved model.
 
     python sample.py --prompt=a.wav      # continue the first 3 s with the public model
     python sample.py --init=out/demo/dpo --prompt=a.wav,folder,units.jsonl --html=page.html
     python sample.py --init=out/demo/dpo --prompt=a.wav --stream=- | aplay -f S16_LE -r 16000
     python sample.py --init=out/demo/units --prompt=a.wav --resynth      # no model: is the encoder
                                          # good for this language?
+    python sample.py --init=out/mixed --prompt=a.wav --to=text       # an interleaved model goes on
+    python sample.py --init=out/mixed --from_text='Once upon a time' # in words, or from words on
 
 Prompts are encoded into units, continued by the model in batches and vocoded in one voice. For each
 prompt a folder in `out`: prompt.wav (what went in), continuation.wav and full.wav (prompt and
@@ -31,7 +33,6 @@ from typing import NamedTuple
 import torch
 
 from model import (
-    BOS,
     OFFSET,
     SAMPLE_RATE,
     SLM,
@@ -56,6 +57,8 @@ init = (
 )
 prompt = ''  # sound files, folders, manifests, units files (.jsonl): comma-separated; '': from <S>
 prompt_seconds = 3.0  # of each prompt, up to a word's end where words are known; 0: all of it
+to = 'speech'  # what an interleaved model goes on in: speech, or text, which is printed
+from_text = ''  # what it goes on from, in place of a prompt
 split = 'val'  # of manifests and units files that know splits, take this one; '': all
 max_prompts = 0  # of each folder, manifest or units file, take the first so many; 0: all
 out = 'out/sample'  # folder for the results
@@ -337,8 +340,12 @@ def edit_distance(a, b):
     return row[-1]
 
 
-def prompt_tokens(p):
-    return torch.cat((torch.tensor([BOS]), p['units'] + OFFSET))
+def prompt_tokens(p, model):
+    """What the model continues: the prompt, units or --from_text, and the switch to --to."""
+    parts = [('text', model.encode_text(from_text))] if from_text else [('speech', p['units'])]
+    if parts[0][0] != to:
+        parts.append((to, []))
+    return model.tokens_of(parts)
 
 
 def tell(p, k, name, frame_rate, new, duration, note=''):
@@ -365,7 +372,7 @@ def tell(p, k, name, frame_rate, new, duration, note=''):
 
 
 # -----------------------------------------------------------------------------
-# The three modes: each takes the prompts and returns rows for units.jsonl and for people
+# The modes: each takes the prompts and returns rows for units.jsonl and for people
 
 
 def continue_prompts(prompts, nets, sampling):
@@ -378,9 +385,9 @@ def continue_prompts(prompts, nets, sampling):
     jobs = [(p, k) for p in prompts for k in range(1, num_samples + 1)]
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        tokens = [prompt_tokens(p) for p, _ in batch]
+        tokens = [prompt_tokens(p, nets.model) for p, _ in batch]
         new = nets.model.generate(tokens, seed=seed + start, **sampling)
-        new = [row - OFFSET for row in new]
+        new = [row - nets.model.offset for row in new]
         predicted = voice.durations(new)
         units, durations = (
             [torch.cat((p[key], more)) for (p, _), more in zip(batch, added, strict=True)]
@@ -408,6 +415,26 @@ def save_sample(p, k, nets, new, duration, wave):
     save_audio(os.path.join(folder, f'full{tag}.wav'), wave, voice.sample_rate)
     row = tell(p, k, f'{p["name"]}/full{tag}.wav', voice.frame_rate, new, duration)
     return row | dict(sound=wave, recording=p.get('wave'))
+
+
+def continue_in_text(prompts, nets, sampling):
+    """Continue each prompt num_samples times in words, and print them.
+
+    Returns: rows for units.jsonl, the prompts with their continuation, and dict(texts: as printed).
+    """
+    rows, texts = [], []
+    jobs = [(p, k) for p in prompts for k in range(1, num_samples + 1)]
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        tokens = [prompt_tokens(p, nets.model) for p, _ in batch]
+        new = nets.model.generate(tokens, seed=seed + start, kind='text', **sampling)
+        for (p, k), ids in zip(batch, new, strict=True):
+            texts.append(nets.model.tokenizer.decode(ids.tolist()))
+            print(f'{p["name"]}{f"-{k}" if k > 1 else ""}: {p.get("text") or "..."} |{texts[-1]}')
+            row = dict(file_name=p['name'], units=p['units'].tolist(), sample=k, text=p.get('text'))
+            row |= dict(duration=p['duration'].tolist(), prompt_units=len(p['units']))
+            rows.append(row | dict(continuation=texts[-1], warning=''))
+    return rows, dict(texts=texts)
 
 
 def resynthesise(prompts, nets):
@@ -473,11 +500,11 @@ def open_stream(path, rate):
             file.close()
 
 
-def take_pieces(steps, size, spoken):
+def take_pieces(steps, size, spoken, offset):
     """Units out of generate_steps, `size` at a time, until the model ends; all go into `spoken`."""
     piece = []
     for tokens in steps:
-        unit = int(tokens[0]) - OFFSET
+        unit = int(tokens[0]) - offset
         if unit < 0:
             break
         piece.append(unit)
@@ -500,8 +527,10 @@ def stream_prompts(prompts, nets, sampling):
     with open_stream(stream, voice.sample_rate) as let_out:
         for i, p in enumerate(prompts):
             start, new, samples = time.perf_counter(), [], 0
-            steps = nets.model.generate_steps([prompt_tokens(p)], seed=seed + i, **sampling)
-            pieces, given = take_pieces(steps, size, new), (p['units'], p['duration'])
+            tokens = prompt_tokens(p, nets.model)
+            steps = nets.model.generate_steps([tokens], seed=seed + i, **sampling)
+            pieces = take_pieces(steps, size, new, nets.model.offset)
+            given = p['units'], p['duration']
             for wave in voice.stream(pieces, given, speaker=speaker, style=style):
                 let_out(wave)
                 samples += len(wave)
@@ -570,7 +599,7 @@ def write_results(rows, prompts, more, frame_rate, seconds):
     with write_atomic(os.path.join(out, 'sample.json')) as file:
         json.dump(result, file, indent=2)
 
-    what = f'{len(rows)} continuations of {len(prompts) if prompt else "no"} prompts'
+    what = f'{len(rows)} continuations of {len(prompts) if prompt or from_text else "no"} prompts'
     if resynth:
         what = (
             f'{len(rows)} resynthesised, {more["frames_unchanged"]:.1f} % of the frames come back '
@@ -603,6 +632,10 @@ def check_knobs():
         raise InputError('--resynth needs --prompt: sound files, a folder or a units file')
     if stream and (resynth or html or num_samples > 1):
         raise InputError('--stream goes without resynth, html and num_samples')
+    if to not in ('speech', 'text') or to == 'text' and (stream or html or resynth):
+        raise InputError(f'--to={to}: expected speech, or text, which goes without stream and html')
+    if from_text and (prompt or resynth):
+        raise InputError('--from_text goes without prompt and resynth')
 
 
 if __name__ == '__main__':
@@ -614,6 +647,7 @@ if __name__ == '__main__':
 
     # what to begin with, and the networks that it takes
     prompts = [dict(name='unprompted', units=torch.zeros(0, dtype=torch.long), duration=None)]
+    prompts[0] |= dict(name='from_text', text=from_text) if from_text else {}
     if prompt:
         prompts = find_prompts(prompt, split, max_prompts)
     recorded = any('path' in p for p in prompts)
@@ -636,6 +670,8 @@ if __name__ == '__main__':
     more = {}
     if resynth:
         rows, more = resynthesise(prompts, nets)
+    elif to == 'text':
+        rows, more = continue_in_text(prompts, nets, sampling)
     elif stream:
         rows, more = stream_prompts(prompts, nets, sampling)
     else:

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from model import (
     BOS,
     PAD,
+    PARTS,
     SLM,
     InputError,
     SLMConfig,
@@ -50,6 +51,7 @@ from model import (
 out_dir = 'out/slam'
 data = 'librilight,librispeech,stinystories'  # folders of prepare_units.py, or names below data_dir
 #   'a:2,b:0.5' shows all of a twice and half of b in an epoch
+balanced = False  # instead, weights are shares of the tokens of an epoch, whatever a set's size
 val_data = 'librispeech,librilight'  # sets whose val split validates: real speech; '': data's own
 data_dir = 'data'
 init = 'Qwen/Qwen2.5-0.5B'  # a text LM (TWIST) or an SLM: a folder or a hub name;
@@ -158,10 +160,21 @@ def open_data(names, data_dir='data', split='train', like=None):
             raise InputError(f'{knob} {name!r}: {type(error).__name__} {error}; {remedy}') from None
         sets.append((folder, weight, meta))
         like = like or sets[0]
-        for key in ('vocab_size', 'offset', 'dedup', 'frame_rate'):
+        for key in ('vocab_size', 'offset', 'dedup', 'frame_rate', 'tokenizer_sha256'):
             if meta.get(key) != like[2].get(key):
                 raise InputError(f'{folder} and {like[0]} differ in {key}: only like units mix')
     return sets
+
+
+def balance(sets, split='train'):
+    """The sets with weights under which an epoch, of as many tokens as all have together, holds
+    tokens of each in proportion to the weights that they had."""
+    tokens = [meta['tokens'][split] for _, _, meta in sets]
+    unit = sum(tokens) / sum(weight for _, weight, _ in sets)
+    return [
+        (folder, weight * unit / size, meta)
+        for (folder, weight, meta), size in zip(sets, tokens, strict=True)
+    ]
 
 
 def open_tokens(folder, meta, split):
@@ -180,25 +193,27 @@ def open_tokens(folder, meta, split):
     return tokens
 
 
-def find_utterances(tokens, block=1 << 22):
-    """Where utterances begin, (n,) int64: at 0 and where two <S> meet.
+def find_utterances(tokens, block=1 << 22, end=None):
+    """Where utterances begin, (n,) int64: at 0 and where two <S> meet, or after each `end`, the
+    token that closes a document of text and units.
 
     One pass in constant memory, a second a billion tokens, so that nothing need be cached.
     """
     found = [np.zeros(1, np.int64)]
     for at in range(0, len(tokens), block):
-        border = tokens[at : at + block + 1] == BOS  # one more, for a pair that blocks would part
-        found.append(np.flatnonzero(border[:-1] & border[1:]) + (at + 1))
+        piece = tokens[at : at + block + 1]  # one more, for a pair that blocks would part
+        begins = piece[:-1] == end if end is not None else (piece[:-1] == BOS) & (piece[1:] == BOS)
+        found.append(np.flatnonzero(begins) + (at + 1))
     return np.concatenate(found)
 
 
-def find_chunks(tokens, context):
+def find_chunks(tokens, context, end=None):
     """Where chunks begin and how many tokens they have: two arrays (n,) int64.
 
     An utterance of more than `context` tokens is cut into chunks of so many, without further <S>.
     The remainder is kept, unless it is one token, which would predict nothing.
     """
-    starts = find_utterances(tokens)
+    starts = find_utterances(tokens, end=end)
     lengths = np.diff(starts, append=len(tokens))
     pieces = -(-lengths // context)
     nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -221,7 +236,10 @@ class Loader:
         self.context, self.row_tokens, self.seed, self.place = context, row_tokens, seed, place
         self.weights = [weight for _, weight, _ in sets]
         self.tokens = [open_tokens(folder, meta, split) for folder, _, meta in sets]
-        tables = [find_chunks(tokens, context) for tokens in self.tokens]
+        ends = [meta.get('end') for _, _, meta in sets]
+        tables = [
+            find_chunks(tokens, context, end) for tokens, end in zip(self.tokens, ends, strict=True)
+        ]
         self.begins = np.concatenate([begins for begins, _ in tables])
         self.lengths = np.concatenate([lengths for _, lengths in tables])
         # the chunks of set s are those from first[s] to first[s + 1]
@@ -345,7 +363,8 @@ def make_model(meta):
     if init == 'scratch':
         size = dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, n_ffn=n_ffn)
         return SLM(SLMConfig(family, **size, **shape), seed)
-    return SLM.from_pretrained(init, embed_init=embed_init, seed=seed, **shape)
+    text = meta if meta.get('tokenizer') else None
+    return SLM.from_pretrained(init, embed_init=embed_init, seed=seed, text=text, **shape)
 
 
 def make_optimizers(model):
@@ -392,8 +411,10 @@ def describe_run(first_set, config):
     """What slam.json keeps: how the units were made, and the recipe."""
     folder, _, meta = first_set
     slam = {key: meta.get(key) for key in ('encoder', 'vocoder', 'n_units', 'frame_rate', 'dedup')}
-    for key in ('encoder', 'vocoder'):  # a folder of the data's own is copied, a name stays
-        if os.path.isdir(os.path.join(folder, str(slam[key]))):
+    if meta.get('tokenizer'):
+        slam |= {key: meta[key] for key in ('text_lm', 'tokenizer', 'offset', 'end')}
+    for key in PARTS:  # a folder of the data's own is copied, a name stays
+        if key in slam and os.path.isdir(os.path.join(folder, str(slam[key]))):
             slam[key] = os.path.join(folder, slam[key])
     here = os.path.dirname(os.path.abspath(__file__))
     git_commit = subprocess.getoutput(f"git -C '{here}' rev-parse HEAD 2>/dev/null") or None
@@ -661,6 +682,8 @@ if __name__ == '__main__':
 
     # --- data: rows to train on from where the run stopped, and the rows to validate on
     sets = open_data(data, data_dir)
+    if balanced:
+        sets = balance(sets)
     sizes = [meta['tokens'] for _, _, meta in sets]
     if state['sizes'] not in (None, sizes):
         fail(

@@ -420,7 +420,7 @@ def test_slm_scaling_scores_units_as_its_own_forward(tmp_path, kept, kv_heads):
     assert again.config.family == 'llama' and again.slam['scoring'] == 'units'
 
 
-def test_interleaved_checkpoint_is_refused_by_name(tmp_path):
+def test_interleaved_checkpoint_without_its_tokenizer_is_refused(tmp_path):
     """slprl/SIMS-*: the public layout with the text LM's vocabulary and the units."""
     hf = transformers.Qwen2Config(**LLAMA | dict(vocab_size=152_438), num_key_value_heads=2)
     config = dict(model_type='speech_language_model', base_config=hf.to_dict(), vocab_size=152_438)
