@@ -1273,15 +1273,13 @@ def write_token_set(name, documents, meta):
                 files[split].write(np.array(document, meta['dtype']).tobytes())
                 tokens[split] += len(document)
                 documents_of_split[split] += 1
-    if not tokens['train']:
-        wanted = dict(text='a text, or --texts', interleaved='words: [[word, start s, end s], ...]')
-        raise InputError(
-            f'{out}/units.jsonl has nothing for the set {name}: its rows need '
-            f'{wanted.get(name, "units")}'
-        )
     with write_atomic(os.path.join(folder, 'meta.json')) as file:
         json.dump(meta | dict(tokens=tokens, utterances=documents_of_split), file, indent=2)
-    print(f'{folder}: {documents_of_split["train"]:,} documents, {tokens["train"]:,} tokens')
+    said = f'{folder}: {documents_of_split["train"]:,} documents, {tokens["train"]:,} tokens'
+    if not tokens['train']:
+        wanted = dict(text='text', interleaved='words: [[word, start s, end s], ...]')
+        said += f'; no train set, rows of units.jsonl need {wanted.get(name, "units")}'
+    print(said)
 
 
 def write_text_sets():

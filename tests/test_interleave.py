@@ -254,13 +254,16 @@ def test_text_comes_back_byte_by_byte(place, tmp_path, monkeypatch):
     assert found == wanted
 
 
-def test_what_the_sets_need_is_said(place, tmp_path, monkeypatch):
+def test_what_the_sets_need_is_said(place, tmp_path, monkeypatch, capsys):
     rows = [{k: v for k, v in row.items() if k != 'words'} for row in make_rows(4)]
     with open(tmp_path / 'made.jsonl', 'w') as file:
         file.writelines(json.dumps(row) + '\n' for row in rows)
     flags = (f'--from_units={tmp_path}/made.jsonl', f'--n_units={UNITS}', f'--out={tmp_path}/data')
-    with pytest.raises(Exception, match='set interleaved: its rows need words'):
-        run_script(monkeypatch, 'prepare_units', *flags, f'--text_lm={place}/lm')
+    assert run_script(monkeypatch, 'prepare_units', *flags, f'--text_lm={place}/lm') == 0
+    said = capsys.readouterr().out
+    assert '0 tokens; no train set, rows of units.jsonl need words' in said
+    with pytest.raises(InputError, match='has nothing in its split train'):
+        train.open_data(f'{tmp_path}/data/interleaved')
     (tmp_path / 'bare').mkdir()
     shutil.copy(place / 'lm/config.json', tmp_path / 'bare')
     with pytest.raises(Exception, match='tokenizer.json is missing'):
