@@ -607,6 +607,8 @@ if __name__ == '__main__':
     model = SLM.from_pretrained(init, rope_theta=rope_theta or None)
     if not model.slam:
         fail(f'{init} is no speech language model: pre-train one with train.py --init={init}')
+    if model.slam.get('tokenizer'):
+        fail(f'{init} is an interleaved model: what is tuned here are models of units alone')
     n_units = model.config.vocab_size - OFFSET
     train, val, count = load_pairs(data, n_units, context, max_auto_bleu, max_unit_bleu, val_pairs)
     say(

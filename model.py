@@ -248,22 +248,28 @@ class SLM(nn.Module):
             x = self.norm(x)
         return self.project_out(x) if c.embed_dim != c.n_embd else x
 
-    def logits(self, x, precise=False):
-        """The head: (..., embed_dim) -> (..., vocab_size). precise: the product in fp32."""
-        weight = self.head.weight
+    def head_weight(self, x, precise=False):
+        """The head's weight as its product with x takes it, (vocab_size or more, embed_dim)."""
+        weight = self.head.weight.to(torch.float32 if precise else x.dtype)
         if x.is_cuda:  # 502 columns are unaligned and slow, 512 are not
             weight = F.pad(weight, (0, 0, 0, -len(weight) % 128))
-        if not precise:
-            return F.linear(x, weight)[..., : self.config.vocab_size]
+        return weight
+
+    def logits(self, x, precise=False, weight=None):
+        """The head: (..., embed_dim) -> (..., vocab_size). precise: the product in fp32. weight: of
+        head_weight, where several products share it."""
+        weight = self.head_weight(x, precise) if weight is None else weight
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), weight.float())[..., : self.config.vocab_size]
+            return F.linear(x.to(weight.dtype), weight)[..., : self.config.vocab_size]
 
     def cross_entropy(self, x, targets, precise=False):
         """-log p in nats, fp32, of each target: x (N, embed_dim), targets (N,) -> (N,); 0 where the
         target is -100. A large vocabulary's logits never all exist at once, nor in backward."""
 
+        weight = self.head_weight(x, precise)
+
         def piece(x, targets):
-            logits = self.logits(x, precise).float()
+            logits = self.logits(x, precise, weight).float()
             return F.cross_entropy(logits, targets, reduction='none', ignore_index=-100)
 
         rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)

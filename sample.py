@@ -500,7 +500,7 @@ def open_stream(path, rate):
             file.close()
 
 
-def take_pieces(steps, size, spoken, offset):
+def take_pieces(steps, size, spoken, offset=OFFSET):
     """Units out of generate_steps, `size` at a time, until the model ends; all go into `spoken`."""
     piece = []
     for tokens in steps:

@@ -69,6 +69,9 @@ arm sec41-dropout $SLAM --dropout=0.1
 arm sec41-theta-1e6 $SLAM --rope_theta=1e6  # the text LM's own
 arm sec41-adamw-8bit $SLAM --optimizer=adamw8bit
 
+# Section 4.3: text, speech and spans of both; the data as in the config
+arm sec43-interleaved config/slam_interleaved.py
+
 # Table 1: data
 arm tab1-qwen-syn      $SLAM --data=$REAL,$SYN
 arm tab1-qwen-div-syn  $SLAM --data=$REAL,$DIV,$SYN
