@@ -27,7 +27,6 @@ import re
 import sys
 import time
 import wave as wave_file
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -100,8 +99,8 @@ class Networks(NamedTuple):
 
 
 def parse_row(row, path):
-    """A prompt out of a line of a manifest (path), a units file (units, duration), a tokens file
-    (audio_repr) or a pairs file (prompt)."""
+    """A prompt out of a line of a manifest (path), a units file (units, duration) or a pairs file
+    (prompt)."""
     inner = row['prompt'] if isinstance(row.get('prompt'), dict) else row
     name = row.get('file_name') or row.get('path') or row.get('prompt_path')
     found = dict(
@@ -111,8 +110,6 @@ def parse_row(row, path):
         split=row.get('split'),
     )
     units, duration = inner.get('units'), inner.get('duration')
-    if 'audio_repr' in inner:
-        units = [int(u) for u in re.findall(r'<Un(\d+)>', str(inner['audio_repr']))]
     if units is None:
         if not name:
             raise InputError(f'{path}: its lines have neither path nor units')
@@ -138,24 +135,6 @@ def read_prompts(path, split):
     return [p for p in found if not split or p['split'] in (None, split)] or found
 
 
-@lru_cache
-def read_manifest(path):
-    """{path: row} of a manifest."""
-    return {row.get('path'): row for _, row in read_jsonl(path)}
-
-
-def words_beside(path):
-    """The row of a sound file in the manifest.jsonl of its folder, or of the two above; else {}."""
-    path = os.path.abspath(path)
-    folder = os.path.dirname(path)
-    for _ in range(3):
-        manifest = os.path.join(folder, 'manifest.jsonl')
-        if os.path.isfile(manifest):
-            return read_manifest(manifest).get(os.path.relpath(path, folder), {})
-        folder = os.path.dirname(folder)
-    return {}
-
-
 def find_prompts(text, split='', limit=0):
     """The prompts that a comma-separated list names, of each folder or .jsonl the first `limit`.
 
@@ -176,9 +155,6 @@ def find_prompts(text, split='', limit=0):
             found += some[: limit or None]
     taken = {}
     for p in found:
-        if 'path' in p and not p.get('words'):
-            row = words_beside(p['path'])
-            p |= dict(text=row.get('text'), words=row.get('words'))
         name = re.sub(r'[^\w.-]+', '_', os.path.splitext(p['name'])[0]).strip('._') or 'prompt'
         taken[name] = taken.get(name, 0) + 1
         p['name'] = name if taken[name] == 1 else f'{name}_{taken[name]}'
@@ -616,14 +592,11 @@ def check_knobs():
     """Raises InputError for knobs that make no sense, alone or together."""
     if min(num_samples, max_new_tokens, batch_size) < 1:
         raise InputError('num_samples, max_new_tokens and batch_size are at least 1')
-    if min(temperature, top_k, prompt_seconds, max_prompts, speaker, style) < 0:
-        raise InputError(
-            'temperature, top_k, prompt_seconds, max_prompts, speaker and style are not negative'
-        )
+    numbers = 'temperature', 'top_k', 'prompt_seconds', 'max_prompts', 'speaker', 'style'
+    if not all(0 <= globals()[name] < math.inf for name in numbers):
+        raise InputError(f'{", ".join(numbers)} are neither negative nor infinite')
     if not (0 < top_p <= 1 and 0 < repetition_penalty < 100):
         raise InputError('top_p is above 0 and at most 1, repetition_penalty above 0')
-    if not temperature + prompt_seconds < math.inf:
-        raise InputError('temperature and prompt_seconds are finite')
     if not out or os.path.isfile(out) or os.path.isdir(html) or os.path.isdir(stream):
         raise InputError(
             f'--out={out} --html={html} --stream={stream}: expected a folder and files'
