@@ -57,16 +57,19 @@ def test_your_own_language(tmp_path):
     (tmp_path / 'config').symlink_to(os.path.join(ROOT, 'config'))
     texts = [f'{a}. {b}.' for a in SENTENCES for b in SENTENCES[:3]]
     (tmp_path / 'german.txt').write_text('\n\n'.join(texts), encoding='utf-8')
+    (tmp_path / 'articles.csv').write_text('right,wrong\nDer Hund ist da.,Die Hund ist da.\n')
     speak = ['make_synthetic.py', '--text=german.txt', '--voices=de', '--out=my_speech']
     run(tmp_path, speak)
 
     commands = readme_commands('Your own language')
     assert [command[0] for command in commands] == [
-        *('prepare_units.py', 'prepare_units.py', 'sample.py', 'train.py', 'sample.py')
+        *('prepare_units.py', 'prepare_units.py', 'sample.py', 'train.py', 'sample.py'),
+        *('make_synthetic.py', 'eval_slm.py'),
     ]
     for command in commands:
         printed = run(tmp_path, command)
         if '--resynth' in command:
             assert 'of the frames come back' in printed
     assert (tmp_path / 'out' / 'mine' / 'model.safetensors').exists()
+    assert (tmp_path / 'out' / 'eval.json').exists()
     assert (tmp_path / 'page.html').stat().st_size > 10_000
