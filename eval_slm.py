@@ -100,7 +100,6 @@ utmos = ''  # a TorchScript file: (1, samples) float at 16 kHz -> the opinion sc
 out = 'out/eval.json'  # beside it NAME.pairs.jsonl, every pair's scores, and eval_cache/, the units
 html = ''  # a self-contained page: table, figures, prompts to listen to
 paper = 'results'  # rows of config/paper.csv to stand beside: results, data, context, all or none
-submission = ''  # folder for the files that ZeroSpeech's own tool takes
 seed = 1234
 device = 'auto'  # cuda, mps or cpu
 dtype = 'auto'  # bfloat16 on cuda, else float32
@@ -112,11 +111,6 @@ ZEROSPEECH = dict(  # tasks of ZeroSpeech's layout, and their folders
     swuggy='lexical',
     babyslm_syntactic='babyslm/syntactic',
     babyslm_lexical='babyslm/lexical',
-)
-ALIASES = dict(  # folders that are taken for these tasks
-    sstorycloze=('ssc', 'spoken_storycloze'),
-    tstorycloze=('tsc', 'topic_storycloze'),
-    own=('minimal',),
 )
 SALMON = (
     *('bg_alignment', 'bg_all_consistency', 'bg_domain_consistency', 'gender_consistency'),
@@ -176,9 +170,9 @@ Clip = namedtuple('Clip', 'files seconds units start', defaults=((), 0.0, (), 0.
 # A story whose ending is in the modality `to`, 'text' or 'speech', and alone is scored: of its
 # beginning and its ending one is speech, a Clip, the other text.
 Crossing = namedtuple('Crossing', 'speech text to')
-# What is scored: pairs are dict(id, voice, types, pos, neg, text, words), pos and neg Clips; clips:
-# {file name: Clip} of a submission; split: of the suite; official: the paper's own audio.
-Suite = namedtuple('Suite', 'pairs clips split official', defaults=({}, '', False))
+# What is scored: pairs are dict(id, voice, types, pos, neg, text, words), pos and neg Clips; split:
+# of the suite; official: the paper's own audio.
+Suite = namedtuple('Suite', 'pairs split official', defaults=('', False))
 # A model with what it speaks through; sampling: the arguments of its `generate`.
 Speaker = namedtuple('Speaker', 'name model encoder vocoder sampling')
 
@@ -309,18 +303,15 @@ def read_gold(gold, kind, split):
     return rows
 
 
-def list_zerospeech(root, kind, split, blind=False):
-    """Pairs and {file name without suffix: Clip} of a task of ZeroSpeech 2021 or BabySLM.
+def list_zerospeech(root, kind, split):
+    """Pairs of a task of ZeroSpeech 2021 or BabySLM, grouped as the official tools do.
 
-    kind: syntactic, lexical, babyslm/syntactic or babyslm/lexical. Grouped as the official tools
-    do. blind: a test set without gold.csv has no pairs.
+    kind: syntactic, lexical, babyslm/syntactic or babyslm/lexical.
     """
     places = (os.path.join(root, kind, split), os.path.join(root, split), root)
     folder = next((place for place in places if os.path.isdir(place)), root)
     stems = {os.path.splitext(os.path.relpath(f, folder))[0]: f for f in find_audio(folder)}
     gold = os.path.join(folder, 'gold.csv')
-    if blind and not os.path.exists(gold) and not any(os.path.dirname(stem) for stem in stems):
-        return [], {stem: Clip((file,)) for stem, file in stems.items()}
     rows = read_gold(gold, kind, split)
     lexical = kind.endswith('lexical')
     sides = defaultdict(lambda: ([], []))
@@ -351,7 +342,7 @@ def list_zerospeech(root, kind, split, blind=False):
             for b in wrong:
                 pos, neg = (Clip((stems[row['filename']],)) for row in (a, b))
                 pairs.append(make_pair(key, pos, neg, dict(voice=voice), types=types))
-    return pairs, {stem: Clip((file,)) for stem, file in stems.items()}
+    return pairs
 
 
 def find_crossing(name):
@@ -362,20 +353,18 @@ def find_crossing(name):
 def find_task(name, path, data_dir):
     """[(task, path)] of a task as the user names it: SALMon becomes its eight parts, and what
     stands beside it as NAME_unseen comes along. Raises InputError where nothing is found."""
-    there = {}
     if not path:
-        if os.path.isdir(data_dir):
-            there = {child.lower(): child for child in sorted(os.listdir(data_dir))}
-        plain = (name.lower(), *ALIASES.get(name, ()))
-        names = [stem + end for stem in plain for end in ('', '.jsonl', '.csv', '.parquet')]
-        path = next((os.path.join(data_dir, there[n]) for n in names if n in there), data_dir)
-        is_root = os.path.basename(os.path.abspath(data_dir)).lower() in names
-        of_root = there and name in (*ZEROSPEECH, 'salmon')
-        if path == data_dir and not is_root and not of_root:
-            known = ', '.join((*ZEROSPEECH, *ALIASES, 'salmon', *TRANSFORM))
-            has = ', '.join([*there.values()][:9]) or 'nothing'
+        there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+        names = [name.lower() + end for end in ('', '.jsonl', '.csv', '.parquet')]
+        found = [os.path.join(data_dir, child) for child in there if child.lower() in names]
+        # parts of ZeroSpeech, BabySLM and SALMon may lie in data_dir itself
+        of_root = name in (*ZEROSPEECH, 'salmon')
+        if not found and not of_root:
+            known = ', '.join((*ZEROSPEECH, 'salmon', *TRANSFORM))
+            has = ', '.join(there[:9]) or 'nothing'
             remedy = f'give --tasks={name}=PATH, a folder of data_dir, or of {known}'
             raise InputError(f'no {name!r} in {data_dir} (it has {has}): {remedy}')
+        path = found[0] if found else data_dir
     parts = [part for part in SALMON if os.path.isdir(os.path.join(path, part))]
     if name == 'salmon' and not parts:
         raise InputError(f'no part of SALMon in {path}: expected the folders {", ".join(SALMON)}')
@@ -385,18 +374,14 @@ def find_task(name, path, data_dir):
     return [(name, path)] + ([(name + '_unseen', unseen)] if os.path.isdir(unseen) else [])
 
 
-def list_suite(name, path, split, cache, blind=False):
-    """The Suite of a task. blind: ZeroSpeech's test set, which has no gold.csv, may have no pairs.
-
-    Raises InputError if a file is missing, unknown, or without counterpart.
-    """
+def list_suite(name, path, split, cache):
+    """The Suite of a task. Raises InputError if a file is missing or without counterpart."""
     base = name.removesuffix('_unseen')
     # whoever made the audio himself has our manifest there: its numbers are not the paper's
     around = (path, os.path.join(path, split), os.path.dirname(os.path.abspath(path)))
     official = not any(os.path.exists(os.path.join(place, 'manifest.jsonl')) for place in around)
     if base in ZEROSPEECH and not path.endswith(('.csv', '.jsonl', '.parquet')):
-        pairs, clips = list_zerospeech(path, ZEROSPEECH[base], split, blind)
-        return Suite(pairs, clips, split, official)
+        return Suite(list_zerospeech(path, ZEROSPEECH[base], split), split, official)
     shards = glob.glob(os.path.join(glob.escape(path), '**', '*.parquet'), recursive=True)
     if path.startswith('hub:') or path.endswith('.parquet') or shards:
         pairs = list_parquet(path, cache)
@@ -456,7 +441,7 @@ def cross(suite, path, to):
             for end in endings
         ]
         pairs.append(pair | dict(zip(('pos', 'neg'), sides, strict=True)))
-    return suite._replace(pairs=pairs, clips={})
+    return suite._replace(pairs=pairs)
 
 
 # -----------------------------------------------------------------------------
@@ -682,8 +667,8 @@ def summarise(pairs, wins, seed=1234):
 
 
 @lru_cache(maxsize=4)
-def try_hf(model_class, processor_class, where, device):
-    """(model, its tokenizer or processor, ''), or (None, None, why it cannot be loaded)."""
+def load_hf(model_class, processor_class, where, device):
+    """A transformers model and its tokenizer or processor. Raises InputError if it cannot."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -692,17 +677,10 @@ def try_hf(model_class, processor_class, where, device):
         processor = getattr(transformers, processor_class).from_pretrained(where)
         model = getattr(transformers, model_class).from_pretrained(where, dtype=dtype)
     except Exception as error:
-        return None, None, ' '.join(str(error).split())[:120]
-    return model.eval().to(device), processor, ''
-
-
-def load_hf(model_class, processor_class, where, device):
-    """A transformers model and its tokenizer or processor. Raises InputError if it cannot."""
-    model, processor, why = try_hf(model_class, processor_class, where, device)
-    if why:
+        why = ' '.join(str(error).split())[:120]
         remedy = 'give the folder of a downloaded copy'
-        raise InputError(f'{where!r} cannot be loaded ({why}): {remedy}')
-    return model, processor
+        raise InputError(f'{where!r} cannot be loaded ({why}): {remedy}') from None
+    return model.eval().to(device), processor
 
 
 @torch.inference_mode()
@@ -868,21 +846,17 @@ def load_speaker(name, where, device, precision):
         if has != wanted:
             remedy = 'pass the --encoder with which it was trained'
             raise InputError(f'encoder {unit_encoder} has {has} units, {where} {wanted}: {remedy}')
-    # tuned checkpoints of before slam.json told the stage have beta in their recipe
-    tuned = model.slam.get('stage') == 'dpo' or 'beta' in (model.slam.get('recipe') or {})
-    penalty = repetition_penalty if repetition_penalty is not None else 1.1 if tuned else 1.0
+    penalty = repetition_penalty
+    if penalty is None:
+        penalty = 1.1 if model.slam.get('stage') == 'dpo' else 1.0
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     sampling |= dict(top_p=top_p, repetition_penalty=float(penalty))
     return Speaker(name, model, unit_encoder, vocoder or model.slam.get('vocoder') or '', sampling)
 
 
-def score_suite(speaker, task, suite, cache, device, folder=''):
-    """Result, {pair id: score in 0 .. 1} and rows for the pairs file, of one suite.
-
-    folder: where the submission goes, if there is to be one.
-    """
+def score_suite(speaker, task, suite, cache, device):
+    """Result, {pair id: score in 0 .. 1} and rows for the pairs file, of one suite."""
     sides = [pair[side] for side in ('pos', 'neg') for pair in suite.pairs]
-    sides += suite.clips.values()
     clips = [side.speech if isinstance(side, Crossing) else side for side in sides]
     units = encode_clips(clips, speaker.encoder, cache, device)
     utterances = [units[clip] for clip in clips]
@@ -893,13 +867,7 @@ def score_suite(speaker, task, suite, cache, device, folder=''):
         ]
     sums, counts = log_likelihoods(speaker.model, utterances, progress=True)
     scores = sums / counts if likelihood == 'mean' else sums
-    if folder and suite.clips:
-        lines = zip(suite.clips, scores[2 * len(suite.pairs) :], strict=True)
-        with write_atomic(os.path.join(folder, ZEROSPEECH[task], split + '.txt')) as file:
-            file.writelines(f'{name} {score:.8f}\n' for name, score in lines)
-    if not suite.pairs:
-        raise InputError('no gold.csv: the submission alone was written')
-    pos, neg = scores[: len(suite.pairs)], scores[len(suite.pairs) :][: len(suite.pairs)]
+    pos, neg = np.split(scores, 2)
     wins = (pos > neg) + 0.5 * (pos == neg)
     result, items = summarise(suite.pairs, wins, seed)
     rows = []
@@ -1073,38 +1041,52 @@ def format_cell(task, result, sign=''):
     return cell + (' (n small)' if result['n'] < SMALL else '')
 
 
-def make_tables(metrics, arms, differences, about, suites):
-    """(rows of the results, rows of the differences), lists of cells, the head first."""
-    columns = list(dict.fromkeys(task for result in metrics.values() for task in result))
-    head, what = ['model'], ['']
-    for task in columns:
+def make_columns(metrics, suites):
+    """What stands over a column and where: dict(task, title, what, percent, paper) of each; paper:
+    [[model, number], ...] where the paper's rows may stand in it, else []."""
+    known, others, columns = comparable(suites), read_paper(), []
+    for task in dict.fromkeys(task for results in metrics.values() for task in results):
         crossing = find_crossing(task)
         base = task.removesuffix(crossing)
         seen = base.removesuffix('_unseen')
         voices = ', unseen voices' if base != seen else ''
-        head.append(LABELS.get(seen, seen) + voices + CROSSINGS.get(crossing, ''))
         n = max(results.get(task, {}).get('n', 0) for results in metrics.values())
         suite = suites.get(task.removesuffix('_in_vocabulary'))
         scored = ' of the ending' if crossing else ''
         measure = MEASURES.get(task, f'% of pairs, by {likelihood} log-likelihood{scored}')
         parts = (suite.split if suite else '', f'n = {n:,}' if n else '', measure)
-        what.append('; '.join(filter(None, parts)))
-    keys = ('gpus', 'gpu_days', 'parameters', 'tokens')
-    table = [[*head, 'GPUs', 'GPU-days', 'parameters', 'tokens'], [*what, '', '', '', '']]
+        column = dict(
+            task=task, title=LABELS.get(seen, seen) + voices + CROSSINGS.get(crossing, '')
+        )
+        column |= dict(what='; '.join(filter(None, parts)), percent=task not in TRANSFORM, paper=[])
+        if task in known:
+            column['paper'] = [[row['model'], float(row[task])] for row in others if row.get(task)]
+        columns.append(column)
+    return columns
+
+
+def make_tables(columns, metrics, arms, differences, about):
+    """(rows of the results, rows of the differences), lists of cells, the head first."""
+
+    def cells(results, sign=''):
+        return [format_cell(c['task'], results.get(c['task']), sign) for c in columns]
+
+    def beside(row):
+        return [row[key] for key in ('gpus', 'gpu_days', 'parameters', 'tokens')]
+
+    titles = [column['title'] for column in columns]
+    table = [['model', *titles, 'GPUs', 'GPU-days', 'parameters', 'tokens']]
+    table.append(['', *(column['what'] for column in columns), '', '', '', ''])
     for name, results in metrics.items():
-        cells = [format_cell(task, results.get(task)) for task in columns]
-        table.append([name, *cells, *(about[name][key] for key in keys)])
+        table.append([name, *cells(results), *beside(about[name])])
     for name, (members, results) in arms.items():
-        cells = [format_cell(task, results.get(task)) for task in columns]
-        table.append([f'{name}: mean of {len(members)} seeds', *cells, '', '', '', ''])
-    known = comparable(suites)
+        table.append([f'{name}: mean of {len(members)} seeds', *cells(results), '', '', '', ''])
     for row in read_paper():
-        cells = [row.get(task, '') if task in known else '' for task in columns]
-        if any(cells):
-            table.append([row['model'], *cells, *(row[key] for key in keys)])
-    changes = [['difference', *head[1:]]]
-    for name, results in differences.items():
-        changes.append([name, *(format_cell(task, results.get(task), '+') for task in columns)])
+        theirs = [row.get(column['task'], '') if column['paper'] else '' for column in columns]
+        if any(theirs):
+            table.append([row['model'], *theirs, *beside(row)])
+    changes = [['difference', *titles]]
+    changes += [[name, *cells(results, '+')] for name, results in differences.items()]
     return table, changes
 
 
@@ -1204,15 +1186,17 @@ def write_report(path, page):
         file.write(template.replace('>DATA<', f'>{data}<'))
 
 
-def make_page(tables, notes, metrics, arms, about, suites, players, summary):
+def make_page(columns, tables, notes, metrics, arms, about, players, summary):
     """What the page shows, as JSON can hold it."""
-    columns = list(dict.fromkeys(task for result in metrics.values() for task in result))
-    known = comparable(suites)
-    rows = read_paper()
-    for row in rows:
+    scaling = []  # the paper's Figure 1, where our tSC may stand in it
+    for row in read_paper():
         parameters, tokens = parse_count(row['parameters']), parse_count(row['tokens'])
-        row['n_parameters'] = parameters
-        row['flops'] = 6 * parameters * tokens if parameters and tokens else None
+        if row['tstorycloze'] and parameters:
+            flops = 6 * parameters * tokens if tokens else None
+            point = dict(model=row['model'], tsc=float(row['tstorycloze']), flops=flops)
+            scaling.append(point | dict(parameters=parameters))
+    if not any(column['paper'] for column in columns if column['task'] == 'tstorycloze'):
+        scaling = []
     commit = subprocess.run(
         ['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True
     ).stdout.strip()
@@ -1229,27 +1213,9 @@ def make_page(tables, notes, metrics, arms, about, suites, players, summary):
         changes=tables[1],
         scores=scores,
         about=about,
-        columns=[
-            dict(
-                task=task,
-                title=tables[0][0][1 + i],
-                what=tables[0][1][1 + i],
-                percent=task not in TRANSFORM,
-                paper=[[row['model'], float(row[task])] for row in rows if row.get(task)]
-                if task in known
-                else [],
-            )
-            for i, task in enumerate(columns)
-        ],
+        columns=columns,
         curves={name: read_curve(entry) for name, entry in about.items()},
-        scaling=[
-            dict(model=row['model'], tsc=float(row['tstorycloze']), flops=row['flops'])
-            | dict(parameters=row['n_parameters'])
-            for row in rows
-            if row['tstorycloze'] and row['n_parameters']
-        ]
-        if 'tstorycloze' in known
-        else [],
+        scaling=scaling,
         players=list(players.values()),
     )
 
@@ -1263,11 +1229,12 @@ def find_checkpoints(text):
     models, arms = {}, {}
 
     def add(where):
-        name = os.path.basename(where.rstrip('/')) or where
-        if where in models.values() and not where.endswith('/'):
+        where = where.rstrip('/')
+        name = os.path.basename(where)
+        if where in models.values():
             name = f'{name} ({len(models) + 1})'
         elif name in models:
-            name = where.rstrip('/') if where.rstrip('/') not in models else f'{where} (again)'
+            name = where
         models[name] = where
         return name
 
@@ -1300,17 +1267,14 @@ def attempt(results, name, function, *arguments):
 def check_outputs(paths):
     """Ends at once, before anything is computed, if a file cannot be written."""
     for path in filter(None, paths):
-        try:
-            if os.path.isdir(path):
-                raise IsADirectoryError(0, 'it is a folder')
-            with write_atomic(path + '.part') as file:
-                file.write('')
-            os.remove(path + '.part')
-        except OSError as error:
-            fail(f'{path} cannot be written: {error.strerror}')
+        if os.path.isdir(path):
+            fail(f'{path} is a folder, expected a file')
+        with write_atomic(path + '.part'):
+            pass
+        os.remove(path + '.part')
 
 
-def evaluate(speaker, suites, generative, listing, cache, device, folder):
+def evaluate(speaker, suites, generative, listing, cache, device):
     """({task: result}, {task: items}, rows) of one checkpoint, all its tasks."""
     results, items, rows = {}, {}, []
 
@@ -1320,7 +1284,7 @@ def evaluate(speaker, suites, generative, listing, cache, device, folder):
             rows.extend(*found[2:])
 
     for task, suite in suites.items():
-        found = attempt(results, task, score_suite, speaker, task, suite, cache, device, folder)
+        found = attempt(results, task, score_suite, speaker, task, suite, cache, device)
         keep(task, found)
         if task == 'swuggy' and found:
             name = 'swuggy_in_vocabulary'
@@ -1383,7 +1347,7 @@ if __name__ == '__main__':
 
     # what cannot be read or written is told at once, before anything is computed
     side_file = os.path.splitext(out)[0] + '.pairs.jsonl'
-    check_outputs((out, side_file, html, submission and os.path.join(submission, 'scores')))
+    check_outputs((out, side_file, html))
     where_to_run = pick_device(device)
     precision = pick_dtype(dtype, where_to_run)
     about = {name: describe(SLM.from_pretrained(where), where) for name, where in models.items()}
@@ -1395,7 +1359,7 @@ if __name__ == '__main__':
         crossing = find_crossing(name)
         base = name.removesuffix(crossing)
         for task, place in attempt(not_run, name, find_task, base, path, data_dir) or ():
-            arguments = (task, place, split, cache, bool(submission))
+            arguments = (task, place, split, cache)
             task += crossing
             suite = attempt(not_run, task, list_suite, *arguments)
             if suite and crossing:
@@ -1417,8 +1381,7 @@ if __name__ == '__main__':
             metrics[name] |= dict.fromkeys((*suites, *generative), broken[name])
             continue
         sampling[name] = speaker.sampling
-        folder = os.path.join(submission, name if len(models) > 1 else '') if submission else ''
-        arguments = (suites, generative, listing, cache, where_to_run, folder)
+        arguments = (suites, generative, listing, cache, where_to_run)
         results, items[name], rows = evaluate(speaker, *arguments)
         metrics[name] |= results
         scored += rows
@@ -1436,7 +1399,8 @@ if __name__ == '__main__':
         file.write(json.dumps(record, indent=1))
 
     # what a person reads: tables, notes, and what could not run
-    tables = make_tables(metrics, arm_results, differences, about, suites)
+    columns = make_columns(metrics, suites)
+    tables = make_tables(columns, metrics, arm_results, differences, about)
     notes = make_notes(metrics, arm_results, suites, sampling)
     failed = {
         f'{task} ({result["not_run"]})'
@@ -1444,12 +1408,11 @@ if __name__ == '__main__':
         for task, result in results.items()
         if 'not_run' in result
     }
-    columns = len(tables[0][0]) - 5
-    summary = f'{len(models)} models, {columns} tasks, {len(scored)} scores'
+    summary = f'{len(models)} models, {len(columns)} tasks, {len(scored)} scores'
     if html:
         lines = notes + [f'Not run: {reason}' for reason in sorted(failed)]
-        arguments = (metrics, arm_results, about, suites, players, summary)
-        write_report(html, make_page(tables, lines, *arguments))
+        arguments = (metrics, arm_results, about, players, summary)
+        write_report(html, make_page(columns, tables, lines, *arguments))
 
     # the table, and one line of summary last
     print_table(tables[0])

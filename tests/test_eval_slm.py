@@ -238,15 +238,15 @@ def test_the_official_average(tmp_path, kind, monkeypatch):
     score = {row['filename']: rng.randint(0, 4) for row in rows}  # with ties
     listings = []
     for root in (tmp_path, tmp_path / kind, tmp_path / kind / 'dev'):
-        pairs, files = eval_slm.list_zerospeech(str(root), kind, 'dev')
+        pairs = eval_slm.list_zerospeech(str(root), kind, 'dev')
         listings.append(pairs)
-        assert set(files) == set(score)
     assert listings[0] == listings[1] == listings[2]
-    of = {clip: score[name] for name, clip in files.items()}
-    wins = [
-        1.0 if of[p['pos']] > of[p['neg']] else 0.5 if of[p['pos']] == of[p['neg']] else 0.0
-        for p in pairs
-    ]
+
+    def score_of(clip):
+        return score[os.path.splitext(os.path.basename(clip.files[0]))[0]]
+
+    gaps = [score_of(pair['pos']) - score_of(pair['neg']) for pair in pairs]
+    wins = [(np.sign(gap) + 1) / 2 for gap in gaps]
     result, items = eval_slm.summarise(pairs, wins)
     keys = ('type', 'subtype', 'id') if kind == 'syntactic' else ('id',)
     assert result['score'] == pytest.approx(official(rows, score, keys)) and result['n'] == 14
@@ -279,7 +279,7 @@ def test_the_official_average(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(
         os, 'walk', lambda *a, **k: ((top, dirs, names[::-1]) for top, dirs, names in walk(*a, **k))
     )
-    assert eval_slm.list_zerospeech(str(tmp_path), kind, 'dev')[0] == pairs
+    assert eval_slm.list_zerospeech(str(tmp_path), kind, 'dev') == pairs
 
 
 def test_zerospeech_mistakes_are_named(tmp_path):
@@ -307,19 +307,16 @@ def test_zerospeech_mistakes_are_named(tmp_path):
 
 def test_zerospeech_unknown_files_and_a_wrong_folder(tmp_path, capsys):
     zerospeech(str(tmp_path), 'syntactic')
-    pairs, files = eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev')
+    pairs = eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev')
     assert capsys.readouterr().err == ''
     tone(str(tmp_path / 'syntactic' / 'dev' / 'stranger.wav'), 0.3)
-    again, files = eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev')
-    assert (
-        again == pairs
-        and 'stranger' in files
-        and 'stranger.wav: unknown file, gold.csv does not name it' in capsys.readouterr().err
-    )
+    assert eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev') == pairs
+    told = 'stranger.wav: unknown file, gold.csv does not name it'
+    assert told in capsys.readouterr().err
     with pytest.raises(
         M.InputError, match='expected the data as unpacked, syntactic/test/gold.csv'
     ):  # there is no test: not all that lies below
-        eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'test', blind=True)
+        eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'test')
     gold = tmp_path / 'syntactic' / 'dev' / 'gold.csv'
     for broken, told in (
         (b'\xff\xfe', 'gold.csv'),
@@ -342,7 +339,7 @@ def names(pair):
 
 
 def test_storycloze_and_salmon_layouts(tmp_path):
-    story = tmp_path / 'sSC'
+    story = tmp_path / 'sStoryCloze'
     for n in (1, 2, 10, 11):
         for side in ('correct', 'incorrect'):
             end = 'flac' if n == 2 else 'wav'
@@ -404,8 +401,8 @@ def test_own_pairs(tmp_path):
     """A folder that make_synthetic.py spoke, a table of two paths, and unseen voices beside."""
     suite(str(tmp_path / 'minimal'), 3)
     suite(str(tmp_path / 'minimal_unseen'), 2)
-    tasks = eval_slm.find_task('own', '', str(tmp_path))
-    assert [task for task, _ in tasks] == ['own', 'own_unseen']
+    tasks = eval_slm.find_task('minimal', '', str(tmp_path))
+    assert [task for task, _ in tasks] == ['minimal', 'minimal_unseen']
     assert [len(eval_slm.list_suite(*task, 'dev', '').pairs) for task in tasks] == [3, 2]
     lines = ['correct,incorrect,type,voice', 'minimal/0_correct.wav,minimal/1_correct.wav,t,v']
     (tmp_path / 'mine.csv').write_text('\n'.join(lines) + '\n')
@@ -433,9 +430,9 @@ def test_parquet_suite(tmp_path):
     for pair in plain:
         sound = [dict(bytes=open(pair[s].files[0], 'rb').read(), path='x') for s in ('pos', 'neg')]
         rows.append(dict(positive_audio=sound[0], negative_audio=sound[1]))
-    (tmp_path / 'ssc').mkdir()
+    (tmp_path / 'sStoryCloze').mkdir()
     pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist(rows), str(tmp_path / 'ssc' / 'test-0.parquet')
+        pyarrow.Table.from_pylist(rows), str(tmp_path / 'sStoryCloze' / 'test-0.parquet')
     )
     ((task, path),) = eval_slm.find_task('sstorycloze', '', str(tmp_path))
     pairs = eval_slm.list_suite(task, path, 'dev', str(tmp_path / 'cache')).pairs
@@ -466,8 +463,11 @@ def test_babyslm_averages_over_words(tmp_path):
         writer.writerows(rows)
     ((task, path),) = eval_slm.find_task('babyslm_lexical', '', str(tmp_path))
     found = eval_slm.list_suite(task, path, 'dev', '')
-    stem = {clip: name for name, clip in found.clips.items()}
-    wins = [score[stem[pair['pos']]] > score[stem[pair['neg']]] for pair in found.pairs]
+
+    def score_of(clip):
+        return score[os.path.basename(clip.files[0]).removesuffix('.wav')]
+
+    wins = [score_of(pair['pos']) > score_of(pair['neg']) for pair in found.pairs]
     result, _ = eval_slm.summarise(found.pairs, np.array(wins, float))
     words = []
     for word in ('cat', 'dog'):
@@ -875,7 +875,6 @@ def test_two_models_end_to_end(tmp_path, checkpoint):
         '--tasks=grammar,sstory,tstory,broken,sblimp,swuggy,nothing',
         '--seed=1',
         f'--html={tmp_path}/r.html',
-        f'--submission={tmp_path}/sub',
         '--max_new_tokens=10',
     )
     done = run(*args, ok=False)
@@ -908,15 +907,6 @@ def test_two_models_end_to_end(tmp_path, checkpoint):
     units = M.dedup(enc.encode([M.load_audio(mine[0]['neg'])])[0])[0]
     ids = torch.tensor([[1, *(units + 2), 1]])
     assert mine[0]['score_neg'] == pytest.approx(-hf(ids, labels=ids).loss.item(), abs=1e-4)
-    for task, folder in (('sblimp', 'syntactic'), ('swuggy', 'lexical')):
-        lines = dict(line.split() for line in open(tmp_path / 'sub' / 'b' / folder / 'dev.txt'))
-        by_b = {
-            os.path.basename(row[side])[:-4]: row[f'score_{side}']
-            for row in rows
-            if (row['model'], row['task']) == ('b', task)
-            for side in ('pos', 'neg')
-        }
-        assert {name: float(value) for name, value in lines.items()} == pytest.approx(by_b)
 
     # the paper's rows stand in the column of their suite alone
     table = [line.split('|') for line in done.stdout.splitlines() if line.startswith('|')]
@@ -945,7 +935,7 @@ def test_listening_end_to_end(tmp_path, checkpoint, listeners, endpoint):
     """GenPPL and auto-BLEU of prompt + continuation and of that alone, GPTScore and a MOS
     predictor, each against the same computed by hand."""
     asr, lm = listeners
-    suite(str(tmp_path / 'sSC'), 4)
+    suite(str(tmp_path / 'sstorycloze'), 4)
     out = tmp_path / 'eval.json'
     loudness = torch.jit.trace(lambda wave: wave.square().mean().sqrt() + 1, torch.zeros(1, 99))
     loudness.save(str(tmp_path / 'mos.pt'))
@@ -1047,7 +1037,7 @@ def test_gptscore_end_to_end(tmp_path, checkpoint, listeners, endpoint):
 
 @pytest.mark.parametrize(
     ('slam', 'penalty'),
-    [(dict(stage='pretraining'), 1.0), (dict(stage='dpo'), 1.1), (dict(recipe=dict(beta=1)), 1.1)],
+    [(dict(stage='pretraining'), 1.0), (dict(stage='dpo'), 1.1)],
 )
 def test_repetition_penalty_is_that_of_the_stage(tmp_path, checkpoint, slam, penalty):
     slm = M.SLM.from_pretrained(checkpoint['a'])
@@ -1063,7 +1053,7 @@ def test_mistakes_end_at_once_in_one_line(tmp_path, checkpoint):
     for args, told in (
         ((f'--init={a},{tmp_path}/typo,{a}', '--tasks=sSC'), 'typo'),
         ((f'--init={a}', '--tasks=sSC', f'--html={tmp_path}/sSC'), 'a folder'),
-        ((f'--init={a}', '--tasks=sSC', '--html=/dev/null/r.html'), 'r.html cannot be written'),
+        ((f'--init={a}', '--tasks=sSC', '--html=/dev/null/r.html'), '/dev/null'),
         ((f'--init={a}', '--tasks='), '--tasks=NAME'),
     ):
         done = run(f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json', *args, ok=False)

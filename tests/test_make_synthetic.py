@@ -667,7 +667,7 @@ def test_at_most_a_thousand_files_a_folder(task, roles, tmp_path, monkeypatch):
 
         kind = 'syntactic' if task == 'blimp' else 'lexical'
         assert {os.path.dirname(path) for path in files[:998]} == {f'{kind}/dev'}
-        assert len(list_zerospeech(str(folder), kind, 'dev')[0]) == 1200
+        assert len(list_zerospeech(str(folder), kind, 'dev')) == 1200
 
 
 def test_blimp_is_read_back_by_the_evaluation(tmp_path):
@@ -686,7 +686,7 @@ def test_blimp_is_read_back_by_the_evaluation(tmp_path):
         f'--voices={",".join(sorted(voices))}')  # fmt: skip
     from eval_slm import list_zerospeech
 
-    pairs = list_zerospeech(out, 'syntactic', 'dev')[0]
+    pairs = list_zerospeech(out, 'syntactic', 'dev')
     assert len(pairs) == 6 and {pair['voice'] for pair in pairs} == voices
     with open(f'{out}/skipped.jsonl') as file:
         assert len(file.readlines()) == 2 == summary_of(out)['skipped']
@@ -744,7 +744,7 @@ def test_wuggy(tmp_path):
         seen.add(other)
     from eval_slm import list_zerospeech
 
-    listed = list_zerospeech(f'{tmp_path}/wuggy', 'lexical', 'dev')[0]
+    listed = list_zerospeech(f'{tmp_path}/wuggy', 'lexical', 'dev')
     assert len(listed) == len(pairs) == 120 - summary_of(f'{tmp_path}/wuggy')['skipped'] > 100
     with open(f'{tmp_path}/wuggy/lexical/dev/gold.csv') as file:
         gold = list(csv.DictReader(file))
