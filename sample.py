@@ -584,7 +584,8 @@ def write_results(rows, prompts, more, frame_rate, seconds):
         )
     if 'first_sound' in more:
         what += f', first sound after {more["first_sound"]:.2f} s'
-    what += f': {spoken:.1f} s of speech in {seconds:.1f} s ({spoken / seconds:.1f} x real time)'
+    took = f'{spoken:.1f} s of speech in {seconds:.1f} s ({spoken / seconds:.1f} x real time)'
+    what += f': {took}' if to == 'speech' else f' in text, in {seconds:.1f} s'
     print(f'{what}{f", {loops} with a loop" if loops else ""} -> {html or stream or out}')
 
 

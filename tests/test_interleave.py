@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 import eval_slm
 import prepare_units
 import train
-from model import SLM, InputError, read_tokenizer
+from model import SLM, InputError, UnitTable, read_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 UNITS, RATE = 20, 25.0
@@ -477,6 +477,26 @@ def test_generation_stays_in_its_modality(checkpoint, kind):
         assert int(tokens.max()) < slm.offset
     else:
         assert int(tokens.min()) >= slm.offset and int(tokens.max()) < slm.offset + UNITS
+
+
+def test_samples_across_modalities(place, checkpoint, tmp_path, monkeypatch, capsys):
+    """sample.py: from units to words, printed and in sample.json; from words to sound."""
+    table = UnitTable(UNITS, RATE)
+    noise = 0.1 * torch.randn(8 * 16000, generator=torch.Generator().manual_seed(0))
+    table.add(noise, torch.arange(UNITS).repeat_interleave(10))
+    table.finish().save_pretrained(tmp_path / 'vocoder')
+    flags = (f'--init={checkpoint}', f'--vocoder={tmp_path}/vocoder', '--temperature=2')
+    flags += (f'--out={tmp_path}/out', '--device=cpu', '--top_k=0')
+    heard = (f'--prompt={place}/made.jsonl', '--max_prompts=2', '--num_samples=2')
+    assert run_script(monkeypatch, 'sample', *flags, *heard, '--to=text') == 0
+    texts = json.loads(read(tmp_path / 'out/sample.json'))['texts']
+    assert len(texts) == 4 and any(texts)
+    printed = capsys.readouterr().out
+    assert all(f'|{text}' in printed for text in texts)
+    assert run_script(monkeypatch, 'sample', *flags, '--from_text=the dog ran.') == 0
+    (row,) = [json.loads(line) for line in read(tmp_path / 'out/units.jsonl').splitlines()]
+    assert row['units'] and max(row['units']) < UNITS and row['prompt_units'] == 0
+    assert os.path.getsize(tmp_path / 'out/from_text/full.wav') > 1000
 
 
 # -----------------------------------------------------------------------------
