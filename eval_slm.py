@@ -16,7 +16,6 @@ Tasks, and where they are looked for in data_dir:
     own, or any other name              your own pairs: NAME=PATH, or NAME in data_dir
         a folder      <id>_correct.wav, <id>_incorrect.wav; type and voice from manifest.jsonl
         .csv, .jsonl  columns correct, incorrect (paths from the file's folder), type, voice
-        .jsonl        of prepare_units.py: prompt, chosen, rejected, each with units
         .parquet      a file, a folder of them or hub:OWNER/NAME: positive_audio, negative_audio
     genppl, autobleu                    on prompt + continuation, as published; with
                                         _continuation behind the name on that alone
@@ -165,8 +164,8 @@ Continuation: %s"""
 CROSSINGS = {'_to_text': ', speech → text', '_from_text': ', text → speech'}
 
 # An utterance: its files, laid end to end, `seconds` of the beginning (0: all), or what follows
-# `start` seconds; or its units.
-Clip = namedtuple('Clip', 'files seconds units start', defaults=((), 0.0, (), 0.0))
+# `start` seconds.
+Clip = namedtuple('Clip', 'files seconds start', defaults=(0.0, 0.0))
 # A story whose ending is in the modality `to`, 'text' or 'speech', and alone is scored: of its
 # beginning and its ending one is speech, a Clip, the other text.
 Crossing = namedtuple('Crossing', 'speech text to')
@@ -234,29 +233,19 @@ def list_folder(folder):
 
 def list_table(path):
     """Pairs of a .csv or .jsonl: the columns correct and incorrect (paths, from the file's folder),
-    type and voice; or rows of prompt, chosen and rejected, each with units (those held out)."""
+    type and voice."""
     if path.endswith('.csv'):
         with open(path, newline='', encoding='utf-8-sig') as file:
             rows = list(enumerate(csv.DictReader(file), 2))
     else:
         rows = list(read_jsonl(path))
-    held_out = [(i, row) for i, row in rows if row.get('split', 'train') != 'train']
     pairs = []
-    for i, row in held_out or rows:
-        try:
-            if 'chosen' in row:
-                start, *ends = (tuple(row[k]['units']) for k in ('prompt', 'chosen', 'rejected'))
-                pos, neg = (Clip(units=tuple(map(int, start + end))) for end in ends)
-                if min(pos.units + neg.units) < 0:
-                    raise ValueError
-            else:
-                here = os.path.dirname(path)
-                names = [os.path.join(here, row[side]) for side in ('correct', 'incorrect')]
-                pos, neg = (Clip((name,)) for name in names)
-        except (KeyError, TypeError, ValueError):
-            wanted = 'correct and incorrect, or prompt, chosen and rejected with units (0, 1, ...)'
-            raise InputError(f'{path}, line {i}: expected {wanted}') from None
-        pairs.append(make_pair(row.get('id', i), pos, neg, row))
+    for i, row in rows:
+        names = row.get('correct'), row.get('incorrect')
+        if not all(isinstance(name, str) for name in names):
+            raise InputError(f'{path}, line {i}: expected correct and incorrect, paths of audio')
+        clips = [Clip((os.path.join(os.path.dirname(path), name),)) for name in names]
+        pairs.append(make_pair(row.get('id', i), *clips, row))
     return pairs
 
 
@@ -418,11 +407,11 @@ def cut_stories(pair, manifest):
         if not all(texts):
             raise InputError(f'{files[0]}: no text, in manifest.jsonl or beside it in .txt')
         return [(Clip((file,)), text) for file, text in zip(files, texts, strict=True)]
-    words = [manifest.get(side[-1], {}).get('words') if side else None for side in sides]
+    words = [manifest.get(side[-1], {}).get('words') for side in sides]
     spoken = [[word for word, *_ in known or ()] for known in words]
     first = find_ending(*spoken)
     if not 0 < first < min(map(len, spoken)):
-        name = '+'.join(sides[0]) or pair['id']
+        name = '+'.join(sides[0])
         raise InputError(f'{name}: no ending known, expected `words` of it in manifest.jsonl')
     parts = [(Clip(sides[0], words[0][first - 1][2]), ' '.join(spoken[0][:first]))]
     for side, known, said in zip(sides, words, spoken, strict=True):
@@ -492,7 +481,7 @@ def encode_clips(clips, where, folder, device='cpu', batch=64):
                     known[key] = np.array(units, np.int32)
 
         # like lengths in a batch
-        todo = [clip for clip in keys if not clip.units and keys[clip] not in known]
+        todo = [clip for clip in keys if keys[clip] not in known]
         todo.sort(key=lambda clip: (sum(map(os.path.getsize, clip.files)), clip.files))
         unit_encoder = UnitEncoder.from_pretrained(where, device=device) if todo else None
         starts = range(0, len(todo), batch)
@@ -507,7 +496,7 @@ def encode_clips(clips, where, folder, device='cpu', batch=64):
                     known[keys[clip]] = np.array(units, np.int32)
                     cache.write(f'\n{json.dumps([keys[clip], units, sum(units)])}\n')
                 cache.flush()
-    return {clip: np.array(clip.units) if clip.units else known[keys[clip]] for clip in keys}
+    return {clip: known[key] for clip, key in keys.items()}
 
 
 def to_tokens(model, utterance):
@@ -878,7 +867,7 @@ def score_suite(speaker, task, suite, cache, device):
             if isinstance(what, Crossing):
                 about[side] = [*what.speech.files, what.text]
             else:
-                about[side] = '+'.join(what.files) or what.units
+                about[side] = '+'.join(what.files)
         rows.append(dict(model=speaker.name, task=task, **about, score_pos=a, score_neg=b, win=win))
     return result, items, rows
 

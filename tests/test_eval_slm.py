@@ -480,22 +480,11 @@ def test_babyslm_averages_over_words(tmp_path):
     assert result['score'] == pytest.approx(100 * np.mean(words)) and result['n'] == 2
 
 
-def test_pairs_file(tmp_path):
-    row = dict(prompt=dict(units=[1, 2]), chosen=dict(units=[3]), rejected=dict(units=[4, 5]))
+def test_a_table_of_nothing(tmp_path):
     path = tmp_path / 'pairs.jsonl'
-    rows = [dict(row, split='train'), dict(row, split='val', voice='v')]
-    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    (pair,) = eval_slm.list_suite('pairs', str(path), 'dev', '').pairs
-    assert (pair['pos'].units, pair['neg'].units) == ((1, 2, 3), (1, 2, 4, 5))
-    assert pair['voice'] == 'v'
-    for broken in (
-        dict(prompt=dict(units=[1])),
-        dict(row, chosen=dict(units=[-1])),
-        dict(row, chosen=dict(units=['a'])),
-        dict(row, chosen=dict(units=None)),
-    ):
+    for broken in (dict(correct='a.wav'), dict(correct='a.wav', incorrect=3)):
         path.write_text(json.dumps(broken) + '\n')
-        with pytest.raises(M.InputError, match='line 1: expected correct and incorrect, or prompt'):
+        with pytest.raises(M.InputError, match='line 1: expected correct and incorrect'):
             eval_slm.list_table(str(path))
     path.write_text('')
     with pytest.raises(M.InputError, match='holds no pairs'):
