@@ -17,17 +17,12 @@ no checkpoint that a warning was given for. train_state.pt goes on from the last
 
 from config import configure, fail
 
-import contextlib
-import fcntl
 import hashlib
-import importlib
 import json
 import math
 import os
-import pickle
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -45,11 +40,24 @@ from model import (
     OFFSET,
     SLM,
     InputError,
+    add_up,
     auto_bleu,
+    catch_signals,
+    check_knobs,
+    duration,
+    explain_memory,
+    find_run,
+    git_commit,
+    open_log,
     pack_rows,
-    pick_device,
     pick_dtype,
     read_jsonl,
+    save_run,
+    say,
+    share,
+    start_processes,
+    start_wandb,
+    stop_processes,
     tokenize_words,
     write_atomic,
 )
@@ -381,15 +389,6 @@ def measure_samples(model, prompts):
     return dict(units=units, repeats=repeats / max(1, units), auto_bleu=bleu)
 
 
-def add_up(totals, numbers):
-    """totals, (7,) on the device, and a step: sums of its four numbers, the last the gradient norm,
-    over finite steps; how many were finite and how many not, and of these how many in a row."""
-    none, one = torch.zeros(1, device=totals.device), torch.ones(1, device=totals.device)
-    good = torch.cat((numbers, one, none, -totals[-1:]))
-    bad = torch.cat((torch.zeros_like(numbers), none, one, one))
-    return totals + torch.where(numbers[-1].isfinite(), good, bad)
-
-
 def tell(record, last_step):
     """The line on the terminal of a record of log.jsonl."""
     parts = [f'step {record["step"]}/{last_step}']
@@ -424,181 +423,15 @@ def find_damage(scores, before):
     return [f'{line}: lower --lr, fewer --epochs, or --sft_weight=0.1' for line in damage]
 
 
-def describe_run(model, config):
-    """What slam.json keeps: what it knew of the units, and the recipes."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git_commit = subprocess.getoutput(f"git -C '{here}' rev-parse HEAD 2>/dev/null") or None
-    recipe = dict(config, pretraining=model.slam.get('recipe'))
-    return model.slam | dict(stage='dpo', recipe=recipe, git_commit=git_commit)
-
-
-# -----------------------------------------------------------------------------
-# Processes, files and signals (train.py has the same)
-
-
-def check_ranges(config, least, below):
-    """Exit with code 2 where a number is under its `least` (0 if none) or not `below` its limit."""
-    for knob, value in config.items():
-        if type(value) in (int, float):
-            low, high = least.get(knob, 0), below.get(knob, math.inf)
-            if not low <= value < high:
-                fail(f'--{knob}={value} is out of range: at least {low}, less than {high}')
-
-
-def explain_memory(remedy):
-    """From now on, memory that is not there is one line on stderr that names the remedy."""
-    before = sys.excepthook
-
-    def hook(kind, error, trace):
-        none_left = issubclass(kind, torch.OutOfMemoryError | MemoryError)
-        if none_left or "can't allocate memory" in str(error):
-            fail(f'out of memory: {remedy}')
-        before(kind, error, trace)
-
-    sys.excepthook = hook
-
-
-def start_processes(device):
-    """The device of this process, its rank and the number of processes, as torchrun set them."""
-    rank, local, world = (
-        int(os.environ.get(key, default))
-        for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))
-    )
-    device = pick_device(device)
-    if device.type == 'cuda':
-        device = torch.device('cuda', local) if world > 1 else device
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')
-    if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    return device, rank, world
-
-
-def stop_processes(world):
-    """All leave together: one that is gone is an error to another that still talks to it."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def share(numbers, device):
-    """Sums of a list of numbers over the processes: what all of them then agree on."""
-    if not dist.is_initialized():
-        return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-def catch_signals(rank):
-    """A list that the first SIGINT or SIGTERM enters; the second ends the process at once."""
-    caught = []
-
-    def catch(number, frame):
-        caught.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        if rank == 0:  # no print: it may be what was interrupted
-            os.write(2, b'\nstopping: this step is finished and saved; once more ends it at once\n')
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, catch)
-    return caught
-
-
-def say(text, rank=0):
-    """Print a line, in the first process alone. A reader that left (`| head`) ends no run."""
-    try:
-        if rank == 0:
-            print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def duration(seconds):
-    """'45 s', '3.2 min' or '23.5 h'."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.1f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
-
-
-def load_state(out_dir, fresh, config, free):
-    """What a run of this command left in out_dir/train_state.pt, or `fresh` if there is nothing.
-
-    Exits with code 2 if it cannot be read, was written by an older version, or if a knob that is
-    not `free` had another value. Knobs that only one of two versions knows do not matter.
-    """
-    path = os.path.join(out_dir, 'train_state.pt')
-    if not os.path.exists(path):
-        return fresh
-    try:
-        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        fail(f'{path} is damaged ({type(error).__name__}): --resume=False starts over')
-    if not isinstance(state, dict) or {*fresh, 'config'} - set(state):
-        fail(f'{path} is not of this version: --resume=False starts over')
-    for knob in sorted(set(state['config']) & set(config) - set(free)):
-        before, now = state['config'][knob], config[knob]
-        if before != now:
-            remedy = 'choose another --out_dir, or --resume=False to start over'
-            fail(f'{out_dir} is a run with {knob}={before!r}, not {now!r}: {remedy}')
-    return state
-
-
-def save(folder, model, slam, state=None):
-    """Write a checkpoint; last, whole in one file, the state that a killed run goes on from."""
-    try:
-        model.save_pretrained(folder, slam)
-        if state is not None:
-            with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
-                torch.save(state, file)
-    except (OSError, RuntimeError) as error:
-        # of a full disk torch.save says that a position is unexpected; the OSError lies behind it
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        remedy = 'make room and run the same command to continue'
-        fail(f'cannot write {folder} ({cause}): the checkpoint before it is kept; {remedy}')
-
-
-def open_log(out_dir, step, rank=0):
-    """out_dir/log.jsonl to append to, without what a killed run wrote there past `step`.
-
-    Locked as long as this process lives: exits with code 2 if another one is training in out_dir.
-    """
-    if rank:
-        return open(os.devnull, 'w')
-    os.makedirs(out_dir, exist_ok=True)
-    file = open(os.path.join(out_dir, 'log.jsonl'), 'a+', buffering=1, encoding='utf-8')
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f'another process is training in {out_dir}: wait for it, or choose another --out_dir')
-    except OSError:
-        pass  # a file system without locks
-    file.seek(0)
-    kept = 0  # bytes: JSON is ASCII
-    for line in file.readlines() if step else []:
-        if not line.endswith('\n') or json.loads(line)['step'] > step:  # the last may be torn
-            break
-        kept += len(line)
-    file.truncate(kept)
-    return file
-
-
 if __name__ == '__main__':
     config = configure(globals())
 
     # --- what the knobs say, held against what can be done, before anything is read or built
     least = dict(beta=1e-9, context=4, batch_pairs=1, row_tokens=1, lr=1e-12, log_interval=1)
-    check_ranges(config, least, {})
+    check_knobs(config, least, {})
     if loss not in LOSSES:
         fail(f'loss {loss!r} is unknown: use {", ".join(LOSSES)}')
     preference_loss, needs_reference = LOSSES[loss]
-    if compile not in (None, True, False):
-        fail(f'--compile={compile}: use True or False')
-    if os.path.abspath(init) == os.path.abspath(out_dir):
-        fail(f'init and out_dir are both {init}: choose another --out_dir, this one would be lost')
     explain_memory(f'lower --row_tokens={row_tokens} (the batch stays) or --context={context}')
     torch_device, rank, world = start_processes(device)
     cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)
@@ -636,7 +469,7 @@ if __name__ == '__main__':
     state = dict(step=0, elapsed=0.0, seen=0, skipped=0, scores={}, before={})
     state |= dict(best=math.inf, best_step=0, key=key, model=None, optimizer=None)
     if resume:
-        state = load_state(out_dir, state, config, FREE)
+        state = find_run(out_dir, state, config, FREE)
     if state['key'] != key:
         remedy = 'choose another --out_dir, or --resume=False to start over'
         fail(f'{out_dir} is a run with other weights in init or other pairs: {remedy}')
@@ -655,9 +488,8 @@ if __name__ == '__main__':
     model.to(torch_device)
     logps = torch.compile(model.logps, dynamic=False) if compiled else model.logps
 
-    autocast = contextlib.nullcontext()
-    if torch_dtype != torch.float32:
-        autocast = torch.autocast(torch_device.type, torch_dtype)
+    mixed = torch_dtype != torch.float32
+    autocast = torch.autocast(torch_device.type, torch_dtype, enabled=mixed)
 
     def row_logps(row, m):
         """Log-probabilities (m, 2) of chosen and rejected of the m pairs in a row."""
@@ -721,14 +553,10 @@ if __name__ == '__main__':
         say(f'going on at step {step}', rank)
 
     # what the checkpoint says of itself, the log, and the first signal that stops the run
-    slam = describe_run(model, config)
+    recipe = dict(config, pretraining=model.slam.get('recipe'))
+    slam = model.slam | dict(stage='dpo', recipe=recipe, git_commit=git_commit())
     log_file = open_log(out_dir, step, rank)
-    tracker = None
-    if wandb and rank == 0:
-        try:
-            tracker = importlib.import_module('wandb').init(project='slam', config=config)
-        except ImportError:
-            fail('wandb is not installed: pip install wandb, or --wandb=False')
+    tracker = start_wandb(config) if wandb and rank == 0 else None
     stopping = catch_signals(rank)
 
     # --- validation: what is held out, and samples, against what they were
@@ -747,7 +575,7 @@ if __name__ == '__main__':
         return scores | {f'val_{name}': value for name, value in samples.items()}
 
     # --- the loop
-    totals = torch.zeros(7, device=torch_device)  # see add_up
+    totals = torch.zeros(7, device=torch_device)  # of measure and norm: model.add_up
     batches, first_step, clock, halt = None, step, time.perf_counter(), 0
     if validating and not step:
         scores = before = validate()
@@ -825,7 +653,7 @@ if __name__ == '__main__':
             say(tell_validation(scores, before, len(val)), rank)
         for line in damage:
             say(f'WARNING: {line}', rank)
-        if in_a_row >= 10:
+        if in_a_row >= 10 or over and in_a_row > step / 2:
             fail(f'{in_a_row:.0f} steps in a row were not finite: lower --lr')
 
         # checkpoints: the best by held-out loss, if nothing is wrong with it
@@ -835,7 +663,7 @@ if __name__ == '__main__':
         if record.get('val_loss', math.inf) < best and not damage:
             best, best_step = record['val_loss'], step
             if rank == 0:
-                save(os.path.join(out_dir, 'best'), model, slam)
+                save_run(os.path.join(out_dir, 'best'), model, slam)
 
         # out_dir is the best so far, at first the pre-trained model; the state is where to go on
         if rank == 0 and (keep or over or halt):
@@ -847,7 +675,7 @@ if __name__ == '__main__':
             state = dict(step=step, elapsed=elapsed, seen=seen, skipped=skipped, scores=scores)
             state |= dict(before=before, best=best, best_step=best_step, key=key, config=config)
             state |= dict(model=model.state_dict(), optimizer=adamw.state_dict())
-            save(out_dir, kept, kept_slam, state)
+            save_run(out_dir, kept, kept_slam, state)
         totals[:6] = 0
         clock = time.perf_counter()
 

@@ -17,6 +17,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from bisect import bisect_left, insort
@@ -27,6 +29,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import chain
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -3060,11 +3063,12 @@ def pick_device(device='auto'):
 
 
 def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 on cuda, float32 elsewhere; else the torch dtype of that name."""
+    """'auto' -> bfloat16 on cuda, float32 elsewhere; else the torch dtype of that name. Raises
+    InputError unless it is one of those two."""
     if dtype == 'auto':
         return torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
-    if dtype not in ('float32', 'bfloat16', 'float16'):
-        raise InputError(f'dtype {dtype!r} is unknown: use auto, float32 or bfloat16')
+    if dtype not in ('float32', 'bfloat16'):  # float16 would need its gradients scaled
+        raise InputError(f'dtype {dtype!r} is not to be had: use auto, bfloat16 or float32')
     return getattr(torch, dtype)
 
 
@@ -3337,3 +3341,200 @@ def start_worker(threads=1):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+# -----------------------------------------------------------------------------
+# What train.py and dpo.py share: processes, signals, logs, and how a run goes on
+
+
+def check_knobs(config, least, below):
+    """Raises InputError where a number is under its `least` (0 if none) or not `below` its limit
+    (dicts by knob), `compile` is neither None nor a truth value, or a run would lose its init."""
+    for knob, value in config.items():
+        if type(value) in (int, float):
+            low, high = least.get(knob, 0), below.get(knob, math.inf)
+            if not low <= value < high:
+                raise InputError(f'--{knob}={value} is out of range: at least {low}, below {high}')
+    if config['compile'] not in (None, True, False):
+        raise InputError(f'--compile={config["compile"]}: use True or False')
+    init, out_dir = config['init'], config['out_dir']
+    if init != 'scratch' and os.path.abspath(init) == os.path.abspath(out_dir):
+        raise InputError(
+            f'init and out_dir are both {init}: choose another --out_dir, this one would be lost'
+        )
+
+
+def explain_memory(remedy):
+    """From now on, memory that is not there is told as an InputError that names the remedy."""
+    before = sys.excepthook
+
+    def hook(kind, error, trace):
+        none_left = issubclass(kind, torch.OutOfMemoryError | MemoryError)
+        if none_left or "can't allocate memory" in str(error):
+            kind, error = InputError, InputError(f'out of memory: {remedy}')
+        before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def start_processes(device):
+    """The device of this process, its rank and the number of processes, as torchrun set them."""
+    rank, local, world = (
+        int(os.environ.get(key, default))
+        for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))
+    )
+    device = pick_device(device)
+    if device.type == 'cuda':
+        device = torch.device('cuda', local) if world > 1 else device
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    if world > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return device, rank, world
+
+
+def stop_processes(world):
+    """All leave together: one that is gone is an error to another that still talks to it."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def share(numbers, device):
+    """Sums of a list of numbers over the processes: what all of them then agree on."""
+    if not dist.is_initialized():
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def catch_signals(rank):
+    """A list that the first SIGINT or SIGTERM enters; the second ends the process at once."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        if rank == 0:  # no print: it may be what was interrupted
+            os.write(2, b'\nstopping: this step is finished and saved; once more ends it at once\n')
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, catch)
+    return caught
+
+
+def start_wandb(config):
+    """A run of Weights & Biases; its `log` takes records. Raises InputError if there is none."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError('wandb is not installed: pip install wandb, or --wandb=False') from None
+    return wandb.init(project='slam', config=config)
+
+
+def say(text, rank=0):
+    """Print a line, in the first process alone. A reader that left (`| head`) ends no run."""
+    try:
+        if rank == 0:
+            print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def duration(seconds):
+    """'45 s', '3.2 min' or '23.5 h'."""
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.1f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+
+
+def add_up(totals, numbers):
+    """totals, (k + 3,) on the device, and a step, without waiting for either: sums of its numbers
+    (k,), the last the gradient norm, over finite steps; how many steps were finite and how many
+    not, and of these how many in a row until now."""
+    none, one = torch.zeros(1, device=totals.device), torch.ones(1, device=totals.device)
+    good = torch.cat((numbers, one, none, -totals[-1:]))  # the row of bad steps ends
+    bad = torch.cat((torch.zeros_like(numbers), none, one, one))
+    return totals + torch.where(numbers[-1].isfinite(), good, bad)
+
+
+def git_commit():
+    """The commit of this folder, None where git does not know."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    return subprocess.getoutput(f"git -C '{here}' rev-parse HEAD 2>/dev/null") or None
+
+
+def find_run(out_dir, fresh, config, free):
+    """What a run of this command left in out_dir/train_state.pt, or `fresh` if there is nothing.
+
+    Raises InputError if it cannot be read, was written by an older version, or if a knob that is
+    not `free` had another value. Knobs that only one of two versions knows do not matter.
+    """
+    path = os.path.join(out_dir, 'train_state.pt')
+    if not os.path.exists(path):
+        return fresh
+    over = '--resume=False starts over'
+    try:
+        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise InputError(f'{path} is damaged ({type(error).__name__}): {over}') from None
+    if not isinstance(state, dict) or {*fresh, 'config'} - set(state):
+        raise InputError(f'{path} is not of this version: {over}')
+    for knob in sorted(set(state['config']) & set(config) - set(free)):
+        before, now = state['config'][knob], config[knob]
+        if before != now:
+            raise InputError(
+                f'{out_dir} is a run with {knob}={before!r}, not {now!r}: choose another '
+                f'--out_dir; {over}'
+            )
+    return state
+
+
+def save_run(folder, model, slam, state=None):
+    """Write a checkpoint; last, whole in one file, the state that a killed run goes on from. Raises
+    InputError where there is no room."""
+    try:
+        model.save_pretrained(folder, slam)
+        if state is not None:
+            with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
+                torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        # of a full disk torch.save says that a position is unexpected; the OSError lies behind it
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(
+            f'cannot write {folder} ({cause}): the checkpoint before it is kept; make room and '
+            'run the same command to continue'
+        ) from None
+
+
+def open_log(out_dir, step, rank=0):
+    """out_dir/log.jsonl to append to, without what a killed run wrote there past `step`.
+
+    Locked as long as this process lives: raises InputError if another one is training in out_dir.
+    """
+    import fcntl  # not to be had on Windows
+
+    if rank:
+        return open(os.devnull, 'w')
+    os.makedirs(out_dir, exist_ok=True)
+    file = open(os.path.join(out_dir, 'log.jsonl'), 'a+', buffering=1, encoding='utf-8')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f'another process is training in {out_dir}: wait for it, or choose another --out_dir'
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    file.seek(0)
+    kept = 0  # bytes: JSON is ASCII
+    for line in file.readlines() if step else []:
+        if not line.endswith('\n') or json.loads(line)['step'] > step:  # the last may be torn
+            break
+        kept += len(line)
+    file.truncate(kept)
+    return file

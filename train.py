@@ -16,15 +16,10 @@ log.jsonl; out_dir/best is the best by validation. The same command continues a 
 
 from config import configure, fail
 
-import contextlib
-import fcntl
-import importlib
 import json
 import math
 import os
-import pickle
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,10 +35,22 @@ from model import (
     SLM,
     InputError,
     SLMConfig,
+    add_up,
+    catch_signals,
+    check_knobs,
+    duration,
+    explain_memory,
+    find_run,
+    git_commit,
+    open_log,
     pack_rows,
-    pick_device,
     pick_dtype,
-    write_atomic,
+    save_run,
+    say,
+    share,
+    start_processes,
+    start_wandb,
+    stop_processes,
 )
 
 # -----------------------------------------------------------------------------
@@ -416,9 +423,7 @@ def describe_run(first_set, config):
     for key in PARTS:  # a folder of the data's own is copied, a name stays
         if key in slam and os.path.isdir(os.path.join(folder, str(slam[key]))):
             slam[key] = os.path.join(folder, slam[key])
-    here = os.path.dirname(os.path.abspath(__file__))
-    git_commit = subprocess.getoutput(f"git -C '{here}' rev-parse HEAD 2>/dev/null") or None
-    return slam | dict(stage='pretraining', recipe=config, git_commit=git_commit)
+    return slam | dict(stage='pretraining', recipe=config, git_commit=git_commit())
 
 
 def open_validation(sets):
@@ -459,16 +464,6 @@ def validate(model, validation, device, autocast, rank=0, world=1):
     return losses
 
 
-def add_up(totals, loss, norm):
-    """totals, (5,) on the device, and a step: sums of loss and norm over finite steps, how many
-    steps were finite and how many not, and of these how many in a row until now."""
-    finite = norm.isfinite()
-    none, one = torch.zeros_like(norm), torch.ones_like(norm)
-    good = torch.stack((loss, norm, one, none, -totals[4]))  # the row of bad steps ends
-    bad = torch.stack((none, none, none, one, one))
-    return totals + torch.where(finite, good, bad)
-
-
 def tell(record, mfu):
     """The line on the terminal of a record of log.jsonl."""
     parts = [f'step {record["step"]}/{max_steps}']
@@ -483,160 +478,6 @@ def tell(record, mfu):
     return ' | '.join(parts)
 
 
-# -----------------------------------------------------------------------------
-# Processes, files and signals (dpo.py has the same)
-
-
-def check_ranges(config, least, below):
-    """Exit with code 2 where a number is under its `least` (0 if none) or not `below` its limit."""
-    for knob, value in config.items():
-        if type(value) in (int, float):
-            low, high = least.get(knob, 0), below.get(knob, math.inf)
-            if not low <= value < high:
-                fail(f'--{knob}={value} is out of range: at least {low}, less than {high}')
-
-
-def explain_memory(remedy):
-    """From now on, memory that is not there is one line on stderr that names the remedy."""
-    before = sys.excepthook
-
-    def hook(kind, error, trace):
-        none_left = issubclass(kind, torch.OutOfMemoryError | MemoryError)
-        if none_left or "can't allocate memory" in str(error):
-            fail(f'out of memory: {remedy}')
-        before(kind, error, trace)
-
-    sys.excepthook = hook
-
-
-def start_processes(device):
-    """The device of this process, its rank and the number of processes, as torchrun set them."""
-    rank, local, world = (
-        int(os.environ.get(key, default))
-        for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))
-    )
-    device = pick_device(device)
-    if device.type == 'cuda':
-        device = torch.device('cuda', local) if world > 1 else device
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')
-    if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    return device, rank, world
-
-
-def stop_processes(world):
-    """All leave together: one that is gone is an error to another that still talks to it."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def share(numbers, device):
-    """Sums of a list of numbers over the processes: what all of them then agree on."""
-    if not dist.is_initialized():
-        return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-def catch_signals(rank):
-    """A list that the first SIGINT or SIGTERM enters; the second ends the process at once."""
-    caught = []
-
-    def catch(number, frame):
-        caught.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        if rank == 0:  # no print: it may be what was interrupted
-            os.write(2, b'\nstopping: this step is finished and saved; once more ends it at once\n')
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, catch)
-    return caught
-
-
-def say(text, rank=0):
-    """Print a line, in the first process alone. A reader that left (`| head`) ends no run."""
-    try:
-        if rank == 0:
-            print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def duration(seconds):
-    """'45 s', '3.2 min' or '23.5 h'."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.1f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
-
-
-def load_state(out_dir, fresh, config, free):
-    """What a run of this command left in out_dir/train_state.pt, or `fresh` if there is nothing.
-
-    Exits with code 2 if it cannot be read, was written by an older version, or if a knob that is
-    not `free` had another value. Knobs that only one of two versions knows do not matter.
-    """
-    path = os.path.join(out_dir, 'train_state.pt')
-    if not os.path.exists(path):
-        return fresh
-    try:
-        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        fail(f'{path} is damaged ({type(error).__name__}): --resume=False starts over')
-    if not isinstance(state, dict) or {*fresh, 'config'} - set(state):
-        fail(f'{path} is not of this version: --resume=False starts over')
-    for knob in sorted(set(state['config']) & set(config) - set(free)):
-        before, now = state['config'][knob], config[knob]
-        if before != now:
-            remedy = 'choose another --out_dir, or --resume=False to start over'
-            fail(f'{out_dir} is a run with {knob}={before!r}, not {now!r}: {remedy}')
-    return state
-
-
-def save(folder, model, slam, state=None):
-    """Write a checkpoint; last, whole in one file, the state that a killed run goes on from."""
-    try:
-        model.save_pretrained(folder, slam)
-        if state is not None:
-            with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
-                torch.save(state, file)
-    except (OSError, RuntimeError) as error:
-        # of a full disk torch.save says that a position is unexpected; the OSError lies behind it
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        remedy = 'make room and run the same command to continue'
-        fail(f'cannot write {folder} ({cause}): the checkpoint before it is kept; {remedy}')
-
-
-def open_log(out_dir, step, rank=0):
-    """out_dir/log.jsonl to append to, without what a killed run wrote there past `step`.
-
-    Locked as long as this process lives: exits with code 2 if another one is training in out_dir.
-    """
-    if rank:
-        return open(os.devnull, 'w')
-    os.makedirs(out_dir, exist_ok=True)
-    file = open(os.path.join(out_dir, 'log.jsonl'), 'a+', buffering=1, encoding='utf-8')
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f'another process is training in {out_dir}: wait for it, or choose another --out_dir')
-    except OSError:
-        pass  # a file system without locks
-    file.seek(0)
-    kept = 0  # bytes: JSON is ASCII
-    for line in file.readlines() if step else []:
-        if not line.endswith('\n') or json.loads(line)['step'] > step:  # the last may be torn
-            break
-        kept += len(line)
-    file.truncate(kept)
-    return file
-
-
 if __name__ == '__main__':
     config = configure(globals())
 
@@ -644,12 +485,8 @@ if __name__ == '__main__':
     least = dict.fromkeys(('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_ffn', 'max_steps'), 1)
     least |= dict(context=2, row_tokens=2, batch_tokens=2, log_interval=1, rope_theta=1, lr=1e-9)
     least |= dict(train_hours=1e-9, decay_fraction=1e-9)
-    check_ranges(config, least, dict(dropout=1, beta1=1, beta2=1, warmup_fraction=1))
+    check_knobs(config, least, dict(dropout=1, beta1=1, beta2=1, warmup_fraction=1))
     learning_rate(0, 0)  # an unknown schedule fails here
-    if compile not in (None, True, False):
-        fail(f'--compile={compile}: use True or False')
-    if init != 'scratch' and os.path.abspath(init) == os.path.abspath(out_dir):
-        fail(f'init and out_dir are both {init}: choose another --out_dir, this one would be lost')
     explain_memory(
         f'lower --row_tokens={row_tokens} (the batch stays as it is), --context={context} or the '
         'size of the model'
@@ -670,7 +507,7 @@ if __name__ == '__main__':
     state = dict(step=0, elapsed=0.0, seen=0, skipped=0, place=(0, 0, 0), scores={}, best=math.inf)
     state |= dict(sizes=None, model=None, optimizers=None)
     if resume:
-        state = load_state(out_dir, state, config, FREE)
+        state = find_run(out_dir, state, config, FREE)
     step, elapsed, seen, skipped, place, scores, best = (
         state[key] for key in ('step', 'elapsed', 'seen', 'skipped', 'place', 'scores', 'best')
     )
@@ -678,6 +515,7 @@ if __name__ == '__main__':
     if step >= max_steps or elapsed >= budget:
         done = f'finished before, {step} steps in {duration(elapsed)}, {scores}'
         say(f'{out_dir}: {done}; nothing to do (--resume=False starts over)', rank)
+        stop_processes(world)
         raise SystemExit
 
     # --- data: rows to train on from where the run stopped, and the rows to validate on
@@ -703,7 +541,7 @@ if __name__ == '__main__':
     slam = describe_run(sets[0], config)
     if save_init and step == 0 and rank == 0:
         beside = os.path.dirname(os.path.normpath(out_dir))
-        save(os.path.join(beside, 'untrained'), raw, slam)
+        save_run(os.path.join(beside, 'untrained'), raw, slam)
     raw.to(torch_device)
     optimizers = make_optimizers(raw)
     if state['model']:
@@ -718,9 +556,8 @@ if __name__ == '__main__':
     if world > 1:
         ids = [torch_device.index] if cuda else None
         model = torch.nn.parallel.DistributedDataParallel(raw, ids, gradient_as_bucket_view=True)
-    autocast = contextlib.nullcontext()
-    if torch_dtype != torch.float32:
-        autocast = torch.autocast(torch_device.type, torch_dtype)
+    mixed = torch_dtype != torch.float32
+    autocast = torch.autocast(torch_device.type, torch_dtype, enabled=mixed)
 
     # --- what will be done is said before it is
     n_params, flops = raw.num_params(), raw.flops_per_token(float(loader.lengths.mean()))
@@ -733,19 +570,14 @@ if __name__ == '__main__':
     if step:
         say(f'going on at step {step}', rank)
     log_file = open_log(out_dir, step, rank)
-    tracker = None
-    if wandb and rank == 0:
-        try:
-            tracker = importlib.import_module('wandb').init(project='slam', config=config)
-        except ImportError:
-            fail('wandb is not installed: pip install wandb, or --wandb=False')
+    tracker = start_wandb(config) if wandb and rank == 0 else None
     stopping = catch_signals(rank)
 
     # --- the loop; a thread lays out the next batch while the device works on this one
     steps = loader.steps(rows_per_step, rank, world, pin=cuda)
     thread = ThreadPoolExecutor(1)
     ahead = thread.submit(next, steps)
-    totals = torch.zeros(5, device=torch_device)  # see add_up
+    totals = torch.zeros(5, device=torch_device)  # of loss and norm: model.add_up
     first_step, halt = step, 0
     seen_before, clock = seen, time.perf_counter()  # when the numbers were last read
     raw.train()
@@ -783,7 +615,7 @@ if __name__ == '__main__':
         raw.zero_grad()
 
         # what is known adds up on the device: nothing above had to wait for it
-        totals = add_up(totals, loss, norm)
+        totals = add_up(totals, torch.stack((loss, norm)))
         step, seen, place = step + 1, seen + batch['tokens'], batch['place']
         if compiled and step == first_step + 1:  # compiling is not training
             totals.tolist()
@@ -814,9 +646,9 @@ if __name__ == '__main__':
             tracker.log(record, step=step)
         left = min((max_steps - step) * batch_tokens / max(speed, 1e-9), budget - elapsed)
         say(f'{tell(record, speed * flops / peak)} | {duration(max(0, left))} left', rank)
-        if in_a_row >= 10:
-            where = 'lower --lr, or look at the data and at the weights of --init'
-            fail(f'{in_a_row:.0f} steps in a row were not finite: {where}')
+        if in_a_row >= 10 or over and in_a_row > step / 2:
+            remedy = 'lower --lr, or look at the data and at the weights of --init'
+            fail(f'{in_a_row:.0f} steps in a row were not finite: {remedy}')
 
         # checkpoints: the best by validation, and the one to go on from
         compute = dict(devices=world, device=machine, hours=elapsed / 3600, tokens=seen)
@@ -824,12 +656,12 @@ if __name__ == '__main__':
         if record.get('val_loss', math.inf) < best:
             best = record['val_loss']
             if rank == 0:
-                save(os.path.join(out_dir, 'best'), raw, slam)
+                save_run(os.path.join(out_dir, 'best'), raw, slam)
         if rank == 0 and (keep or over or halt):
             state = dict(step=step, elapsed=elapsed, seen=seen, skipped=skipped, place=place)
             state |= dict(scores=scores, best=best, sizes=sizes, config=config)
             state |= dict(model=raw.state_dict(), optimizers=[o.state_dict() for o in optimizers])
-            save(out_dir, raw, slam, state)
+            save_run(out_dir, raw, slam, state)
         totals[:4] = 0
         clock, seen_before = time.perf_counter(), seen
 

@@ -1,6 +1,8 @@
 """dpo.py: losses against closed forms and TRL, log-probabilities against transformers, and runs
 that are killed, shared by two processes, or do damage."""
 
+from config import report_error
+
 import json
 import math
 import os
@@ -111,7 +113,7 @@ def inside(place, monkeypatch, capsys):
 
     def start(out, **knobs):
         monkeypatch.setattr(sys, 'argv', command(place, out, **knobs))
-        monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
+        monkeypatch.setattr(sys, 'excepthook', report_error)
         monkeypatch.setattr(signal, 'signal', lambda *_: None)
         code = 0
         try:
@@ -578,6 +580,11 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(place, inside):
     assert all(
         (row['loss'] is None) == (row.get('skipped') == 2) for row in read_log(place / 'wild')
     )
+    code, _, errors = inside(
+        'few', lr=1e30, warmup_steps=0, max_steps=4, eval_interval=0, save_interval=0
+    )
+    assert code == 2 and len(errors) == 1 and '3 steps in a row were not finite' in errors[0]
+    assert not (place / 'few' / 'model.safetensors').exists()
 
 
 def test_a_model_that_is_not_finite_is_one_line(place, tmp_path, inside):
@@ -612,12 +619,14 @@ def test_memory_that_is_not_there_is_one_line(place, tmp_path, inside, monkeypat
         ('sft_weight', -1),
         ('train_hours', -1),
         ('loss', 'dro'),
+        ('dtype', 'float16'),
     ],
 )
 def test_a_knob_out_of_range_is_one_line(knob, value, inside):
     code, _, errors = inside('wrong', **{knob: value})
     assert code == 2 and len(errors) == 1 and knob in errors[0]
-    assert ('unknown' if knob == 'loss' else 'out of range') in errors[0]
+    reason = dict(loss='unknown', dtype='bfloat16').get(knob, 'out of range')
+    assert reason in errors[0]
 
 
 def test_a_full_disk_loses_nothing(place, tmp_path):

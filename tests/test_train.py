@@ -1,7 +1,7 @@
 """train.py: rows and their order, the loss of a step, the schedule, optimizers, exact resumption,
 processes, steps that are not finite, signals, and what a user can get wrong."""
 
-from config import read_block, run_config
+from config import read_block, report_error, run_config
 
 import io
 import itertools
@@ -91,21 +91,17 @@ def run(*args, processes=1, **options):
 def inside(monkeypatch, capsys, *args):
     """The program in this process: exit code, and the lines on stdout and on stderr."""
     monkeypatch.setattr(sys, 'argv', ['train.py', *TINY, *args])
-    monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
+    monkeypatch.setattr(sys, 'excepthook', report_error)
     monkeypatch.setattr(signal, 'signal', lambda *_: None)
     code = 0
     try:
         runpy.run_path(os.path.join(ROOT, 'train.py'), run_name='__main__')
     except SystemExit as end:
         code = end.code
-    except Exception as error:
-        if not isinstance(error, InputError) and type(error).__name__ != 'InputError':
-            with pytest.raises(SystemExit) as end:
-                sys.excepthook(*sys.exc_info())
-            code = end.value.code
-        else:
-            print(error, file=sys.stderr)
-            code = 2
+    except Exception:
+        with pytest.raises(SystemExit) as end:
+            sys.excepthook(*sys.exc_info())
+        code = end.value.code
     out, err = capsys.readouterr()
     return code, out.splitlines(), err.splitlines()
 
@@ -382,7 +378,7 @@ def test_totals_leave_out_what_is_not_finite():
         (5.0, 4.0),
         (1, math.nan),
     ):
-        totals = train.add_up(totals, torch.tensor(loss), torch.tensor(norm))
+        totals = train.add_up(totals, torch.tensor([loss, norm]))
     assert totals.tolist() == [6, 6, 2, 3, 1]
 
 
@@ -728,6 +724,10 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
     flags = f'--data={data}', f'--out_dir={tmp_path}/slm', poisoned(str(tmp_path / 'bad'))
     code, out, err = inside(monkeypatch, capsys, *flags)
     assert code == 2 and len(err) == 1 and '10 steps in a row' in err[0]
+    few = f'--out_dir={tmp_path}/few', '--max_steps=4'
+    code, out, err = inside(monkeypatch, capsys, *flags, *few)
+    assert code == 2 and len(err) == 1 and '4 steps in a row' in err[0]
+    assert not os.path.exists(f'{tmp_path}/few/model.safetensors')
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -834,6 +834,7 @@ def test_memory_that_is_not_there_is_one_line(data, tmp_path, monkeypatch, capsy
         *('--train_hours=0', '--log_interval=0', '--dropout=1', '--decay_fraction=0'),
         *('--seed=-1', '--n_kv_head=0', '--schedule=linear', '--optimizer=sgd', '--context=100'),
         *('--val_data=nowhere', '--data=nowhere', '--compile=maybe', '--dtype=int8'),
+        '--dtype=float16',
     ],
 )
 def test_a_knob_out_of_range_is_one_line(flag, data, tmp_path, monkeypatch, capsys):
