@@ -595,7 +595,7 @@ def dpo():
 
     with tempfile.TemporaryDirectory() as folder:
         data, out = os.path.join(folder, 'data'), os.path.join(folder, 'dpo')
-        write_data(data, 10_000, pairs=200 if FILLING else 3000)
+        write_data(data, 10_000, pairs=3000)
         init = os.path.join(folder, 'slm')
         slam = dict(n_units=500, dedup=True, frame_rate=25.0)
         SLM.from_preset(SHAPE, context=1024).save_pretrained(init, slam)
@@ -813,27 +813,28 @@ def stop(process):
 
 
 def run_step(name, limit, *flags):
-    """A step in a process group of its own -> its figures, among them `error` if it failed."""
+    """A step in a process group and folder of its own -> its figures, with `error` if it failed."""
     figures, begin = {}, time.monotonic()
-    with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
-        process = subprocess.Popen(
-            [*launcher(), os.path.abspath(__file__), '--one', name, *flags],
-            stdout=out, stderr=err, cwd=ROOT, start_new_session=True,
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with open(folder + '/out', 'w') as out, open(folder + '/err', 'w') as err:
+            process = subprocess.Popen(
+                [*launcher(), os.path.abspath(__file__), '--one', name, *flags],
+                stdout=out, stderr=err, cwd=ROOT, start_new_session=True,
+                env=os.environ | dict(TMPDIR=folder),
+            )  # fmt: skip
         RUNNING.add(process)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = f'no end within {limit:.0f} s'
         stop(process)
-        RUNNING.discard(process)
         process.wait()
-        out.seek(0)
-        err.seek(0)
-        for line in out:
-            if line.startswith('FIGURES '):
-                figures |= json.loads(line.removeprefix('FIGURES '))
-        said = [line.strip() for line in err if line.strip()]
+        RUNNING.discard(process)
+        with open(folder + '/out') as out, open(folder + '/err') as err:
+            for line in out:
+                if line.startswith('FIGURES '):
+                    figures |= json.loads(line.removeprefix('FIGURES '))
+            said = [line.strip() for line in err if line.strip()]
     if code:
         errors = [line for line in said if 'Error' in line] or said or ['']
         figures['error'] = f'{code}: {errors[-1][:300]}'
@@ -844,7 +845,8 @@ class Check:
     """All steps: what they found, and how much time is left."""
 
     def __init__(self, arguments):
-        self.dry, self.out, self.seconds = arguments.dry, arguments.out, arguments.seconds
+        self.dry, self.out = arguments.dry, arguments.out
+        self.seconds = math.inf if self.dry else arguments.seconds
         self.flags = ['--dry'] * arguments.dry
         self.flags += ['--layers', str(arguments.layers)] if arguments.layers else []
         self.begin, self.figures, self.lock = time.monotonic(), {}, threading.Lock()
@@ -856,7 +858,7 @@ class Check:
 
     def run(self, name, share=1.0):
         """A step, its line and its figures; not at all where no time is left for it."""
-        limit = 3600 if self.dry else min(STEPS[name], self.left(share))
+        limit = min(3600 if self.dry else STEPS[name], self.left(share))
         if name not in self.missing or limit < 3:
             return
         found = run_step(name, limit, *self.flags)
@@ -870,6 +872,12 @@ class Check:
         """Its compile caches alone; whether that works is no result."""
         if self.left(share) > 3:
             self.note(f'fill_{name}', 'fill', run_step(name, self.left(share), '--fill'))
+
+    def stop(self, *_):
+        """Of a signal: what runs ends, and nothing more begins."""
+        self.seconds = 0
+        for process in list(RUNNING):
+            stop(process)
 
     def note(self, name, status, found):
         line = ' '.join(f'{key}={json.dumps(value)}' for key, value in found.items())
@@ -943,13 +951,15 @@ def main():
     elif not torch.cuda.is_available():
         sys.exit('gpu_check.py: no CUDA device here')
 
+    # one cache for all steps, whose temporary files go with them
+    cache = os.path.join(tempfile.gettempdir(), 'gpu_check_cache')
+    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', cache)
     check = Check(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('gpu_check.py: terminated'))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, check.stop)
     try:
         run_all(check, alone=bool(arguments.steps))
     finally:
-        for process in list(RUNNING):
-            stop(process)
         good = check.end()
     sys.exit(not good)
 
