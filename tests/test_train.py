@@ -3,6 +3,7 @@ processes, steps that are not finite, signals, and what a user can get wrong."""
 
 from config import read_block, report_error, run_config
 
+import contextlib
 import io
 import itertools
 import json
@@ -351,7 +352,7 @@ def test_validation_is_the_mean_over_tokens(data, monkeypatch, tmp_path):
         monkeypatch.setattr(train, knob, value)
     rows = train.open_validation(train.open_data(f'{data}:2,{other}', split='val'))
     model = small_model()
-    scores = train.validate(model, rows, torch.device('cpu'), train.contextlib.nullcontext())
+    scores = train.validate(model, rows, torch.device('cpu'), contextlib.nullcontext())
     sums, counts = [], []
     for folder in (data, other):
         loader = train.Loader(train.open_data(folder), 32, 64, 0, split='val')
