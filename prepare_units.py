@@ -729,8 +729,26 @@ def encode(net, pieces):
     return lines
 
 
-def encode_parts(todo, net, root):
-    """Encode the parts [(number, items), ...]; yields (number, its lines, failures, seconds).
+def part_path(number):
+    return os.path.join(out, 'parts', f'{number:05d}.jsonl')
+
+
+def parts_there():
+    """The numbers of the parts that are done."""
+    names = os.listdir(os.path.join(out, 'parts'))
+    return {int(name[:-6]) for name in names if re.fullmatch(r'\d+\.jsonl', name)}
+
+
+def write_part(number, lines, failures, seconds, n_files):
+    """A part is its rows, and a last line that tells of it."""
+    summary = dict(files=n_files, audio_seconds=round(seconds, 3), failed=failures)
+    with write_atomic(part_path(number), 'wb') as file:
+        file.writelines(lines)
+        file.write(to_line(dict(part=number, **summary)))
+
+
+def encode_parts(parts, mine, net, root):
+    """Encode those of the parts `mine` that are not there -> how many times faster than speech.
 
     MFCC are computed where the files are read. A net runs here, while workers read ahead.
     """
@@ -741,25 +759,28 @@ def encode_parts(todo, net, root):
             seconds = sum(len(wave) for piece in pieces for wave in piece.waves) / SAMPLE_RATE
             yield encode(net, pieces) if in_worker else pieces, failures, seconds, last
 
-    begun = {}
-    for number, (found, failures, seconds, last) in work_ahead(todo, work):
-        lines, failed, total = begun.get(number, ([], [], 0.0))
-        lines += found if in_worker else encode(net, found)
-        begun[number] = lines, failed + failures, total + seconds
-        if last:
-            yield number, *begun.pop(number)
-
-
-def part_path(number):
-    return os.path.join(out, 'parts', f'{number:05d}.jsonl')
-
-
-def write_part(number, lines, failures, seconds, n_files):
-    """A part is its rows, and a last line that tells of it."""
-    summary = dict(files=n_files, audio_seconds=round(seconds, 3), failed=failures)
-    with write_atomic(part_path(number), 'wb') as file:
-        file.writelines(lines)
-        file.write(to_line(dict(part=number, **summary)))
+    there = parts_there()
+    todo = [(number, parts[number]) for number in mine if number not in there]
+    done = sum(len(parts[number]) for number in mine if number in there)
+    begun, started, total, n_failed = {}, time.time(), 0.0, 0
+    with tqdm(total=sum(len(parts[i]) for i in mine), initial=done, unit=' files') as bar:
+        for number, (found, failures, seconds, last) in work_ahead(todo, work):
+            lines, failed, spoken = begun.get(number, ([], [], 0.0))
+            lines += found if in_worker else encode(net, found)
+            begun[number] = lines, failed + failures, spoken + seconds
+            total += seconds
+            n_failed += len(failures)
+            speed = round(total / max(time.time() - started, 1e-3))
+            if last:
+                write_part(number, *begun.pop(number), len(parts[number]))
+                bar.update(len(parts[number]))
+                bar.set_postfix_str(f'{speed} x real time, {n_failed} failed')
+            if n_failed > max_failed:
+                raise InputError(
+                    f'{n_failed} files failed, the last: {": ".join(failures[-1])}; '
+                    f'--max_failed={max_failed} allows more'
+                )
+    return speed if todo else 0
 
 
 def check_recipe(path, recipe):
@@ -1419,7 +1440,7 @@ def judge_units():
             results[setting] = judge_file(setting)
             continue
         if corpus is None:
-            corpus = list_corpus()
+            corpus = choose_items(*find_sources(), val_folders, exclude)
             pieces = draw_marked(corpus)
         results[setting] = judge_encoder(setting, pieces, corpus)
 
@@ -1472,12 +1493,6 @@ def count_workers():
     has_affinity = hasattr(os, 'sched_getaffinity')
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     return workers or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-
-
-def list_corpus():
-    """What --audio names, less what is left out."""
-    sources, root = find_sources()
-    return choose_items(sources, root, val_folders, exclude)
 
 
 def make_recipe(corpus, config):
@@ -1542,28 +1557,6 @@ def prepare_vocoder(net, name, corpus):
     return net.vocoder if name != 'encoder' else None
 
 
-def encode_all(parts, mine, net, root):
-    """Encode those of the parts `mine` that are not there -> how many times faster than speech."""
-    there = set(os.listdir(os.path.join(out, 'parts')))
-    todo = [(i, parts[i]) for i in mine if os.path.basename(part_path(i)) not in there]
-    done = sum(len(parts[i]) for i in mine) - sum(len(items) for _, items in todo)
-    started, total, failed = time.time(), 0.0, []
-    with tqdm(total=sum(len(parts[i]) for i in mine), initial=done, unit=' files') as bar:
-        for number, lines, failures, seconds in encode_parts(todo, net, root):
-            write_part(number, lines, failures, seconds, len(parts[number]))
-            total += seconds
-            failed += failures
-            bar.update(len(parts[number]))
-            speed = total / max(time.time() - started, 1e-3)
-            bar.set_postfix_str(f'{speed:.0f} x real time, {len(failed)} failed')
-            if len(failed) > max_failed:
-                raise InputError(
-                    f'{len(failed)} files failed, the last: {": ".join(failed[-1])}; '
-                    f'--max_failed={max_failed} allows more'
-                )
-    return round(total / max(time.time() - started, 1e-3)) if todo else 0
-
-
 def merge(parts, net, name, speed, corpus):
     """All parts are there: the voice, the token files, meta.json."""
     total = dict(files=0, audio_seconds=0.0, cut=0, failed=[])
@@ -1599,7 +1592,7 @@ if __name__ == '__main__':
         sys.exit()
 
     # What there is to do. The first to come lays down the recipe, the others must have the same
-    corpus = list_corpus()
+    corpus = choose_items(*find_sources(), val_folders, exclude)
     parts = make_parts(corpus.items)
     recipe = make_recipe(corpus, config)
     path = os.path.join(out, 'parts', 'recipe.json')
@@ -1616,10 +1609,10 @@ if __name__ == '__main__':
 
     # The encoder, then this shard's parts, read by workers ahead of the net
     net, name = prepare_encoder(corpus, recipe, part)
-    speed = encode_all(parts, range(part, len(parts), of), net, corpus.root)
+    speed = encode_parts(parts, range(part, len(parts), of), net, corpus.root)
 
     # Whoever finds all parts there joins them; if two do, both write the same
-    missing = sum(not os.path.exists(part_path(number)) for number in range(len(parts)))
+    missing = len(parts) - len(parts_there())
     if missing:
         print(f'{out}: shard {part} of {of} is done; {missing} of {len(parts)} parts are missing')
     else:
