@@ -620,7 +620,9 @@ def draw_frames(net, corpus, n_frames):
             if total >= n_frames:
                 break
     if not frames:
-        raise InputError('no training speech to fit on: none of the files drawn can be read')
+        raise InputError(
+            'no training speech to fit on: of the files drawn none is readable and not to validate'
+        )
     return torch.cat(frames)[:n_frames]
 
 
