@@ -1808,8 +1808,8 @@ class Stretch:
     wave: torch.Tensor  # (samples,), as many as its frames need
     norm: tuple  # scale and shift, (C,) each, of the first layer's group norm; () without one
     frames: int
-    skip: int  # frames of context before those that are wanted
-    out: torch.Tensor  # (wanted frames, D): where the result goes
+    wanted: slice  # of the frames: those that are no context
+    result: torch.Tensor = None  # features or units, (wanted frames, ...)
 
 
 class UnitEncoder:
@@ -1919,55 +1919,56 @@ class UnitEncoder:
         with write_atomic(os.path.join(folder, 'encoder.json')) as file:
             json.dump(config, file, indent=2)
 
+    @torch.inference_mode()
     def encode(self, waves):
-        """List of (samples,) at 16 kHz -> list of (frames,) long units on the CPU, one a frame."""
-        return self.assign(self.features(waves))
+        """List of (samples,) at 16 kHz -> list of (frames,) long units on the CPU, one a frame.
+
+        Raises InputError as `assign` does.
+        """
+        if self.config['kind'] == 'mfcc' or self.config.get('switch'):
+            return self.assign(self.features(waves))
+        self._check_clusters(self.net.config.hidden_size)
+        return self._to_cpu(self._run(waves, self._nearest))  # hours of features are not kept
 
     @torch.inference_mode()
     def features(self, waves):
         """List of (samples,) at 16 kHz, of any length -> list of (frames, D) float32."""
-        waves = [torch.as_tensor(wave, dtype=torch.float32) for wave in waves]
         if self.config['kind'] == 'mfcc':
-            return [self._mfcc(wave) for wave in waves]
-        if self.device.type != 'cpu':
-            return self._run(waves, map)
-        # a core an utterance: threads that share one wait for each other, and round by their number
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-            result = self._run(waves, pool.map)
-        torch.set_num_threads(threads)  # also of the threads to come
-        return result
+            return [self._mfcc(torch.as_tensor(wave, dtype=torch.float32)) for wave in waves]
+        return self._run(waves, torch.Tensor.float)
 
-    def _run(self, waves, each):
-        """The features of waves by the net; `each` is map, of one thread or of a pool."""
-        cut = list(each(self._stretches, waves))
-        batches = self._batches([stretch for _, stretches in cut for stretch in stretches])
-        list(each(self._compute, batches))
-        return [features for features, _ in cut]
+    def _run(self, waves, finish):
+        """`finish` of the net's features (frames, D) of each wave, stretch by stretch, joined."""
+        # on a CPU a core an utterance: threads that share one wait for each other, and round by
+        # their number
+        threads, each = torch.get_num_threads(), map
+        with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
+            if self.device.type == 'cpu':
+                each = pool.map
+            cut = list(each(self._stretches, waves))
+            list(each(partial(self._compute, finish), self._batches(chain(*cut))))
+        torch.set_num_threads(threads)  # also of the threads to come
+        return [torch.cat([stretch.result for stretch in stretches]) for stretches in cut]
 
     @torch.inference_mode()
     def _stretches(self, wave):
-        """-> the features of a wave (frames, D), yet to be filled, and the stretches to do so."""
-        pad = self.config['pad']
+        """The stretches of a wave."""
+        pad, wave = self.config['pad'], torch.as_tensor(wave, dtype=torch.float32)
         wave = F.pad(wave, (pad, max(pad, self.reach - pad - len(wave))))
         wave = wave.pin_memory() if self.device.type == 'cuda' else wave
         wave = wave.to(self.device, non_blocking=True)
-        frames = (len(wave) - self.reach) // self.hop + 1
-        features = torch.empty(frames, self.net.config.hidden_size, device=self.device)
         norm = self._first_norm(wave)
-        if frames <= self.longest:
-            count, context = 1, 0
-        else:
-            context = self.longest // 10
-            count = -(-frames // (self.longest - 2 * context))
+        frames = (len(wave) - self.reach) // self.hop + 1
+        context = self.longest // 10 if frames > self.longest else 0
+        count = -(-frames // (self.longest - 2 * context))
         stretches = []
         for i in range(count):
             start, stop = frames * i // count, frames * (i + 1) // count  # the wanted ones
             first, last = max(0, start - context), min(frames, stop + context)
             part = wave[first * self.hop : (last - 1) * self.hop + self.reach]
-            out = features[start:stop]
-            stretches.append(Stretch(part, norm, last - first, start - first, out))
-        return features, stretches
+            wanted = slice(start - first, stop - first)
+            stretches.append(Stretch(part, norm, last - first, wanted))
+        return stretches
 
     def _first_norm(self, wave):
         """The first layer's group norm, a channel a group: scale and shift, (C,) each; () if none.
@@ -2000,7 +2001,7 @@ class UnitEncoder:
         return batches
 
     @torch.inference_mode()
-    def _compute(self, batch):
+    def _compute(self, finish, batch):
         """Fill the results of a batch of stretches; nothing here waits for a GPU."""
         longest = batch[0].frames
         if self.device.type == 'cuda':
@@ -2017,7 +2018,7 @@ class UnitEncoder:
         with self._precision():
             x = self._hidden(x, norm, frames)
         for row, stretch in zip(x, batch, strict=True):
-            stretch.out.copy_(row[stretch.skip : stretch.skip + len(stretch.out)])
+            stretch.result = finish(row[stretch.wanted])
 
     @contextlib.contextmanager
     def _precision(self):
@@ -2103,17 +2104,11 @@ class UnitEncoder:
         Raises InputError if there are no clusters, or of another width, or if a change of unit has
         a price and `distortion`, its unit of measure, is not known.
         """
-        if self.centroids is None:
-            raise InputError(f'{self.name} has no k-means')
-        width = self.centroids.shape[1]
-        if features and features[0].shape[1] != width:
-            raise InputError(
-                f'the k-means is for {width} features, {self.name} gives {features[0].shape[1]}'
-            )
+        if not features:
+            return []
+        self._check_clusters(features[0].shape[1])
         if not self.config.get('switch'):
-            nearest = [self._costs(part).argmin(1) for f in features for part in f.split(BLOCK)]
-            lengths = [len(f) for f in features]
-            return list(torch.cat(nearest).cpu().split(lengths)) if features else []
+            return self._to_cpu([self._nearest(f) for f in features])
         price = self.config['switch'] * self.config.get('distortion', 0) / 2
         if not price:
             raise InputError(f'{self.name}: `switch` needs `distortion`, the mean squared distance')
@@ -2123,6 +2118,23 @@ class UnitEncoder:
             paths = self._cheapest([features[i] for i in some], price)
             units |= zip(some, paths, strict=True)
         return [units[i] for i in range(len(features))]
+
+    def _check_clusters(self, width):
+        """Raises InputError if there are no clusters for features of this width."""
+        if self.centroids is None:
+            raise InputError(f'{self.name} has no k-means')
+        if width != self.centroids.shape[1]:
+            found = f'the k-means is for {self.centroids.shape[1]} features'
+            raise InputError(f'{found}, {self.name} gives {width}')
+
+    def _nearest(self, features):
+        """(frames, D) -> (frames,) the nearest centroid of each."""
+        return torch.cat([self._costs(part.float()).argmin(1) for part in features.split(BLOCK)])
+
+    @staticmethod
+    def _to_cpu(units):
+        """List of (frames,) on any device -> on the CPU, in one copy."""
+        return list(torch.cat(units).cpu().split([len(u) for u in units])) if units else []
 
     @torch.inference_mode()
     def distance(self, features):
