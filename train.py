@@ -349,7 +349,11 @@ def describe(loader):
         f'{batch_tokens * chunks / tokens:.0f} chunks; {epochs:.3g} epochs in {max_steps:,} steps'
     ]
     if epochs > 10:
-        lines.append(f'WARNING: {epochs:,.0f} epochs are many: lower --max_steps or add speech')
+        ten = math.ceil(10 * tokens / batch_tokens)
+        lines.append(
+            f'WARNING: {epochs:,.0f} epochs are many: add speech, or end earlier '
+            f'(--max_steps={ten} is 10 epochs)'
+        )
     if warmup_steps > max_steps:
         lines.append(f'WARNING: a warm-up of {warmup_steps:,} steps is longer than the run')
     return lines
