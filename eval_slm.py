@@ -43,10 +43,12 @@ import time
 import urllib.request
 from bisect import bisect_right
 from collections import defaultdict, namedtuple
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -116,34 +118,12 @@ SALMON = (
     *('rir_consistency', 'sentiment_alignment', 'sentiment_consistency', 'speaker_consistency'),
 )
 PERCENT = partial(np.multiply, 100)
-TRANSFORM = dict(  # of the mean over prompts, of the tasks that continue prompts
-    genppl=np.exp,
-    genppl_continuation=np.exp,
-    autobleu=PERCENT,
-    autobleu_continuation=PERCENT,
-    gptscore=np.asarray,
-    utmos=np.asarray,
-)
-LABELS = dict(
+LABELS = dict(  # of columns, where they differ from the task's name
     sblimp='sBLIMP',
     swuggy='sWUGGY, all',
     swuggy_in_vocabulary='sWUGGY, in vocabulary',
     sstorycloze='sSC',
     tstorycloze='tSC',
-    genppl='GenPPL ↓',
-    genppl_continuation='GenPPL of the continuation ↓',
-    autobleu='auto-BLEU ↓',
-    autobleu_continuation='auto-BLEU of the continuation ↓',
-    gptscore='GPTScore',
-    utmos='MOS (UTMOS)',
-)
-MEASURES = dict(
-    genppl='perplexity, prompt + continuation',
-    genppl_continuation='perplexity',
-    autobleu='% of bigrams, prompt + continuation',
-    autobleu_continuation='% of bigrams',
-    gptscore='1 to 5',
-    utmos='1 to 5',
 )
 # what GenPPL and auto-BLEU of the paper were measured with (section 4 and Table 6)
 PAPER_SAMPLING = dict(
@@ -349,7 +329,7 @@ def find_task(name, path, data_dir):
         # parts of ZeroSpeech, BabySLM and SALMon may lie in data_dir itself
         of_root = name in (*ZEROSPEECH, 'salmon')
         if not found and not of_root:
-            known = ', '.join((*ZEROSPEECH, 'salmon', *TRANSFORM))
+            known = ', '.join((*ZEROSPEECH, 'salmon', *METRICS))
             has = ', '.join(there[:9]) or 'nothing'
             remedy = f'give --tasks={name}=PATH, a folder of data_dir, or of {known}'
             raise InputError(f'no {name!r} in {data_dir} (it has {has}): {remedy}')
@@ -881,23 +861,71 @@ def only_in_vocabulary(pairs, items):
     return interval([*kept.values()], seed=seed), kept
 
 
-def listen(speaker, clips, task, heard, cache, device):
+def rate_fluency(clips, begins, texts, waves, device):
+    """GenPPL: mean negative log-likelihoods in nats under the text LM."""
+    return [text_nll(text, text_lm, device) for text in texts]
+
+
+def rate_repetition(clips, begins, texts, waves, device):
+    """Auto-BLEU of each transcript."""
+    return [auto_bleu(tokenize_words(text)) for text in texts]
+
+
+def rate_sense(clips, begins, texts, waves, device):
+    """GPTScore: a judge's rating of each continuation, given the text of its prompt."""
+    unknown = [i for i, text in enumerate(begins) if text is None]
+    found = transcribe([load_clip(clips[i]) for i in unknown], asr, device)
+    for i, text in zip(unknown, found, strict=True):
+        begins[i] = text
+    asked = [JUDGE % both for both in zip(begins, texts, strict=True)]
+    asked = tqdm(asked, 'judging', leave=False)
+    return [rate(question, judge, device, judge_model) for question in asked]
+
+
+def rate_sound(clips, begins, texts, waves, device):
+    """MOS by the predictor."""
+    return predict_mos(waves, utmos, device)
+
+
+class Metric(NamedTuple):
+    label: str
+    measure: str
+    transform: Callable  # of the mean over prompts
+    rate: Callable  # (clips, begins, texts, waves, device) -> a value of each prompt, or None
+    alone: bool = False  # of the continuation alone, else of prompt and continuation together
+    words: bool = True  # of transcripts, else texts are empty
+
+
+# What is measured of continued prompts; a new metric is a function like those above and an entry
+METRICS = dict(
+    genppl=Metric('GenPPL ↓', 'perplexity, prompt + continuation', np.exp, rate_fluency),
+    genppl_continuation=Metric(
+        'GenPPL of the continuation ↓', 'perplexity', np.exp, rate_fluency, alone=True
+    ),
+    autobleu=Metric('auto-BLEU ↓', '% of bigrams, prompt + continuation', PERCENT, rate_repetition),
+    autobleu_continuation=Metric(
+        'auto-BLEU of the continuation ↓', '% of bigrams', PERCENT, rate_repetition, alone=True
+    ),
+    gptscore=Metric('GPTScore', '1 to 5', np.asarray, rate_sense, alone=True),
+    utmos=Metric('MOS (UTMOS)', '1 to 5', np.asarray, rate_sound, words=False),
+)
+
+
+def listen(speaker, clips, metric, heard, cache, device):
     """(texts, waves) of what a speaker makes of prompts: prompt and continuation vocoded together,
-    or, for the tasks of the continuation and the judge, that alone. For utmos there are no texts.
+    or the continuation alone, as the metric wants it.
 
     heard: a dict in which tasks of one speaker find what those before them have computed.
     """
-    said = heard.setdefault(tuple(clips), {})
-    alone = task.endswith('_continuation') or task == 'gptscore'
+    said, alone = heard.setdefault(tuple(clips), {}), metric.alone
     if 'units' not in said:
         said['units'] = continue_prompts(speaker, clips, cache, device)
     if ('waves', alone) not in said:
         heads, tails = said['units']
         whole = [torch.cat(both) for both in zip(heads, tails, strict=True)]
         unit_vocoder = UnitVocoder.from_pretrained(speaker.vocoder, device=device)
-        waves = unit_vocoder.decode(tails if alone else whole)
-        said['waves', alone] = [wave.cpu() for wave in waves]
-    if ('texts', alone) not in said and task != 'utmos':
+        said['waves', alone] = unit_vocoder.decode(tails if alone else whole)
+    if ('texts', alone) not in said and metric.words:
         said['texts', alone] = transcribe(said['waves', alone], asr, device)
     return said.get(('texts', alone), [''] * len(clips)), said['waves', alone]
 
@@ -921,29 +949,17 @@ def score_generated(speaker, task, listing, heard, cache, device):
     if not ends:
         raise InputError(f'no prompt is {2 * prompt_seconds:g} s or longer')
     clips = [Clip((path,), end) for path, (end, _) in ends.items()]
-    texts, waves = listen(speaker, clips, task, heard, cache, device)
-    if task.startswith('genppl'):
-        values = [text_nll(text, text_lm, device) for text in texts]
-    elif task.startswith('autobleu'):
-        values = [auto_bleu(tokenize_words(text)) for text in texts]
-    elif task == 'utmos':
-        values = predict_mos(waves, utmos, device)
-    else:
-        begins = [text for _, text in ends.values()]
-        unknown = [i for i, text in enumerate(begins) if text is None]
-        found = transcribe([load_clip(clips[i]) for i in unknown], asr, device)
-        for i, text in zip(unknown, found, strict=True):
-            begins[i] = text
-        both = list(zip(begins, texts, strict=True))
-        asked = tqdm([JUDGE % pair for pair in both], 'judging', leave=False)
-        values = [rate(question, judge, device, judge_model) for question in asked]
+
+    metric = METRICS[task]
+    texts, waves = listen(speaker, clips, metric, heard, cache, device)
+    values = metric.rate(clips, [text for _, text in ends.values()], texts, waves, device)
     rated = {}
     for path, value in zip(ends, values, strict=True):
         if value is not None and np.isfinite(value):
             rated[path] = value
     if not rated:
         raise InputError(f'none of {len(values)} continuations could be rated')
-    result = interval([*rated.values()], transform=TRANSFORM[task], seed=seed)
+    result = interval([*rated.values()], transform=metric.transform, seed=seed)
     result |= dict(left_out=len(values) - len(rated), sampling=speaker.sampling)
     rows = [
         dict(model=speaker.name, task=task, id=path, seconds=clip.seconds, value=value, text=text)
@@ -1021,7 +1037,7 @@ def format_cell(task, result, sign=''):
         return ''
     if 'not_run' in result:
         return 'not run'
-    digits = sign + ('.2f' if task in TRANSFORM and not task.startswith('genppl') else '.1f')
+    digits = sign + ('.2f' if task in METRICS and not task.startswith('genppl') else '.1f')
     cell = f'{result["score"]:{digits}}'
     if 'spread' in result:
         cell += f' ± {result["spread"]:{digits.strip("+")}}'
@@ -1041,13 +1057,13 @@ def make_columns(metrics, suites):
         voices = ', unseen voices' if base != seen else ''
         n = max(results.get(task, {}).get('n', 0) for results in metrics.values())
         suite = suites.get(task.removesuffix('_in_vocabulary'))
-        scored = ' of the ending' if crossing else ''
-        measure = MEASURES.get(task, f'% of pairs, by {likelihood} log-likelihood{scored}')
-        parts = (suite.split if suite else '', f'n = {n:,}' if n else '', measure)
-        column = dict(
-            task=task, title=LABELS.get(seen, seen) + voices + CROSSINGS.get(crossing, '')
-        )
-        column |= dict(what='; '.join(filter(None, parts)), percent=task not in TRANSFORM, paper=[])
+        title = LABELS.get(seen, seen) + voices + CROSSINGS.get(crossing, '')
+        measure = f'% of pairs, by {likelihood} log-likelihood' + ' of the ending' * bool(crossing)
+        if task in METRICS:
+            title, measure = METRICS[task].label, METRICS[task].measure
+        what = (suite.split if suite else '', f'n = {n:,}' if n else '', measure)
+        column = dict(task=task, title=title, what='; '.join(filter(None, what)), paper=[])
+        column['percent'] = task not in METRICS
         if task in known:
             column['paper'] = [[row['model'], float(row[task])] for row in others if row.get(task)]
         columns.append(column)
@@ -1087,7 +1103,7 @@ def make_notes(metrics, arms, suites, sampling):
         if arms
         else 'Differences are of these checkpoints: other seeds may differ by more (--init="a-s*").'
     )
-    continued = {task for results in metrics.values() for task in results if task in TRANSFORM}
+    continued = {task for results in metrics.values() for task in results if task in METRICS}
     alike = defaultdict(list)
     for name, knobs in sampling.items() if continued else ():
         said = ', '.join(f'{key.replace("_", " ")} {value:g}' for key, value in knobs.items())
@@ -1096,7 +1112,7 @@ def make_notes(metrics, arms, suites, sampling):
     for name, results in metrics.items():
         for task, result in results.items():
             if result.get('left_out'):
-                label = LABELS.get(task, task).strip(' ↓')
+                label = METRICS[task].label.strip(' ↓')
                 notes.append(f'{name}: {result["left_out"]} without an answer left out of {label}.')
     own = [task for task, suite in suites.items() if not suite.official]
     if {*own} & {'sblimp', 'sstorycloze', 'tstorycloze'}:
@@ -1307,7 +1323,7 @@ def compare(models, arms, items):
     means = {arm: (members, {}) for arm, members in arms.items()}
     differences = {}
     for task in tasks:
-        transform = TRANSFORM.get(task, PERCENT)
+        transform = METRICS[task].transform if task in METRICS else PERCENT
         for members, results in means.values():
             if keys := shared(members, task):
                 results[task] = interval(table(members, task, keys), None, transform, seed=seed)
@@ -1344,7 +1360,7 @@ if __name__ == '__main__':
     # the suites; a task that is missing is told, and the rest goes on
     cache = os.path.join(os.path.dirname(out) or '.', 'eval_cache')
     suites, not_run = {}, {}
-    for name, _, path in (task.partition('=') for task in wanted if task not in TRANSFORM):
+    for name, _, path in (task.partition('=') for task in wanted if task not in METRICS):
         crossing = find_crossing(name)
         base = name.removesuffix(crossing)
         for task, place in attempt(not_run, name, find_task, base, path, data_dir) or ():
@@ -1355,7 +1371,7 @@ if __name__ == '__main__':
                 to = 'text' if crossing == '_to_text' else 'speech'
                 suite = attempt(not_run, task, cross, suite, place, to)
             suites |= {task: suite} if suite else {}
-    generative = [task for task in wanted if task in TRANSFORM]
+    generative = [task for task in wanted if task in METRICS]
     if not suites and not generative:
         fail('nothing can run')
     listing = find_prompts(suites)

@@ -829,7 +829,7 @@ def test_auto_bleu_and_perplexity_of_fixed_transcripts(listeners):
         nlls.append(lm(ids, labels=ids).loss.item())
         assert eval_slm.text_nll(text, listeners[1], 'cpu') == pytest.approx(nlls[-1], rel=1e-5)
     assert max(shares) > 0.4 and min(shares) == 0
-    result = eval_slm.interval(nlls, transform=eval_slm.TRANSFORM['genppl'])
+    result = eval_slm.interval(nlls, transform=eval_slm.METRICS['genppl'].transform)
     assert result['score'] == pytest.approx(math.exp(sum(nlls) / 3))
 
 
