@@ -179,7 +179,7 @@ def find_items(path):
         # a manifest knows what lies beside it
         known = {os.path.dirname(file) for file in found if file.endswith('/manifest.jsonl')}
         for file in found:
-            above = parents(file.removesuffix('/manifest.jsonl'))
+            above = map(str, Path(file.removesuffix('/manifest.jsonl')).parents)
             if known.isdisjoint(above):
                 yield from find_items(file)
     else:
@@ -188,12 +188,6 @@ def find_items(path):
 
 def size_of(path):
     return os.path.getsize(path) if os.path.exists(path) else 0
-
-
-def parents(path):
-    """The folders that a path lies in."""
-    while path != (path := os.path.dirname(path)):
-        yield path
 
 
 def items_of_manifest(path):
@@ -1399,12 +1393,22 @@ def judge_file(path):
     return measure_units(rows, meta['frame_rate'], meta['n_units'])
 
 
-def judge_encoder(setting, pieces, corpus):
-    """measure_units of an encoder, NAME[:clusters[:switch]], on the pieces of read speech."""
+def judge_encoder(setting, pieces, corpus, known):
+    """measure_units of an encoder, NAME[:clusters[:switch]], on the pieces of read speech. known:
+    what other settings have fitted and computed already, a dict."""
     name, clusters, price = re.fullmatch(r'(.*?)(?::(\d+))?(?::([\d.]+))?', setting).groups()
-    price = switch if price is None else float(price)
-    net = load_encoder(name, int(clusters or fit_kmeans), price, corpus)
-    units = net.encode([piece.waves[0] for piece in pieces])
+    fitted = name, int(clusters or fit_kmeans)
+    if fitted not in known:
+        known[fitted] = load_encoder(*fitted, switch, corpus)
+    net = known[fitted]
+    if name not in known:
+        known[name] = net.features([piece.waves[0] for piece in pieces])
+    features, own_price = known[name], net.config.get('switch')
+    if price is not None:
+        net.config['switch'] = float(price)
+        net.config['distortion'] = net.config.get('distortion') or net.distance(features)
+    units = net.assign(features)
+    net.config['switch'] = own_price
     marks = [piece.row.get('phones') or piece.row['words'] for piece in pieces]
     return measure_units(zip(units, marks, strict=True), net.frame_rate, net.n_units)
 
@@ -1436,7 +1440,7 @@ REPORT = dict(  # column and digits of each measure
 def judge_units():
     """--report: one table of encoders and units files, and report.json."""
     settings = split_list(report)
-    results, pieces, corpus = {}, None, None
+    results, known, corpus = {}, {}, None
     for setting in settings:
         if setting.endswith('.jsonl'):
             results[setting] = judge_file(setting)
@@ -1444,7 +1448,7 @@ def judge_units():
         if corpus is None:
             corpus = choose_items(*find_sources(), val_folders, exclude)
             pieces = draw_marked(corpus)
-        results[setting] = judge_encoder(setting, pieces, corpus)
+        results[setting] = judge_encoder(setting, pieces, corpus, known)
 
     width = max(len('units'), *map(len, settings))
     print(f'{"units":{width}}', *(title for title, _ in REPORT.values()), sep='  ')

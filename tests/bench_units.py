@@ -41,9 +41,9 @@ def timed(run):
     if torch.cuda.is_available():
         run()  # compiles
         torch.cuda.synchronize()
-    start = time.time()
+    start, cpu = time.time(), time.process_time()
     result = run()
-    return result, time.time() - start
+    return result, time.time() - start, time.process_time() - cpu
 
 
 def plain_loop(net, waves, kmeans, device):
@@ -88,14 +88,16 @@ def bench_net(count=40, longest=20):
     print(f'{device}, {torch.get_num_threads()} threads; {count} utterances, {total:.0f} s')
     net = net.to(device)
     plain_loop(net, waves[:2], kmeans, device)  # libraries loaded, memory touched
-    theirs, slow = timed(lambda: plain_loop(net, waves, kmeans, device))
-    print(f'{"plain loop":20}{slow:8.1f} s {total / slow:9.1f} x real time')
+    theirs, slow, slow_cpu = timed(lambda: plain_loop(net, waves, kmeans, device))
+    print(
+        f'{"plain loop":20}{slow:8.1f} s {total / slow:9.1f} x real time {slow_cpu:8.1f} s of CPU'
+    )
     for kind, encoder in ours.items():
         encoder.centroids = centroids
         encoder.encode(waves[:2])
-        units, took = timed(lambda encoder=encoder: encoder.encode(waves))
+        units, took, cpu = timed(lambda encoder=encoder: encoder.encode(waves))
         print(f'{"ours, " + kind:20}{took:8.1f} s {total / took:9.1f} x real time', end=' ')
-        print(f'{slow / took:7.2f} x plain')
+        print(f'{cpu:8.1f} s of CPU {slow / took:7.2f} x plain, of CPU {slow_cpu / cpu:.2f}')
         if kind == 'float32':
             wanted = units
         if kind in ('bfloat16', 'auto') and 'float32' in ours:
