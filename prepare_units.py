@@ -44,6 +44,7 @@ from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
