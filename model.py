@@ -3475,7 +3475,11 @@ def add_up(totals, numbers):
 def git_commit():
     """The commit of this folder, None where git does not know."""
     here = os.path.dirname(os.path.abspath(__file__))
-    return subprocess.getoutput(f"git -C '{here}' rev-parse HEAD 2>/dev/null") or None
+    try:
+        done = subprocess.run(['git', '-C', here, 'rev-parse', 'HEAD'], capture_output=True)
+    except OSError:
+        return None
+    return done.stdout.decode().strip() or None
 
 
 def find_run(out_dir, fresh, config, free):
