@@ -98,7 +98,7 @@ def checkpoint(tmp_path_factory):
 
 
 def run(*args, ok=True):
-    env = dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2', OPENAI_API_KEY='secret')
+    env = dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', OPENAI_API_KEY='secret')
     done = subprocess.run(
         [sys.executable, 'eval_slm.py', *args, '--device=cpu'],
         cwd=ROOT,
