@@ -1477,25 +1477,21 @@ def tensor_layout(config, entry):
 OBSOLETE = ('rotary_emb.inv_freq', 'attention.bias', 'attention.masked_bias', 'decoder.version')
 
 
-def our_names(names, config, entry, prefix):
-    """{a name in the file: the family's own name}, for the tensors that count."""
+def proper_names(tensors, config, entry, prefix=''):
+    """A file's tensors that count, under the family's own names."""
     found = {}
-    for name in names:
+    for name, tensor in tensors.items():
         if name.endswith(OBSOLETE):
             continue
-        proper = name.removeprefix(prefix)
+        name = name.removeprefix(prefix)
         for other, usual in entry['other_names'].items():
-            if proper.startswith(other):
-                proper = usual + proper.removeprefix(other)
-        found[name] = proper
-    if config.tied:  # the head is the embedding; a file may hold either, or both
-        head = f'{entry["tensors"]["head"]}.weight'
+            if name.startswith(other):
+                name = usual + name.removeprefix(other)
+        found[name] = tensor
+    head = f'{entry["tensors"]["head"]}.weight'
+    if config.tied and head in found:  # it is the embedding; a file may hold either, or both
         embed = f'{entry["prefix"]}{entry["tensors"]["embed"]}.weight'
-        for name in [name for name, proper in found.items() if proper == head]:
-            if embed in found.values():
-                del found[name]
-            else:
-                found[name] = embed
+        found.setdefault(embed, found.pop(head))
     return found
 
 
@@ -1553,8 +1549,7 @@ def load_state(folder, config, entry, prefix=''):
     tensors = {}
     for path in tensor_files(folder):
         tensors |= read_tensors(path)
-    names = our_names(tensors, config, entry, prefix)
-    state = {proper: tensors[name] for name, proper in names.items()}
+    state = proper_names(tensors, config, entry, prefix)
     check_shapes(state, tensor_layout(config, entry), config, folder)
     return to_our_tensors(state, config, entry)
 

@@ -194,8 +194,7 @@ def test_gradients_equal_transformers(pair):
     assert abs(loss.item() - mine.item()) < 1e-5
     entry = slam.FAMILIES[ours.config.family]
     grads = {name: p.grad for name, p in hf.named_parameters()}
-    names = slam.our_names(grads, ours.config, entry, '')
-    grads = {names[name]: grad for name, grad in grads.items() if name in names}
+    grads = slam.proper_names(grads, ours.config, entry)
     theirs = slam.to_our_tensors(grads, ours.config, entry)
     mine = {name: p.grad for name, p in ours.named_parameters()}
     torch.testing.assert_close(mine, {name: theirs[name] for name in mine}, atol=1e-5, rtol=1e-3)
