@@ -627,7 +627,8 @@ if __name__ == '__main__':
         # --- now and then: read the numbers, agree with the other processes on clock and end
         *sums, good, bad, in_a_row = totals.tolist()  # here the host waits for the device
         took = time.perf_counter() - clock
-        elapsed, halt = share([(elapsed + took) * (rank == 0), len(stopping)], torch_device)
+        clock_of_first = elapsed + took if rank == 0 else 0
+        elapsed, halt = share([clock_of_first, len(stopping)], torch_device)
         over = step >= last_step or elapsed >= budget
         skipped += round(bad)
         pace = took / max(1, good + bad)  # seconds a step

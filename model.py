@@ -3401,8 +3401,10 @@ def start_processes(device):
 
 
 def stop_processes(world):
-    """All leave together: one that is gone is an error to another that still talks to it."""
+    """All processes leave together."""
     if world > 1:
+        # one that is gone is an error to another that still talks to it; and one that ends while a
+        # thread of gloo's still holds a tensor of a collective is aborted (pytorch's PR 179291)
         dist.barrier()
         dist.destroy_process_group()
 
