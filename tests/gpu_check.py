@@ -447,13 +447,17 @@ def vocoders():
             table=[UnitVocoder(table, tensors, device) for device in ('cpu', 'cuda')],
             hifigan=[UnitVocoder.from_pretrained(path, device) for device in ('cpu', 'cuda')],
         )
+    durations = [torch.full((len(each),), 2) for each in units]
     for name, (on_cpu, on_gpu) in made.items():
-        expected, found = on_cpu.decode(units), on_gpu.decode(units)
-        alone = [on_gpu.decode([each])[0] for each in units]
+        expected, found = on_cpu.decode(units, durations), on_gpu.decode(units, durations)
+        alone = [on_gpu.decode([u], [d])[0] for u, d in zip(units, durations, strict=True)]
         worst = max(relative(a, b) for a, b in zip(found, expected, strict=True))
         mixed = max(relative(a, b) for a, b in zip(found, alone, strict=True))
         report(**{name: f'{worst:.1e}', name + '_alone': f'{mixed:.1e}'})
         check(worst < 2e-2 and mixed < 1e-3, f'{name}: {worst:.1e}, alone {mixed:.1e}')
+        pairs = zip(on_cpu.durations(units), on_gpu.durations(units), strict=True)
+        apart = sum(int((a != b.cpu()).sum()) for a, b in pairs)  # one may round to the other side
+        check(apart <= 1, f'{name}: {apart} durations are others than on the CPU')
 
 
 def skipped_step():
