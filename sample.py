@@ -306,16 +306,6 @@ def find_repeats(units, n=REPEAT):
     return repeated
 
 
-def edit_distance(a, b):
-    """Insertions, deletions and substitutions that turn list a into list b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        left, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            left, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, left + (x != y))
-    return row[-1]
-
-
 def prompt_tokens(p, model):
     """What the model continues: the prompt, units or --from_text, and the switch to --to."""
     parts = [('text', model.encode_text(from_text))] if from_text else [('speech', p['units'])]
@@ -416,36 +406,24 @@ def continue_in_text(prompts, nets, sampling):
 def resynthesise(prompts, nets):
     """Vocode what was encoded, and encode that again: what do the units keep?
 
-    Returns: rows as of continue_prompts, and dict(frames_unchanged: percent with given durations,
-    units_unchanged_predicted_durations: percent by edit distance).
+    Returns: rows as of continue_prompts, and dict(frames_unchanged: percent).
     """
-    rows, same, frames, edits, total = [], 0, 0, 0, 0
+    rows, same, frames = [], 0, 0
     voice, none = nets.vocoder, torch.zeros(0, dtype=torch.long)
-
-    def hear(units, durations):
-        wave = voice.decode([units], durations, speaker=speaker, style=style)[0]
-        again = nets.encoder.encode([resample(wave, voice.sample_rate, SAMPLE_RATE)])[0]
-        return wave, again
-
     for p in prompts:
-        wave, again = hear(p['units'], [p['duration']])
+        [wave] = voice.decode([p['units']], [p['duration']], speaker=speaker, style=style)
+        [again] = nets.encoder.encode([resample(wave, voice.sample_rate, SAMPLE_RATE)])
         was = p['units'].repeat_interleave(p['duration'])
         n = min(len(was), len(again))
         kept = int((was[:n] == again[:n]).sum())
         same, frames = same + kept, frames + len(was)
-        free = dedup(hear(p['units'], None)[1])[0]
-        edits += edit_distance(p['units'].tolist(), free.tolist())
-        total += len(p['units'])
 
         name = f'{p["name"]}/resynth.wav'
         save_audio(os.path.join(out, name), wave, voice.sample_rate)
         note = f' -> {100 * kept / len(was):.0f} % of the frames have their unit again'
         row = tell(p, 1, name, voice.frame_rate, none, none, note)
         rows.append(row | dict(sound=wave, recording=p.get('wave')))
-    return rows, dict(
-        frames_unchanged=100 * same / frames,
-        units_unchanged_predicted_durations=100 * (1 - edits / total),
-    )
+    return rows, dict(frames_unchanged=100 * same / frames)
 
 
 @contextlib.contextmanager
@@ -577,11 +555,8 @@ def write_results(rows, prompts, more, frame_rate, seconds):
 
     what = f'{len(rows)} continuations of {len(prompts) if prompt or from_text else "no"} prompts'
     if resynth:
-        what = (
-            f'{len(rows)} resynthesised, {more["frames_unchanged"]:.1f} % of the frames come back '
-            f'with given durations, {more["units_unchanged_predicted_durations"]:.1f} % of the '
-            'units with predicted ones'
-        )
+        share = more['frames_unchanged']
+        what = f'{len(rows)} resynthesised, {share:.1f} % of the frames come back'
     if 'first_sound' in more:
         what += f', first sound after {more["first_sound"]:.2f} s'
     took = f'{spoken:.1f} s of speech in {seconds:.1f} s ({spoken / seconds:.1f} x real time)'
