@@ -459,13 +459,13 @@ def read_rows(kind, *expected):
 
 
 # -----------------------------------------------------------------------------
-# Items: what a task says, made of rows. An item is dict(say={role: [half, ...]}), a file for each
+# Items: what a task says, made of rows. An item is dict(files={role: [half, ...]}), a file for each
 # role, and a half is dict(text), perhaps with a voice, noise or room of its own. Other keys: voice;
 # alike (items that have this number in common have one voice); split (into train and val); skip (a
 # reason); and what is to stand in the manifest
 
 
-def say(**texts):
+def files_of(**texts):
     """The files of an item that are spoken plainly, {role: text}."""
     return {role: [dict(text=text)] for role, text in texts.items()}
 
@@ -473,14 +473,14 @@ def say(**texts):
 def story_items(kind, voices, speaker):
     """Each row's text; the role of its only file is none."""
     for row in read_rows(kind, (text_field,)):
-        yield dict(say=say(**{'': row[text_field]}), split=kind == 'stories')
+        yield dict(files=files_of(**{'': row[text_field]}), split=kind == 'stories')
 
 
 def minimal_items(kind, voices, speaker):
     """The user's own pairs, and those of the toy language."""
     for row in read_rows(kind, ('right', 'wrong')):
         kept = {key: row[key] for key in ('type', 'alike') if row.get(key, '') != ''}
-        yield dict(say=say(correct=row['right'], incorrect=row['wrong']), **kept)
+        yield dict(files=files_of(correct=row['right'], incorrect=row['wrong']), **kept)
 
 
 def pair_items(kind, voices, speaker):
@@ -496,7 +496,7 @@ def pair_items(kind, voices, speaker):
             wrong = rng.choice([label for label in labels if label != right])
             chosen, rejected = (f'{row["sent2"]} {row["ending" + i]}' for i in (right, wrong))
             texts = dict(prompt=row['sent1'], chosen=chosen.strip(), rejected=rejected.strip())
-        item = dict(say=say(**{role: texts[role] for role in PAIR}), split=True)
+        item = dict(files=files_of(**{role: texts[role] for role in PAIR}), split=True)
         share = auto_bleu(tokenize_words(f'{texts["prompt"]} {texts["chosen"]}'))
         if share >= max_auto_bleu:
             item['skip'] = f'auto-BLEU {share:.2f}'
@@ -506,9 +506,9 @@ def pair_items(kind, voices, speaker):
 def blimp_items(kind, voices, speaker):
     for row in read_rows(kind, BLIMP):
         about = dict(type=row['linguistics_term'], subtype=row['UID'], id=row['pairID'])
-        sentences = say(correct=row['sentence_good'], incorrect=row['sentence_bad'])
+        files = files_of(correct=row['sentence_good'], incorrect=row['sentence_bad'])
         for voice in voices:
-            yield dict(say=sentences, voice=voice, **about)
+            yield dict(files=files, voice=voice, **about)
 
 
 def cloze_items(kind, voices, speaker):
@@ -529,7 +529,7 @@ def cloze_items(kind, voices, speaker):
                 fail(f'{text}: too few stories to draw endings from')
             wrong = others[0]
         prompt = ' '.join(row[key] for key in CLOZE[:4])
-        yield dict(say=say(correct=f'{prompt} {right}', incorrect=f'{prompt} {wrong}'))
+        yield dict(files=files_of(correct=f'{prompt} {right}', incorrect=f'{prompt} {wrong}'))
 
 
 def pseudo_words(word, pairs, alphabet):
@@ -567,7 +567,7 @@ def wuggy_items(kind, voices, speaker):
             other = rng.choice(free)
             used.add(other)
             about = dict(id=f'{len(used) - len(counts)}', word=word, frequency=counts[word])
-            yield dict(say=say(correct=word, incorrect=other), **about)
+            yield dict(files=files_of(correct=word, incorrect=other), **about)
 
 
 def swap_choices(kind, voices, speaker):
@@ -598,7 +598,7 @@ def consistency_items(kind, voices, speaker):
     for number, document in enumerate(texts):
         found = sentences(document[:LONGEST])[:4]
         if len(found) < 2:
-            yield dict(say=say(consistent=document), skip='fewer than two sentences')
+            yield dict(files=files_of(consistent=document), skip='fewer than two sentences')
             continue
         half = len(found) // 2
         first, second = ' '.join(found[:half]), ' '.join(found[half : 2 * half])
@@ -608,7 +608,7 @@ def consistency_items(kind, voices, speaker):
                 consistent=[{'text': first, key: one}, {'text': second, key: one}],
                 inconsistent=[{'text': first, key: one}, {'text': second, key: two}],
             )
-            item = dict(say=files, alike=number)
+            item = dict(files=files, alike=number)
             yield item | dict(voice=one) if key == 'voice' else item
 
 
@@ -1104,10 +1104,10 @@ def speak_item(n, item, voice, speaker):
     """{role: (text, Speech)} of an item. Raises Skip."""
     if 'skip' in item:
         raise Skip(item['skip'])
-    if sum(len(half['text']) for halves in item['say'].values() for half in halves) > LONGEST:
+    if sum(len(half['text']) for halves in item['files'].values() for half in halves) > LONGEST:
         raise Skip(f'longer than {LONGEST:,} letters')
     spoken = {}
-    for role, halves in item['say'].items():
+    for role, halves in item['files'].items():
         halves = [speak_half(half, voice, f'{n}/{i}', speaker) for i, half in enumerate(halves)]
         texts, speeches = zip(*halves, strict=True)
         spoken[role] = ' '.join(texts), join(speeches)
@@ -1132,7 +1132,7 @@ def place_of(kind, n, role, count):
 
 def make_rows(n, item, task, speaker):
     """Speaks an item and saves its audio -> (rows of the manifest, seconds). Raises Skip."""
-    about = {key: item[key] for key in item if key not in ('say', 'alike')}
+    about = {key: item[key] for key in item if key not in ('files', 'alike')}
     drawn = random.Random(f'{seed}/{task.name}/{item.get("alike", n)}').choice(task.voices)
     about.setdefault('voice', drawn)
     if about.pop('split', False):
@@ -1143,7 +1143,7 @@ def make_rows(n, item, task, speaker):
     for role, (said, speech) in speak_item(n, item, about['voice'], speaker).items():
         if task.kind == 'prompts':
             said, speech = first_seconds(said, speech)
-        path = place_of(task.kind, n, role, len(item['say']))
+        path = place_of(task.kind, n, role, len(item['files']))
         save_wave(os.path.join(out, task.name, path), speech.wave)
         length = round(len(speech.wave) / SAMPLE_RATE, 3)
         seconds += length
@@ -1180,7 +1180,7 @@ def do_part(number, items, task, speaker):
             lines += rows
             total['seconds'] += seconds
         except Skip as reason:
-            texts = [half['text'] for halves in item['say'].values() for half in halves]
+            texts = [half['text'] for halves in item['files'].values() for half in halves]
             lines.append(dict(n=n, reason=str(reason), text=' | '.join(texts)[:1000]))
             total['skipped'] += 1
     with write_atomic(part_path(task, number)) as file:

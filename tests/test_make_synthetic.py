@@ -433,7 +433,7 @@ def items_of(monkeypatch, task, path, **knobs):
 
 def texts_of(item):
     """{role: text} of an item whose files are spoken plainly."""
-    return {role: half['text'] for role, (half,) in item['say'].items()}
+    return {role: half['text'] for role, (half,) in item['files'].items()}
 
 
 def write_csv(path, columns, *rows):
@@ -646,7 +646,7 @@ def test_at_most_a_thousand_files_a_folder(task, roles, tmp_path, monkeypatch):
     monkeypatch.setattr(ms, 'out', str(tmp_path))
     about = dict(blimp=dict(type='t', subtype='s'), wuggy=dict(word='w', frequency=1))
     texts = {role: 'A.' * (i + 1) for i, role in enumerate(roles)}
-    item = dict(say=ms.say(**texts), id='0', **about.get(task, {}))
+    item = dict(files=ms.files_of(**texts), id='0', **about.get(task, {}))
     items = [(n, item | dict(id=str(n))) for n in range(1200)]
     wanted = ms.Task(task, f'{task}_unseen', ['a'])
     ms.do_part(0, items, wanted, Whisper())
