@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Set up and pass the tests: bash runs/test.sh [pytest options]
+# Set up and pass the tests.
+#     bash runs/test.sh               all, a process a file, as many at once as there are cores
+#     bash runs/test.sh -k packing    pytest's own options, one process
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 # the linter, and what the project can do without but its tests use where it is there: oracles,
@@ -7,4 +9,20 @@ source "$(dirname "$0")/setup.sh"
 has ruff || install ruff
 has sklearn pytorch_optimizer nltk pyarrow ||
     install scikit-learn pytorch-optimizer nltk pyarrow || echo 'tests go on without them' >&2
-python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec python -m pytest "$@"
+fi
+
+# what a file prints comes in one piece; the largest files first, so that no core is idle at the end
+test_file() {
+    local code=0 printed
+    printed=$(python -m pytest "$1" 2>&1) || code=$?
+    printf '%s\n%s\n' "$1" "$printed"
+    return $code
+}
+export -f test_file
+export OMP_NUM_THREADS=1
+ls -S tests/test_*.py |
+    xargs -P "$(getconf _NPROCESSORS_ONLN)" -I FILE bash -c 'test_file FILE' ||
+    { echo 'some tests failed: see above' >&2; exit 1; }
+echo 'all tests passed'
