@@ -67,12 +67,12 @@ PYTHON
 arm() {  # name, seed, data, steps
     python train.py config/demo.py --seed="$2" --out_dir="$OUT/$1-s$2" --save_init=False \
         --init=$OUT/text_lm --embed_init=mean --data="$3" --balanced --max_steps="$4" \
-        --train_hours=100 --eval_interval=200 --save_interval=200
+        --train_hours=100 --eval_interval=1000 --save_interval=1000
 }
 seed() {
-    arm interleaved "$1" $SPEECH,$TEXT,$MIXED 1200
-    arm apart "$1" $SPEECH,$TEXT 1200
-    arm speech "$1" $SPEECH 720  # units are 60 % of what the first sees
+    arm interleaved "$1" $SPEECH,$TEXT,$MIXED 2000
+    arm apart "$1" $SPEECH,$TEXT 2000
+    arm speech "$1" $SPEECH 1200  # units are 60 % of what the first sees
 }
 for n in $SEEDS; do seed "$n" > "$OUT/$n.txt" 2>&1 & done
 for job in $(jobs -p); do wait "$job" || { echo "interleave.sh: see $OUT/*.txt" >&2; exit 1; }; done
