@@ -56,8 +56,8 @@ class SLMConfig:
     n_embd: int = 896
     n_head: int = 14
     n_kv_head: int = 2  # grouped-query attention; opt and gpt_neox have none: n_head
-    n_ffn: int = 4864
     head_dim: int | None = None  # None: n_embd / n_head
+    n_ffn: int = 4864
     embed_dim: int | None = None  # None: n_embd; OPT-350M projects 512 -> 1024 -> 512
     context: int = 1024  # tokens; with learned positions a hard limit
     dropout: float = 0.0  # on the residual branches, as OPT has it
@@ -921,6 +921,16 @@ ACTIVATIONS = dict(
 # `constant` what else is written. `tensors` are the names of our modules in the checkpoint, under
 # `prefix`; several are joined along the output, so that one product computes them. A family with
 # `becomes` is only read.
+KEYS = dict(  # what most call alike
+    vocab_size='vocab_size',
+    n_layer='num_hidden_layers',
+    n_embd='hidden_size',
+    n_head='num_attention_heads',
+    n_ffn='intermediate_size',
+    context='max_position_embeddings',
+    act='hidden_act',
+    tied='tie_word_embeddings',
+)
 LLAMA = dict(
     architecture='LlamaForCausalLM',
     becomes=None,
@@ -937,21 +947,14 @@ LLAMA = dict(
     act='silu',
     gated=True,
     tied=True,
-    keys=dict(
-        vocab_size='vocab_size',
-        n_layer='num_hidden_layers',
-        n_embd='hidden_size',
-        n_head='num_attention_heads',
+    keys=KEYS
+    | dict(
         n_kv_head='num_key_value_heads',
         head_dim='head_dim',
-        n_ffn='intermediate_size',
-        context='max_position_embeddings',
         norm_eps='rms_norm_eps',
         qkv_bias='attention_bias',
         out_bias='attention_bias',
         mlp_bias='mlp_bias',
-        act='hidden_act',
-        tied='tie_word_embeddings',
     ),
     absent=dict(tied=False),
     constant={},
@@ -1039,18 +1042,13 @@ FAMILIES = dict(
         mlp_bias=True,
         act='relu',
         gated=False,
-        keys=dict(
-            vocab_size='vocab_size',
-            n_layer='num_hidden_layers',
-            n_embd='hidden_size',
-            n_head='num_attention_heads',
+        keys=KEYS
+        | dict(
             n_ffn='ffn_dim',
             embed_dim='word_embed_proj_dim',
-            context='max_position_embeddings',
             dropout='dropout',
             pre_norm='do_layer_norm_before',
             act='activation_function',
-            tied='tie_word_embeddings',
         ),
         absent=dict(tied=True),
         constant=dict(attention_dropout=0.0, enable_bias=True, _remove_final_layer_norm=False),
@@ -1084,19 +1082,12 @@ FAMILIES = dict(
         act='gelu',
         gated=False,
         tied=False,
-        keys=dict(
-            vocab_size='vocab_size',
-            n_layer='num_hidden_layers',
-            n_embd='hidden_size',
-            n_head='num_attention_heads',
-            n_ffn='intermediate_size',
-            context='max_position_embeddings',
+        keys=KEYS
+        | dict(
             norm_eps='layer_norm_eps',
             parallel='use_parallel_residual',
             rope_theta='rotary_emb_base',
             rotary_share='rotary_pct',
-            act='hidden_act',
-            tied='tie_word_embeddings',
         ),
         prefix='gpt_neox.',
         tensors=dict(
@@ -1260,7 +1251,8 @@ def from_hf_config(hf):
 def to_hf_config(config):
     """The dict of a config.json that transformers opens (4.x and 5.x read these keys)."""
     entry = FAMILIES[config.family]
-    hf = {theirs: getattr(config, ours) for ours, theirs in entry['keys'].items()}
+    ours = [name for name in config.__dataclass_fields__ if name in entry['keys']]
+    hf = {entry['keys'][name]: getattr(config, name) for name in ours}
     if config.positions == 'rope':
         hf |= dict(rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)
     return hf | dict(
