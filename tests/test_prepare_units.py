@@ -615,6 +615,21 @@ def test_nothing_but_broken_files_or_none_at_all(packed, tmp_path):
     assert 'no such file' in run(f'--audio={tmp_path}/nowhere', *args, check=2)
 
 
+def test_want_of_memory_or_of_a_library_is_no_bad_file(tmp_path, monkeypatch):
+    for error in (ImportError('soundfile'), MemoryError(), InputError('broken')):
+
+        def broken(*args, error=error, **more):
+            raise error
+
+        monkeypatch.setattr(P, 'load_audio', broken)
+        found = P.read_item(P.Item('file', f'{tmp_path}/a.wav'), str(tmp_path), 0)
+        if isinstance(error, InputError):
+            assert list(found) == [P.Failure(f'{tmp_path}/a.wav', 'broken')]
+        else:
+            with pytest.raises(type(error)):
+                list(found)
+
+
 # --------------------------------------------------------------- the report
 
 
