@@ -613,8 +613,8 @@ class SLM(nn.Module):
         config = from_hf_config(hf)
         config.dropout = dropout
         set_positions(config, context, rope_theta)
-        check_vocabulary(config.vocab_size, vocab_size, slam, where)
         check_text(config.vocab_size, vocab_size, slam, folder, where, text)
+        check_vocabulary(config.vocab_size, vocab_size, slam, where)
         state = load_state(folder, config, FAMILIES[hf['model_type']], prefix)
 
         embeddings = ['embed.weight'] if config.tied else ['embed.weight', 'head.weight']

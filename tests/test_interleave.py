@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 import eval_slm
 import prepare_units
 import train
-from model import SLM, InputError, UnitTable, read_tokenizer
+from model import SLM, InputError, SLMConfig, UnitTable, read_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 UNITS, RATE = 20, 25.0
@@ -390,6 +390,9 @@ def test_data_and_model_of_different_text_are_refused(place, checkpoint, tmp_pat
     assert 'text and units, the data hold units alone' in refused(
         f'--init={checkpoint}', f'--data={place}/data'
     )
+    size = dict(n_layer=1, n_embd=8, n_head=1, n_kv_head=1, n_ffn=8, vocab_size=UNITS + 2)
+    SLM(SLMConfig(**size)).save_pretrained(tmp_path / 'units', dict(n_units=UNITS))
+    assert 'units alone, the data hold text and units' in refused(f'--init={tmp_path}/units', data)
     made = (f'--from_units={place}/made.jsonl', f'--n_units={UNITS}', f'--out={tmp_path}/data')
     run_script(monkeypatch, 'prepare_units', *made, f'--text_lm={tmp_path}/other')
     mixed = f'--data={place}/data/speech,{tmp_path}/data/text'
