@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -172,8 +173,10 @@ def run_script(script, *flags):
         warnings.simplefilter('always')
         warnings.showwarning = listen
         begin = time.perf_counter()
-        with contextlib.suppress(SystemExit):
+        try:
             names = runpy.run_path(path, run_name='__main__')
+        except SystemExit as end:  # its line on stderr says why
+            assert not end.code, f'{script} ended with {end.code}'
         seconds = time.perf_counter() - begin
     torch.cuda.set_sync_debug_mode('default')
     counters = torch._dynamo.utils.counters
@@ -840,8 +843,8 @@ def run_step(name, limit, *flags):
                     figures |= json.loads(line.removeprefix('FIGURES '))
             said = [line.strip() for line in err if line.strip()]
     if code:
-        errors = [line for line in said if 'Error' in line] or said or ['']
-        figures['error'] = f'{code}: {errors[-1][:300]}'
+        errors = [line for line in said if re.match(r'[\w.]*(Error|\.py): ', line)] or said or ['']
+        figures['error'] = f'{code}: {" / ".join(errors[-2:])[:300]}'
     return figures | dict(seconds=round(time.monotonic() - begin, 1))
 
 
@@ -912,8 +915,10 @@ def run_one(arguments):
 
     if arguments.layers:
         model.PRESETS[SHAPE]['n_layer'] = arguments.layers
-    if arguments.dry:  # a stand-in records no CUDA graphs
+    if arguments.dry:  # a stand-in records no CUDA graphs, and no unit of its own is a unit
         torch._inductor.compile_fx.cudagraphify = lambda call, *_, **__: call
+        encode = model.UnitEncoder.encode
+        model.UnitEncoder.encode = lambda *waves: [units % 500 for units in encode(*waves)]
     [name] = arguments.steps
     globals()[name]()
 
