@@ -3327,12 +3327,13 @@ def pack_rows(lengths, width):
     return rows
 
 
-def start_worker(threads=1):
+def start_worker(threads=1, parent=None):
     """Initializer of worker processes: so many threads; Ctrl-C is left to the parent, and a worker
-    whose parent is gone, killed by whatever signal, ends too."""
+    whose parent is gone, killed by whatever signal, ends too. parent: its process id, where the
+    worker may begin so late that it is gone already."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    parent = os.getppid()
+    parent = parent or os.getppid()
 
     def watch():
         while os.getppid() == parent:

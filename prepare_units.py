@@ -534,7 +534,6 @@ class Reader(IterableDataset):
         self.jobs, self.work = jobs, work
 
     def __iter__(self):
-        start_worker()
         worker = get_worker_info()
         for key, items in self.jobs[worker.id :: worker.num_workers]:
             try:
@@ -551,10 +550,12 @@ def hand_on(result):
 def work_ahead(jobs, work, in_order=False):
     """Yields (key, result) of `work(items)` for each job (key, items), made by worker processes in
     advance. in_order: of jobs with one result each, in their order; else as they come."""
+    parent = os.getpid()
     loader = DataLoader(
         Reader(jobs, work),
         batch_size=None,
         num_workers=max(1, min(count_workers(), len(jobs))),
+        worker_init_fn=lambda number: start_worker(parent=parent),
         collate_fn=hand_on,
         multiprocessing_context='fork',  # it takes what is loaded along
         in_order=in_order,
