@@ -2,7 +2,7 @@
 # Speech and text in one model, offline, in the toy language: does a model that was trained on spans
 # of both (section 4.3 of the paper) know in text what it heard? Against the same steps on speech
 # and text apart, and against speech alone, as many units of it as the first model saw.
-#     bash runs/interleave.sh ["1 2 3"]     out/interleave/eval.json; half an hour of two busy cores
+#     bash runs/interleave.sh ['1 2 3']     out/interleave/eval.json; half an hour of two busy cores
 # All begin as one small text LM, made here of the stories' text. Runs go side by side, a thread
 # each, and end by steps: the table is the same on any machine.
 set -euo pipefail
