@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Coarser units for less compute: the price of a change of unit, and the number of clusters, on the
 # demo's speech. Every arm passes once over the same 15 hours, so that fewer tokens are fewer steps.
-#     bash runs/switch_sweep.sh ['1 2 3']     after demo.sh; out/switch/table.md, one core, 40 minutes
+#     bash runs/switch_sweep.sh ['1 2 3']     after demo.sh; out/switch/table.md; two busy hours
 # A finished arm is left alone. An arm is CLUSTERS:PRICE.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
