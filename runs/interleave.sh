@@ -4,7 +4,7 @@
 # and text apart, and against speech alone, as many units of it as the first model saw.
 #     bash runs/interleave.sh ['1 2 3']     out/interleave/eval.json; half an hour of two busy cores
 # All begin as one small text LM, made here of the stories' text. Runs go side by side, a thread
-# each, and end by steps: the table is the same on any machine.
+# each, and end by steps, not by the clock.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 SEEDS=${1:-1 2 3} OUT=out/interleave
