@@ -3208,15 +3208,26 @@ def read_parquet(where):
             raise InputError(f'{path}: not readable as parquet ({error})') from None
 
 
+def is_running(process):
+    """Whether the process of this id works on; a zombie, which waits for its parent to look at it,
+    does not. Where nobody collects orphans, as in many containers, those stay zombies."""
+    try:
+        os.kill(process, 0)
+        with open(f'/proc/{process}/stat') as file:  # of Linux: "id (name) state ..."
+            return file.read().rpartition(')')[2].split()[0] != 'Z'
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+
+
 def name_aside(path):
     """A name beside `path` that no other process uses. What a process that was killed on this
     machine left there under such a name is removed."""
     host = socket.gethostname()
     for stale in glob.glob(f'{glob.escape(str(path))}.{host}.*.tmp'):
         with contextlib.suppress(OSError, ValueError):  # another may remove it too
-            try:
-                os.kill(int(stale.split('.')[-2]), 0)
-            except ProcessLookupError:
+            if not is_running(int(stale.split('.')[-2])):
                 shutil.rmtree(stale) if os.path.isdir(stale) else os.remove(stale)
     return f'{path}.{host}.{os.getpid()}.tmp'
 
@@ -3337,7 +3348,7 @@ def start_worker(threads=1, parent=None):
 
     def watch():
         while os.getppid() == parent:
-            time.sleep(0.5)
+            time.sleep(0.1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -4,8 +4,10 @@ import ast
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -169,6 +171,21 @@ def test_second_interrupt_ends_a_script_that_hangs(tmp_path):
         assert process.stdout.readline().strip() == expected
         process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == -signal.SIGINT
+
+
+def test_what_a_killed_process_left_is_removed_though_nobody_collects_it(tmp_path):
+    """A zombie has an id as a living process does; as many containers have it, nobody waits."""
+    path = tmp_path / 'a.json'
+    with subprocess.Popen(['sleep', '60']) as alive, subprocess.Popen(['true']) as zombie:
+        names = [f'{path}.{socket.gethostname()}.{p.pid}.tmp' for p in (alive, zombie)]
+        for name in names:
+            Path(name).write_text('half')
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays
+        with write_atomic(path) as file:
+            file.write('whole')
+        alive.kill()
+    assert [os.path.exists(name) for name in names] == [True, False]
+    assert path.read_text() == 'whole'
 
 
 def test_write_atomic_is_whole_or_not_there(tmp_path):

@@ -79,6 +79,11 @@ def contents(folder):
     return found
 
 
+def differing(one, other):
+    """The paths that only one has, or that differ."""
+    return sorted(path for path in one | other if one.get(path) != other.get(path))
+
+
 @pytest.fixture(scope='module')
 def espeak():
     return ms.Espeak()
@@ -843,7 +848,7 @@ def test_one_worker_makes_what_four_do(made, tmp_path):
     args = *SMALL, '--task=stories,pairs,grammar', '--workers=1', f'--out={tmp_path}'
     run(*args)
     for task in ('stories', 'pairs', 'grammar', 'grammar_unseen'):
-        assert contents(f'{tmp_path}/{task}') == contents(f'{made}/{task}')
+        assert not differing(contents(f'{tmp_path}/{task}'), contents(f'{made}/{task}'))
     kept = os.stat(f'{tmp_path}/stories/000/000000.flac').st_mtime_ns
     again = run(*args)
     assert again.stdout.count('nothing to do') == 4
@@ -868,7 +873,7 @@ def test_killed_again_and_again_it_makes_the_same_files(whole, tmp_path):
     half_written = f'manifest.jsonl.{socket.gethostname()}.{process.pid}.tmp'
     (tmp_path / 'stories' / half_written).write_text('half')
     run(*STORIES, '--task=stories', '--workers=2', f'--out={tmp_path}')
-    assert contents(tmp_path) == whole
+    assert not differing(contents(tmp_path), whole)
     assert len(kept) >= 3
     assert all(os.stat(path).st_mtime_ns == kept[path] for path in sorted(kept)[:3])
 
@@ -877,7 +882,7 @@ def test_two_runs_in_one_folder_do_no_harm(whole, tmp_path):
     both = [start(*STORIES, '--task=stories', '--workers=2', f'--out={tmp_path}') for _ in range(2)]
     for process in both:
         assert process.wait() == 0, process.stderr.read()
-    assert contents(tmp_path) == whole
+    assert not differing(contents(tmp_path), whole)
 
 
 @pytest.mark.parametrize('group', [False, True])
