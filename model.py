@@ -279,7 +279,9 @@ class SLM(nn.Module):
         if len(x) <= rows:
             return piece(x, targets)
         pieces = zip(x.split(rows), targets.split(rows), strict=True)
-        return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in pieces])
+        # nothing random in it: without the state of the generators no reading of it waits for a GPU
+        once = dict(use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([checkpoint(piece, *pair, **once) for pair in pieces])
 
     def forward(self, tokens, targets=None, doc=None, positions=None, branch=None):
         """Next-token logits, or the loss where targets are given.
