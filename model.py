@@ -1761,14 +1761,14 @@ def log_mel(wave):
 # -----------------------------------------------------------------------------
 # UnitEncoder: wave -> units
 
-_TWIST = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/'
+TWIST = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/'
 ENCODERS = {  # the public ones: net, layer, zeros put at each end of the wave, vocoder, k-means
     'mhubert25': dict(
         model='slprl/mhubert-base-25hz',
         layer=11,
         pad=40,
         vocoder='hifigan25',
-        kmeans=_TWIST + 'mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
+        kmeans=TWIST + 'mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
         sha256='03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad',
     ),
     'hubert50': dict(
@@ -1782,69 +1782,29 @@ ENCODERS = {  # the public ones: net, layer, zeros put at each end of the wave, 
 }
 MFCC = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0)
 MFCC |= dict(switch=1.0, distortion=0.0, vocoder='vocoder')  # the offline encoder
-STRETCH = 100  # seconds that a net takes at once (WavLM, which keeps its attention, a third)
-BATCH_SECONDS = 300  # of padded audio that a GPU takes at once; a CPU gains nothing from batches
-CONVOLVE = 64  # frames that a CPU convolves at once
 BLOCK = 1000  # frames whose distances to all centroids are in memory at once
-BUCKET = 64  # on a GPU, batches are padded to a multiple of so many frames
 SMALL_NET = 100 << 20  # bytes: a local net up to this size is saved with its encoder
-
-
-@dataclass
-class Stretch:
-    """What a net takes at once: an utterance, or a part of a long one with its context."""
-
-    wave: torch.Tensor  # (samples,), as many as its frames need
-    norm: tuple  # scale and shift, (C,) each, of the first layer's group norm; () without one
-    frames: int
-    wanted: slice  # of the frames: those that are no context
-    result: torch.Tensor = None  # features or units, (wanted frames, ...)
 
 
 class UnitEncoder:
     """Speech to units: features at 25 or 50 frames a second, of each the nearest of n centroids.
 
-    HuBERT-like nets: a layer of transformers' HuBERT, wav2vec 2 or WavLM, of the raw wave, in
-    float32; on CUDA products are TF32 (10 bits of mantissa) unless dtype='float32' asks for all
-    24, or 'bfloat16' for fewer. Waves of up to STRETCH seconds are computed whole; longer ones in
-    stretches that see a tenth of that on either side, joined on the net's own frames.
-
-    The offline features ('mfcc') are two 20 ms cepstra a frame, of the log-mel spectrum relative
-    to the utterance's loudness. Frame t begins at sample 640 t; n samples have max(1, n // 640).
+    `extractor` computes the features, in one of the ways of EXTRACTORS; clusters and files are
+    here. No wave's units depend on the batch it is in.
 
     With `switch` in its configuration, neighbours share a unit unless a change gains more than
     `switch` times `distortion`, the mean squared distance of a frame to its centroid (Kamper & van
-    Niekerk 2021, eq. 2): fewer tokens a second. No wave's units depend on the batch it is in.
+    Niekerk 2021, eq. 2): fewer tokens a second.
     """
 
     def __init__(self, config, centroids=None, device='cpu', dtype='auto', net=None):
         self.config = dict(config)
-        self.device = pick_device('cpu' if config['kind'] == 'mfcc' else device)
-        self.tf32 = dtype == 'auto'
-        self.dtype = torch.float32 if dtype == 'auto' else pick_dtype(dtype, self.device)
+        more = {} if net is None else dict(net=net)
+        self.extractor = EXTRACTORS[config['kind']](self.config, device, dtype, **more)
+        self.config['frame_rate'] = self.frame_rate = self.extractor.frame_rate
+        self.device = self.extractor.device
         self.centroids = None if centroids is None else centroids.to(self.device)  # None: to fit
-        self.batch_seconds = BATCH_SECONDS if self.device.type == 'cuda' else 0
-        if self.config['kind'] == 'mfcc':
-            self.basis = _cepstrum(self.config)  # (N_MELS, n_cep)
-        else:
-            self._take(_load_net(self.config) if net is None else net)
-        self.name, self.frame_rate = self.config['name'], self.config['frame_rate']
-        self.vocoder = self.config.get('vocoder')
-
-    def _take(self, net):
-        """Make the net ready: on the device, its frames' size known, on CUDA compiled."""
-        hf, self.net = net.config, net.to(self.device, self.dtype).eval().requires_grad_(False)
-        self.hop = math.prod(hf.conv_stride)  # samples from one frame to the next
-        self.reach = 1  # samples that one frame covers
-        for kernel, stride in zip(hf.conv_kernel[::-1], hf.conv_stride[::-1], strict=True):
-            self.reach = (self.reach - 1) * stride + kernel
-        self.config['frame_rate'] = SAMPLE_RATE / self.hop
-        self.wavlm = hf.model_type == 'wavlm'
-        self.longest = STRETCH * SAMPLE_RATE // self.hop // (3 if self.wavlm else 1)  # frames
-        if self.device.type == 'cuda':  # a layer is compiled once, for all layers and lengths
-            self._convolve = torch.compile(self._convolve, dynamic=True)
-            for layer in self.net.encoder.layers:
-                layer.compile(dynamic=True)
+        self.name, self.vocoder = self.config['name'], self.config.get('vocoder')
 
     @property
     def n_units(self):
@@ -1860,17 +1820,22 @@ class UnitEncoder:
         """
         folder, centroids, net = os.path.abspath(where), None, None
         saved = os.path.exists(os.path.join(folder, 'encoder.json'))
-        public = ENCODERS.get(where, {}) if not saved else {}
+        public = None if saved else ENCODERS.get(where)
         if saved:
-            config, centroids, net = _read_encoder(folder)
+            config, centroids, net = read_encoder(folder)
             if layer not in (None, config.get('layer')):
                 raise InputError(
                     f'{where} is an encoder of layer {config.get("layer")}, not {layer}'
                 )
         elif where == 'mfcc':
             config = MFCC
-        elif public or layer is not None:
-            config = _net_encoder(where, layer, public)
+        elif public:
+            config = dict(kind='hubert', name=where) | without(public, 'kmeans', 'sha256')
+            config['layer'] = public['layer'] if layer is None else layer
+        elif layer is not None:
+            model = folder if os.path.isdir(where) else where
+            config = dict(kind='hubert', name=os.path.basename(model), model=model, layer=layer)
+            config |= dict(pad=0, vocoder='vocoder')
         else:
             raise InputError(
                 f'no encoder {where!r}: expected {", ".join(ENCODERS)}, mfcc, a folder with '
@@ -1896,11 +1861,12 @@ class UnitEncoder:
 
         config = dict(self.config, n_units=self.n_units)
         tensors = dict(centroids=self.centroids)
-        if self.config['kind'] != 'mfcc':
-            weights = {f'net.{name}': tensor for name, tensor in self.net.state_dict().items()}
+        net = getattr(self.extractor, 'net', None)
+        if net is not None:
+            weights = {f'net.{name}': tensor for name, tensor in net.state_dict().items()}
             size = sum(tensor.nbytes for tensor in weights.values())
             if 'net' in config or (os.path.isdir(config['model']) and size <= SMALL_NET):
-                config['net'] = json.loads(self.net.config.to_json_string(use_diff=False))
+                config['net'] = json.loads(net.config.to_json_string(use_diff=False))
                 tensors |= weights
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         with write_atomic(os.path.join(folder, 'encoder.safetensors'), 'wb') as file:
@@ -1909,31 +1875,200 @@ class UnitEncoder:
             json.dump(config, file, indent=2)
 
     @torch.inference_mode()
+    def features(self, waves):
+        """List of (samples,) at 16 kHz, of any length -> list of (frames, D) float32."""
+        return self.extractor(waves, torch.Tensor.float)
+
+    @torch.inference_mode()
     def encode(self, waves):
         """List of (samples,) at 16 kHz -> list of (frames,) long units on the CPU, one a frame.
 
         Raises InputError as `assign` does.
         """
-        if self.config['kind'] == 'mfcc' or self.config.get('switch'):
+        if self.config.get('switch'):
             return self.assign(self.features(waves))
-        self._check_clusters(self.net.config.hidden_size)
-        return self._to_cpu(self._run(waves, self._nearest))  # hours of features are not kept
+        self._check_clusters(self.extractor.width)
+        # unit by unit as features come, so that those of hours are never kept
+        return self._to_cpu(self.extractor(waves, self._nearest))
 
     @torch.inference_mode()
-    def features(self, waves):
-        """List of (samples,) at 16 kHz, of any length -> list of (frames, D) float32."""
-        if self.config['kind'] == 'mfcc':
-            return [self._mfcc(torch.as_tensor(wave, dtype=torch.float32)) for wave in waves]
-        return self._run(waves, torch.Tensor.float)
+    def assign(self, features):
+        """List of (frames, D) -> list of (frames,) long units on the CPU.
 
-    def _run(self, waves, finish):
-        """`finish` of the net's features (frames, D) of each wave, stretch by stretch, joined."""
+        Raises InputError if there are no clusters, or of another width, or if a change of unit has
+        a price and `distortion`, its unit of measure, is not known.
+        """
+        if not features:
+            return []
+        self._check_clusters(features[0].shape[1])
+        if not self.config.get('switch'):
+            return self._to_cpu([self._nearest(f) for f in features])
+        price = self.config['switch'] * self.config.get('distortion', 0) / 2
+        if not price:
+            raise InputError(f'{self.name}: `switch` needs `distortion`, the mean squared distance')
+        units = [None] * len(features)
+        by_length = sorted(range(len(features)), key=lambda i: len(features[i]))
+        for start in range(0, len(by_length), 32):
+            batch = by_length[start : start + 32]
+            paths = self._cheapest_paths([features[i] for i in batch], price)
+            for i, path in zip(batch, paths, strict=True):
+                units[i] = path
+        return units
+
+    @torch.inference_mode()
+    def distance(self, features):
+        """Mean squared distance of frames to their centroids, for `distortion`; list of (T, D)."""
+        parts = [part for f in features for part in f.split(BLOCK)]
+        nearest = [2 * self._costs(x).min(1).values + x.square().sum(1) for x in parts]
+        return float(torch.cat(nearest).mean())
+
+    def _check_clusters(self, width):
+        """Raises InputError if there are no clusters for features of this width."""
+        if self.centroids is None:
+            raise InputError(f'{self.name} has no k-means')
+        if width != self.centroids.shape[1]:
+            found = f'the k-means is for {self.centroids.shape[1]} features'
+            raise InputError(f'{found}, {self.name} gives {width}')
+
+    def _costs(self, features):
+        """Half the squared distances (frames, n_units), less what all units of a frame share."""
+        return self.centroids.square().sum(1) / 2 - features @ self.centroids.T
+
+    def _nearest(self, features):
+        """(frames, D) -> (frames,) the nearest centroid of each."""
+        return torch.cat([self._costs(part.float()).argmin(1) for part in features.split(BLOCK)])
+
+    @staticmethod
+    def _to_cpu(units):
+        """List of (frames,) on any device -> on the CPU, in one copy."""
+        return list(torch.cat(units).cpu().split([len(u) for u in units])) if units else []
+
+    def _cheapest_paths(self, features, price):
+        """Units of the least sum of costs and `price` a change: list of (frames, D) -> (frames,).
+
+        Viterbi, in step for all. Whoever changes at t comes from the unit that was cheapest at
+        t - 1; so a path is known by its last unit, when that began, and for each t the cheapest
+        unit and when that had begun. This is two numbers a frame, however many units there are.
+        """
+        rows = torch.arange(len(features))
+        total = torch.zeros(len(features), self.n_units)  # the least cost that ends in each unit
+        began = torch.zeros(len(features), self.n_units, dtype=torch.long)
+        longest = max(map(len, features))
+        # for each t, (B,): the cheapest unit at t - 1, and when it began
+        source, before = (torch.zeros(longest, len(rows), dtype=torch.long) for _ in range(2))
+        for start in range(0, longest, BLOCK):
+            # past an utterance's end all costs are 0, and its cheapest unit stays
+            costs = [self._costs(f[start : start + BLOCK]).cpu() for f in features]
+            for t, cost in enumerate(nn.utils.rnn.pad_sequence(costs), start):  # (B, n_units)
+                best, source[t] = total.min(1)
+                total -= best[:, None]
+                before[t] = began[rows, source[t]]
+                began[total > price] = t
+                total = total.clamp(max=price) + cost
+
+        # each path from its end to its beginning, a run of one unit at a time
+        source, before = source.T.tolist(), before.T.tolist()
+        paths = []
+        for row, f in enumerate(features):
+            unit = int(total[row].argmin())
+            start, stop = int(began[row, unit]), len(f)
+            path = torch.empty(stop, dtype=torch.long)
+            while stop:
+                path[start:stop] = unit
+                unit, start, stop = source[row][start], before[row][start], start
+            paths.append(path)
+        return paths
+
+
+# Feature extractors. One is made of encoder.json's values, which it may add to, and has `device`,
+# `frame_rate`, `width` D and `cheap`. Called with a list of (samples,) and a function, it gives
+# function((frames, D)) of each wave, with the frames in order.
+
+
+class MfccExtractor:
+    """Offline: two 20 ms cepstra a frame of 40 ms, of the log-mel spectrum relative to the
+    utterance's loudness. Frame t begins at sample 640 t; n samples have max(1, n // 640)."""
+
+    cheap = True  # on the CPU, by whoever reads the file
+
+    def __init__(self, config, device, dtype):
+        self.device, self.frame_rate = torch.device('cpu'), config['frame_rate']
+        self.width, self.range = 2 * config['n_cep'], config['range']
+        # a cosine transform, its rows weighted: (N_MELS, n_cep)
+        order = torch.arange(config['n_cep'])
+        angle = torch.outer(torch.arange(N_MELS) + 0.5, order) * math.pi / N_MELS
+        weight = order.clamp(min=1) ** config['lifter']
+        weight[0] = config['c0']
+        self.basis = angle.cos() * (2 / N_MELS) ** 0.5 * weight / 2**0.5
+
+    def __call__(self, waves, finish):
+        return [finish(self.cepstra(torch.as_tensor(w, dtype=torch.float32))) for w in waves]
+
+    def cepstra(self, wave):
+        """(samples,) -> (max(1, samples // 640), 2 n_cep)."""
+        if len(wave) < 4 * HOP:  # one frame at least; longer waves are not copied
+            wave = F.pad(wave, (0, 4 * HOP - len(wave)))
+        mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4].split(4 * BLOCK)  # hours stay small
+        energy = torch.cat([torch.logsumexp(part, 1) for part in mel]) - math.log(N_MELS)
+        loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
+        mel = ((part + (self.range - loud)).clamp_(min=0) for part in mel)
+        halves = (part.view(-1, 2, 2, N_MELS).mean(2) for part in mel)
+        return torch.cat([(half @ self.basis).flatten(1) for half in halves])
+
+
+STRETCH = 100  # seconds that a net takes at once (WavLM, which keeps its attention, a third)
+BATCH_SECONDS = 300  # of padded audio that a GPU takes at once; a CPU gains nothing from batches
+CONVOLVE = 64  # frames that a CPU convolves at once
+BUCKET = 64  # on a GPU, batches are padded to a multiple of so many frames
+
+
+@dataclass
+class Stretch:
+    """What a net takes at once: an utterance, or a part of a long one with its context."""
+
+    wave: torch.Tensor  # (samples,), as many as its frames need
+    norm: tuple  # scale and shift, (C,) each, of the first layer's group norm; () without one
+    frames: int
+    wanted: slice  # of the frames: those that are no context
+    result: torch.Tensor = None  # features or units, (wanted frames, ...)
+
+
+class HubertExtractor:
+    """A layer of transformers' HuBERT, wav2vec 2 or WavLM, of the raw wave, in float32; on CUDA
+    products are TF32 (10 bits of mantissa) unless dtype='float32' asks for all 24, or 'bfloat16'
+    for fewer. Waves of up to STRETCH seconds are computed whole; longer ones in stretches that see
+    a tenth of that on either side, joined on the net's own frames."""
+
+    cheap = False
+
+    def __init__(self, config, device, dtype, net=None):
+        self.device, self.pad = pick_device(device), config['pad']
+        self.tf32 = dtype == 'auto'
+        self.dtype = torch.float32 if dtype == 'auto' else pick_dtype(dtype, self.device)
+        net = load_net(config) if net is None else net
+        self.net = net.to(self.device, self.dtype).eval().requires_grad_(False)
+        self.width, self.wavlm = net.config.hidden_size, net.config.model_type == 'wavlm'
+
+        # samples from one frame to the next, samples that one frame covers
+        strides, kernels = net.config.conv_stride, net.config.conv_kernel
+        self.hop, self.reach = math.prod(strides), 1
+        for kernel, stride in zip(kernels[::-1], strides[::-1], strict=True):
+            self.reach = (self.reach - 1) * stride + kernel
+        self.frame_rate = SAMPLE_RATE / self.hop
+        self.longest = STRETCH * SAMPLE_RATE // self.hop // (3 if self.wavlm else 1)  # frames
+        self.batch_seconds = BATCH_SECONDS if self.device.type == 'cuda' else 0
+        if self.device.type == 'cuda':  # a layer is compiled once, for all layers and lengths
+            self._convolve = torch.compile(self._convolve, dynamic=True)
+            for layer in self.net.encoder.layers:
+                layer.compile(dynamic=True)
+
+    def __call__(self, waves, finish):
+        """`finish` of the features (frames, D) of each wave, stretch by stretch, joined."""
         # on a CPU a core an utterance: threads that share one wait for each other, and round by
         # their number
-        threads, each = torch.get_num_threads(), map
+        threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-            if self.device.type == 'cpu':
-                each = pool.map
+            each = pool.map if self.device.type == 'cpu' else map
             cut = list(each(self._stretches, waves))
             list(each(partial(self._compute, finish), self._batches(chain(*cut))))
         torch.set_num_threads(threads)  # also of the threads to come
@@ -1942,8 +2077,8 @@ class UnitEncoder:
     @torch.inference_mode()
     def _stretches(self, wave):
         """The stretches of a wave."""
-        pad, wave = self.config['pad'], torch.as_tensor(wave, dtype=torch.float32)
-        wave = F.pad(wave, (pad, max(pad, self.reach - pad - len(wave))))
+        wave = torch.as_tensor(wave, dtype=torch.float32)
+        wave = F.pad(wave, (self.pad, max(self.pad, self.reach - self.pad - len(wave))))
         wave = wave.pin_memory() if self.device.type == 'cuda' else wave
         wave = wave.to(self.device, non_blocking=True)
         norm = self._first_norm(wave)
@@ -1982,7 +2117,7 @@ class UnitEncoder:
 
     def _batches(self, stretches):
         """Stretches of similar lengths, longest first, of batch_seconds at most; at least one."""
-        batches, frames = [], self.batch_seconds * self.config['frame_rate']
+        batches, frames = [], self.batch_seconds * self.frame_rate
         for stretch in sorted(stretches, key=lambda stretch: -stretch.frames):
             if not batches or batches[-1][0].frames * (len(batches[-1]) + 1) > frames:
                 batches.append([])
@@ -2012,16 +2147,17 @@ class UnitEncoder:
     @contextlib.contextmanager
     def _precision(self):
         """On CUDA: products in TF32, or not, as the dtype says, and afterwards as it was before."""
-        cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
         if self.device.type != 'cuda':
             yield
             return
+        cudnn = torch.backends.cudnn
+        products, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
         torch.set_float32_matmul_precision('high' if self.tf32 else 'highest')
-        convolutions, cudnn.allow_tf32 = cudnn.allow_tf32, self.tf32
+        cudnn.allow_tf32 = self.tf32
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            torch.set_float32_matmul_precision(products)
             cudnn.allow_tf32 = convolutions
 
     def _hidden(self, x, norm, frames):
@@ -2040,7 +2176,7 @@ class UnitEncoder:
             x = torch.cat([self._convolve(piece, norm) for piece in pieces], dim=1)
         else:
             x = self._convolve(x, norm)
-        x = _first(net.feature_projection(x))  # (B, T, D)
+        x = first_of(net.feature_projection(x))  # (B, T, D)
         real = mask = bias = None
         if frames is not None:
             real = torch.arange(x.shape[1], device=x.device) < frames[:, None]  # (B, T)
@@ -2051,7 +2187,7 @@ class UnitEncoder:
             if self.wavlm:
                 x, bias = layer(x, attention_mask=mask, position_bias=bias)[:2]
             else:
-                x = _first(layer(x, attention_mask=mask))
+                x = first_of(layer(x, attention_mask=mask))
         return x
 
     def _convolve(self, x, norm):
@@ -2075,156 +2211,54 @@ class UnitEncoder:
         x = x if real is None else x * real[:, None]
         return position.activation(position.padding(position.conv(x))).transpose(1, 2)
 
-    def _mfcc(self, wave):
-        """The offline features: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
-        if len(wave) < 4 * HOP:  # one frame at least; longer waves are not copied
-            wave = F.pad(wave, (0, 4 * HOP - len(wave)))
-        mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4].split(4 * BLOCK)  # hours stay small
-        energy = torch.cat([torch.logsumexp(part, 1) for part in mel]) - math.log(N_MELS)
-        loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
-        mel = ((part + (self.config['range'] - loud)).clamp_(min=0) for part in mel)
-        halves = (part.view(-1, 2, 2, N_MELS).mean(2) for part in mel)
-        return torch.cat([(half @ self.basis).flatten(1) for half in halves])
 
-    @torch.inference_mode()
-    def assign(self, features):
-        """List of (frames, D) -> list of (frames,) long units on the CPU.
-
-        Raises InputError if there are no clusters, or of another width, or if a change of unit has
-        a price and `distortion`, its unit of measure, is not known.
-        """
-        if not features:
-            return []
-        self._check_clusters(features[0].shape[1])
-        if not self.config.get('switch'):
-            return self._to_cpu([self._nearest(f) for f in features])
-        price = self.config['switch'] * self.config.get('distortion', 0) / 2
-        if not price:
-            raise InputError(f'{self.name}: `switch` needs `distortion`, the mean squared distance')
-        order = sorted(range(len(features)), key=lambda i: len(features[i]))
-        units = {}
-        for some in (order[i : i + 32] for i in range(0, len(order), 32)):
-            paths = self._cheapest([features[i] for i in some], price)
-            units |= zip(some, paths, strict=True)
-        return [units[i] for i in range(len(features))]
-
-    def _check_clusters(self, width):
-        """Raises InputError if there are no clusters for features of this width."""
-        if self.centroids is None:
-            raise InputError(f'{self.name} has no k-means')
-        if width != self.centroids.shape[1]:
-            found = f'the k-means is for {self.centroids.shape[1]} features'
-            raise InputError(f'{found}, {self.name} gives {width}')
-
-    def _nearest(self, features):
-        """(frames, D) -> (frames,) the nearest centroid of each."""
-        return torch.cat([self._costs(part.float()).argmin(1) for part in features.split(BLOCK)])
-
-    @staticmethod
-    def _to_cpu(units):
-        """List of (frames,) on any device -> on the CPU, in one copy."""
-        return list(torch.cat(units).cpu().split([len(u) for u in units])) if units else []
-
-    @torch.inference_mode()
-    def distance(self, features):
-        """Mean squared distance of frames to their centroids, for `distortion`; list of (T, D)."""
-        parts = [part for f in features for part in f.split(BLOCK)]
-        nearest = [2 * self._costs(x).min(1).values + x.square().sum(1) for x in parts]
-        return float(torch.cat(nearest).mean())
-
-    def _costs(self, features):
-        """Half the squared distances (frames, n_units), less what all units of a frame share."""
-        return self.centroids.square().sum(1) / 2 - features @ self.centroids.T
-
-    def _cheapest(self, features, price):
-        """Units of the least sum of costs and `price` a change: list of (frames, D) -> (frames,).
-
-        Viterbi, in step for all. Whoever changes at t comes from the unit that was cheapest at
-        t - 1; so a path is known by its last unit, when that began, and for each t the cheapest
-        unit and when that had begun. This is two numbers a frame, however many units there are.
-        """
-        rows = torch.arange(len(features))
-        total = torch.zeros(len(features), self.n_units)  # the least cost that ends in each unit
-        began = torch.zeros(len(features), self.n_units, dtype=torch.long)
-        longest = max(map(len, features))
-        # for each t, (B,): the cheapest unit at t - 1, and when it began
-        source, before = (torch.zeros(longest, len(rows), dtype=torch.long) for _ in range(2))
-        for start in range(0, longest, BLOCK):
-            # past an utterance's end all costs are 0, and its cheapest unit stays
-            costs = [self._costs(f[start : start + BLOCK]).cpu() for f in features]
-            for t, cost in enumerate(nn.utils.rnn.pad_sequence(costs), start):  # (B, n_units)
-                best, source[t] = total.min(1)
-                total -= best[:, None]
-                before[t] = began[rows, source[t]]
-                began[total > price] = t
-                total = total.clamp(max=price) + cost
-        source, before = source.T.tolist(), before.T.tolist()
-        paths = []
-        for row, f in enumerate(features):
-            unit = int(total[row].argmin())
-            start, stop = int(began[row, unit]), len(f)
-            path = torch.empty(stop, dtype=torch.long)
-            while stop:
-                path[start:stop] = unit
-                unit, start, stop = source[row][start], before[row][start], start
-            paths.append(path)
-        return paths
+EXTRACTORS = dict(mfcc=MfccExtractor, hubert=HubertExtractor)  # by `kind` in encoder.json
 
 
-def _first(result):
+def first_of(result):
     """What a module of transformers returns: in some versions the first of a tuple."""
     return result[0] if isinstance(result, tuple) else result
 
 
-def _cepstrum(config):
-    """The offline features' basis (N_MELS, n_cep): a cosine transform, its rows weighted."""
-    order = torch.arange(config['n_cep'])
-    angle = torch.outer(torch.arange(N_MELS) + 0.5, order) * math.pi / N_MELS
-    weight = order.clamp(min=1) ** config['lifter']
-    weight[0] = config['c0']
-    return angle.cos() * (2 / N_MELS) ** 0.5 * weight / 2**0.5
+def load_net(config):
+    """The net that encoder.json names, without the layers above the encoder's. Raises InputError
+    saying what is missing."""
+    from transformers import AutoModel, logging
 
-
-def _net_encoder(where, layer, public):
-    """The configuration of an encoder of a net: `public`, an entry of ENCODERS, or a folder."""
-    model = os.path.abspath(where) if os.path.isdir(where) else where
-    return dict(
-        kind='hubert',
-        name=where if public else os.path.basename(model),
-        model=public.get('model', model),
-        layer=public['layer'] if layer is None else layer,
-        pad=public.get('pad', 0),
-        vocoder=public.get('vocoder', 'vocoder'),
-    )
-
-
-def _load_net(config):
-    """The net that an encoder's configuration names. Raises InputError saying what is missing."""
-    name = config['name']
-    public = ENCODERS.get(name)
-    here = public and os.path.isdir(cache_path(name))
+    name, where, remedy = config['name'], config['model'], '--encoder names another'
+    if name in ENCODERS:
+        local = cache_path(name)
+        remedy = (
+            f'put config.json and model.safetensors of https://huggingface.co/{where} in {local}, '
+            f'and {ENCODERS[name]["kmeans"]} in {cache_path("")}'
+        )
+        where = local if os.path.isdir(local) else where
     try:
-        return _read_net(find_checkpoint(cache_path(name) if here else config['model']), config)
+        folder = find_checkpoint(where)
+        hf = net_config(read_json(os.path.join(folder, 'config.json')), config['layer'], folder)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it lists each tensor of the layers above
+        logging.disable_progress_bar()
+        with one_line(f'{folder} cannot be loaded'):
+            net, report = AutoModel.from_pretrained(folder, config=hf, output_loading_info=True)
+        logging.set_verbosity(verbosity)
+        lost = sorted(name for name in report['missing_keys'] if name != 'masked_spec_embed')
+        if lost:
+            raise InputError(f'{folder}: {len(lost)} tensors are missing, such as {lost[0]}')
     except InputError as error:
-        if not public:
-            raise InputError(
-                f'{error} (the net of encoder {name!r}; --encoder names another)'
-            ) from None
-        raise InputError(
-            f'{name} is not on this machine ({error}). It needs three files: config.json and '
-            f'model.safetensors of https://huggingface.co/{config["model"]} in {cache_path(name)}, '
-            f'and {public["kmeans"]} in {cache_path("")}'
-        ) from None
+        raise InputError(f'{error}; encoder {name!r} needs this net: {remedy}') from None
+    return fold_weight_norm(net)
 
 
-def _net_config(values, layer, where):
+def net_config(values, layer, where):
     """transformers' configuration of a net of `layer` layers: what lies above is not computed."""
     from transformers import AutoConfig
 
     kind = values.get('model_type')
     if kind not in ('hubert', 'wav2vec2', 'wavlm'):
         raise InputError(f'{where}: model_type {kind!r} is no hubert, wav2vec2 or wavlm')
-    hf = AutoConfig.for_model(**values)
+    with one_line(f'{where}: config.json is of no net'):
+        hf = AutoConfig.for_model(**values)
     if not 0 <= layer <= min(hf.num_hidden_layers, 1000):
         raise InputError(f'layer {layer} of {where}: it has {hf.num_hidden_layers}')
     if min(*hf.conv_stride, *hf.conv_kernel) < 1:
@@ -2234,25 +2268,7 @@ def _net_config(values, layer, where):
     return hf
 
 
-def _read_net(folder, config):
-    """The net of a checkpoint, without the layers above the encoder's. Raises InputError."""
-    from transformers import AutoModel, logging
-
-    values = read_json(os.path.join(folder, 'config.json'))
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it lists each tensor of the layers above
-    logging.disable_progress_bar()
-    with _one_line(f'{folder} cannot be loaded'):
-        hf = _net_config(values, config['layer'], folder)
-        net, report = AutoModel.from_pretrained(folder, config=hf, output_loading_info=True)
-    logging.set_verbosity(verbosity)
-    lost = sorted(name for name in report['missing_keys'] if name != 'masked_spec_embed')
-    if lost:
-        raise InputError(f'{folder}: {len(lost)} tensors are missing, such as {lost[0]}')
-    return _fold(net)
-
-
-def _fold(net):
+def fold_weight_norm(net):
     """The net with the weight norm of its position convolution folded into the weights."""
     conv = net.encoder.pos_conv_embed.conv
     if nn.utils.parametrize.is_parametrized(conv):
@@ -2260,37 +2276,61 @@ def _fold(net):
     return net
 
 
-def _read_encoder(folder):
+def read_encoder(folder):
     """-> configuration, centroids (n_units, D), net or None, of a folder of save_pretrained.
 
     Whoever made the folder may be a stranger: raises InputError naming what cannot be right.
     """
-    from safetensors.torch import load_file
-
-    path = os.path.join(folder, 'encoder.safetensors')
-    config = read_json(os.path.join(folder, 'encoder.json'))
-    _check_encoder(config, os.path.join(folder, 'encoder.json'))
-    with _one_line(f'{path} cannot be read'):
-        tensors = load_file(path)
+    about, path = (os.path.join(folder, f'encoder.{kind}') for kind in ('json', 'safetensors'))
+    config, tensors = read_json(about), read_tensors(path)
+    check_encoder(config, about)
     centroids = tensors.pop('centroids', None)
-    _check_centroids(centroids, path)
+    check_centroids(centroids, path)
     if config.get('n_units') not in (None, len(centroids)):
         raise InputError(
             f'{path} has {len(centroids)} units, encoder.json says {config["n_units"]}'
         )
     if not config.get('net'):
         return config, centroids.float(), None
+
     from transformers import AutoModel
 
-    with _one_line(f'{path} does not hold the net of encoder.json'):
+    with one_line(f'{path} does not hold the net of encoder.json'):
         with torch.device('meta'):  # it takes no memory before its tensors fit
-            net = _fold(AutoModel.from_config(_net_config(config['net'], config['layer'], folder)))
+            net = AutoModel.from_config(net_config(config['net'], config['layer'], folder))
+            fold_weight_norm(net)
         net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items()}, assign=True)
     return config, centroids.float(), net
 
 
+def check_encoder(config, path):
+    """Raises InputError naming the first value in an encoder.json that cannot be right."""
+    examples = dict(mfcc=MFCC, hubert=dict(name='', model='', layer=0, pad=0))
+    if config.get('kind') not in examples:
+        raise InputError(f'{path}: expected an encoder of `kind` {" or ".join(examples)}')
+    optional = dict(switch=0.0, distortion=0.0, vocoder='', n_units=0, net={})
+    for key, example in (examples[config['kind']] | optional).items():
+        value = config.get(key)
+        kinds = (int, float) if isinstance(example, float) else (type(example),)
+        if value is None and key in optional:
+            continue
+        if type(value) not in kinds or (isinstance(value, int | float) and not 0 <= value < 1e6):
+            raise InputError(f'{path}: `{key}` cannot be {value!r}')
+    if config['kind'] == 'mfcc' and (config['frame_rate'] != 25 or config['n_cep'] > N_MELS):
+        raise InputError(f'{path}: mfcc has 25 frames a second and at most {N_MELS} cepstra')
+    if config.get('vocoder') not in (None, 'vocoder', *HIFIGAN):  # no path of others
+        raise InputError(f'{path}: `vocoder` cannot be {config["vocoder"]!r}')
+
+
+def check_centroids(centroids, path):
+    """Raises InputError if these are no clusters, (n_units, D) finite numbers."""
+    right = isinstance(centroids, torch.Tensor) and centroids.ndim == 2 and len(centroids)
+    if not right or not centroids.is_floating_point() or not centroids.isfinite().all():
+        raise InputError(f'{path}: no `centroids` (n_units, D) of finite numbers')
+
+
 @contextlib.contextmanager
-def _one_line(message):
+def one_line(message):
     """Whatever libraries raise of a file that is none becomes an InputError of one line."""
     try:
         yield
@@ -2298,34 +2338,6 @@ def _one_line(message):
         raise
     except Exception as error:
         raise InputError(f'{message}: {" ".join(str(error).split())[:200]}') from None
-
-
-def _check_encoder(config, path):
-    """Raises InputError naming the first value in an encoder.json that cannot be right."""
-    if not isinstance(config, dict) or config.get('kind') not in ('mfcc', 'hubert'):
-        raise InputError(f'{path}: expected an encoder of `kind` mfcc or hubert')
-    number, nothing = (int, float), type(None)
-    wanted = dict(name=[str], vocoder=[str, nothing], n_units=[int, nothing], net=[dict, nothing])
-    wanted |= dict(switch=[*number, nothing], distortion=[*number, nothing])
-    if config['kind'] == 'mfcc':
-        wanted |= dict(frame_rate=number, n_cep=[int], lifter=number, c0=number, range=number)
-    else:
-        wanted |= dict(model=[str], layer=[int], pad=[int])
-    for key, kinds in wanted.items():
-        value = config.get(key)
-        if type(value) not in kinds or (type(value) in number and not 0 <= value < 1e6):
-            raise InputError(f'{path}: `{key}` cannot be {value!r}')
-    if config['kind'] == 'mfcc' and (config['frame_rate'], config['n_cep'] <= N_MELS) != (25, True):
-        raise InputError(f'{path}: mfcc has 25 frames a second and at most {N_MELS} cepstra')
-    if config.get('vocoder') not in ('vocoder', *(p['vocoder'] for p in ENCODERS.values())):
-        raise InputError(f'{path}: `vocoder` cannot be {config["vocoder"]!r}')  # no path of others
-
-
-def _check_centroids(centroids, path):
-    """Raises InputError if these are no clusters, (n_units, D) finite numbers."""
-    right = isinstance(centroids, torch.Tensor) and centroids.ndim == 2 and len(centroids)
-    if not right or not centroids.is_floating_point() or not centroids.isfinite().all():
-        raise InputError(f'{path}: no `centroids` (n_units, D) of finite numbers')
 
 
 def cache_path(name):
@@ -2340,7 +2352,7 @@ def fetch(url, sha256=None):
     """
     path = cache_path(url.rsplit('/', 1)[-1])
     if os.path.exists(path):
-        _check_sha256(path, path, sha256)
+        check_sha256(path, path, sha256)
         return path
     import urllib.request
 
@@ -2349,7 +2361,7 @@ def fetch(url, sha256=None):
             with urllib.request.urlopen(url, timeout=60) as remote:
                 shutil.copyfileobj(remote, file)
             file.flush()
-            _check_sha256(file.name, path, sha256)
+            check_sha256(file.name, path, sha256)
     except OSError as error:
         raise InputError(
             f'{url} cannot be downloaded ({error}): put it at {path} (SLAM_CACHE sets the folder)'
@@ -2357,7 +2369,7 @@ def fetch(url, sha256=None):
     return path
 
 
-def _check_sha256(path, name, sha256):
+def check_sha256(path, name, sha256):
     import hashlib
 
     with open(path, 'rb') as file:
@@ -2415,7 +2427,7 @@ class KMeansReader(pickle._Unpickler):
         from safetensors.torch import load_file
 
         kinds = '.safetensors with `centroids`, or a plain joblib dump of KMeans'
-        with _one_line(f'{path} is no k-means file ({kinds})'):
+        with one_line(f'{path} is no k-means file ({kinds})'):
             if path.endswith('.safetensors'):
                 centroids = load_file(path)['centroids'].float()
             else:
@@ -2424,22 +2436,21 @@ class KMeansReader(pickle._Unpickler):
                     reader.file = file
                     centres = vars(reader.load())['cluster_centers_']
                 centroids = torch.from_numpy(centres.astype('float32'))
-        _check_centroids(centroids, path)
+        check_centroids(centroids, path)
         return centroids
 
 
 # -----------------------------------------------------------------------------
 # UnitVocoder: units -> wave
 
-_TEXTLESS = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/'
 HIFIGAN = {  # mhubert25's, trained on LJSpeech: generator and config, each with its sha256
     'hifigan25': (
         (
-            _TEXTLESS + 'hifigan_lj_mhubert_base_25hz.pt',
+            TWIST + 'hifigan_lj_mhubert_base_25hz.pt',
             'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79',
         ),
         (
-            _TEXTLESS + 'hifigan_lj_mhubert_base_25hz_config.json',
+            TWIST + 'hifigan_lj_mhubert_base_25hz_config.json',
             '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7',
         ),
     )
@@ -2538,8 +2549,8 @@ class Source:
     def __call__(self, pitch, first=0, until=None):
         """pitch: (n,) Hz, one a 10 ms step from sample `first` of the utterance on; (B, n) of
         stretches that begin at 0. until: the sample from which the next stretch goes on.
-        Returns: pulses (..., n * HOP), noise (n * HOP,), on the CPU."""
-        pitch = pitch.detach().cpu().double().repeat_interleave(HOP, dim=-1)
+        Returns: pulses (..., n * HOP), noise (n * HOP,), on the device of `pitch`."""
+        device, pitch = pitch.device, pitch.detach().cpu().double().repeat_interleave(HOP, dim=-1)
         turns = (pitch / SAMPLE_RATE).cumsum(-1)
         if pitch.ndim == 1:
             at = self.at - first
@@ -2553,7 +2564,7 @@ class Source:
         pulses = pulse * (1 - early)
         pulses[..., :-1] += (pulse * early)[..., 1:]
         places = torch.arange(first, first + turns.shape[-1]) % len(fixed_noise())
-        return pulses.float(), fixed_noise()[places]
+        return pulses.float().to(device), fixed_noise()[places].to(device)
 
 
 def filter_source(mel, voiced, pulses, noise, rounds=0, basis=None):
@@ -2608,24 +2619,16 @@ class TableVoice:
     def __init__(self, config, tensors, device):
         self.device, self.mel = device, tensors['mel']
         self.mean_durations = tensors['durations'].cpu()
-        if self.mel.shape[::2] != (config['n_units'], N_MELS):
+        self.steps = round(SAMPLE_RATE / HOP / config['frame_rate'])  # of 10 ms in a frame
+        if self.mel.shape != (config['n_units'], self.steps, N_MELS):
             raise ValueError(f'its table is of shape {tuple(self.mel.shape)}')
-        self.steps_a_frame = SAMPLE_RATE / HOP / config['frame_rate']
         # frames that a sample depends on, on each side; the pitch follows the loudness of 0.3 s
-        self.reach = math.ceil((ROUNDS_REACH + 15) / self.steps_a_frame)
+        self.reach = math.ceil((ROUNDS_REACH + 15) / self.steps)
         self.unit_reach = 0
 
     def durations(self, units):
         """Each unit's mean; what rounding takes from one the next gains: the tempo is right."""
         return round_durations(self.mean_durations[units])
-
-    def spectra(self, frames, first):
-        """(frames,) units from frame `first` of an utterance on -> their (10 ms steps, N_MELS)."""
-        ratio = self.steps_a_frame
-        steps = torch.arange(round(first * ratio), round((first + len(frames)) * ratio))
-        at = steps / ratio - first
-        inside = (at.frac() * self.mel.shape[1] + 1e-3).long()
-        return self.mel[frames[at.long()].to(self.device), inside.to(self.device)]
 
     def pitch(self, mel):
         """100 to 125 Hz, higher where it is louder, as people speak: (n, N_MELS) -> (n,)."""
@@ -2649,13 +2652,13 @@ class TableVoice:
         first, until (frames of the utterance), source: for a stretch of one, see Source. It has one
         speaker and one style.
         """
-        mel = self.spectra(units.repeat_interleave(durations), first)  # (n, N_MELS)
-        hop = HOP * self.steps_a_frame
-        ends = round(first * hop), None if until is None else round(until * hop)
-        sound = (source or Source())(self.pitch(mel), *ends)
-        sound = (x.to(self.device) for x in sound)
+        frames = units.repeat_interleave(durations).to(self.device)
+        mel = self.mel[frames].flatten(0, 1)  # (10 ms steps, N_MELS)
+        hop = self.steps * HOP
+        ends = first * hop, None if until is None else until * hop
+        pulses, noise = (source or Source())(self.pitch(mel), *ends)
         basis = envelope_basis().to(self.device)
-        return filter_source(mel, self.voiced(mel), *sound, ROUNDS, basis)
+        return filter_source(mel, self.voiced(mel), pulses, noise, ROUNDS, basis)
 
 
 def round_durations(mean):
@@ -2847,9 +2850,8 @@ class NeuralVoice(nn.Module):
         mel, logits, pitch = self(frames, place, which, share=0.88)
         hop = self.steps * HOP
         ends = first * hop, None if until is None else until * hop
-        sound = (source or Source())(pitch[0].exp().clamp(40, 600), *ends)
-        sound = (x.to(self.device) for x in sound)
-        return filter_source(mel[0], self.voiced(logits[0]), *sound, ROUNDS)
+        pulses, noise = (source or Source())(pitch[0].exp().clamp(40, 600), *ends)
+        return filter_source(mel[0], self.voiced(logits[0]), pulses, noise, ROUNDS)
 
 
 VOICES = dict(table=TableVoice, hifigan=HifiganVoice, neural=NeuralVoice)
@@ -3017,7 +3019,9 @@ class UnitTable:
 
     def __init__(self, n_units, frame_rate):
         self.n_units, self.frame_rate = n_units, frame_rate
-        self.steps = max(1, round(SAMPLE_RATE / HOP / frame_rate))  # of 10 ms in a frame
+        self.steps = round(SAMPLE_RATE / HOP / frame_rate)  # of 10 ms in a frame
+        if abs(self.steps * HOP * frame_rate - SAMPLE_RATE) > 1:
+            raise InputError(f'a voice needs frames of whole 10 ms, not {frame_rate:g} a second')
         self.mels = torch.zeros(n_units, self.steps * N_MELS, dtype=torch.float64)
         self.frames, self.runs = (torch.zeros(n_units, dtype=torch.long) for _ in range(2))
 
@@ -3026,11 +3030,11 @@ class UnitTable:
         de-duplicated."""
         wave, units = torch.as_tensor(wave), torch.as_tensor(units, dtype=torch.long)
         mel = log_mel(wave * (VOICE_LEVEL / max(speech_level(wave), 1e-5)))
-        starts = (torch.arange(len(units)) * (SAMPLE_RATE / HOP / self.frame_rate)).round().long()
-        at = starts[:, None] + torch.arange(self.steps)  # (frames, steps)
-        inside = at[:, -1] < len(mel)
-        self.mels.index_add_(0, units[inside], mel[at[inside]].flatten(1).double())
-        self.frames += torch.bincount(units[inside], minlength=self.n_units)
+        n = min(len(units), len(mel) // self.steps)  # frames that are whole
+        self.mels.index_add_(
+            0, units[:n], mel[: n * self.steps].view(-1, self.mels.shape[1]).double()
+        )
+        self.frames += torch.bincount(units[:n], minlength=self.n_units)
         self.runs += torch.bincount(dedup(units)[0], minlength=self.n_units)
 
     def finish(self):

@@ -132,7 +132,8 @@ SAMPLE_SECONDS = 60.0  # what is drawn to fit on is cut to this
 CUT_GRID = 640  # samples, 40 ms: cut there, frames fall where they would uncut
 PAIR = ('prompt', 'chosen', 'rejected')
 ARCHIVES = ('.tar', '.tar.gz', '.tgz')
-WANTED = (*AUDIO_EXTENSIONS, *ARCHIVES, '.parquet', 'manifest.jsonl')
+MANIFEST = 'manifest.jsonl'
+WANTED = (*AUDIO_EXTENSIONS, *ARCHIVES, '.parquet', MANIFEST)
 OURS = ('path', 'file_name', 'units', 'duration', 'split')  # not taken from a manifest
 SPLITS = dict(validation='val', valid='val', dev='val')  # what others call it
 OTHER_NAMES = dict(speaker='voice', raw_text='text')
@@ -152,7 +153,7 @@ RECIPE = (
 class Item(NamedTuple):
     """Where an utterance, or several, are to be read."""
 
-    kind: str  # file; row of a manifest; tar and parquet, which hold many
+    kind: str  # file; row of a manifest; tar and parquet, which hold many; see READERS
     path: str
     at: int = 0  # byte of the row
     size: int = 0  # bytes, as far as known
@@ -170,24 +171,26 @@ class Corpus(NamedTuple):
 
 def find_items(path):
     """Yields the items of a file, a folder or a data set of the hub, in a fixed order."""
-    if path.startswith('hub:') or path.endswith('.parquet'):
+    if os.path.isdir(path):
+        found = find_audio(path, WANTED)
+        # a manifest knows what lies beside it and below
+        known = {os.path.dirname(file) for file in found if os.path.basename(file) == MANIFEST}
+        for file in found:
+            place = os.path.dirname(file) if os.path.basename(file) == MANIFEST else file
+            if known.isdisjoint(map(str, Path(place).parents)):
+                yield from find_items(file)
+    elif path.startswith('hub:') or path.endswith('.parquet'):
         for name in parquet_files(path):
             yield Item('parquet', name, 0, size_of(name) or PART_BYTES)
     elif path.endswith('.jsonl'):
         yield from items_of_manifest(path)
-    elif os.path.isdir(path):
-        found = find_audio(path, WANTED)
-        # a manifest knows what lies beside it
-        known = {os.path.dirname(file) for file in found if file.endswith('/manifest.jsonl')}
-        for file in found:
-            above = map(str, Path(file.removesuffix('/manifest.jsonl')).parents)
-            if known.isdisjoint(above):
-                yield from find_items(file)
     else:
-        yield Item('tar' if path.endswith(ARCHIVES) else 'file', path, 0, size_of(path))
+        kind = 'tar' if path.endswith(ARCHIVES) else 'file'
+        yield Item(kind, path, 0, size_of(path))
 
 
 def size_of(path):
+    """In bytes; 0 of what is on the hub, and of a link that leads nowhere."""
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
@@ -217,30 +220,25 @@ def paths_of_row(row):
     return [row[f'{part}_path'] for part in PAIR] if 'prompt_path' in row else [row['path']]
 
 
-def find_path(path, folder):
-    """A path from a manifest: relative to its folder or, else, to where we are."""
-    beside = os.path.join(folder, path)
-    return path if not os.path.exists(beside) and os.path.exists(path) else beside
-
-
 def find_sources():
-    """What --audio names, one by one -> [items], and the folder of it all. Raises InputError."""
+    """What --audio names -> [items] of each source, and the folder of it all. Raises InputError."""
     sources, folders = [], []
     for source in split_list(audio):
         there = source.startswith('hub:') or os.path.exists(source)
-        found = [source] if there else sorted(glob.glob(source, recursive=True))
+        paths = [source] if there else sorted(glob.glob(source, recursive=True))
         if '**' in source:  # it names folders and again what lies in them
-            found = [path for path in found if path.lower().endswith(AUDIO_EXTENSIONS + ARCHIVES)]
-        items = [item for path in found for item in find_items(path)]
+            paths = [path for path in paths if path.lower().endswith(AUDIO_EXTENSIONS + ARCHIVES)]
+        items = [item for path in paths for item in find_items(path)]
         if not items:
-            what = 'no audio in it' if found else 'no such file or folder'
+            what = 'no audio in it' if paths else 'no such file or folder'
             raise InputError(f'--audio={source}: {what} (looked for {" ".join(WANTED)})')
         sources.append(items)
-        local = [path for path in found if not path.startswith('hub:')]
-        folders += [path if os.path.isdir(path) else os.path.dirname(path) for path in local]
+        for path in paths:
+            if not path.startswith('hub:'):
+                folder = path if os.path.isdir(path) else os.path.dirname(path)
+                folders.append(os.path.abspath(folder))
     if not sources:
         raise InputError('--audio names nothing: give folders, files, globs, manifests, hub:NAME')
-    folders = [os.path.abspath(folder) for folder in folders]
     return sources, os.path.commonpath(folders) if folders else os.getcwd()
 
 
@@ -254,50 +252,50 @@ def name_below(path, root):
     return path.removeprefix('hub:') if path.startswith('hub:') else os.path.relpath(path, root)
 
 
-def split_by_folder(name, val_folders):
+def split_by_folder(name):
     """'val' or 'test' where a folder in the name says so (LibriSpeech: dev-clean, test-other)."""
+    patterns = [pattern.strip('/') for pattern in split_list(val_folders)]
     for folder in name.split('/')[:-1]:
-        if any(fnmatch(folder, pattern) for pattern in val_folders):
+        if any(fnmatch(folder, pattern) for pattern in patterns):
             return 'val'
         if re.match(r'test([-_.].*)?$', folder):
             return 'test'
-        if not val_folders and re.match(r'(dev|val|valid|validation)([-_.].*)?$', folder):
+        if not patterns and re.match(r'(dev|val|valid|validation)([-_.].*)?$', folder):
             return 'val'
     return ''
 
 
-def split_by_hash(name, val_fraction):
-    """'train' or 'val', by the name alone."""
+def split_by_hash(name):
+    """'train' or 'val', by the name alone: val_fraction of all names validate."""
     digest = hashlib.sha1(os.fsencode(name)).digest()
     return 'val' if int.from_bytes(digest[:6], 'big') < val_fraction * 2**48 else 'train'
 
 
-def split_by_name(name):
-    """The split of units whose rows do not say it."""
-    folders = [folder.strip('/') for folder in split_list(val_folders)]
-    by_folder = split_by_folder(name, folders)
-    return by_folder or ('train' if folders else split_by_hash(name, val_fraction))
+def split_of(row):
+    """train, val or test, as a row says or else its name."""
+    split = row.get('split') or split_by_folder(row['file_name'])
+    if not split:
+        split = 'train' if val_folders else split_by_hash(row['file_name'])
+    return SPLITS.get(split, split)
 
 
-def choose_items(sources, root, val_folders, exclude):
+def choose_items(sources, root):
     """-> Corpus of the items to encode, each with its split if its folder says one.
 
     Left out is what --exclude names, and test sets, but where all of a source is one: it is meant.
     """
-    val_folders, exclude = (
-        [name.strip('/') for name in split_list(names)] for names in (val_folders, exclude)
-    )
+    unwanted = [pattern.strip('/') for pattern in split_list(exclude)]
     chosen = []
     for items in sources:
         kept, tests = [], []
         for item in items:
             folder = os.path.dirname(item.path) if item.kind == 'row' else item.path
             name = os.path.join(name_below(folder, root), item.name)
-            if any(fnmatch(part, pattern) for part in name.split('/') for pattern in exclude):
+            if any(fnmatch(part, pattern) for part in name.split('/') for pattern in unwanted):
                 continue
             if item.kind in ('parquet', 'tar'):
                 name += '/'  # dev-clean.tar.gz, test-00000-of-00001.parquet
-            split = item.split or split_by_folder(name, val_folders)
+            split = item.split or split_by_folder(name)
             if split == 'test' and not item.split:
                 tests.append(item)
             else:
@@ -306,6 +304,7 @@ def choose_items(sources, root, val_folders, exclude):
     if not chosen:
         raise InputError('--exclude leaves nothing of --audio')
     left_out = sum(map(len, sources)) - len(chosen)
+    # where some folder validates, all others train; else a hash decides, when an item is read
     if val_folders or any(item.split == 'val' for item in chosen):
         chosen = [item._replace(split=item.split or 'train') for item in chosen]
     return Corpus(list(dict.fromkeys(chosen)), left_out, root)  # named twice, it comes once
@@ -313,7 +312,8 @@ def choose_items(sources, root, val_folders, exclude):
 
 def make_parts(items):
     """The work: lists of consecutive items, each of some megabytes unless one item is larger."""
-    parts, size, most = [[]], 0, max(1, min(PART_FILES, len(items) // 32))
+    parts, size = [[]], 0
+    most = max(1, min(PART_FILES, len(items) // 32))
     for item in items:
         if parts[-1] and (len(parts[-1]) == most or size + item.size > PART_BYTES):
             parts.append([])
@@ -348,68 +348,24 @@ class Failure(NamedTuple):
     reason: str
 
 
-def find_utterances(item):
-    """Yields the utterances of an item."""
-    if item.kind == 'file':
-        yield from utterances_of_file(item.path)
-    elif item.kind == 'row':
-        with open(item.path, 'rb') as file:
-            file.seek(item.at)
-            row = json.loads(file.readline())
-        paths = [find_path(path, os.path.dirname(item.path)) for path in paths_of_row(row)]
-        yield Utterance(paths[0], row, paths)
-    elif item.kind == 'tar':
-        stem = re.sub(r'\.(tar|tar\.gz|tgz)$', '', item.path)
-        with tarfile.open(item.path, 'r|*') as tar:
-            for member in tar:
-                if member.isfile() and member.name.lower().endswith(AUDIO_EXTENSIONS):
-                    source = io.BytesIO(tar.extractfile(member).read())
-                    yield Utterance(os.path.join(stem, member.name), {}, [source])
-                tar.members = []  # else it remembers them all
-    else:
-        for number, row in enumerate(read_parquet(item.path)):
-            yield utterance_of_row(row, item.path, number)
-
-
-def utterances_of_file(path):
+def utterances_of_file(item):
     """A recording whole, or cut as a file beside it says: Libri-Light's .json, TEDLIUM's .stm."""
+    path = item.path
     stem, extension = os.path.splitext(path)
     if extension == '.flac' and os.path.exists(stem + '.json'):
         with open(stem + '.json', encoding='utf-8') as file:
             meta = json.load(file)
         activity = meta.get('voice_activity') if isinstance(meta, dict) else None
         if activity:
-            yield from (Utterance(path, {}, [path], spans) for spans in join_activity(activity))
+            for spans in join_activity(activity):
+                yield Utterance(path, {}, [path], spans)
             return
-    stm = stem + '.stm'
-    if not os.path.exists(stm):
-        stm = re.sub(r'sph/([^/]*)$', r'stm/\1', stm)
-    if extension != '.sph' or not os.path.exists(stm):
-        yield Utterance(path, {}, [path])
-        return
-    with open(stm, encoding='utf-8', errors='replace') as file:
-        for line in file:
-            fields = line.split(maxsplit=6)
-            if len(fields) == 7 and not line.startswith(';;') and 'ignore_time' not in line:
-                _, _, speaker, start, end, _, text = fields
-                spans = [(float(start), float(end))]
-                yield Utterance(path, dict(voice=speaker, text=text.strip()), [path], spans)
-
-
-def utterance_of_row(row, path, number):
-    """A row of parquet: columns prompt, chosen, rejected, or the one with audio."""
-    structs = {key: row[key] for key in row if isinstance(row[key], dict) and 'bytes' in row[key]}
-    keys = PAIR if structs.keys() >= set(PAIR) else list(structs)[:1]
-    if not keys:
-        raise InputError(f'{path}: no column holds audio, a struct of bytes and path')
-    sources = []
-    for struct in (structs[key] for key in keys):
-        where = find_path(struct.get('path') or '', os.path.dirname(path))
-        sources.append(io.BytesIO(struct['bytes']) if struct['bytes'] else where)
-    known = {OTHER_NAMES.get(key, key): row[key] for key in row if key not in structs}
-    name = os.path.basename(structs[keys[0]].get('path') or '')
-    name = f'{path.removesuffix(".parquet")}/{number:05d}' + (f'-{name}' if name else '')
-    return Utterance(name, known, sources)
+    if extension == '.sph':
+        for stm in (stem + '.stm', re.sub(r'sph/([^/]*)$', r'stm/\1', stem + '.stm')):
+            if os.path.exists(stm):
+                yield from segments_of_stm(stm, path)
+                return
+    yield Utterance(path, {}, [path])
 
 
 def join_activity(activity, longest=60):
@@ -424,6 +380,71 @@ def join_activity(activity, longest=60):
         seconds += end - start
     if group:
         yield group
+
+
+def segments_of_stm(stm, path):
+    """The segments of a talk: lines of talk, channel, speaker, start, end, label and text."""
+    with open(stm, encoding='utf-8', errors='replace') as file:
+        for line in file:
+            fields = line.split(maxsplit=6)
+            if len(fields) == 7 and not line.startswith(';;') and 'ignore_time' not in line:
+                _, _, speaker, start, end, _, text = fields
+                spans = [(float(start), float(end))]
+                yield Utterance(path, dict(voice=speaker, text=text.strip()), [path], spans)
+
+
+def utterances_of_row(item):
+    """A row of a manifest, which is read again: rows of millions do not stay in memory."""
+    with open(item.path, 'rb') as file:
+        file.seek(item.at)
+        row = json.loads(file.readline())
+    paths = [find_path(path, os.path.dirname(item.path)) for path in paths_of_row(row)]
+    yield Utterance(paths[0], row, paths)
+
+
+def find_path(path, folder):
+    """A path from a manifest: relative to its folder or, else, to where we are."""
+    beside = os.path.join(folder, path)
+    return path if not os.path.exists(beside) and os.path.exists(path) else beside
+
+
+def utterances_of_tar(item):
+    """The recordings in an archive, read from its beginning to its end."""
+    stem = re.sub(r'\.(tar|tar\.gz|tgz)$', '', item.path)
+    with tarfile.open(item.path, 'r|*') as tar:
+        for member in tar:
+            if member.isfile() and member.name.lower().endswith(AUDIO_EXTENSIONS):
+                source = io.BytesIO(tar.extractfile(member).read())
+                yield Utterance(os.path.join(stem, member.name), {}, [source])
+            tar.members = []  # else it remembers them all
+
+
+def utterances_of_parquet(item):
+    """The rows of a shard: audio in columns prompt, chosen and rejected, or in any one column."""
+    for number, row in enumerate(read_parquet(item.path)):
+        structs = {
+            key: row[key] for key in row if isinstance(row[key], dict) and 'bytes' in row[key]
+        }
+        keys = PAIR if structs.keys() >= set(PAIR) else list(structs)[:1]
+        if not keys:
+            raise InputError(f'{item.path}: no column holds audio, a struct of bytes and path')
+        sources = []
+        for key in keys:
+            path = find_path(structs[key].get('path') or '', os.path.dirname(item.path))
+            sources.append(io.BytesIO(structs[key]['bytes']) if structs[key]['bytes'] else path)
+        known = {OTHER_NAMES.get(key, key): row[key] for key in row if key not in structs}
+        name = f'{item.path.removesuffix(".parquet")}/{number:05d}'
+        own_name = os.path.basename(structs[keys[0]].get('path') or '')
+        yield Utterance(f'{name}-{own_name}' if own_name else name, known, sources)
+
+
+# A new layout of data: find_items lists its items, and its reader here finds their utterances
+READERS = dict(
+    file=utterances_of_file,
+    row=utterances_of_row,
+    tar=utterances_of_tar,
+    parquet=utterances_of_parquet,
+)
 
 
 def cut(wave, longest):
@@ -444,16 +465,6 @@ def cut(wave, longest):
     return spans + [(start, len(wave))]
 
 
-def marks_within(marks, start, end):
-    """Of [[word or phone, start s, end s], ...] those within a piece, in its own time."""
-    length = end - start
-    return [
-        [label, round(max(0, first - start), 3), round(min(last - start, length), 3)]
-        for label, first, last in marks or []
-        if start <= (first + last) / 2 < end
-    ]
-
-
 def cut_pieces(wave, row, longest):
     """Yields the pieces of one utterance; row: what is known of it, with its start if not 0."""
     spans = cut(wave, int(longest * SAMPLE_RATE))
@@ -471,11 +482,21 @@ def cut_pieces(wave, row, longest):
         yield Piece(piece, [wave[first:last]])
 
 
+def marks_within(marks, start, end):
+    """Of [[word or phone, start s, end s], ...] those within a piece, in its own time."""
+    length = end - start
+    return [
+        [label, round(max(0, first - start), 3), round(min(last - start, length), 3)]
+        for label, first, last in marks
+        if start <= (first + last) / 2 < end
+    ]
+
+
 def read_utterance(utterance, split, root, longest):
     """Yields the pieces of an utterance, of at most `longest` seconds, or the pair that it is."""
     path, known, sources, spans = utterance
     name = name_below(path, root)
-    split = split or split_by_hash(name, val_fraction)
+    split = split or split_by_hash(name)
     if len(sources) == len(PAIR):
         row = dict(file_name=name)
         for part in PAIR:
@@ -500,7 +521,7 @@ def read_item(item, root, longest):
     must not end the run. What the hub does not give ends it: it is not the data's fault."""
     where = item.path + (f', byte {item.at}' if item.kind == 'row' else '')
     try:
-        for utterance in find_utterances(item):
+        for utterance in READERS[item.kind](item):
             try:
                 yield from read_utterance(utterance, item.split, root, longest)
             except BAD_DATA as error:
@@ -543,10 +564,6 @@ class Reader(IterableDataset):
                 yield key, error
 
 
-def hand_on(result):
-    return result  # arrays stay arrays, which go through a pipe and need no shared memory
-
-
 def work_ahead(jobs, work, in_order=False):
     """Yields (key, result) of `work(items)` for each job (key, items), made by worker processes in
     advance. in_order: of jobs with one result each, in their order; else as they come."""
@@ -556,7 +573,7 @@ def work_ahead(jobs, work, in_order=False):
         batch_size=None,
         num_workers=max(1, min(count_workers(), len(jobs))),
         worker_init_fn=lambda number: start_worker(parent=parent),
-        collate_fn=hand_on,
+        collate_fn=lambda result: result,  # arrays stay arrays: no shared memory is needed
         multiprocessing_context='fork',  # it takes what is loaded along
         in_order=in_order,
     )
@@ -587,17 +604,16 @@ def draw_speech(corpus, seconds):
     wanted = [item for item in corpus.items if item.split in ('', 'train')]
     items = wanted or corpus.items
     items = random.Random(seed).sample(items, min(len(items), 100_000))
-    per_item = min(64, math.ceil(seconds / 5 / len(items)))  # few are shorter than 5 s
+    per_item = min(64, max(1, math.ceil(seconds / 5 / len(items))))  # few are shorter than 5 s
     per_job = max(1, 16 // per_item)
 
     def read(items):
-        found = [
-            piece
-            for item in items
-            for piece in islice(read_item(item, corpus.root, SAMPLE_SECONDS), per_item)
-        ]
-        pieces = [piece for piece in found if isinstance(piece, Piece)]
-        yield [piece for piece in pieces if piece.row['split'] == 'train' or not wanted]
+        pieces = []
+        for item in items:
+            for found in islice(read_item(item, corpus.root, SAMPLE_SECONDS), per_item):
+                if isinstance(found, Piece) and (found.row['split'] == 'train' or not wanted):
+                    pieces.append(found)
+        yield pieces
 
     jobs = [(i, items[i : i + per_job]) for i in range(0, len(items), per_job)]
     for _, pieces in work_ahead(jobs, read, in_order=True):
@@ -622,51 +638,54 @@ def draw_frames(net, corpus, n_frames):
     return torch.cat(frames)[:n_frames]
 
 
-def fit(x, k, seed):
+def cluster(frames, k, seed):
     """k-means of (frames, D): a k-means++ start on a part, then Lloyd's rounds on all.
 
     An empty cluster is moved to the frame that is worst served. Returns: centroids (k, D) on the
     CPU, and the mean squared distance. Raises InputError where there are too few frames.
     """
-    if len(x) < k:
+    if len(frames) < k:
         raise InputError(
-            f'{len(x)} frames are too few for {k} clusters: give more speech, or lower --fit_kmeans'
+            f'{len(frames)} frames are too few for {k} clusters: give more speech, or lower '
+            '--fit_kmeans'
         )
-    generator = torch.Generator().manual_seed(seed)
-
-    # k-means++ (Arthur & Vassilvitskii 2007): each next one by its squared distance to the others
-    part = x[torch.randperm(len(x), generator=generator)[: max(20_000, 30 * k)].to(x.device)]
-    centroids = part[:1]
-    far = (part - centroids).square().sum(1)
-    for _ in range(k - 1):
-        chance = far.cpu().double().clamp(min=1e-12)
-        i = torch.multinomial(chance, 1, generator=generator).to(x.device)
-        centroids = torch.cat((centroids, part[i]))
-        far = torch.minimum(far, (part - part[i]).square().sum(1))
-
-    # Lloyd: until a round gains less than a thousandth
-    before = float('inf')
+    centroids, before = first_centroids(frames, k, seed), float('inf')
     for _ in tqdm(range(30), desc='k-means, rounds', leave=False):
         sums = torch.zeros_like(centroids, dtype=torch.float64)
-        counts = torch.zeros(k, dtype=torch.float64, device=x.device)
-        far = []
-        for block in x.split(1 << 15):
+        counts = torch.zeros(k, dtype=torch.float64, device=frames.device)
+        distances = []
+        for block in frames.split(1 << 15):
             half, unit = (centroids.square().sum(1) / 2 - block @ centroids.T).min(1)
-            far.append(half * 2 + block.square().sum(1))
+            distances.append(half * 2 + block.square().sum(1))
             # a product: index_add on CUDA adds in no fixed order
-            member = (unit[:, None] == torch.arange(k, device=x.device)).to(x.dtype)
+            member = (unit[:, None] == torch.arange(k, device=frames.device)).to(frames.dtype)
             sums += (member.T @ block).double()
             counts += member.sum(0).double()
-        far = torch.cat(far)
-        mean = float(far.double().mean())
-        if mean > 0.999 * before:
+        distances = torch.cat(distances)
+        mean = float(distances.double().mean())
+        if mean > 0.999 * before:  # the round gained less than a thousandth
             break
         before = mean
-        centroids = (sums / counts.clamp(min=1)[:, None]).to(x.dtype)
-        empty = int((counts == 0).sum())
-        if empty:
-            centroids[counts == 0] = x[far.topk(empty).indices]
+        centroids = (sums / counts.clamp(min=1)[:, None]).to(frames.dtype)
+        empty = counts == 0
+        centroids[empty] = frames[distances.topk(int(empty.sum())).indices]
     return centroids.cpu(), mean
+
+
+def first_centroids(frames, k, seed):
+    """k-means++ (Arthur & Vassilvitskii 2007) on a part of (frames, D): each next centroid by its
+    squared distance to the others."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(frames), generator=generator)
+    part = frames[order[: max(20_000, 30 * k)].to(frames.device)]
+    centroids = part[:1]
+    distances = (part - centroids).square().sum(1)
+    for _ in range(k - 1):
+        chance = distances.cpu().double().clamp(min=1e-12)
+        i = torch.multinomial(chance, 1, generator=generator).to(frames.device)
+        centroids = torch.cat((centroids, part[i]))
+        distances = torch.minimum(distances, (part - part[i]).square().sum(1))
+    return centroids
 
 
 def load_encoder(name, clusters, price, corpus):
@@ -684,7 +703,7 @@ def load_encoder(name, clusters, price, corpus):
         net.config['switch'] = price
     if clusters:
         frames = draw_frames(net, corpus, fit_frames)
-        net.centroids, net.config['distortion'] = fit(frames, clusters, seed)
+        net.centroids, net.config['distortion'] = cluster(frames, clusters, seed)
         net.centroids = net.centroids.to(net.device)
     elif net.config.get('switch') and not net.config.get('distortion'):
         frames = draw_frames(net, corpus, min(fit_frames, 30_000))
@@ -748,29 +767,30 @@ def write_part(number, lines, failures, seconds, n_files):
 def encode_parts(parts, mine, net, root):
     """Encode those of the parts `mine` that are not there -> how many times faster than speech.
 
-    MFCC are computed where the files are read. A net runs here, while workers read ahead.
+    Cheap features are computed where the files are read. A net runs here, while workers read ahead.
     """
-    in_worker = net.config['kind'] == 'mfcc'
+    cheap = net.extractor.cheap
 
     def work(items):
         for pieces, failures, last in read_batches(items, root):
             seconds = sum(len(wave) for piece in pieces for wave in piece.waves) / SAMPLE_RATE
-            yield encode(net, pieces) if in_worker else pieces, failures, seconds, last
+            yield encode(net, pieces) if cheap else pieces, failures, seconds, last
 
     there = parts_there()
     todo = [(number, parts[number]) for number in mine if number not in there]
-    done = sum(len(parts[number]) for number in mine if number in there)
-    begun, started, total, n_failed = {}, time.time(), 0.0, 0
-    with tqdm(total=sum(len(parts[i]) for i in mine), initial=done, unit=' files') as bar:
+    n_done = sum(len(parts[number]) for number in mine if number in there)
+    begun, started, speed, total, n_failed = {}, time.time(), 0, 0.0, 0
+    with tqdm(total=sum(len(parts[i]) for i in mine), initial=n_done, unit=' files') as bar:
         for number, (found, failures, seconds, last) in work_ahead(todo, work):
-            lines, failed, spoken = begun.get(number, ([], [], 0.0))
-            lines += found if in_worker else encode(net, found)
-            begun[number] = lines, failed + failures, spoken + seconds
+            part = begun.setdefault(number, dict(lines=[], failures=[], seconds=0.0))
+            part['lines'] += found if cheap else encode(net, found)
+            part['failures'] += failures
+            part['seconds'] += seconds
             total += seconds
             n_failed += len(failures)
             speed = round(total / max(time.time() - started, 1e-3))
             if last:
-                write_part(number, *begun.pop(number), len(parts[number]))
+                write_part(number, **begun.pop(number), n_files=len(parts[number]))
                 bar.update(len(parts[number]))
                 bar.set_postfix_str(f'{speed} x real time, {n_failed} failed')
             if n_failed > max_failed:
@@ -778,7 +798,7 @@ def encode_parts(parts, mine, net, root):
                     f'{n_failed} files failed, the last: {": ".join(failures[-1])}; '
                     f'--max_failed={max_failed} allows more'
                 )
-    return speed if todo else 0
+    return speed
 
 
 def check_recipe(path, recipe):
@@ -872,47 +892,43 @@ def find_unit_files():
     return found
 
 
-def pack(rows, folder, vocab_size, frame_rate, split=None):
+def pack(rows, vocab_size, frame_rate):
     """Write units.jsonl, pairs.jsonl, train.bin and val.bin of rows, one at a time in memory.
 
-    split: function of a name, for rows that do not say theirs. Rows of the test split are in
-    units.jsonl alone. Returns: what meta.json says of them. Raises InputError naming a row whose
-    unit is out of the vocabulary.
+    Rows of the test split are in units.jsonl alone. Returns: what meta.json says of them. Raises
+    InputError naming a row whose unit is out of the vocabulary.
     """
     token_type = np.uint16 if vocab_size <= 65_536 else np.uint32
-    count = {part: dict(tokens=0, utterances=0, seconds=0.0) for part in ('train', 'val')}
+    count = {split: dict(tokens=0, utterances=0, seconds=0.0) for split in ('train', 'val')}
     usage = np.zeros(vocab_size - OFFSET, dtype=np.int64)
-    pairs, units_and_pairs = 0, {}
+    n_pairs = 0
     with ExitStack() as stack:
 
         def create(name):
-            return stack.enter_context(write_atomic(os.path.join(folder, name), 'wb'))
+            return stack.enter_context(write_atomic(os.path.join(out, name), 'wb'))
 
-        tokens = {part: create(f'{part}.bin') for part in count}
-        units_and_pairs['units'] = create('units.jsonl')
+        token_files = {split: create(f'{split}.bin') for split in count}
+        units_file, pairs_file = create('units.jsonl'), None
         for row in rows:
             if 'prompt' in row:
-                if not pairs:
-                    units_and_pairs['pairs'] = create('pairs.jsonl')
-                pairs += 1
-                units_and_pairs['pairs'].write(to_line(row))
+                pairs_file = pairs_file or create('pairs.jsonl')
+                pairs_file.write(to_line(row))
+                n_pairs += 1
                 continue
-            units_and_pairs['units'].write(to_line(row))
-            part = row.get('split') or split(row['file_name'])
-            part = SPLITS.get(part, part)
-            if part not in count or not row['units']:
+            units_file.write(to_line(row))
+            split, units = split_of(row), np.array(row['units'])
+            if split not in count or not len(units):
                 continue
-            units = np.array(row['units'])
             if units.max() >= len(usage):
                 found = f'{row["file_name"]}: unit {units.max()}'
                 raise InputError(f'{found}, but there are {len(usage)} (--n_units)')
-            sequence = np.concatenate(([BOS], units + OFFSET, [EOS]))
-            tokens[part].write(sequence.astype(token_type).tobytes())
+            tokens = np.concatenate(([BOS], units + OFFSET, [EOS]))
+            token_files[split].write(tokens.astype(token_type).tobytes())
             usage += np.bincount(units, minlength=len(usage))
-            count[part]['tokens'] += len(sequence)
-            count[part]['utterances'] += 1
-            count[part]['seconds'] += row.get('seconds') or sum(row['duration']) / frame_rate
-    return describe(count, usage, vocab_size, frame_rate, token_type) | dict(pairs=pairs)
+            count[split]['tokens'] += len(tokens)
+            count[split]['utterances'] += 1
+            count[split]['seconds'] += row.get('seconds') or sum(row['duration']) / frame_rate
+    return describe(count, usage, vocab_size, frame_rate, token_type) | dict(pairs=n_pairs)
 
 
 def describe(count, usage, vocab_size, frame_rate, token_type):
@@ -1072,7 +1088,7 @@ def voice_loss(voice, batch):
 
     some = slice(0, VOICE_WAVES)
     hertz = torch.where(voiced, batch['pitch'], pitch.detach().exp().clamp(50, 500))[some]
-    pulses = Source()(hertz)[0].to(voice.device)
+    pulses, _ = Source()(hertz)
     share = voice.voiced(logits[some])
     wave = filter_source(energies[some].detach(), share, pulses, batch['noise'])
     spectral = spectral_loss(wave, batch['wave'][some])
@@ -1137,10 +1153,7 @@ def fit_neural_vocoder(net, corpus):
 
     One utterance in 16 is held out; vocoder.json tells its log-mel error and the table's.
     """
-    table = UnitTable(net.n_units, net.frame_rate)
-    if abs(table.steps * net.frame_rate * HOP - SAMPLE_RATE) > 1:
-        raise InputError(f'--fit_vocoder=neural needs frames of whole 10 ms, not {net.frame_rate}')
-    speech, voices = [], {}
+    table, speech, voices = UnitTable(net.n_units, net.frame_rate), [], {}
     for wave, units, voice in draw_utterances(net, corpus):
         table.add(wave, units)
         row = voices.setdefault(voice, len(voices))
@@ -1245,9 +1258,8 @@ def documents_of(path):
 def rows_with_split():
     """Yields (number, split, row) of the utterances in out/units.jsonl that are not empty."""
     for number, row in read_jsonl(os.path.join(out, 'units.jsonl')):
-        split = row.get('split') or split_by_name(row['file_name'])
         if row['units']:
-            yield number, SPLITS.get(split, split), row
+            yield number, split_of(row), row
 
 
 def speech_documents(meta):
@@ -1261,7 +1273,7 @@ def text_documents(meta, encode):
     """Yields (split, tokens) of texts: `<text>`, the text LM's tokens, the end."""
     rows = ((split, row.get('text')) for _, split, row in rows_with_split())
     if texts:
-        rows = ((split_by_hash(name, val_fraction), text) for name, text in read_texts(texts))
+        rows = ((split_by_hash(name), text) for name, text in read_texts(texts))
     for split, text in rows:
         if text:
             yield split, [meta['vocab_size'] - 1, *encode(text), meta['end']]
@@ -1395,21 +1407,23 @@ def judge_file(path):
     return measure_units(rows, meta['frame_rate'], meta['n_units'])
 
 
-def judge_encoder(setting, pieces, corpus, known):
-    """measure_units of an encoder, NAME[:clusters[:switch]], on the pieces of read speech. known:
-    what other settings have fitted and computed already, a dict."""
-    name, clusters, price = re.fullmatch(r'(.*?)(?::(\d+))?(?::([\d.]+))?', setting).groups()
-    fitted = name, int(clusters or fit_kmeans)
-    if fitted not in known:
-        known[fitted] = load_encoder(*fitted, switch, corpus)
-    net = known[fitted]
-    if name not in known:
-        known[name] = net.features([piece.waves[0] for piece in pieces])
-    features, own_price = known[name], net.config.get('switch')
+def judge_encoder(setting, pieces, corpus, nets, features):
+    """measure_units of an encoder, NAME[:clusters[:switch]], on the pieces of read speech. nets and
+    features: what other settings have fitted and computed already."""
+    pattern = r'(.*?)(?::(\d+))?(?::(\d+\.?\d*))?'
+    name, clusters, price = re.fullmatch(pattern, setting).groups()
+    clusters = int(clusters or fit_kmeans)
+    if (name, clusters) not in nets:
+        nets[name, clusters] = load_encoder(name, clusters, switch, corpus)
+    net = nets[name, clusters]
+    if name not in features:
+        features[name] = net.features([piece.waves[0] for piece in pieces])
+
+    own_price = net.config.get('switch')
     if price is not None:
         net.config['switch'] = float(price)
-        net.config['distortion'] = net.config.get('distortion') or net.distance(features)
-    units = net.assign(features)
+        net.config['distortion'] = net.config.get('distortion') or net.distance(features[name])
+    units = net.assign(features[name])
     net.config['switch'] = own_price
     marks = [piece.row.get('phones') or piece.row['words'] for piece in pieces]
     return measure_units(zip(units, marks, strict=True), net.frame_rate, net.n_units)
@@ -1442,15 +1456,15 @@ REPORT = dict(  # column and digits of each measure
 def judge_units():
     """--report: one table of encoders and units files, and report.json."""
     settings = split_list(report)
-    results, known, corpus = {}, {}, None
+    if not all(setting.endswith('.jsonl') for setting in settings):
+        corpus, nets, features = choose_items(*find_sources()), {}, {}
+        pieces = draw_marked(corpus)
+    results = {}
     for setting in settings:
         if setting.endswith('.jsonl'):
             results[setting] = judge_file(setting)
-            continue
-        if corpus is None:
-            corpus = choose_items(*find_sources(), val_folders, exclude)
-            pieces = draw_marked(corpus)
-        results[setting] = judge_encoder(setting, pieces, corpus, known)
+        else:
+            results[setting] = judge_encoder(setting, pieces, corpus, nets, features)
 
     width = max(len('units'), *map(len, settings))
     print(f'{"units":{width}}', *(title for title, _ in REPORT.values()), sep='  ')
@@ -1464,33 +1478,32 @@ def judge_units():
 # -----------------------------------------------------------------------------
 
 
-def check_knobs():
-    numbers = (workers, max_failed, fit_kmeans, switch or 0, vocoder_hours, max_seconds)
-    if min(numbers) < 0 or min(n_units, fit_frames) < 1 or not 0 <= val_fraction <= 1:
-        raise InputError(
-            'n_units and fit_frames are at least 1, val_fraction is a share, no number is negative'
-        )
-    if draws < 1:
-        raise InputError(f'--draws={draws}: expected at least 1')
+def check_knobs(config):
+    """Raises InputError naming the first knob whose value cannot be meant."""
+    least = dict(n_units=1, fit_frames=1, vocoder_steps=1, draws=1)
+    for knob, value in config.items():
+        if type(value) in (int, float) and not value >= least.get(knob, 0):
+            raise InputError(f'--{knob}={value}: expected at least {least.get(knob, 0)}')
+    if val_fraction > 1:
+        raise InputError(f'--val_fraction={val_fraction:g}: expected a share, 0 to 1')
     if 0 < max_seconds < 1:
         raise InputError(f'--max_seconds={max_seconds:g}: expected 0 or at least 1')
-    if fit_vocoder not in (None, False, '', True, 'table', 'neural') or vocoder_steps < 1:
-        raise InputError(f'--fit_vocoder={fit_vocoder}: expected table or neural, and some steps')
-    if layer is True or switch is True:
+    if fit_vocoder not in (None, False, '', True, 'table', 'neural'):
+        raise InputError(f'--fit_vocoder={fit_vocoder}: expected table or neural')
+    if not all(value is None or type(value) in (int, float) for value in (layer, switch)):
         raise InputError('--layer and --switch need a number')
     if not out:
         raise InputError('--out is empty: name a folder')
-    if shard and not re.fullmatch(r'\d+/\d+', shard):
-        raise InputError(f'--shard={shard}: expected i/n with i from 0 to n - 1')
 
 
 def find_place():
     """-> (part, of) of --shard or torchrun; the latter's ranks have a GPU each."""
     part, of = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if shard:
-        part, of = map(int, shard.split('/'))
-    if not 0 <= part < of:
-        raise InputError(f'--shard={shard}: expected i/n with i from 0 to n - 1')
+        numbers = re.fullmatch(r'(\d+)/(\d+)', shard)
+        part, of = map(int, numbers.groups()) if numbers else (0, 0)
+        if part >= of:
+            raise InputError(f'--shard={shard}: expected i/n with i from 0 to n - 1')
     if torch.cuda.is_available() and device == 'auto':
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     return part, of
@@ -1517,7 +1530,7 @@ def pack_units():
     if os.path.exists(os.path.join(out, 'parts')):
         raise InputError(f'{out} holds units made from audio: choose another --out, or delete it')
     rows = tqdm((row for path in find_unit_files() for row in rows_of_units(path)), unit=' rows')
-    meta = pack(rows, out, n_units + OFFSET, 50.0 if encoder == 'hubert50' else 25.0, split_by_name)
+    meta = pack(rows, n_units + OFFSET, 50.0 if encoder == 'hubert50' else 25.0)
     if not sum(meta['utterances'].values()) + meta['pairs']:
         raise InputError(f'--from_units={from_units}: no units in it')
     vocoder = 'hifigan25' if encoder == 'mhubert25' else None
@@ -1568,7 +1581,7 @@ def prepare_vocoder(net, name, corpus):
 def merge(parts, net, name, speed, corpus):
     """All parts are there: the voice, the token files, meta.json."""
     total = dict(files=0, audio_seconds=0.0, cut=0, failed=[])
-    meta = pack(rows_of_parts(len(parts), total), out, net.n_units + OFFSET, net.frame_rate)
+    meta = pack(rows_of_parts(len(parts), total), net.n_units + OFFSET, net.frame_rate)
     failed = total.pop('failed')
     if failed:
         with write_atomic(os.path.join(out, 'failed.jsonl'), 'wb') as file:
@@ -1586,7 +1599,7 @@ def merge(parts, net, name, speed, corpus):
 
 if __name__ == '__main__':
     config = configure(globals())
-    check_knobs()
+    check_knobs(config)
     part, of = find_place()
 
     # Two errands that make no units
@@ -1600,7 +1613,7 @@ if __name__ == '__main__':
         sys.exit()
 
     # What there is to do. The first to come lays down the recipe, the others must have the same
-    corpus = choose_items(*find_sources(), val_folders, exclude)
+    corpus = choose_items(*find_sources())
     parts = make_parts(corpus.items)
     recipe = make_recipe(corpus, config)
     path = os.path.join(out, 'parts', 'recipe.json')

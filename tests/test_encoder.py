@@ -393,12 +393,15 @@ def test_nets_give_transformers_hidden_states_in_any_batch(name, tmp_path):
     for layer in (0, 1, 2 if 'large' in name else 3):
         encoder = UnitEncoder.from_pretrained(str(tmp_path), layer=layer, kmeans='')
         assert encoder.frame_rate == (25 if '25' in name else 50)
-        assert len(encoder.net.encoder.layers) == layer and encoder.dtype == torch.float32
+        assert (
+            len(encoder.extractor.net.encoder.layers) == layer
+            and encoder.extractor.dtype == torch.float32
+        )
         alone = encoder.features(waves)
         for wave, ours in zip(waves[:3], alone, strict=False):
             theirs = hidden_states(net, wave, layer)
             assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
-        encoder.batch_seconds = 100
+        encoder.extractor.batch_seconds = 100
         frames = torch.cat(alone)
         encoder.centroids = frames[torch.randperm(len(frames))[:20]]
         for one, many in zip(alone, encoder.features(waves), strict=True):
@@ -417,7 +420,7 @@ def test_padding_of_the_public_encoder_is_of_the_utterance(tmp_path):
     net = random_net('HuBERT base, 25 Hz')
     net.save_pretrained(tmp_path / 'net')
     encoder = UnitEncoder.from_pretrained(str(tmp_path / 'net'), layer=2, kmeans='')
-    encoder.config['pad'] = 40
+    encoder.extractor.pad = 40
     wave = speech(1.3)
     theirs = hidden_states(net, torch.nn.functional.pad(wave, (40, 40)), 2)
     assert torch.allclose(encoder.features([wave])[0], theirs, atol=2e-4)
@@ -430,13 +433,13 @@ def test_long_utterances_are_joined_on_the_frame_grid(name, tmp_path):
     wave = torch.cat([speech(5.0, seed) * (0.2 + seed) for seed in range(4)])
     for layer in (0, 3):
         encoder = UnitEncoder.from_pretrained(str(tmp_path), layer=layer, kmeans='')
-        assert encoder.longest == (1666 if name == 'WavLM' else 100 * encoder.frame_rate)
+        assert encoder.extractor.longest == (1666 if name == 'WavLM' else 100 * encoder.frame_rate)
         whole = encoder.features([wave])[0]
-        encoder.longest = 200  # frames
+        encoder.extractor.longest = 200  # frames
         in_parts, short = encoder.features([wave, wave[:40000]])
         alone = encoder.features([wave[:40000]])[0]
         assert torch.equal(short, alone) and in_parts.shape == whole.shape
-        encoder.batch_seconds = 20
+        encoder.extractor.batch_seconds = 20
         for a, b in zip(encoder.features([wave, wave[:40000]]), (in_parts, short), strict=True):
             assert torch.allclose(a, b, atol=2e-4)
         # up to attention all is local, and the group norm is that of the whole utterance
@@ -451,10 +454,10 @@ def test_long_utterances_are_joined_on_the_frame_grid(name, tmp_path):
 def test_stretches_compute_every_frame_once_with_context(tmp_path):
     random_net('HuBERT base').save_pretrained(tmp_path)
     encoder = UnitEncoder.from_pretrained(str(tmp_path), layer=1, kmeans='')
-    encoder.longest = 100
+    encoder.extractor.longest = 100
     for frames in (1, 99, 100, 101, 800, 8191):
         wave = torch.arange((frames - 1) * 320 + 400 + 7, dtype=torch.float32)
-        stretches = encoder._stretches(wave)
+        stretches = encoder.extractor._stretches(wave)
         at = 0
         for s in stretches:
             skip, wanted = s.wanted.start, s.wanted.stop - s.wanted.start
@@ -506,7 +509,7 @@ def test_bfloat16_is_near(tmp_path):
     waves = [speech(2.0, 3), speech(1.0, 4)]
     exact = UnitEncoder.from_pretrained(str(tmp_path), layer=3, kmeans='')
     near = UnitEncoder.from_pretrained(str(tmp_path), layer=3, kmeans='', dtype='bfloat16')
-    near.batch_seconds = 10
+    near.extractor.batch_seconds = 10
     for a, b in zip(exact.features(waves), near.features(waves), strict=True):
         assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.2
     with pytest.raises(InputError, match='float61'):
@@ -515,12 +518,14 @@ def test_bfloat16_is_near(tmp_path):
 
 def test_precision_is_scoped(monkeypatch):
     """On CUDA products are TF32 by default, none of it remains for the rest of the program."""
-    encoder, cudnn = UnitEncoder(MFCC), torch.backends.cudnn
+    config = dict(kind='hubert', name='x', model='x', layer=3, pad=0)
+    net = UnitEncoder(config, net=random_net('HuBERT base')).extractor
+    cudnn = torch.backends.cudnn
     before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    monkeypatch.setattr(encoder, 'device', torch.device('cuda'))
+    monkeypatch.setattr(net, 'device', torch.device('cuda'))
     for tf32, name in ((True, 'high'), (False, 'highest')):
-        encoder.tf32 = tf32
-        with pytest.raises(KeyError), encoder._precision():
+        net.tf32 = tf32
+        with pytest.raises(KeyError), net._precision():
             assert torch.get_float32_matmul_precision() == name and cudnn.allow_tf32 == tf32
             raise KeyError
         assert (torch.get_float32_matmul_precision(), cudnn.allow_tf32) == before
@@ -661,7 +666,7 @@ def test_public_encoder_offline_names_its_files(tmp_path, monkeypatch):
     with pytest.raises(InputError, match='km500.bin'):
         UnitEncoder.from_pretrained('mhubert25')
     encoder = UnitEncoder.from_pretrained('mhubert25', kmeans='')
-    assert len(encoder.net.encoder.layers) == 11 and encoder.vocoder == 'hifigan25'
+    assert len(encoder.extractor.net.encoder.layers) == 11 and encoder.vocoder == 'hifigan25'
     assert len(encoder.features([torch.zeros(720 - 80)])[0]) == 1
     (tmp_path / 'f.bin').write_bytes(b'abc')
     sha256 = hashlib.sha256(b'abc').hexdigest()

@@ -123,20 +123,20 @@ def same_files(a, b, names):
 # --------------------------------------------------------------- k-means, cutting, splits
 
 
-def test_fit_is_as_good_as_scikit_learn_and_moves_empty_clusters():
+def test_k_means_is_as_good_as_scikit_learn_and_moves_empty_clusters():
     cluster = pytest.importorskip('sklearn.cluster')
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(6000, 6, generator=rng) * torch.linspace(0.3, 2, 6)
-    found, distance = P.fit(x, 40, seed=3)
+    found, distance = P.cluster(x, 40, seed=3)
     theirs = cluster.KMeans(40, n_init=3, random_state=0).fit(x.numpy())
     assert distance < 1.03 * theirs.inertia_ / len(x)
     nearest = torch.cdist(x.double(), found.double()).min(1).values
     assert abs(float(nearest.square().mean()) / distance - 1) < 0.01
-    assert torch.equal(found, P.fit(x, 40, seed=3)[0])
-    found, _ = P.fit(torch.cat((torch.zeros(1000, 2), torch.ones(1000, 2))), 2, seed=0)
+    assert torch.equal(found, P.cluster(x, 40, seed=3)[0])
+    found, _ = P.cluster(torch.cat((torch.zeros(1000, 2), torch.ones(1000, 2))), 2, seed=0)
     assert sorted(found[:, 0].tolist()) == [0, 1]
     with pytest.raises(InputError, match='too few'):
-        P.fit(x[:5], 12, seed=0)
+        P.cluster(x[:5], 12, seed=0)
 
 
 def test_cutting_loses_no_sample_and_finds_the_pauses():
@@ -171,11 +171,13 @@ def test_a_cut_utterance_keeps_its_words_and_phones():
     assert whole.row == row | dict(seconds=9.0) and len(whole.waves[0]) == len(wave)
 
 
-def test_splits_by_folder_and_by_name():
+def test_splits_by_folder_and_by_name(monkeypatch):
     names = [f'a/{i}.flac' for i in range(4000)]
-    val = [name for name in names if P.split_by_hash(name, 0.05) == 'val']
-    assert 150 < len(val) < 250
-    assert set(val) <= {name for name in names if P.split_by_hash(name, 0.1) == 'val'}
+    val = {}
+    for share in (0.05, 0.1):
+        monkeypatch.setattr(P, 'val_fraction', share)
+        val[share] = {name for name in names if P.split_by_hash(name) == 'val'}
+    assert 150 < len(val[0.05]) < 250 and val[0.05] <= val[0.1]
     for name, expected in {
         'LibriSpeech/dev-clean/1/2.flac': 'val',
         'LibriSpeech/test-other/1/2.flac': 'test',
@@ -184,29 +186,34 @@ def test_splits_by_folder_and_by_name():
         'train/dev-clean.flac': '',
         'development/contest/testimony/a.flac': '',
     }.items():
-        assert P.split_by_folder(name, []) == expected
-    assert P.split_by_folder('x/test-clean/1.flac', ['test-*']) == 'val'
-    assert P.split_by_folder('x/dev-clean/1.flac', ['held_out']) == ''
+        assert P.split_by_folder(name) == expected
+    monkeypatch.setattr(P, 'val_folders', 'test-*, held_out/')
+    assert P.split_by_folder('x/test-clean/1.flac') == 'val'
+    assert P.split_by_folder('x/dev-clean/1.flac') == ''
 
 
-def choose(names, val_folders='', exclude=''):
-    items = [P.Item('file', f'/r/{name}') for name in names]
-    corpus = P.choose_items([items], '/r', val_folders, exclude)
+def choose(monkeypatch, names, val_folders='', exclude=''):
+    monkeypatch.setattr(P, 'val_folders', val_folders)
+    monkeypatch.setattr(P, 'exclude', exclude)
+    corpus = P.choose_items([[P.Item('file', f'/r/{name}') for name in names]], '/r')
     return [(item.path[3:], item.split) for item in corpus.items], corpus.left_out
 
 
-def test_what_is_left_out():
+def test_what_is_left_out(monkeypatch):
     names = ['train/a', 'dev-clean/b', 'test-clean/c', 'x/bad-1']
-    chosen, left_out = choose(names)
+    chosen, left_out = choose(monkeypatch, names)
     assert chosen == [('train/a', 'train'), ('dev-clean/b', 'val'), ('x/bad-1', 'train')]
     assert left_out == 1
-    assert choose(names, exclude='bad-*,dev-clean') == ([('train/a', '')], 3)
-    assert choose(names, val_folders='x')[0] == [
+    assert choose(monkeypatch, names, exclude='bad-*,dev-clean') == ([('train/a', '')], 3)
+    assert choose(monkeypatch, names, val_folders='x')[0] == [
         *(('train/a', 'train'), ('dev-clean/b', 'train'), ('x/bad-1', 'val'))
     ]
-    assert choose(['test-clean/c']) == ([('test-clean/c', '')], 0)  # a test set alone was meant
+    assert choose(monkeypatch, ['test-clean/c']) == (
+        [('test-clean/c', '')],
+        0,
+    )  # a test set alone was meant
     with pytest.raises(InputError, match='--exclude'):
-        choose(names, exclude='*')
+        choose(monkeypatch, names, exclude='*')
 
 
 # --------------------------------------------------------------- public layouts
@@ -309,7 +316,7 @@ def packed(public, tmp_path_factory):
     folder = tmp_path_factory.mktemp('packed')
     net = UnitEncoder.from_pretrained('mfcc')
     x = torch.cat(net.features([speech(20, seed) for seed in range(3)]))
-    net.centroids, net.config['distortion'] = P.fit(x, 40, seed=1)
+    net.centroids, net.config['distortion'] = P.cluster(x, 40, seed=1)
     net.save_pretrained(folder / 'encoder')
     said = run(f'--audio={root}', f'--encoder={folder}/encoder', f'--out={folder}/out')
     return said, folder, UnitEncoder.from_pretrained(str(folder / 'encoder'))

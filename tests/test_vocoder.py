@@ -537,7 +537,7 @@ def train(tmp_path, monkeypatch):
         os.makedirs(tmp_path / out, exist_ok=True)
         monkeypatch.setattr(prepare_units, 'out', str(tmp_path / out))
         monkeypatch.setattr(prepare_units, 'vocoder_steps', steps)
-        corpus = prepare_units.choose_items(*prepare_units.find_sources(), '', '')
+        corpus = prepare_units.choose_items(*prepare_units.find_sources())
         return prepare_units.fit_neural_vocoder(encoder, corpus)
 
     return run
