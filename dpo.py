@@ -58,6 +58,7 @@ from model import (
     start_processes,
     start_wandb,
     stop_processes,
+    to_hf_config,
     tokenize_words,
     write_atomic,
 )
@@ -337,7 +338,7 @@ def learning_rate(step, peak, warmup_steps):
 
 def fingerprint(model, pairs, dtype):
     """What the reference's log-probabilities are a function of, as hexadecimal digits."""
-    digest = hashlib.sha256(json.dumps([model.config.to_hf(), str(dtype)]).encode())
+    digest = hashlib.sha256(json.dumps([to_hf_config(model.config), str(dtype)]).encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().numpy().data)
     for pair in pairs:

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ class InputError(ValueError):
 
 @dataclass
 class SLMConfig:
-    """The dimensions of an SLM; what stays None is what FAMILIES says of its family."""
+    """The dimensions of an SLM. A field left at None takes its family's value from FAMILIES."""
 
     family: str = 'qwen2'  # a name of FAMILIES
     vocab_size: int = 502  # n_units + OFFSET
@@ -80,10 +81,6 @@ class SLMConfig:
     def __post_init__(self):
         complete_config(self)
 
-    def to_hf(self):
-        """The dict of a config.json that transformers opens."""
-        return to_hf_config(self)
-
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, computed in fp32."""
@@ -97,10 +94,10 @@ class Norm(nn.Module):
     def forward(self, x):
         weight = self.weight.float()
         if self.bias is None:
-            return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
-        return F.layer_norm(x.float(), weight.shape, weight, self.bias.float(), self.eps).to(
-            x.dtype
-        )
+            y = F.rms_norm(x.float(), weight.shape, weight, self.eps)
+        else:
+            y = F.layer_norm(x.float(), weight.shape, weight, self.bias.float(), self.eps)
+        return y.to(x.dtype)
 
 
 def rotate(x, cos, sin):
@@ -165,13 +162,14 @@ class SLM(nn.Module):
     """A decoder-only transformer over speech units.
 
     Tokens: PAD 0, `<S>` 1 (both ends of an utterance), unit u at u + OFFSET, the convention of
-    slprl/slam. `slam` is what slam.json knew: encoder, vocoder, n_units, frame_rate, dedup, recipe,
-    scores; and `scoring`: 'units' where the model was trained without `<S>` at the front, so that
-    an utterance is scored as its units alone, the first of which nothing predicts.
+    slprl/slam. An interleaved model has a text LM's tokens first, unit u at u + offset, then the
+    switches `<speech>` and `<text>`, each before what it names; `end`, the text LM's own token,
+    closes a document.
 
-    An interleaved model has a text LM's tokens first, unit u at u + offset, then `<speech>` and
-    `<text>`, each before what it names; `end`, the text LM's own token, closes a document. Of this
-    slam knows tokenizer (a folder), offset and end.
+    slam: the content of slam.json: encoder, vocoder, n_units, frame_rate, dedup, recipe, scores;
+    of an interleaved model also tokenizer (a folder), offset and end; scoring='units' where the
+    model was trained without `<S>` at the front, so that an utterance is scored as its units alone,
+    the first of which nothing predicts.
     """
 
     def __init__(self, config, seed=0):
@@ -202,15 +200,19 @@ class SLM(nn.Module):
                     nn.init.normal_(module.weight, std=0.02, generator=generator)
                     if getattr(module, 'bias', None) is not None:
                         nn.init.zeros_(module.bias)
-        self._apply(lambda tensor: tensor)
+        self.make_rope()
 
     def _apply(self, fn, recurse=True):
-        """Where .to, .cuda, .bfloat16 arrive: RoPE's tables are made anew in fp32, then rounded."""
+        """What .to, .cuda and .bfloat16 call."""
         super()._apply(fn, recurse)
+        self.make_rope()
+        return self
+
+    def make_rope(self):
+        """RoPE's tables, computed in fp32 and rounded once to the weights' dtype."""
         weight = self.embed.weight
         if self.config.positions == 'rope' and not weight.is_meta:
             self.rope = [table.to(weight) for table in rope_tables(self.config)]
-        return self
 
     def hidden(self, tokens, doc=None, positions=None, branch=None, attend=None):
         """The last hidden states (B, T, embed_dim), ready for the head; arguments as in forward.
@@ -268,20 +270,19 @@ class SLM(nn.Module):
     def cross_entropy(self, x, targets, precise=False):
         """-log p in nats, fp32, of each target: x (N, embed_dim), targets (N,) -> (N,); 0 where the
         target is -100. A large vocabulary's logits never all exist at once, nor in backward."""
-
         weight = self.head_weight(x, precise)
 
-        def piece(x, targets):
+        def losses_of(x, targets):
             logits = self.logits(x, precise, weight).float()
             return F.cross_entropy(logits, targets, reduction='none', ignore_index=-100)
 
         rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         if len(x) <= rows:
-            return piece(x, targets)
+            return losses_of(x, targets)
+        # nothing in it is random, and reading the generators' state would wait for the GPU
+        keep = dict(use_reentrant=False, preserve_rng_state=False)
         pieces = zip(x.split(rows), targets.split(rows), strict=True)
-        # nothing random in it: without the state of the generators no reading of it waits for a GPU
-        once = dict(use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([checkpoint(piece, *pair, **once) for pair in pieces])
+        return torch.cat([checkpoint(losses_of, *piece, **keep) for piece in pieces])
 
     def forward(self, tokens, targets=None, doc=None, positions=None, branch=None):
         """Next-token logits, or the loss where targets are given.
@@ -374,13 +375,15 @@ class SLM(nn.Module):
         tokens = list(self.slam.get('prefix', ()))
         for kind, ids in parts:
             if self.slam.get('tokenizer'):
-                switch = self.config.vocab_size - (2 if kind == 'speech' else 1)
+                before = self.config.vocab_size - (2 if kind == 'speech' else 1)
             elif kind == 'text':
                 raise InputError('the model knows no text: train one on interleaved data')
             else:
-                switch = BOS
-            tokens += [] if alone else [switch]
-            tokens += (torch.as_tensor(ids) + (self.offset if kind == 'speech' else 0)).tolist()
+                before = BOS
+            if not alone:
+                tokens.append(before)
+            shift = self.offset if kind == 'speech' else 0
+            tokens += (torch.as_tensor(ids) + shift).tolist()
         return torch.tensor(tokens, dtype=torch.long)
 
     @cached_property
@@ -395,7 +398,7 @@ class SLM(nn.Module):
         space before it. Raises InputError where the model knows no text."""
         return self.tokenizer.encode(' ' * inside + text, add_special_tokens=False).ids
 
-    def may_follow(self, kind='speech'):
+    def allowed_tokens(self, kind='speech'):
         """Which tokens generation may choose, (vocab_size,) bool: of an interleaved model units,
         or the text LM's own tokens, and the end; of a unit LM all but PAD."""
         allowed = torch.ones(self.config.vocab_size, dtype=torch.bool)
@@ -403,18 +406,18 @@ class SLM(nn.Module):
         if self.slam.get('tokenizer'):
             is_text = torch.arange(len(allowed)) < self.offset
             allowed = is_text if kind == 'text' else ~is_text
-            allowed[-2:] = False
+            allowed[-2:] = False  # the switches
             allowed[self.end] = True
         return allowed
 
     # ------------------------------------------------------------------ generation
 
-    def generate(self, prompts, *options, **more_options):
+    def generate(self, prompts, *args, **kwargs):
         """Continue prompts; arguments as in generate_steps.
 
         Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
         """
-        steps = list(self.generate_steps(prompts, *options, **more_options))
+        steps = list(self.generate_steps(prompts, *args, **kwargs))
         if not steps:
             return [torch.empty(0, dtype=torch.long) for _ in prompts]
         rows = torch.stack(steps, dim=1).cpu()  # (B, steps)
@@ -457,54 +460,61 @@ class SLM(nn.Module):
                 f'{position_limit(c)} {c.positions} positions of this model'
             )
 
-        now, seen, padding = (x.to(device) for x in pad_left(prompts, c.vocab_size))
-        where = torch.arange(longest, device=device)
-        positions = (where - padding[:, None]).clamp(min=0)
+        # the prompts side by side; `columns` are the places that their tokens take in the cache
+        tokens, seen, padding = (x.to(device) for x in pad_left(prompts, c.vocab_size))
+        columns = torch.arange(longest, device=device)
+        positions = (columns - padding[:, None]).clamp(min=0)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
 
         # the cache has room for all columns, in steps of 128: few shapes, so little to compile
-        columns = -(-(longest + max_new_tokens) // 128) * 128
-        keep = torch.arange(columns, device=device) >= padding[:, None]
-        cache = self._cache(len(prompts), columns, compile)
+        width = -(-(longest + max_new_tokens) // 128) * 128
+        real = torch.arange(width, device=device) >= padding[:, None]
+        cache = self._cache(len(prompts), width, compile)
+
+        # what chance decides, for all tokens at once, and what the knobs say of each choice
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         top_k = min(top_k or c.vocab_size, c.vocab_size)
         noise = torch.empty(max_new_tokens, len(prompts), top_k, device=device)
         noise.exponential_(generator=generator)
-
-        # numbers as tensors, which need no other compilation for other values
-        numbers = torch.tensor([temperature or 1.0, min(top_p, 1.0), repetition_penalty])
-        numbers = numbers.to(device).unbind()
-        greedy = temperature == 0
-        ban_repeats = bool(self.slam.get('dedup') if ban_repeats is None else ban_repeats)
-        allowed = self.may_follow(kind).to(device)
+        if ban_repeats is None:
+            ban_repeats = self.slam.get('dedup')
+        is_unit = torch.arange(c.vocab_size, device=device) >= self.offset
+        number = partial(torch.tensor, dtype=torch.float32, device=device)
+        sampling = Sampling(
+            temperature=number(temperature or 1.0),
+            top_p=number(top_p),
+            repetition_penalty=number(repetition_penalty),
+            allowed=self.allowed_tokens(kind).to(device),
+            may_repeat=~is_unit if ban_repeats else torch.ones_like(is_unit),
+            greedy=temperature == 0,
+        )
         for i in range(max_new_tokens):
             step = self._compiled(device) if compile and i > 0 else self._next
-            new = step(
-                *(now, positions, where, keep, cache, seen, allowed),
-                *(noise[i], numbers, greedy, ban_repeats),
-            )
-            now = torch.where(ended, PAD, new)[:, None]
-            seen.scatter_(1, now, True)
-            ended = ended | (now[:, 0] == self.end)
-            yield now[:, 0]
+            new = step(tokens, positions, columns, real, cache, seen, noise[i], sampling)
+            tokens = torch.where(ended, PAD, new)[:, None]
+            seen.scatter_(1, tokens, True)
+            ended = ended | (tokens[:, 0] == self.end)
+            yield tokens[:, 0]
             # reading the flag waits for a GPU: not every token
             if (device.type == 'cpu' or i % 16 == 15) and ended.all():
                 return
-            positions, where = positions[:, -1:] + 1, where[-1:] + 1
+            positions, columns = positions[:, -1:] + 1, columns[-1:] + 1
 
-    def _cache(self, B, columns, compile):
-        """Keys and values of each layer, a list of (B, n_kv_head, columns, head_dim). A compiled
-        step keeps them at one address, as CUDA graphs want it, and finds them there next time."""
+    def _cache(self, B, width, compile):
+        """Keys and values of each layer in turn, a list of (B, n_kv_head, width, head_dim). For a
+        compiled step they stay at one address, as CUDA graphs want it, from call to call."""
         c, weight = self.config, self.embed.weight
-        shape = (B, c.n_kv_head, columns, c.head_dim)
-        if not (compile and weight.is_cuda):
-            return [weight.new_zeros(shape) for _ in range(2 * c.n_layer)]
+        shape = (B, c.n_kv_head, width, c.head_dim)
+        static = compile and weight.is_cuda
         old = self.static_cache
-        if old is None or old[0].shape != shape or old[0].dtype != weight.dtype:
-            self.static_cache = [weight.new_zeros(shape) for _ in range(2 * c.n_layer)]
-            for tensor in self.static_cache:
+        if static and old and old[0].shape == shape and old[0].dtype == weight.dtype:
+            return old
+        cache = [weight.new_zeros(shape) for _ in range(2 * c.n_layer)]
+        if static:
+            self.static_cache = cache
+            for tensor in cache:
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        return self.static_cache
+        return cache
 
     def _compiled(self, device):
         """The compiled step: CUDA graphs on a GPU, on a CPU no Python between the kernels."""
@@ -515,57 +525,33 @@ class SLM(nn.Module):
             self.compiled_step = torch.compile(self._next, fullgraph=True, dynamic=True, **how)
         return self.compiled_step
 
-    def _next(
-        self,
-        tokens,
-        positions,
-        where,
-        keep,
-        cache,
-        seen,
-        allowed,
-        noise,
-        numbers,
-        greedy,
-        ban_repeats,
-    ):
-        """One round of generation: tokens (B, T) enter the cache at columns `where`, the next ones
-        (B,) leave.
+    def _next(self, tokens, positions, columns, real, cache, seen, noise, sampling):
+        """One round of generation: tokens (B, T) enter the cache at `columns` (T,), and the tokens
+        that follow them, (B,), are chosen.
 
-        keep: (B, columns), False on padding. cache: as _cache makes it. seen: (B, V) tokens under
-        repetition penalty. allowed: (V,), what may be chosen. noise: (B, top_k) of Exp(1), whose
-        race against the probabilities draws the token. numbers: temperature, top_p,
-        repetition_penalty.
+        positions: (B, T). real: (B, width of the cache) bool, False on padding. cache: of _cache.
+        seen, noise, sampling: as in choose.
         """
-        B, T = tokens.shape
-        columns = torch.arange(keep.shape[1], device=keep.device)
-        visible = keep[:, None, None] & (columns <= where[:, None])  # (B, 1, T, columns)
+        T = tokens.shape[1]
+        places = torch.arange(real.shape[1], device=real.device)
+        visible = real[:, None, None] & (places <= columns[:, None])  # (B, 1, T, width)
         if T > 1:  # padding sees itself: no NaN
-            visible = visible | (columns == where[:, None])
+            visible = visible | (places == columns[:, None])
         layers = iter(zip(cache[0::2], cache[1::2], strict=True))
 
         def attend(q, k, v):
             keys, values = next(layers)
-            keys.index_copy_(2, where, k)
-            values.index_copy_(2, where, v)
+            keys.index_copy_(2, columns, k)
+            values.index_copy_(2, columns, v)
             if T > 1:
                 return sdpa(q, keys, values, mask=visible)
             # one new token: the query heads of a key's group as that many queries, no key is copied
-            groups = q.reshape(B, keys.shape[1], -1, q.shape[-1])
+            groups = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[-1])
             out = F.scaled_dot_product_attention(groups, keys, values, attn_mask=visible)
             return out.reshape(q.shape)
 
         x = self.hidden(tokens, positions=positions, attend=attend)
-        logits = self.logits(x[:, -1]).float()  # (B, V)
-        temperature, top_p, penalty = numbers
-        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
-        logits = torch.where(seen, penalised, logits)
-        vocabulary, last = torch.arange(logits.shape[1], device=logits.device), tokens[:, -1:]
-        banned = ~allowed
-        if ban_repeats:
-            banned = banned | ((vocabulary == last) & (last >= self.offset))
-        logits = logits.masked_fill(banned, -torch.inf)
-        return logits.argmax(-1) if greedy else draw(logits / temperature, noise, top_p)
+        return choose(self.logits(x[:, -1]).float(), tokens[:, -1:], seen, noise, sampling)
 
     # ------------------------------------------------------------------ loading and saving
 
@@ -622,12 +608,14 @@ class SLM(nn.Module):
         embeddings = ['embed.weight'] if config.tied else ['embed.weight', 'head.weight']
         order = token_order(hf, config.vocab_size)
         for name in embeddings:
-            if slam is None:
-                size = (vocab_size or 502) - (len(state[name]) if text else 0)
-                new = twist_rows(state[name], size, embed_init, seed, where)
-                state[name] = torch.cat((state[name], new.to(state[name]))) if text else new
-            elif order is not None:
-                state[name] = state[name][order]
+            old = state[name]
+            if slam is None and text:  # a text LM that is to learn units, too: rows are added
+                new = twist_rows(old, vocab_size - len(old), embed_init, seed, where)
+                state[name] = torch.cat((old, new.to(old)))
+            elif slam is None:  # a text LM that becomes a unit LM
+                state[name] = twist_rows(old, vocab_size or 502, embed_init, seed, where)
+            elif order is not None:  # an SLM whose tokens are in another order
+                state[name] = old[order]
         config.vocab_size = len(state['embed.weight'])
         if config.tied:
             state['head.weight'] = state['embed.weight']
@@ -638,7 +626,7 @@ class SLM(nn.Module):
         model.load_state_dict(state, assign=True)
         if config.tied:
             model.head.weight = model.embed.weight
-        model._apply(lambda tensor: tensor)
+        model.make_rope()
         if slam is not None:
             model.slam = dict(n_units=config.vocab_size - OFFSET) | slam
         return model
@@ -710,29 +698,11 @@ VARLEN_TOKENS = 64  # varlen: tokens of a document on average, at least; its lis
 
 # flex_attention's blocks by the card's compute capability, so that ptxas spills no register; heads
 # of 128 features take 8 warps in backward. Every token sees itself: no row is empty.
+FLEX = dict(ROWS_GUARANTEED_SAFE=True, PRESCALE_QK=True, fwd_num_warps=8)
+FLEX |= dict(bwd_num_warps=4, bwd_num_stages=2)
 FLEX_OPTIONS = {
-    9: dict(
-        ROWS_GUARANTEED_SAFE=True,
-        PRESCALE_QK=True,
-        fwd_num_warps=8,
-        bwd_BLOCK_M1=64,
-        bwd_BLOCK_N1=64,
-        bwd_BLOCK_M2=64,
-        bwd_BLOCK_N2=64,
-        bwd_num_warps=4,
-        bwd_num_stages=2,
-    ),
-    8: dict(
-        ROWS_GUARANTEED_SAFE=True,
-        PRESCALE_QK=True,
-        fwd_num_warps=8,
-        bwd_BLOCK_M1=32,
-        bwd_BLOCK_N1=64,
-        bwd_BLOCK_M2=64,
-        bwd_BLOCK_N2=32,
-        bwd_num_warps=4,
-        bwd_num_stages=2,
-    ),
+    9: FLEX | dict(bwd_BLOCK_M1=64, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=64),
+    8: FLEX | dict(bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=32),
 }
 
 # cuDNN's attention plans anew for each shape, and here shapes vary
@@ -771,21 +741,16 @@ def attention_within(doc, branch, device, longest):
     if doc is None:
         return partial(sdpa, causal=True)
     B, T = doc.shape
-    if device.type == 'cpu' and not torch.compiler.is_compiling():
-        return partial(attend_pieces, pieces=find_pieces(doc, branch))
-    if (
-        device.type == 'cuda'
-        and ATTENTION == 'varlen'
-        and branch is None
-        and torch.is_grad_enabled()
-    ):
-        return attend_varlen(doc, longest)
-
     visible = visibility(doc, branch)
     if device.type == 'cuda':
+        if ATTENTION == 'varlen' and branch is None and torch.is_grad_enabled():
+            return attend_varlen(doc, longest)
         return attend_flex(visible, B, T, device)
+    if device.type == 'cpu' and not torch.compiler.is_compiling():
+        return partial(attend_pieces, pieces=find_pieces(doc, branch))
+    # elsewhere the mask is an ordinary tensor, (B, 1, T, T)
     rows, i = torch.arange(B, device=device)[:, None, None], torch.arange(T, device=device)
-    return partial(sdpa, mask=visible(rows, None, i[:, None], i[None, :])[:, None])  # (B, 1, T, T)
+    return partial(sdpa, mask=visible(rows, None, i[:, None], i[None, :])[:, None])
 
 
 @lru_cache(maxsize=1)
@@ -867,18 +832,34 @@ def find_pieces(doc, branch):
     branches = torch.zeros_like(rows) if branch is None else branch.reshape(-1)
     kinds = torch.stack((rows, doc.reshape(-1), branches))
     runs, lengths = torch.unique_consecutive(kinds, dim=1, return_counts=True)
-    pieces, start, utterance = [], 0, None
-    for (*this, _), length in zip(runs.T.tolist(), lengths.tolist(), strict=True):
+    pieces, start, before = [], 0, None
+    for (row, document, _), length in zip(runs.T.tolist(), lengths.tolist(), strict=True):
         stop = start + length
-        if this != utterance:  # a new utterance, or the prompt of one
-            utterance, prompt = this, slice(start, stop)
+        if (row, document) != before:  # a new utterance, or the prompt of one
+            before, prompt = (row, document), slice(start, stop)
             pieces.append((None, start, stop))
-        elif pieces[-1] == (None, prompt.start, prompt.stop):
+        elif pieces[-1] == (None, prompt.start, prompt.stop):  # its first alternative
             pieces[-1] = (None, prompt.start, stop)
         else:
             pieces.append((prompt, start, stop))
         start = stop
     return pieces
+
+
+# -----------------------------------------------------------------------------
+# Generation: how the next token is chosen
+
+
+class Sampling(NamedTuple):
+    """What the options of generate_steps say of each token. Numbers are tensors of shape (): other
+    values need no other compilation."""
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor  # 1 is off
+    repetition_penalty: torch.Tensor
+    allowed: torch.Tensor  # (V,) bool: the tokens that may be chosen at all
+    may_repeat: torch.Tensor  # (V,) bool: those that may come directly after themselves
+    greedy: bool  # the likeliest, whatever the temperature
 
 
 def pad_left(prompts, vocab_size):
@@ -894,6 +875,23 @@ def pad_left(prompts, vocab_size):
         tokens[row, longest - len(prompt) :] = prompt
         seen[row, prompt] = True
     return tokens, seen, torch.tensor([longest - len(prompt) for prompt in prompts])
+
+
+def choose(logits, last, seen, noise, sampling):
+    """The next token of each row, (B,).
+
+    logits: (B, V) fp32. last: (B, 1), the tokens before. seen: (B, V) bool, the tokens that the
+    repetition penalty is for. noise: as in draw. sampling: Sampling.
+    """
+    penalty = sampling.repetition_penalty
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+    logits = torch.where(seen, penalised, logits)
+    repeats = torch.arange(logits.shape[1], device=logits.device) == last  # (B, V)
+    banned = ~sampling.allowed | (repeats & ~sampling.may_repeat)
+    logits = logits.masked_fill(banned, -torch.inf)
+    if sampling.greedy:
+        return logits.argmax(-1)
+    return draw(logits / sampling.temperature, noise, sampling.top_p)
 
 
 def draw(logits, noise, top_p):
@@ -918,12 +916,9 @@ ACTIVATIONS = dict(
     relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=partial(F.gelu, approximate='tanh')
 )
 
-# All that differs between families, one entry each. Values of SLMConfig's fields are what a new
-# model has; `keys` are our fields in config.json, `absent` what leaving one out means there, and
-# `constant` what else is written. `tensors` are the names of our modules in the checkpoint, under
-# `prefix`; several are joined along the output, so that one product computes them. A family with
-# `becomes` is only read.
-KEYS = dict(  # what most call alike
+# All that differs between families, one entry each; to add a family, add an entry, and to SLMConfig
+# and Block what it computes that no other does. Most entries say how they differ from Llama.
+KEYS = dict(  # config.json's names of our fields, where most families agree
     vocab_size='vocab_size',
     n_layer='num_hidden_layers',
     n_embd='hidden_size',
@@ -934,8 +929,9 @@ KEYS = dict(  # what most call alike
     tied='tie_word_embeddings',
 )
 LLAMA = dict(
-    architecture='LlamaForCausalLM',
-    becomes=None,
+    architecture='LlamaForCausalLM',  # the class of transformers
+    becomes=None,  # a family that is only read: the one that it is saved as
+    # fields of SLMConfig: what a new model of the family has
     norm='rms',
     norm_eps=1e-6,
     pre_norm=True,
@@ -949,6 +945,7 @@ LLAMA = dict(
     act='silu',
     gated=True,
     tied=True,
+    # config.json: its names of our fields, what leaving one out means, and what else is written
     keys=KEYS
     | dict(
         n_kv_head='num_key_value_heads',
@@ -960,6 +957,7 @@ LLAMA = dict(
     ),
     absent=dict(tied=False),
     constant={},
+    # the checkpoint's names of our modules; several are joined, so that one product computes them
     prefix='model.',
     layer='layers',
     tensors=dict(
@@ -983,6 +981,7 @@ LLAMA = dict(
 
 
 def without(mapping, *names):
+    """A copy of a dict that lacks these keys."""
     return {name: value for name, value in mapping.items() if name not in names}
 
 
@@ -1110,6 +1109,7 @@ FAMILIES = dict(
 
 
 def preset(family, n_layer, n_embd, n_head, n_kv_head, n_ffn, context, **more):
+    """The arguments as a dict: fields of SLMConfig."""
     sizes = dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, n_ffn=n_ffn)
     return dict(family=family, context=context, **sizes, **more)
 
@@ -1134,10 +1134,7 @@ def find_family(name):
     """The entry of a family. Raises InputError naming those there are."""
     if not isinstance(name, str) or name not in FAMILIES:
         there = [name for name, entry in FAMILIES.items() if not entry['becomes']]
-        raise InputError(
-            f'model family {name!r} is not supported: use one of {", ".join(there)} '
-            f'(MobileLLM loads as llama)'
-        )
+        raise InputError(f'model family {name!r} is not supported: use one of {", ".join(there)}')
     return FAMILIES[name]
 
 
@@ -1186,17 +1183,12 @@ def set_positions(config, context, rope_theta):
 
 
 def rope_kind(rope):
+    """The kind of RoPE that the dict rope_scaling of a config.json tells of."""
     return rope.get('rope_type', rope.get('type', 'default'))
 
 
-ROPE_KINDS = dict(
-    default=(),
-    linear=('factor',),
-    llama3=(
-        *('factor', 'original_max_position_embeddings'),
-        *('low_freq_factor', 'high_freq_factor'),
-    ),
-)
+LLAMA3 = ('factor', 'original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor')
+ROPE_KINDS = dict(default=(), linear=('factor',), llama3=LLAMA3)  # and the numbers each needs
 
 
 def check_rope(rope):

@@ -16,6 +16,7 @@ log.jsonl; out_dir/best is the best by validation. The same command continues a 
 
 from config import configure, fail
 
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -102,10 +104,8 @@ dtype = 'auto'  # of the products: auto is bfloat16 on CUDA, float32 elsewhere
 # -----------------------------------------------------------------------------
 
 # What may differ when a run is continued: all else decides what the run computes.
-FREE = (
-    *('out_dir', 'data_dir', 'val_data', 'max_steps', 'train_hours', 'eval_interval'),
-    *('save_interval', 'save_init', 'resume', 'log_interval', 'wandb', 'compile', 'device'),
-)
+FREE = 'out_dir data_dir val_data max_steps train_hours eval_interval save_interval save_init'
+FREE = set(f'{FREE} resume log_interval wandb compile device'.split())
 BLOCK_ROWS = 500  # of rows packed at a time: enough for best fit to fill over 99 % of them
 VAL_TOKENS = 1_000_000  # of each validation set at most: enough to tell losses 0.002 nats apart
 # dense bf16 TFLOP/s by NVIDIA's data sheets, for the model FLOP/s utilisation (mfu)
@@ -139,48 +139,57 @@ def learning_rate(step, progress):
 # Data: token files -> chunks -> rows -> steps
 
 
+class DataSet(NamedTuple):
+    folder: str
+    weight: float  # how often an epoch shows the whole of it
+    meta: dict  # meta.json
+
+
+def read_meta(folder, split):
+    """meta.json of a folder of prepare_units.py. Raises OSError, ValueError, KeyError or TypeError
+    where it is none, has no such split, or lacks a part that it names."""
+    with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
+        meta = json.load(file)
+    if meta['tokens'][split] < 2:
+        raise ValueError(f'has nothing in its split {split}')
+    for key in ('encoder', 'vocoder'):  # a checkpoint without them could not be heard
+        if meta.get(key) == key and not os.path.isdir(os.path.join(folder, key)):
+            raise ValueError(f'no folder {key}, which meta.json names')
+    return meta
+
+
 def open_data(names, data_dir='data', split='train', like=None):
-    """'a:2,b' -> list of (folder, weight, meta.json) whose units agree with each other, and with
-    those of `like`, such a tuple. Raises InputError naming what is missing or differs."""
+    """'a:2,b' -> list of DataSet whose units agree with each other, and with those of `like`.
+    Raises InputError naming what is missing or differs."""
+    knob, remedy = 'data', 'name folders that prepare_units.py made, NAME or NAME:WEIGHT'
+    if split == 'val':
+        knob, remedy = 'val_data', "name folders with a val split; --val_data= takes data's own"
     sets = []
     for part in names.split(','):
         name, _, weight = part.strip().partition(':')
         folder = name if os.path.isdir(name) else os.path.join(data_dir, name)
         try:
-            with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
-                meta, weight = json.load(file), float(weight or 1)
+            meta, weight = read_meta(folder, split), float(weight or 1)
             if not 0 < weight < math.inf:
                 raise ValueError(f'weight {weight:g}')
-            np.dtype(meta['dtype'])  # an unknown one fails here
-            if meta['vocab_size'] < 1:
-                raise ValueError('no vocabulary')
-            if meta['tokens'][split] < 2:
-                raise ValueError(f'has nothing in its split {split}')
-            for key in ('encoder', 'vocoder'):  # a checkpoint without them could not be heard
-                if meta.get(key) == key and not os.path.isdir(os.path.join(folder, key)):
-                    raise ValueError(f'no folder {key}, which meta.json names')
         except (OSError, ValueError, KeyError, TypeError) as error:
-            remedy = 'name folders that prepare_units.py made, NAME or NAME:WEIGHT'
-            if split == 'val':
-                remedy = "name folders that have a val split; --val_data= takes that of data's own"
-            knob = 'val_data' if split == 'val' else 'data'
             raise InputError(f'{knob} {name!r}: {type(error).__name__} {error}; {remedy}') from None
-        sets.append((folder, weight, meta))
+        sets.append(DataSet(folder, weight, meta))
         like = like or sets[0]
         for key in ('vocab_size', 'offset', 'dedup', 'frame_rate', 'tokenizer_sha256'):
-            if meta.get(key) != like[2].get(key):
-                raise InputError(f'{folder} and {like[0]} differ in {key}: only like units mix')
+            if meta.get(key) != like.meta.get(key):
+                raise InputError(f'{folder} and {like.folder} differ in {key}: only like units mix')
     return sets
 
 
-def balance(sets, split='train'):
+def balance(sets):
     """The sets with weights under which an epoch, of as many tokens as all have together, holds
     tokens of each in proportion to the weights that they had."""
-    tokens = [meta['tokens'][split] for _, _, meta in sets]
-    unit = sum(tokens) / sum(weight for _, weight, _ in sets)
+    tokens = [each.meta['tokens']['train'] for each in sets]
+    unit = sum(tokens) / sum(each.weight for each in sets)
     return [
-        (folder, weight * unit / size, meta)
-        for (folder, weight, meta), size in zip(sets, tokens, strict=True)
+        each._replace(weight=each.weight * unit / size)
+        for each, size in zip(sets, tokens, strict=True)
     ]
 
 
@@ -221,11 +230,12 @@ def find_chunks(tokens, context, end=None):
     The remainder is kept, unless it is one token, which would predict nothing.
     """
     starts = find_utterances(tokens, end=end)
-    lengths = np.diff(starts, append=len(tokens))
-    pieces = -(-lengths // context)
-    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begins = np.repeat(starts, pieces) + nth * context
-    lengths = np.minimum(context, np.repeat(lengths, pieces) - nth * context)
+    sizes = np.diff(starts, append=len(tokens))
+    chunks = -(-sizes // context)  # of each utterance
+    first = np.cumsum(chunks) - chunks  # the number of its first one
+    nth = np.arange(chunks.sum()) - np.repeat(first, chunks)  # of a chunk in its utterance
+    begins = np.repeat(starts, chunks) + nth * context
+    lengths = np.minimum(context, np.repeat(sizes, chunks) - nth * context)
     return begins[lengths > 1], lengths[lengths > 1]
 
 
@@ -241,16 +251,16 @@ class Loader:
 
     def __init__(self, sets, context, row_tokens, seed, split='train', place=(0, 0, 0)):
         self.context, self.row_tokens, self.seed, self.place = context, row_tokens, seed, place
-        self.weights = [weight for _, weight, _ in sets]
-        self.tokens = [open_tokens(folder, meta, split) for folder, _, meta in sets]
-        ends = [meta.get('end') for _, _, meta in sets]
-        tables = [
-            find_chunks(tokens, context, end) for tokens, end in zip(self.tokens, ends, strict=True)
-        ]
-        self.begins = np.concatenate([begins for begins, _ in tables])
-        self.lengths = np.concatenate([lengths for _, lengths in tables])
+        self.weights = [each.weight for each in sets]
+        self.tokens, begins, lengths = [], [], []  # of each set
+        for folder, _, meta in sets:
+            self.tokens.append(open_tokens(folder, meta, split))
+            found = find_chunks(self.tokens[-1], context, meta.get('end'))
+            begins.append(found[0])
+            lengths.append(found[1])
+        self.begins, self.lengths = np.concatenate(begins), np.concatenate(lengths)
         # the chunks of set s are those from first[s] to first[s + 1]
-        self.first = np.cumsum([0] + [len(begins) for begins, _ in tables])
+        self.first = np.cumsum([0] + [len(each) for each in begins])
 
     def order(self, epoch):
         """The chunks of an epoch, (n,): each set's own, shuffled; whose turn it is, is chance."""
@@ -259,11 +269,11 @@ class Loader:
             # of the endless line of a set's shuffled passes, this epoch takes begin to end
             n = self.first[s + 1] - self.first[s]
             begin, end = round(epoch * weight * n), round((epoch + 1) * weight * n)
-            passes = range(begin // n, -(-end // n))
-            shuffled = [np.random.default_rng((self.seed, 1, s, p)).permutation(n) for p in passes]
-            queue = np.concatenate([np.zeros(0, np.int64), *shuffled])
-            skip = begin - passes.start * n
-            queues.append(self.first[s] + queue[skip : skip + end - begin])
+            line = [np.zeros(0, np.int64)]
+            for number in range(begin // n, -(-end // n)):
+                line.append(np.random.default_rng((self.seed, 1, s, number)).permutation(n))
+            skip = begin % n
+            queues.append(self.first[s] + np.concatenate(line)[skip : skip + end - begin])
         turns = np.repeat(np.arange(len(queues)), [len(queue) for queue in queues])
         if not len(turns):
             raise InputError('the weights of data leave nothing to an epoch: raise them')
@@ -282,17 +292,18 @@ class Loader:
 
     def rows(self):
         """Endless rows from `place` on: the chunks in it, and the place after it."""
-        epoch, block, row = self.place
+        epoch, first_block, first_row = self.place
         while True:
-            for b, chunks in enumerate(self.blocks(epoch)):
-                if b < block:
-                    continue
+            blocks = self.blocks(epoch)
+            for block in range(first_block, len(blocks)):
+                chunks = blocks[block]
                 packed = pack_rows(self.lengths[chunks], self.row_tokens)
-                shuffle = np.random.default_rng((self.seed, 3, epoch, b)).permutation(len(packed))
-                for r in range(row, len(packed)):
-                    yield chunks[packed[shuffle[r]]], (epoch, b, r + 1)
-                row = 0
-            epoch, block = epoch + 1, 0
+                rng = np.random.default_rng((self.seed, 3, epoch, block))
+                shuffle = rng.permutation(len(packed))
+                for row in range(first_row, len(packed)):
+                    yield chunks[packed[shuffle[row]]], (epoch, block, row + 1)
+                first_row = 0
+            epoch, first_block = epoch + 1, 0
 
     def lay_out(self, chunks):
         """One row: tokens, targets and documents, (3, row_tokens) int64.
@@ -303,14 +314,14 @@ class Loader:
         row = np.empty((3, self.row_tokens), np.int64)
         tokens, targets, doc = row
         tokens[:], targets[:], doc[:] = PAD, -100, -1 - np.arange(self.row_tokens) // self.context
-        at = 0
+        start = 0
         for i in chunks:
-            source = np.searchsorted(self.first, i, 'right') - 1
-            end = at + self.lengths[i]
-            tokens[at:end] = self.tokens[source][self.begins[i] : self.begins[i] + self.lengths[i]]
-            targets[at : end - 1] = tokens[at + 1 : end]
-            doc[at:end] = at
-            at = end
+            end, begin = start + self.lengths[i], self.begins[i]
+            file = self.tokens[np.searchsorted(self.first, i, 'right') - 1]
+            tokens[start:end] = file[begin : begin + self.lengths[i]]
+            targets[start : end - 1] = tokens[start + 1 : end]
+            doc[start:end] = start
+            start = end
         return row
 
     def steps(self, rows_per_step, rank=0, world=1, pin=False):
@@ -321,16 +332,17 @@ class Loader:
         """
         rows = self.rows()
         while True:
-            step = [next(rows) for _ in range(rows_per_step)]
-            mine = [chunks for chunks, _ in step[rank::world]]
-            passes = torch.from_numpy(np.stack([self.lay_out(chunks) for chunks in mine]))
-            tokens = sum(int(self.lengths[chunks].sum()) for chunks, _ in step)
+            step, places = zip(*itertools.islice(rows, rows_per_step), strict=True)
+            tokens = [int(self.lengths[chunks].sum()) for chunks in step]
+            predicted = [n - len(chunks) for n, chunks in zip(tokens, step, strict=True)]
+            passes = np.stack([self.lay_out(chunks) for chunks in step[rank::world]])
+            passes = torch.from_numpy(passes)
             yield dict(
                 passes=passes.pin_memory() if pin else passes,
-                predicted=[int(self.lengths[chunks].sum()) - len(chunks) for chunks in mine],
-                total=tokens - sum(len(chunks) for chunks, _ in step),
-                tokens=tokens,
-                place=step[-1][1],
+                predicted=predicted[rank::world],
+                total=sum(predicted),
+                tokens=sum(tokens),
+                place=places[-1],
             )
 
 
@@ -387,12 +399,12 @@ def make_optimizers(model):
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-    if optimizer == 'adamw':
-        return [torch.optim.AdamW(groups, lr, betas, eps, fused=True)]
-    if optimizer == 'adalomo':
-        # Lv et al. 2023: Adafactor's update; that theirs is part of the backward pass saves memory
-        return [torch.optim.Adafactor(groups, lr, eps=(1e-15, 1e-3))]
     try:
+        if optimizer == 'adamw':
+            return [torch.optim.AdamW(groups, lr, betas, eps, fused=True)]
+        if optimizer == 'adalomo':
+            # Lv et al. 2023: Adafactor's update; theirs, inside the backward pass, saves memory
+            return [torch.optim.Adafactor(groups, lr, eps=(1e-15, 1e-3))]
         if optimizer == 'ademamix':
             from pytorch_optimizer import AdEMAMix
 
@@ -401,32 +413,31 @@ def make_optimizers(model):
             from bitsandbytes.optim import AdamW8bit
 
             return [AdamW8bit(groups, lr, betas, eps)]
+        if optimizer == 'muon':
+            # the matrices between layers; embedding, head, norms and biases stay with AdamW
+            hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
+            inside = set(hidden)
+            groups[0]['params'] = [p for p in matrices if p not in inside]
+            return [
+                torch.optim.Muon(hidden, lr, weight_decay, adjust_lr_fn='match_rms_adamw'),
+                torch.optim.AdamW(groups, lr, betas, eps, fused=True),
+            ]
     except ImportError as error:
         packages = 'pip install pytorch-optimizer (ademamix) or bitsandbytes (adamw8bit)'
         raise InputError(f'optimizer {optimizer}: {error}; {packages}') from None
-    if optimizer == 'muon':
-        # the matrices between layers; embedding, head, norms and biases stay with AdamW
-        hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
-        inside = {id(p) for p in hidden}
-        groups[0]['params'] = [p for p in matrices if id(p) not in inside]
-        return [
-            torch.optim.Muon(hidden, lr, weight_decay, adjust_lr_fn='match_rms_adamw'),
-            torch.optim.AdamW(groups, lr, betas, eps, fused=True),
-        ]
-    raise InputError(
-        f'optimizer {optimizer!r} is unknown: adamw, ademamix, adalomo, adamw8bit, muon'
-    )
+    known = 'adamw, ademamix, adalomo, adamw8bit, muon'
+    raise InputError(f'optimizer {optimizer!r} is unknown: use {known}')
 
 
-def describe_run(first_set, config):
-    """What slam.json keeps: how the units were made, and the recipe."""
-    folder, _, meta = first_set
+def describe_run(folder, meta, config):
+    """What slam.json keeps: how the units of this data set were made, and the recipe."""
     slam = {key: meta.get(key) for key in ('encoder', 'vocoder', 'n_units', 'frame_rate', 'dedup')}
     if meta.get('tokenizer'):
         slam |= {key: meta[key] for key in ('text_lm', 'tokenizer', 'offset', 'end')}
-    for key in PARTS:  # a folder of the data's own is copied, a name stays
-        if key in slam and os.path.isdir(os.path.join(folder, str(slam[key]))):
-            slam[key] = os.path.join(folder, slam[key])
+    for part in PARTS:  # a folder of the data's own is copied, a name stays
+        own = os.path.join(folder, str(slam.get(part)))
+        if os.path.isdir(own):
+            slam[part] = own
     return slam | dict(stage='pretraining', recipe=config, git_commit=git_commit())
 
 
@@ -435,7 +446,7 @@ def open_validation(sets):
     {name of the set: list of (row, predictions in it)}."""
     validation = {}
     for folder, _, meta in sets:
-        loader = Loader([(folder, 1, meta)], context, row_tokens, seed=0, split='val')
+        loader = Loader([DataSet(folder, 1, meta)], context, row_tokens, seed=0, split='val')
         rows, tokens = [], 0
         for chunks, (epoch, _, _) in loader.rows():
             if epoch or tokens >= VAL_TOKENS:
@@ -463,8 +474,8 @@ def validate(model, validation, device, autocast, rank=0, world=1):
         dist.all_reduce(sums)
     counts = [sum(predicted for _, predicted in rows) for rows in validation.values()]
     losses = dict(val_loss=float(sums.sum()) / sum(counts))
-    for name, total, count in zip(validation, sums.tolist(), counts, strict=True):
-        losses[f'val_loss_{name}'] = total / count
+    for name, nats, count in zip(validation, sums.tolist(), counts, strict=True):
+        losses[f'val_loss_{name}'] = nats / count
     return losses
 
 
@@ -512,9 +523,8 @@ if __name__ == '__main__':
     state |= dict(sizes=None, model=None, optimizers=None)
     if resume:
         state = find_run(out_dir, state, config, FREE)
-    step, elapsed, seen, skipped, place, scores, best = (
-        state[key] for key in ('step', 'elapsed', 'seen', 'skipped', 'place', 'scores', 'best')
-    )
+    step, elapsed, seen = state['step'], state['elapsed'], state['seen']
+    skipped, scores, best = state['skipped'], state['scores'], state['best']
     budget = 3600 * train_hours  # seconds
     if step >= max_steps or elapsed >= budget:
         done = f'finished before, {step} steps in {duration(elapsed)}, {scores}'
@@ -526,7 +536,7 @@ if __name__ == '__main__':
     sets = open_data(data, data_dir)
     if balanced:
         sets = balance(sets)
-    sizes = [meta['tokens'] for _, _, meta in sets]
+    sizes = [each.meta['tokens'] for each in sets]
     if state['sizes'] not in (None, sizes):
         fail(
             f'{data} has other tokens than when {out_dir} began ({state["sizes"]}): '
@@ -536,13 +546,13 @@ if __name__ == '__main__':
     if eval_interval and val_data:
         val_sets = open_data(val_data, data_dir, 'val', like=sets[0])
     elif eval_interval:
-        val_sets = [each for each in sets if each[2]['tokens'].get('val', 0) > 1]
-    loader = Loader(sets, context, row_tokens, seed, place=place)
+        val_sets = [each for each in sets if each.meta['tokens'].get('val', 0) > 1]
+    loader = Loader(sets, context, row_tokens, seed, place=state['place'])
     validation = open_validation(val_sets)
 
     # --- model and optimizers, and what the checkpoint says of itself
-    raw = make_model(sets[0][2])
-    slam = describe_run(sets[0], config)
+    raw = make_model(sets[0].meta)
+    slam = describe_run(sets[0].folder, sets[0].meta, config)
     if save_init and step == 0 and rank == 0:
         beside = os.path.dirname(os.path.normpath(out_dir))
         save_run(os.path.join(beside, 'untrained'), raw, slam)
@@ -566,8 +576,8 @@ if __name__ == '__main__':
     # --- what will be done is said before it is
     n_params, flops = raw.num_params(), raw.flops_per_token(float(loader.lengths.mean()))
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
-    # of a machine that PEAK does not know it is infinite, and no utilisation is told
-    peak = 1e12 * world * next((PEAK[name] for name in PEAK if name in machine), math.inf)
+    known = [PEAK[name] for name in PEAK if name in machine]
+    peak = 1e12 * world * known[0] if known else math.inf  # inf: no utilisation is told
     say(f'{init}: {n_params:,} parameters on {world} x {machine}, {torch_dtype}', rank)
     for line in describe(loader):
         say(line, rank)
@@ -589,8 +599,9 @@ if __name__ == '__main__':
     while step < max_steps and elapsed < budget and not halt:
         # the rate follows the share of the run that is done, by steps or by the clock
         rate = learning_rate(step, max(step / max_steps, elapsed / budget))
-        for group in [group for each in optimizers for group in each.param_groups]:
-            group['lr'] = rate
+        for each in optimizers:
+            for group in each.param_groups:
+                group['lr'] = rate
         batch, ahead = ahead.result(), thread.submit(next, steps)
         if dropout:  # masks are a matter of the step: no generator's state to save
             torch.manual_seed(seed + step * world + rank)
@@ -640,8 +651,10 @@ if __name__ == '__main__':
         speed = (seen - seen_before) / max(took, 1e-9)  # tokens a second
         record = dict(step=step, lr=rate, tokens=seen, flops=6 * n_params * seen)
         record |= dict(tokens_per_s=round(speed), elapsed=round(elapsed, 2))
-        record |= dict(loss=loss / good, norm=norm / good) if good else dict(loss=None)
-        record |= dict(skipped=round(bad)) if bad else {}
+        for name, total in (('loss', loss), ('norm', norm)):
+            record[name] = total / good if good else None
+        if bad:
+            record['skipped'] = round(bad)
         if validation and (evaluate or over):
             scores = validate(raw, validation, torch_device, autocast, rank, world)
             record |= scores
