@@ -96,10 +96,8 @@ dtype = 'auto'  # of the products: auto is bfloat16 on CUDA, float32 elsewhere
 # -----------------------------------------------------------------------------
 
 # What may differ when a run is continued: all else decides what the run computes.
-FREE = (
-    *('out_dir', 'row_tokens', 'max_steps', 'epochs', 'train_hours', 'eval_interval'),
-    *('save_interval', 'resume', 'log_interval', 'wandb', 'compile', 'device'),
-)
+FREE = 'out_dir row_tokens max_steps epochs train_hours eval_interval save_interval'
+FREE = set(f'{FREE} resume log_interval wandb compile device'.split())
 HELD_OUT = ('val', 'validation', 'valid', 'dev')  # names of a split; test and the like are unused
 FEW = 50  # held-out pairs: below this a percentage means little
 SINKING = 0.3  # nats a token: chosen completions that much less likely than before are damage
@@ -117,7 +115,8 @@ def dpo_loss(policy, reference, sizes, beta):
     -log sigmoid(beta [log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)])
 
     policy, reference: (n, 2) log-probabilities in nats of whole completions, chosen and rejected,
-    with their `<S>`, given the prompt. sizes: (n, 2) their tokens.
+    with their `<S>`, given the prompt. sizes: (n, 2) their tokens. The n pairs are those of one
+    row, not of the batch: a loss is a function of its pair alone.
     Returns: losses (n,), rewards (n, 2) whose difference is the margin.
     """
     rewards = beta * (policy - reference)
@@ -148,7 +147,7 @@ def simpo_loss(policy, reference, sizes, beta, gamma_ratio=0.5):
     return losses, rewards
 
 
-# name -> the function, and whether it takes the reference's log-probabilities
+# name -> the function, and whether it reads `reference`; to add a loss, add both
 LOSSES = {
     'dpo': (dpo_loss, True),
     'ipo': (ipo_loss, True),
@@ -175,18 +174,17 @@ def make_pair(prompt, chosen, rejected, context):
     The prompt loses its beginning, down to half the context, then completions lose their ends.
     """
     prompt = np.append(BOS, prompt + OFFSET)
-    completions = [np.append(units + OFFSET, EOS) for units in (chosen, rejected)]
-    longest = max(map(len, completions))
+    chosen, rejected = np.append(chosen + OFFSET, EOS), np.append(rejected + OFFSET, EOS)
+    longest = max(len(chosen), len(rejected))
     prompt = prompt[-max(context // 2, context - longest) :]
-    chosen, rejected = (completion[: context - len(prompt)] for completion in completions)
+    room = context - len(prompt)
+    chosen, rejected = chosen[:room], rejected[:room]
 
-    ends = np.arange(len(prompt), context)
+    before, after = np.arange(len(prompt)), np.arange(len(prompt), context)  # positions
     return Pair(
         tokens=np.concatenate((prompt, chosen, rejected)),
         branch=np.repeat((0, 1, 2), (len(prompt), len(chosen), len(rejected))),
-        positions=np.concatenate(
-            (np.arange(len(prompt)), ends[: len(chosen)], ends[: len(rejected)])
-        ),
+        positions=np.concatenate((before, after[: len(chosen)], after[: len(rejected)])),
         sizes=(len(chosen), len(rejected)),
     )
 
@@ -239,8 +237,9 @@ def load_pairs(paths, n_units, context, max_auto_bleu, max_unit_bleu, val_pairs)
         for units, split, words in read_pairs(path):
             count['read'] += 1
             prompt, chosen, rejected = units
-            strange = [unit for unit in np.concatenate(units).tolist() if not 0 <= unit < n_units]
-            if strange:
+            together = np.concatenate(units)
+            strange = together[(together < 0) | (together >= n_units)]
+            if len(strange):
                 raise InputError(
                     f'{path} has unit {strange[0]}, the model knows 0 to {n_units - 1}: encode the '
                     f'pairs with the encoder of the model'
@@ -248,19 +247,22 @@ def load_pairs(paths, n_units, context, max_auto_bleu, max_unit_bleu, val_pairs)
             if split and split != 'train' and split not in HELD_OUT:
                 count['others'] += 1
                 continue
-            if 0 < max_auto_bleu <= auto_bleu(words):
+            said, limit = words, max_auto_bleu
+            if not words:
+                said, limit = np.append(prompt, chosen).tolist(), max_unit_bleu
+            if 0 < limit <= auto_bleu(said):
                 count['repetitive'] += 1
                 continue
-            if 0 < max_unit_bleu <= auto_bleu(np.append(prompt, chosen).tolist()) and not words:
-                count['repetitive'] += 1
-                continue
-            pair = make_pair(*units, context)
-            ours, theirs = (pair.tokens[pair.branch == branch] for branch in (1, 2))
-            if not len(chosen) or not len(rejected) or np.array_equal(ours, theirs):
+            pair = make_pair(prompt, chosen, rejected, context)
+            completions = [pair.tokens[pair.branch == branch] for branch in (1, 2)]
+            if not len(chosen) or not len(rejected) or np.array_equal(*completions):
                 count['unusable'] += 1
                 continue
-            count['truncated'] += len(pair.tokens) < len(np.concatenate(units)) + 3
-            (val if split in HELD_OUT else train).append(pair)
+            count['truncated'] += len(pair.tokens) < len(together) + 3
+            if split in HELD_OUT:
+                val.append(pair)
+            else:
+                train.append(pair)
 
     for pairs in (train, val):
         pairs.sort(key=lambda pair: hashlib.sha256(pair.tokens.tobytes()).digest())
@@ -378,14 +380,13 @@ def measure_samples(model, prompts):
     """
     room = max(1, model.config.context - SAMPLE_TOKENS)
     prompts = [torch.from_numpy(prompt[:room]) for prompt in prompts]
-    samples = model.generate(
-        prompts, SAMPLE_TOKENS, repetition_penalty=1.0, seed=0, ban_repeats=False
-    )
-    repeats = units = 0
+    how = dict(repetition_penalty=1.0, seed=0, ban_repeats=False)
+    samples = model.generate(prompts, SAMPLE_TOKENS, **how)
+    units = sum(map(len, samples))
+    repeats = 0
     for prompt, sample in zip(prompts, samples, strict=True):
         line = torch.cat((prompt[-1:], sample))
         repeats += int((line[1:] == line[:-1]).sum())
-        units += len(sample)
     bleu = sum(auto_bleu(sample.tolist()) for sample in samples) / len(samples)
     return dict(units=units, repeats=repeats / max(1, units), auto_bleu=bleu)
 
@@ -467,15 +468,16 @@ if __name__ == '__main__':
 
     # --- where a run of this command stopped before
     key = fingerprint(model, pairs, torch_dtype)
-    state = dict(step=0, elapsed=0.0, seen=0, skipped=0, scores={}, before={})
-    state |= dict(best=math.inf, best_step=0, key=key, model=None, optimizer=None)
+    state = dict(step=0, elapsed=0.0, seen=0, skipped=0, scores={}, before={}, best=math.inf)
+    state |= dict(best_step=0, key=key, model=None, optimizer=None)
     if resume:
         state = find_run(out_dir, state, config, FREE)
     if state['key'] != key:
         remedy = 'choose another --out_dir, or --resume=False to start over'
         fail(f'{out_dir} is a run with other weights in init or other pairs: {remedy}')
-    step, elapsed, seen, skipped = (state[k] for k in ('step', 'elapsed', 'seen', 'skipped'))
-    scores, before, best, best_step = (state[k] for k in ('scores', 'before', 'best', 'best_step'))
+    step, elapsed, seen = state['step'], state['elapsed'], state['seen']
+    skipped, scores, best = state['skipped'], state['scores'], state['best']
+    before, best_step = state['before'], state['best_step']
     if step >= last_step or elapsed >= budget:
         done = f'finished before, {step} steps in {duration(elapsed)}, {scores}'
         say(f'{out_dir}: {done}; nothing to do (--resume=False starts over)', rank)
@@ -536,12 +538,10 @@ if __name__ == '__main__':
     n_epochs = last_step / per_epoch
     filled = lengths[: len(train)].mean() * batch_pairs / width
     say(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
-    say(
-        f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs'
-        + (f', or {duration(budget)}' if train_hours else '')
-        + f'; rows of {width} tokens, {filled / math.ceil(filled):.0%} filled',
-        rank,
-    )
+    length = f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs'
+    if train_hours:
+        length += f', or {duration(budget)}'
+    say(f'{length}; rows of {width} tokens, {filled / math.ceil(filled):.0%} filled', rank)
     # what is doubtful about it, too
     if 3 < n_epochs < math.inf:
         say(f'WARNING: {n_epochs:.3g} epochs: few pairs are soon known by heart; --epochs=3', rank)
@@ -563,17 +563,16 @@ if __name__ == '__main__':
     # --- validation: what is held out, and samples, against what they were
     def validate():
         """Scores by name; before the first step they are what later ones are held against."""
-        policy, reference = (
-            score(row_logps, val, width, torch_device, rank, world),
-            known[len(train) :],
-        )
-        values = measure(*preference_loss(policy, reference, sizes[len(train) :], beta)) / len(val)
-        drift = (policy - reference)[:, 0].sum() / sizes[len(train) :, 0].sum()
+        policy = score(row_logps, val, width, torch_device, rank, world)
+        reference, tokens = known[len(train) :], sizes[len(train) :]
+        losses, rewards = preference_loss(policy, reference, tokens, beta)
+        loss, accuracy, margin = (measure(losses, rewards) / len(val)).tolist()
+        drift = float((policy - reference)[:, 0].sum() / tokens[:, 0].sum())
+        scores = dict(val_loss=loss, val_accuracy=accuracy, val_margin=margin, val_drift=drift)
         prompts = [pair.tokens[pair.branch == 0] for pair in (val + train)[:SAMPLES]]
-        samples = measure_samples(model, prompts)
-        names = ('val_loss', 'val_accuracy', 'val_margin', 'val_drift')
-        scores = dict(zip(names, [*values.tolist(), float(drift)], strict=True))
-        return scores | {f'val_{name}': value for name, value in samples.items()}
+        for name, value in measure_samples(model, prompts).items():
+            scores[f'val_{name}'] = value
+        return scores
 
     # --- the loop
     totals = torch.zeros(7, device=torch_device)  # of measure and norm: model.add_up
@@ -596,7 +595,8 @@ if __name__ == '__main__':
         for row, indices in lay_out([train[i] for i in batch], width)[rank::world]:
             members = batch[indices]
             policy = row_logps(row, len(members))  # (m, 2)
-            reference, tokens = (to_device(x[members], torch_device) for x in (known, sizes))
+            reference = to_device(known[members], torch_device)
+            tokens = to_device(sizes[members], torch_device)
             losses, rewards = preference_loss(policy, reference, tokens, beta)
             likelihood = policy[:, 0].sum() / n_chosen
             (losses.sum() / batch_pairs - sft_weight * likelihood).backward()

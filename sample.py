@@ -27,6 +27,7 @@ import re
 import sys
 import time
 import wave as wave_file
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -51,9 +52,7 @@ from model import (
 )
 
 # -----------------------------------------------------------------------------
-init = (
-    'slprl/slam'  # checkpoint folder or public model; with --resynth also a data or encoder folder
-)
+init = 'slprl/slam'  # checkpoint folder or hub name; with --resynth also data or encoder folder
 prompt = ''  # sound files, folders, manifests, units files (.jsonl): comma-separated; '': from <S>
 prompt_seconds = 3.0  # of each prompt, up to a word's end where words are known; 0: all of it
 to = 'speech'  # what an interleaved model goes on in: speech, or text, which is printed
@@ -85,6 +84,20 @@ PIECE_SECONDS = 0.5  # of speech that --stream vocodes at a time
 REPEAT = 5  # units in a row that were said before: the page shows them, and so do five listeners
 
 
+@dataclass
+class Prompt:
+    """What a continuation begins with: a recording, or units."""
+
+    name: str  # also of the folder of its results
+    path: str | None = None  # of the recording
+    wave: torch.Tensor | None = None  # (samples,) of the recording, as far as it is used
+    units: torch.Tensor | None = None  # (n,) int64
+    duration: torch.Tensor | None = None  # (n,) int64, frames of each unit
+    text: str | None = None
+    words: list | None = None  # [word, start s, end s] each
+    split: str | None = None
+
+
 class Networks(NamedTuple):
     """What speaks: model and encoder are None where they are not needed."""
 
@@ -99,11 +112,11 @@ class Networks(NamedTuple):
 
 
 def parse_row(row, path):
-    """A prompt out of a line of a manifest (path), a units file (units, duration) or a pairs file
-    (prompt)."""
+    """The Prompt in a line of a manifest (path), of a units file (units, duration) or of a pairs
+    file (prompt). Raises InputError where it is none of these."""
     inner = row['prompt'] if isinstance(row.get('prompt'), dict) else row
     name = row.get('file_name') or row.get('path') or row.get('prompt_path')
-    found = dict(
+    found = Prompt(
         name=str(name or os.path.basename(path)),
         text=inner.get('text') or row.get('prompt_text'),
         words=inner.get('words'),
@@ -113,51 +126,54 @@ def parse_row(row, path):
     if units is None:
         if not name:
             raise InputError(f'{path}: its lines have neither path nor units')
-        return found | dict(path=os.path.join(os.path.dirname(path), str(name)))
+        found.path = os.path.join(os.path.dirname(path), str(name))
+        return found
 
     def whole(numbers, least):
         return isinstance(numbers, list) and all(type(n) is int and n >= least for n in numbers)
 
-    good = whole(units, 0) and units and (not duration or whole(duration, 1))
-    if not good or duration and len(duration) != len(units):
+    good = units and whole(units, 0)
+    if duration:
+        good = good and whole(duration, 1) and len(duration) == len(units)
+        found.duration = torch.tensor(duration) if good else None
+    if not good:
         raise InputError(
-            f'{path}: {found["name"]} needs units (numbers from 0) and, if any, as many durations'
+            f'{path}: {found.name} needs units (numbers from 0) and, if any, as many durations'
         )
-    duration = torch.tensor(duration) if duration else None
-    return found | dict(units=torch.tensor(units), duration=duration)
+    found.units = torch.tensor(units)
+    return found
 
 
 def read_prompts(path, split):
-    """The prompts of a .jsonl file, of one split where it knows splits."""
+    """The prompts of a file or a folder, of one split where a manifest or a units file knows splits
+    and has it."""
+    manifest = os.path.join(path, 'manifest.jsonl')
+    path = manifest if os.path.isfile(manifest) else path
+    if not path.endswith(('.jsonl', '.json')):
+        return [Prompt(os.path.basename(file), path=file) for file in find_audio(path)]
     found = [parse_row(row, path) for _, row in read_jsonl(path)]
     if not found:
         raise InputError(f'{path}: the file is empty')
-    return [p for p in found if not split or p['split'] in (None, split)] or found
+    return [p for p in found if not split or p.split in (None, split)] or found
 
 
 def find_prompts(text, split='', limit=0):
     """The prompts that a comma-separated list names, of each folder or .jsonl the first `limit`.
-
-    Returns: list of dict(name, text, words) with either path or units and duration; names serve as
-    folders of the results, each is its own.
-    """
+    Each gets a name of its own, for a folder of the results."""
     parts = [part.strip() for part in text.split(',') if part.strip()]
     found = []
     for part in [text] if os.path.exists(text) else parts:
         matches = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
         for path in matches or [part]:
-            manifest = os.path.join(path, 'manifest.jsonl')
-            path = manifest if os.path.isfile(manifest) else path
-            if path.endswith(('.jsonl', '.json')):
-                some = read_prompts(path, split)
-            else:
-                some = [dict(name=os.path.basename(p), path=p) for p in find_audio(path)]
-            found += some[: limit or None]
-    taken = {}
+            found += read_prompts(path, split)[: limit or None]
+    taken = set()
     for p in found:
-        name = re.sub(r'[^\w.-]+', '_', os.path.splitext(p['name'])[0]).strip('._') or 'prompt'
-        taken[name] = taken.get(name, 0) + 1
-        p['name'] = name if taken[name] == 1 else f'{name}_{taken[name]}'
+        name = re.sub(r'[^\w.-]+', '_', os.path.splitext(p.name)[0]).strip('._') or 'prompt'
+        p.name, n = name, 1
+        while p.name in taken:
+            n += 1
+            p.name = f'{name}_{n}'
+        taken.add(p.name)
     return found
 
 
@@ -174,24 +190,24 @@ def encode_prompt(p, nets, seconds, at_words):
 
     Raises: InputError for a file that cannot be used.
     """
-    end = cut_seconds(p.get('words'), seconds) if seconds and at_words else seconds
-    if end and p.get('words'):
-        p['text'] = ' '.join(word for word, _, stop in p['words'] if stop <= end + 0.02)
-    if 'path' in p:
-        wave = load_audio(p['path'])
+    end = cut_seconds(p.words, seconds) if seconds and at_words else seconds
+    if end and p.words:
+        p.text = ' '.join(word for word, _, stop in p.words if stop <= end + 0.02)
+    if p.path:
+        wave = load_audio(p.path)
         if len(wave) < SAMPLE_RATE / nets.vocoder.frame_rate:
             seconds = len(wave) / SAMPLE_RATE
-            raise InputError(f'{p["path"]}: too short to hold a unit ({seconds:.3f} s)')
-        p['wave'] = wave[: round(end * SAMPLE_RATE)] if end else wave
-        p['units'], p['duration'] = dedup(nets.encoder.encode([p['wave']])[0])
+            raise InputError(f'{p.path}: too short to hold a unit ({seconds:.3f} s)')
+        p.wave = wave[: round(end * SAMPLE_RATE)] if end else wave
+        p.units, p.duration = dedup(nets.encoder.encode([p.wave])[0])
         return
-    nets.vocoder.check([p['units']])
-    if p['duration'] is None:
-        p['duration'] = nets.vocoder.durations([p['units']])[0]
-    ends = p['duration'].cumsum(0)
-    kept = int((ends <= round(end * nets.vocoder.frame_rate)).sum()) if end else len(ends)
-    kept = max(1, kept) if len(ends) else 0
-    p['units'], p['duration'] = p['units'][:kept], p['duration'][:kept]
+    nets.vocoder.check([p.units])
+    if p.duration is None:
+        p.duration = nets.vocoder.durations([p.units])[0]
+    if end and len(p.units):
+        ends = p.duration.cumsum(0)
+        kept = max(1, int((ends <= round(end * nets.vocoder.frame_rate)).sum()))
+        p.units, p.duration = p.units[:kept], p.duration[:kept]
 
 
 def encode_prompts(prompts, nets, seconds, at_words=True):
@@ -223,9 +239,11 @@ def find_parts(where):
             continue
         with open(path, encoding='utf-8') as handle:
             named = json.load(handle)
-        folders = [os.path.join(where, named.get(key) or '?') for key in ('encoder', 'vocoder')]
-        names = [named.get('encoder'), named.get('vocoder')]
-        return [f if os.path.isdir(f) else n for f, n in zip(folders, names, strict=True)]
+        parts = []
+        for key in ('encoder', 'vocoder'):
+            own = os.path.join(where, named.get(key) or '?')
+            parts.append(own if os.path.isdir(own) else named.get(key))
+        return parts
     if os.path.isdir(where) and not os.path.isfile(os.path.join(where, 'encoder.json')):
         raise InputError(
             f'{where}: no slam.json, meta.json or encoder.json here; expected a checkpoint, a data '
@@ -308,10 +326,9 @@ def find_repeats(units, n=REPEAT):
 
 def prompt_tokens(p, model):
     """What the model continues: the prompt, units or --from_text, and the switch to --to."""
-    parts = [('text', model.encode_text(from_text))] if from_text else [('speech', p['units'])]
-    if parts[0][0] != to:
-        parts.append((to, []))
-    return model.tokens_of(parts)
+    kind, ids = ('text', model.encode_text(from_text)) if from_text else ('speech', p.units)
+    switch = [] if kind == to else [(to, [])]
+    return model.tokens_of([(kind, ids), *switch])
 
 
 def tell(p, k, name, frame_rate, new, duration, note=''):
@@ -319,8 +336,7 @@ def tell(p, k, name, frame_rate, new, duration, note=''):
 
     Returns: its line of units.jsonl, with `warning`: what is wrong with it, or ''.
     """
-    text = f'{p["name"]}{f"-{k}" if k > 1 else ""}: {len(p["units"])} units, '
-    text += f'{int(p["duration"].sum()) / frame_rate:.1f} s'
+    text = f'{p.name}{tag(k)}: {len(p.units)} units, {int(p.duration.sum()) / frame_rate:.1f} s'
     if not resynth:
         text += f' + {len(new)} units, {int(duration.sum()) / frame_rate:.1f} s'
     print(f'{text}{note} -> {name if stream else os.path.join(out, name)}', flush=True)
@@ -332,13 +348,35 @@ def tell(p, k, name, frame_rate, new, duration, note=''):
         warning = 'the model ended at once; another seed may not'
     if warning:
         print(f'  warning: {warning}', flush=True)
-    row = dict(file_name=name, units=torch.cat((p['units'], new)).tolist())
-    row |= dict(duration=torch.cat((p['duration'], duration)).tolist())
-    return row | dict(prompt_units=len(p['units']), sample=k, text=p.get('text'), warning=warning)
+    return dict(
+        file_name=name,
+        units=torch.cat((p.units, new)).tolist(),
+        duration=torch.cat((p.duration, duration)).tolist(),
+        prompt_units=len(p.units),
+        sample=k,
+        text=p.text,
+        warning=warning,
+    )
+
+
+def tag(k):
+    """What tells sample k of a prompt from the first."""
+    return f'-{k}' if k > 1 else ''
 
 
 # -----------------------------------------------------------------------------
 # The modes: each takes the prompts and returns rows for units.jsonl and for people
+
+
+def generate_batches(prompts, nets, sampling):
+    """Continue each prompt num_samples times. Yields batches: lists of (prompt, number of the
+    sample from 1, new tokens)."""
+    jobs = [(p, k) for p in prompts for k in range(1, num_samples + 1)]
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        tokens = [prompt_tokens(p, nets.model) for p, _ in batch]
+        new = nets.model.generate(tokens, seed=seed + start, kind=to, **sampling)
+        yield [(p, k, tokens) for (p, k), tokens in zip(batch, new, strict=True)]
 
 
 def continue_prompts(prompts, nets, sampling):
@@ -348,39 +386,35 @@ def continue_prompts(prompts, nets, sampling):
     (samples,) or None.
     """
     voice, rows = nets.vocoder, []
-    jobs = [(p, k) for p in prompts for k in range(1, num_samples + 1)]
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        tokens = [prompt_tokens(p, nets.model) for p, _ in batch]
-        new = nets.model.generate(tokens, seed=seed + start, **sampling)
-        new = [row - nets.model.offset for row in new]
+    for batch in generate_batches(prompts, nets, sampling):
+        new = [tokens - nets.model.offset for _, _, tokens in batch]
         predicted = voice.durations(new)
-        units, durations = (
-            [torch.cat((p[key], more)) for (p, _), more in zip(batch, added, strict=True)]
-            for key, added in (('units', new), ('duration', predicted))
-        )
+        units, durations = [], []  # of prompt and continuation
+        for (p, _, _), more, duration in zip(batch, new, predicted, strict=True):
+            units.append(torch.cat((p.units, more)))
+            durations.append(torch.cat((p.duration, duration)))
         waves = voice.decode(units, durations, speaker=speaker, style=style)
-        for (p, k), more, d, wave in zip(batch, new, predicted, waves, strict=True):
-            rows.append(save_sample(p, k, nets, more, d, wave))
+        for (p, k, _), more, duration, wave in zip(batch, new, predicted, waves, strict=True):
+            rows.append(save_sample(p, k, nets, more, duration, wave))
     return rows
 
 
 def save_sample(p, k, nets, new, duration, wave):
     """Write the wav files of a prompt continued, wave (samples,), and tell of it -> its row."""
-    voice, folder = nets.vocoder, os.path.join(out, p['name'])
-    tag, silence = f'-{k}' if k > 1 else '', torch.zeros(nets.vocoder.hop)
-    cut = int(p['duration'].sum()) * voice.hop
-    if k == 1 and len(p['units']):
-        sound, rate = p.get('wave'), SAMPLE_RATE
+    voice, folder = nets.vocoder, os.path.join(out, p.name)
+    silence = torch.zeros(voice.hop)
+    cut = int(p.duration.sum()) * voice.hop
+    if k == 1 and len(p.units):
+        sound, rate = p.wave, SAMPLE_RATE
         if sound is None:
             sound, rate = finish_wave(wave[:cut].clone()), voice.sample_rate
         save_audio(os.path.join(folder, 'prompt.wav'), sound, rate)
     rest = finish_wave(wave[cut:].clone()) if len(new) else silence
-    save_audio(os.path.join(folder, f'continuation{tag}.wav'), rest, voice.sample_rate)
+    save_audio(os.path.join(folder, f'continuation{tag(k)}.wav'), rest, voice.sample_rate)
     wave = wave if len(wave) else silence
-    save_audio(os.path.join(folder, f'full{tag}.wav'), wave, voice.sample_rate)
-    row = tell(p, k, f'{p["name"]}/full{tag}.wav', voice.frame_rate, new, duration)
-    return row | dict(sound=wave, recording=p.get('wave'))
+    save_audio(os.path.join(folder, f'full{tag(k)}.wav'), wave, voice.sample_rate)
+    row = tell(p, k, f'{p.name}/full{tag(k)}.wav', voice.frame_rate, new, duration)
+    return row | dict(sound=wave, recording=p.wave)
 
 
 def continue_in_text(prompts, nets, sampling):
@@ -389,16 +423,12 @@ def continue_in_text(prompts, nets, sampling):
     Returns: rows for units.jsonl, the prompts with their continuation, and dict(texts: as printed).
     """
     rows, texts = [], []
-    jobs = [(p, k) for p in prompts for k in range(1, num_samples + 1)]
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        tokens = [prompt_tokens(p, nets.model) for p, _ in batch]
-        new = nets.model.generate(tokens, seed=seed + start, kind='text', **sampling)
-        for (p, k), ids in zip(batch, new, strict=True):
-            texts.append(nets.model.tokenizer.decode(ids.tolist()))
-            print(f'{p["name"]}{f"-{k}" if k > 1 else ""}: {p.get("text") or "..."} |{texts[-1]}')
-            row = dict(file_name=p['name'], units=p['units'].tolist(), sample=k, text=p.get('text'))
-            row |= dict(duration=p['duration'].tolist(), prompt_units=len(p['units']))
+    for batch in generate_batches(prompts, nets, sampling):
+        for p, k, tokens in batch:
+            texts.append(nets.model.tokenizer.decode(tokens.tolist()))
+            print(f'{p.name}{tag(k)}: {p.text or "..."} |{texts[-1]}')
+            row = dict(file_name=p.name, units=p.units.tolist(), sample=k, text=p.text)
+            row |= dict(duration=p.duration.tolist(), prompt_units=len(p.units))
             rows.append(row | dict(continuation=texts[-1], warning=''))
     return rows, dict(texts=texts)
 
@@ -411,18 +441,18 @@ def resynthesise(prompts, nets):
     rows, same, frames = [], 0, 0
     voice, none = nets.vocoder, torch.zeros(0, dtype=torch.long)
     for p in prompts:
-        [wave] = voice.decode([p['units']], [p['duration']], speaker=speaker, style=style)
+        [wave] = voice.decode([p.units], [p.duration], speaker=speaker, style=style)
         [again] = nets.encoder.encode([resample(wave, voice.sample_rate, SAMPLE_RATE)])
-        was = p['units'].repeat_interleave(p['duration'])
+        was = p.units.repeat_interleave(p.duration)
         n = min(len(was), len(again))
         kept = int((was[:n] == again[:n]).sum())
         same, frames = same + kept, frames + len(was)
 
-        name = f'{p["name"]}/resynth.wav'
+        name = f'{p.name}/resynth.wav'
         save_audio(os.path.join(out, name), wave, voice.sample_rate)
         note = f' -> {100 * kept / len(was):.0f} % of the frames have their unit again'
         row = tell(p, 1, name, voice.frame_rate, none, none, note)
-        rows.append(row | dict(sound=wave, recording=p.get('wave')))
+        rows.append(row | dict(sound=wave, recording=p.wave))
     return rows, dict(frames_unchanged=100 * same / frames)
 
 
@@ -484,12 +514,12 @@ def stream_prompts(prompts, nets, sampling):
             tokens = prompt_tokens(p, nets.model)
             steps = nets.model.generate_steps([tokens], seed=seed + i, **sampling)
             pieces = take_pieces(steps, size, new, nets.model.offset)
-            given = p['units'], p['duration']
+            given = p.units, p.duration
             for wave in voice.stream(pieces, given, speaker=speaker, style=style):
                 let_out(wave)
                 samples += len(wave)
                 times.setdefault('first_sound', time.perf_counter() - start)
-                if samples > int(p['duration'].sum()) * voice.hop:
+                if samples > int(p.duration.sum()) * voice.hop:
                     times.setdefault('first_new_sound', time.perf_counter() - start)
             new = torch.tensor(new, dtype=torch.long)
             rows.append(tell(p, 1, stream, voice.frame_rate, new, voice.durations([new])[0]))
@@ -595,11 +625,13 @@ if __name__ == '__main__':
     where = pick_device(device)
 
     # what to begin with, and the networks that it takes
-    prompts = [dict(name='unprompted', units=torch.zeros(0, dtype=torch.long), duration=None)]
-    prompts[0] |= dict(name='from_text', text=from_text) if from_text else {}
     if prompt:
         prompts = find_prompts(prompt, split, max_prompts)
-    recorded = any('path' in p for p in prompts)
+    else:
+        name = 'from_text' if from_text else 'unprompted'
+        none = torch.zeros(0, dtype=torch.long)
+        prompts = [Prompt(name, units=none, text=from_text or None)]
+    recorded = any(p.path for p in prompts)
     nets = load_networks(init, encoder, vocoder, where, dtype, not resynth, recorded or resynth)
     loaded = time.perf_counter()
     seconds = 60 if resynth else prompt_seconds
@@ -608,7 +640,7 @@ if __name__ == '__main__':
     # units -> more units -> sound
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     sampling |= dict(top_p=top_p, repetition_penalty=repetition_penalty, compile=compile)
-    longest = 1 + max_new_tokens + max(len(p['units']) for p in prompts)
+    longest = 1 + max_new_tokens + max(len(p.units) for p in prompts)
     if nets.model and longest > nets.model.config.context:
         context = nets.model.config.context
         print(

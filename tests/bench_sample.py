@@ -88,7 +88,7 @@ if __name__ == '__main__':
     data, audio, *others = sys.argv[1:]
     encoder = M.UnitEncoder.from_pretrained(data + '/encoder')
     found = sample.find_prompts(audio, 'val', 40)
-    waves = [M.load_audio(p['path']) for p in found]
+    waves = [M.load_audio(p.path) for p in found]
     pairs = [M.dedup(units) for units in encoder.encode(waves)]
     with torch.inference_mode():
         print(f'{"":<26}{"x real":>8}{"kept":>13}{"log-mel":>12}{"harmonic":>13}')

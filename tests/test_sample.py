@@ -72,7 +72,7 @@ def talk(tmp_path):
 
 
 def names(found):
-    return [p['name'] for p in found]
+    return [p.name for p in found]
 
 
 def test_find_prompts_in_folders_and_globs(talk):
@@ -93,8 +93,8 @@ def test_find_prompts_by_a_manifest(talk):
     rows = [dict(path='deep/a.wav', text='hi there', words=words, split='val')]
     write_jsonl(talk / 'manifest.jsonl', rows + [dict(path='b.wav', text='no', split='train')])
     [p] = sample.find_prompts(str(talk), 'val')
-    assert p['text'] == 'hi there' and len(p['words']) == 2
-    assert os.path.samefile(p['path'], talk / 'deep/a.wav')
+    assert p.text == 'hi there' and len(p.words) == 2
+    assert os.path.samefile(p.path, talk / 'deep/a.wav')
     assert len(sample.find_prompts(str(talk))) == 2
     assert len(sample.find_prompts(str(talk), '', 1)) == 1
 
@@ -105,9 +105,9 @@ def test_find_prompts_in_units_files(tmp_path):
     rows += [dict(prompt=dict(units=[5], duration=[2], text='so'), chosen={}, split='val')]
     write_jsonl(tmp_path / 'u.jsonl', rows)
     a, b, c = sample.find_prompts(str(tmp_path / 'u.jsonl'), 'val')
-    assert a['units'].tolist() == [3, 4] and a['duration'].tolist() == [1, 2]
-    assert b['units'].tolist() == [12, 7] and b['duration'] is None
-    assert c['units'].tolist() == [5] and c['text'] == 'so'
+    assert a.units.tolist() == [3, 4] and a.duration.tolist() == [1, 2]
+    assert b.units.tolist() == [12, 7] and b.duration is None
+    assert c.units.tolist() == [5] and c.text == 'so'
 
 
 @pytest.mark.parametrize(
