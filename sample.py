@@ -1,12 +1,11 @@
-"""Hear it: speech in, the same speech continued out. No text, but of an interleaved model.
+"""Hear a model: speech in, its continuation out, as sound. An interleaved model also takes text.
 
     python sample.py --prompt=a.wav      # continue the first 3 s with the public model
     python sample.py --init=out/demo/dpo --prompt=a.wav,folder,units.jsonl --html=page.html
     python sample.py --init=out/demo/dpo --prompt=a.wav --stream=- | aplay -f S16_LE -r 16000
-    python sample.py --init=out/demo/units --prompt=a.wav --resynth      # no model: is the encoder
-                                         # good for this language?
-    python sample.py --init=out/mixed --prompt=a.wav --to=text       # an interleaved model goes on
-    python sample.py --init=out/mixed --from_text='Once upon a time' # in words, or from words on
+    python sample.py --init=out/demo/units --prompt=a.wav --resynth   # no model: do units suffice?
+    python sample.py --init=out/mixed --prompt=a.wav --to=text        # continued in words
+    python sample.py --init=out/mixed --from_text='Once upon a time'  # words, continued in speech
 
 Prompts are encoded into units, continued by the model in batches and vocoded in one voice. For each
 prompt a folder in `out`: prompt.wav (what went in), continuation.wav and full.wav (prompt and
@@ -277,11 +276,12 @@ def load_networks(init, encoder, vocoder, device, dtype, needs_model, needs_enco
     voice = UnitVocoder.from_pretrained(vocoder, device=device)
 
     # the three must speak of the same units
-    sizes = {f'vocoder {vocoder}': voice.n_units}
-    if net:
-        sizes = {f'encoder {encoder}': net.n_units} | sizes
+    sizes = {}
     if model:
-        sizes = {init: model.slam.get('n_units', model.config.vocab_size - OFFSET)} | sizes
+        sizes[init] = model.slam.get('n_units', model.config.vocab_size - OFFSET)
+    if net:
+        sizes[f'encoder {encoder}'] = net.n_units
+    sizes[f'vocoder {vocoder}'] = voice.n_units
     if len(set(sizes.values())) > 1:
         known = ', '.join(f'{name} has {n}' for name, n in sizes.items())
         raise InputError(
@@ -552,17 +552,18 @@ def write_page(path, rows, nets):
         if name not in prompts:
             recording = None if recording is None else sound_of(recording, SAMPLE_RATE)
             prompts[name] = dict(name=name, text=row['text'], recording=recording, samples=[])
-        keys = ('sample', 'units', 'duration', 'prompt_units', 'warning')
-        sample = {key: row[key] for key in keys}
-        sample |= dict(repeats=find_repeats(row['units']))
+        shown = ('sample', 'units', 'duration', 'prompt_units', 'warning')
+        sample = {key: row[key] for key in shown}
+        sample['repeats'] = find_repeats(row['units'])
         sample |= sound_of(row['sound'], nets.vocoder.sample_rate)
         prompts[name]['samples'].append(sample)
 
     how = '' if resynth else f'; temperature {temperature}, top-k {top_k}, seed {seed}'
     data = dict(title='Resynthesis' if resynth else 'Continuations', about=nets.names + how)
     data |= dict(frame_rate=nets.vocoder.frame_rate, repeat=REPEAT, continued=not resynth)
-    data = json.dumps(data | dict(prompts=list(prompts.values())))
-    data = data.replace('<', '\\u003c')  # no name and no text can end the script that holds them
+    data |= dict(prompts=list(prompts.values()))
+    # no name and no text can end the script that holds them
+    data = json.dumps(data).replace('<', '\\u003c')
     template = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'sample.html')
     with open(template, encoding='utf-8') as file, write_atomic(path) as page:
         page.write(file.read().replace('"DATA"', data))
@@ -604,9 +605,7 @@ def check_knobs():
     if not (0 < top_p <= 1 and 0 < repetition_penalty < 100):
         raise InputError('top_p is above 0 and at most 1, repetition_penalty above 0')
     if not out or os.path.isfile(out) or os.path.isdir(html) or os.path.isdir(stream):
-        raise InputError(
-            f'--out={out} --html={html} --stream={stream}: expected a folder and files'
-        )
+        raise InputError(f'--out={out} --html={html} --stream={stream}: expected folder and files')
     if resynth and not prompt:
         raise InputError('--resynth needs --prompt: sound files, a folder or a units file')
     if stream and (resynth or html or num_samples > 1):

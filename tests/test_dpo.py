@@ -463,26 +463,31 @@ def test_a_run_its_reference_and_the_same_command_again(place):
     assert (place / 'whole/model.safetensors').stat().st_mtime == weights
 
 
+# the signal comes from within: from without it would come at another step on a busy machine
+STOPPED_AT_STEP_10 = """
+import os, runpy, sys
+sys.argv = {argv!r}
+import model
+
+def say_and_stop(text, rank=0, say=model.say):
+    say(text, rank)
+    if text.startswith('step 10/24'):
+        os.kill(os.getpid(), {number})
+
+model.say = say_and_stop
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on_bit_for_bit(place, number):
     """The weights, the optimizer and the log of a run that nothing disturbed."""
     if not (place / 'whole').exists():
         run(place, 'whole')
     out = f'stopped{int(number)}'
-    process = subprocess.Popen(
-        [sys.executable, *command(place, out)],
-        cwd=ROOT,
-        env=ENV,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith('step 10/24'):
-            process.send_signal(number)
-            break
-    process.communicate()
-    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + signal.SIGTERM)
+    body = STOPPED_AT_STEP_10.format(argv=command(place, out), number=int(number))
+    stopped = subprocess.run([sys.executable, '-c', body], cwd=ROOT, env=ENV, capture_output=True)
+    assert stopped.returncode == (-9 if number == signal.SIGKILL else 128 + signal.SIGTERM)
     state = torch.load(place / out / 'train_state.pt', weights_only=True)
     assert state['step'] == 6 if number == signal.SIGKILL else state['step'] >= 10
     SLM.from_pretrained(str(place / out))

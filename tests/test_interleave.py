@@ -334,22 +334,6 @@ def test_enlarged_vocabulary_against_transformers(tmp_path, tied, embed_init):
         assert read(tmp_path / 'ours/tokenizer' / name) == read(tmp_path / 'lm' / name)
 
 
-def test_head_in_pieces_is_the_head(checkpoint, monkeypatch):
-    """The loss and its gradient, when a large vocabulary's logits never all exist at once."""
-    slm = SLM.from_pretrained(checkpoint)
-    tokens = torch.randint(0, slm.config.vocab_size, (1, 60))
-    whole = slm(tokens, tokens.roll(-1, 1))
-    whole.backward()
-    wanted = {name: p.grad.clone() for name, p in slm.named_parameters()}
-    slm.zero_grad()
-    monkeypatch.setattr('model.LOGITS_AT_ONCE', 7 * slm.config.vocab_size)
-    pieces = slm(tokens, tokens.roll(-1, 1))
-    pieces.backward()
-    torch.testing.assert_close(pieces, whole)
-    for name, p in slm.named_parameters():
-        torch.testing.assert_close(p.grad, wanted[name], atol=1e-6, rtol=1e-4)
-
-
 def test_training_keeps_what_a_checkpoint_needs(place, checkpoint):
     slam = json.loads(read(f'{checkpoint}/slam.json'))
     meta = read_set(place, 'text')[0]
