@@ -96,8 +96,10 @@ dtype = 'auto'  # of the products: auto is bfloat16 on CUDA, float32 elsewhere
 # -----------------------------------------------------------------------------
 
 # What may differ when a run is continued: all else decides what the run computes.
-FREE = 'out_dir row_tokens max_steps epochs train_hours eval_interval save_interval'
-FREE = set(f'{FREE} resume log_interval wandb compile device'.split())
+FREE = set(
+    'out_dir row_tokens max_steps epochs train_hours eval_interval save_interval resume '
+    'log_interval wandb compile device'.split()
+)
 HELD_OUT = ('val', 'validation', 'valid', 'dev')  # names of a split; test and the like are unused
 FEW = 50  # held-out pairs: below this a percentage means little
 SINKING = 0.3  # nats a token: chosen completions that much less likely than before are damage

@@ -601,8 +601,7 @@ class SLM(nn.Module):
         config = from_hf_config(hf)
         config.dropout = dropout
         set_positions(config, context, rope_theta)
-        check_text(config.vocab_size, vocab_size, slam, folder, where, text)
-        check_vocabulary(config.vocab_size, vocab_size, slam, where)
+        check_data_fit(config.vocab_size, vocab_size, slam, folder, where, text)
         state = load_state(folder, config, FAMILIES[hf['model_type']], prefix)
 
         embeddings = ['embed.weight'] if config.tied else ['embed.weight', 'head.weight']
@@ -1307,18 +1306,18 @@ def read_description(folder, where):
     hf, prefix = read_json(os.path.join(folder, 'config.json')), ''
     hf |= hf.get('model_args') or {}  # slm_scaling
     slam = FAMILIES.get(str(hf.get('model_type')), LLAMA)['units']
-    if hf.get('model_type') == 'speech_language_model':
+    if hf.get('model_type') == 'speech_language_model':  # slprl/slam and the like
         if not isinstance(hf.get('base_config'), dict):
             raise InputError(f"{where}: config.json has no base_config, the text LM's own config")
         base, size = hf.get('base_model_name'), hf.get('vocab_size')
         hf, prefix, slam = hf['base_config'] | {'vocab_size': size}, 'lm.', {}
         if isinstance(size, int) and size > 20_000:  # no vocabulary of units is so large
             slam = describe_sims(folder, where, base, size)
-    if 'offset' in hf:
+    if 'offset' in hf:  # TWIST
         slam = {}
     if slam is not None:
         slam = PUBLIC_UNITS | slam
-    if os.path.exists(os.path.join(folder, 'slam.json')):
+    if os.path.exists(os.path.join(folder, 'slam.json')):  # ours
         slam = read_json(os.path.join(folder, 'slam.json'))
         for part in PARTS:
             name = str(slam.get(part) or '')
@@ -1373,23 +1372,22 @@ def describe_sims(folder, where, base, size):
     return slam | dict(tokenizer=os.path.abspath(folder), text_lm=base)
 
 
-def check_vocabulary(size, wanted, slam, where):
-    """Raises InputError where a unit LM cannot hold the data's vocabulary."""
-    if slam is not None and wanted is not None and wanted > size:
-        raise InputError(
-            f'{where} has a vocabulary of {size}, which cannot hold the {wanted - OFFSET} units '
-            f'of the data'
-        )
-
-
-def check_text(size, wanted, slam, folder, where, text):
-    """Raises InputError where a model and the data that it is to learn from differ in their text.
+def check_data_fit(size, wanted, slam, folder, where, text):
+    """Raises InputError where a model cannot hold the units of the data that it is to learn from,
+    or differs from them in its text.
 
     size: rows of its embedding. wanted, text: vocabulary and meta.json of the data, None if it is
     only to be loaded, or if they hold no text. folder: where `where` lies.
     """
     interleaved = slam is not None and bool(slam.get('tokenizer'))
-    if wanted is None or not (text or interleaved):
+    if wanted is None:
+        return
+    if not (text or interleaved):
+        if slam is not None and wanted > size:
+            raise InputError(
+                f'{where} has a vocabulary of {size}, which cannot hold the {wanted - OFFSET} '
+                f'units of the data'
+            )
         return
     if slam is not None and bool(text) != interleaved:
         has = ('units alone', 'text and units')

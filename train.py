@@ -104,8 +104,10 @@ dtype = 'auto'  # of the products: auto is bfloat16 on CUDA, float32 elsewhere
 # -----------------------------------------------------------------------------
 
 # What may differ when a run is continued: all else decides what the run computes.
-FREE = 'out_dir data_dir val_data max_steps train_hours eval_interval save_interval save_init'
-FREE = set(f'{FREE} resume log_interval wandb compile device'.split())
+FREE = set(
+    'out_dir data_dir val_data max_steps train_hours eval_interval save_interval save_init resume '
+    'log_interval wandb compile device'.split()
+)
 BLOCK_ROWS = 500  # of rows packed at a time: enough for best fit to fill over 99 % of them
 VAL_TOKENS = 1_000_000  # of each validation set at most: enough to tell losses 0.002 nats apart
 # dense bf16 TFLOP/s by NVIDIA's data sheets, for the model FLOP/s utilisation (mfu)

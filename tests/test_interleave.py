@@ -284,7 +284,7 @@ def test_documents_begin_after_an_end():
 
 def test_balanced_weights_are_shares_of_the_tokens(place):
     sets = [
-        (str(place / 'data' / name), weight, read_set(place, name)[0])
+        train.DataSet(str(place / 'data' / name), weight, read_set(place, name)[0])
         for name, weight in (('speech', 1.0), ('text', 1.0), ('interleaved', 2.0))
     ]
     loader = train.Loader(train.balance(sets), 64, 128, seed=0)
