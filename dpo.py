@@ -368,6 +368,40 @@ def score(row_logps, pairs, width, device, rank=0, world=1, name=None):
     return found.cpu()
 
 
+def keep_reference(path, known, seconds, rank):
+    """Write the reference's log-probabilities (pairs, 2), and the seconds that they took."""
+    if not known.isfinite().all():
+        fail(f'{init} gives some pairs no finite log-probability: are its weights whole?')
+    if rank == 0:
+        with write_atomic(path, 'wb') as file:
+            torch.save((known, seconds), file)
+    say(f'reference: {len(known)} pairs in {duration(seconds)}, kept in {path}', rank)
+
+
+def describe(lengths, n_val, last_step, width):
+    """What the pairs mean for the run: a line for the banner, and a line for each warning.
+
+    lengths: tokens of each pair to train on. n_val: pairs to validate on. last_step: or infinity.
+    width: tokens of a row.
+    """
+    n_epochs = last_step / (len(lengths) // batch_pairs)
+    filled = lengths.mean() * batch_pairs / width  # rows that a batch takes
+    line = f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs'
+    if train_hours:
+        line += f', or {duration(3600 * train_hours)}'
+    lines = [f'{line}; rows of {width} tokens, {filled / math.ceil(filled):.0%} filled']
+    if 3 < n_epochs < math.inf:
+        lines.append(
+            f'WARNING: {n_epochs:.3g} epochs: few pairs are soon known by heart; --epochs=3'
+        )
+    if warmup_steps > last_step:
+        lines.append(f'WARNING: a warm-up of {warmup_steps} steps never ends in {last_step}')
+    if 0 < n_val < FEW:
+        points = 98 / math.sqrt(n_val)  # 95 % of the time, at an accuracy of one half
+        lines.append(f'WARNING: accuracy of {n_val} pairs means little: ± {points:.0f} points')
+    return lines
+
+
 def measure(losses, rewards):
     """Sums over pairs, (3,): loss, pairs won (a tie is half of one), margin of the rewards."""
     margins = (rewards[:, 0] - rewards[:, 1]).detach()
@@ -517,12 +551,7 @@ if __name__ == '__main__':
     else:
         known = score(row_logps, pairs, width, torch_device, rank, world, 'reference')  # (pairs, 2)
         seconds = time.perf_counter() - clock
-        if not known.isfinite().all():
-            fail(f'{init} gives some pairs no finite log-probability: are its weights whole?')
-        if rank == 0:
-            with write_atomic(cache, 'wb') as file:
-                torch.save((known, seconds), file)
-        say(f'reference: {len(pairs)} pairs in {duration(seconds)}, kept in {cache}', rank)
+        keep_reference(cache, known, seconds, rank)
     elapsed = elapsed or time.perf_counter() - clock
 
     # --- the optimizer, and where the former run was
@@ -537,21 +566,9 @@ if __name__ == '__main__':
 
     # --- what will be done is said before it is
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
-    n_epochs = last_step / per_epoch
-    filled = lengths[: len(train)].mean() * batch_pairs / width
     say(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
-    length = f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs'
-    if train_hours:
-        length += f', or {duration(budget)}'
-    say(f'{length}; rows of {width} tokens, {filled / math.ceil(filled):.0%} filled', rank)
-    # what is doubtful about it, too
-    if 3 < n_epochs < math.inf:
-        say(f'WARNING: {n_epochs:.3g} epochs: few pairs are soon known by heart; --epochs=3', rank)
-    if warmup_steps > last_step:
-        say(f'WARNING: a warm-up of {warmup_steps} steps never ends in {last_step}', rank)
-    if validating and len(val) < FEW:
-        points = 98 / math.sqrt(len(val))  # 95 % of the time, at an accuracy of one half
-        say(f'WARNING: accuracy of {len(val)} pairs means little: ± {points:.0f} points', rank)
+    for line in describe(lengths[: len(train)], len(val) if validating else 0, last_step, width):
+        say(line, rank)
     if step:
         say(f'going on at step {step}', rank)
 
