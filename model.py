@@ -101,12 +101,13 @@ class Norm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE. x: (B, T, H, D); cos, sin: (B, T, 1, R / 2). Of the D features the first R turn,
-    feature i together with i + R / 2."""
-    R = 2 * cos.shape[-1]
-    first, second, rest = x.split([R // 2, R // 2, x.shape[-1] - R], dim=-1)
-    turned = first * cos - second * sin, second * cos + first * sin
-    return torch.cat((*turned, rest), dim=-1)
+    """RoPE. x: (B, T, H, D); cos, sin: (B, T, 1, R), as of rope_tables. Of the D features the first
+    R turn, feature i together with i + R / 2."""
+    R = cos.shape[-1]
+    turning = x[..., :R]
+    # roll, not cat: then the compiler makes one backward kernel for q and k, joined with v
+    turned = turning * cos + turning.roll(R // 2, -1) * sin
+    return turned if R == x.shape[-1] else torch.cat((turned, x[..., R:]), dim=-1)
 
 
 class Block(nn.Module):
@@ -243,7 +244,7 @@ class SLM(nn.Module):
         if c.positions == 'learned':
             x = x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
         else:
-            rope = [table[positions][:, :, None].to(x.dtype) for table in self.rope]  # (B,T,1,R/2)
+            rope = [table[positions][:, :, None].to(x.dtype) for table in self.rope]  # (B,T,1,R)
 
         if attend is None:
             attend = attention_within(doc, branch, tokens.device, min(T, c.context))
@@ -668,8 +669,8 @@ def position_limit(config):
 
 
 def rope_tables(config):
-    """cos and sin of RoPE's angles by position, (ROPE_POSITIONS, R / 2) each, fp32; scaled as in
-    Llama 3 or linearly if the config says so."""
+    """cos and sin of RoPE's angles by position, as rotate wants them: (ROPE_POSITIONS, R) each, the
+    first half of sin negative, fp32; scaled as in Llama 3 or linearly if the config says so."""
     R = int(config.head_dim * config.rotary_share)
     turning = torch.arange(0, R, 2, dtype=torch.float32, device='cpu')
     frequency = config.rope_theta ** (-turning / R)  # radians a token
@@ -684,7 +685,8 @@ def rope_tables(config):
         frequency = frequency * (kept + (1 - kept) / scaling['factor'])
     positions = torch.arange(ROPE_POSITIONS, dtype=torch.float32, device='cpu')
     angles = torch.outer(positions, frequency)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 # -----------------------------------------------------------------------------
