@@ -22,7 +22,7 @@ Tasks, and where they are looked for in data_dir:
     gptscore, utmos                     a judge's opinion, a predictor's of the sound
 NAME_unseen beside a suite is scored with it. Of an interleaved model NAME_to_text and
 NAME_from_text score the endings of stories in the other modality than their beginnings, alone:
-where the words and their times are known, or each part is a file with its text beside it.
+where manifest.jsonl knows the words and their times.
 
 A task that cannot run is 'not run', with the reason, and the exit code is 2.
 """
@@ -37,7 +37,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 import urllib.request
@@ -46,8 +45,8 @@ from collections import defaultdict, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache, partial
-from itertools import combinations
+from functools import lru_cache
+from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +63,7 @@ from model import (
     auto_bleu,
     dedup,
     find_audio,
+    git_commit,
     load_audio,
     pack_rows,
     pick_device,
@@ -79,7 +79,6 @@ init = 'out/slam'  # checkpoints to compare, comma-separated: folders, hub names
 tasks = 'sblimp,sstorycloze,tstorycloze'  # comma-separated, see above
 data_dir = 'data'  # holds the suites
 split = 'dev'  # of ZeroSpeech 2021 and BabySLM: dev or test
-likelihood = 'mean'  # per token, or sum
 encoder = ''  # name or folder in place of the one each checkpoint names
 vocoder = ''
 # what is continued, and how (Table 6 of the paper)
@@ -117,7 +116,6 @@ SALMON = (
     *('bg_alignment', 'bg_all_consistency', 'bg_domain_consistency', 'gender_consistency'),
     *('rir_consistency', 'sentiment_alignment', 'sentiment_consistency', 'speaker_consistency'),
 )
-PERCENT = partial(np.multiply, 100)
 LABELS = dict(  # of columns, where they differ from the task's name
     sblimp='sBLIMP',
     swuggy='sWUGGY, all',
@@ -125,6 +123,8 @@ LABELS = dict(  # of columns, where they differ from the task's name
     sstorycloze='sSC',
     tstorycloze='tSC',
 )
+# what may follow a task's name: endings in the other modality than beginnings; in words
+CROSSINGS = {'_to_text': ', speech → text', '_from_text': ', text → speech'}
 # what GenPPL and auto-BLEU of the paper were measured with (section 4 and Table 6)
 PAPER_SAMPLING = dict(
     prompt_seconds=3.0, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, n_prompts=1000
@@ -140,28 +140,32 @@ Write a brief analysis first, then close with: "The final answer is \boxed{x}", 
 Beginning: %s
 Continuation: %s"""
 
-# What may follow a task's name: endings in the other modality than beginnings; in words
-CROSSINGS = {'_to_text': ', speech → text', '_from_text': ', text → speech'}
-
-# An utterance: its files, laid end to end, `seconds` of the beginning (0: all), or what follows
-# `start` seconds.
+# A recording: its files, laid end to end, `seconds` of their beginning (0: all), or what follows
+# `start` seconds
 Clip = namedtuple('Clip', 'files seconds start', defaults=(0.0, 0.0))
-# A story whose ending is in the modality `to`, 'text' or 'speech', and alone is scored: of its
-# beginning and its ending one is speech, a Clip, the other text.
+# A story whose beginning and ending differ in modality: one is speech, a Clip, the other text. The
+# ending alone is scored, which is in the modality `to`: 'text' or 'speech'
 Crossing = namedtuple('Crossing', 'speech text to')
-# What is scored: pairs are dict(id, voice, types, pos, neg, text, words), pos and neg Clips; split:
-# of the suite; official: the paper's own audio.
+# What is scored: pairs, of make_pair; split, of the suite; official: the paper's own audio
 Suite = namedtuple('Suite', 'pairs split official', defaults=('', False))
-# A model with what it speaks through; sampling: the arguments of its `generate`.
-Speaker = namedtuple('Speaker', 'name model encoder vocoder sampling')
+# A checkpoint and what it hears and speaks through; sampling: the arguments of model.generate
+Speaker = namedtuple('Speaker', 'name model encoder vocoder sampling device')
+# What became of a checkpoint's tasks: {task: result, or dict(not_run=reason)}, {task: {pair or
+# prompt: value}}, what the results are means of, rows of the pairs file, and how it was sampled
+Scores = namedtuple('Scores', 'results items rows sampling')
 
 
 # -----------------------------------------------------------------------------
-# Suites: folders and files -> pairs. A new layout is a function that returns pairs
+# Suites: folders and files -> pairs. A new layout is a function that returns pairs, called in
+# list_suite
 
 
 def make_pair(key, pos, neg, about=None, **more):
-    """A pair. about: what a manifest knows of its correct utterance (voice, type, text, words)."""
+    """A pair as dict: id, voice, types (it counts in the score of each), pos and neg (what is
+    compared, each a Clip or Crossing), text and words (of pos, where known).
+
+    about: what a manifest knows of its correct utterance (voice, type, text, words).
+    """
     about = about or {}
     kind = str(about.get('type') or '')
     pair = dict(id=str(key), voice=str(about.get('voice') or ''), types=[kind] if kind else [])
@@ -184,10 +188,11 @@ def list_folder(folder):
     Sub-folders that repeat the same n are voices.
     """
     files = [os.path.normpath(file) for file in find_audio(folder)]
-    salmon = all(os.path.basename(file).startswith('sample_') for file in files)
-    rule = r'(.*?sample_\d+)_(.*)' if salmon else r'(.+)_(correct|incorrect|mutual)'
-    layout = 'two files sample_<n>_*.wav for each n' if salmon else '<n>_correct, <n>_incorrect'
-    manifest = read_manifest(folder)
+    rule, layout = r'(.+)_(correct|incorrect|mutual)', '<n>_correct, <n>_incorrect'
+    if all(os.path.basename(file).startswith('sample_') for file in files):
+        rule, layout = r'(.*?sample_\d+)_(.*)', 'two files sample_<n>_*.wav for each n'
+
+    # {n, with its sub-folder: {side: file}}
     sides = defaultdict(dict)
     for file in files:
         match = re.fullmatch(rule, os.path.splitext(os.path.relpath(file, folder))[0])
@@ -195,16 +200,16 @@ def list_folder(folder):
             why = 'a second file of this name' if match else 'unknown file'
             raise InputError(f'{file}: {why}, expected {layout}')
         sides[match[1]][match[2]] = file
-    numbers = [os.path.basename(key) for key in sides]
-    by_voice = len(set(numbers)) < len(numbers)
-    pairs = []
+
+    manifest, pairs = read_manifest(folder), []
+    by_voice = len({os.path.basename(key) for key in sides}) < len(sides)
     for key, side in sides.items():
-        start = () if salmon else tuple(filter(None, [side.pop('mutual', None)]))
+        mutual = [side.pop('mutual')] if 'mutual' in side else []
         if len(side) != 2:
             why = 'has no counterpart' if len(side) < 2 else 'and more'
-            raise InputError(f'{min([*side.values(), *start])} {why}: expected {layout}')
-        pos, neg = (file for _, file in sorted(side.items()))  # 'correct' < 'incorrect'
-        pair = make_pair(key, Clip((*start, pos)), Clip((*start, neg)), manifest.get(pos))
+            raise InputError(f'{min([*side.values(), *mutual])} {why}: expected {layout}')
+        pos, neg = (side[name] for name in sorted(side))  # 'correct' < 'incorrect'
+        pair = make_pair(key, Clip((*mutual, pos)), Clip((*mutual, neg)), manifest.get(pos))
         if by_voice:
             pair |= dict(id=os.path.basename(key), voice=pair['voice'] or os.path.dirname(key))
         pairs.append(pair)
@@ -214,18 +219,17 @@ def list_folder(folder):
 def list_table(path):
     """Pairs of a .csv or .jsonl: the columns correct and incorrect (paths, from the file's folder),
     type and voice."""
+    rows = read_jsonl(path)
     if path.endswith('.csv'):
         with open(path, newline='', encoding='utf-8-sig') as file:
             rows = list(enumerate(csv.DictReader(file), 2))
-    else:
-        rows = list(read_jsonl(path))
     pairs = []
-    for i, row in rows:
+    for line, row in rows:
         names = row.get('correct'), row.get('incorrect')
         if not all(isinstance(name, str) for name in names):
-            raise InputError(f'{path}, line {i}: expected correct and incorrect, paths of audio')
-        clips = [Clip((os.path.join(os.path.dirname(path), name),)) for name in names]
-        pairs.append(make_pair(row.get('id', i), *clips, row))
+            raise InputError(f'{path}, line {line}: expected correct and incorrect, paths of audio')
+        pos, neg = (Clip((os.path.join(os.path.dirname(path), name),)) for name in names)
+        pairs.append(make_pair(row.get('id', line), pos, neg, row))
     return pairs
 
 
@@ -239,9 +243,8 @@ def list_parquet(where, cache):
         for side in ('positive_audio', 'negative_audio'):
             sound = (row.get(side) or {}).get('bytes')
             if not sound:
-                raise InputError(
-                    f'{where}, row {i}: expected bytes in positive_ and negative_audio'
-                )
+                wanted = 'expected bytes in positive_audio and negative_audio'
+                raise InputError(f'{where}, row {i}: {wanted}')
             file = os.path.join(folder, f'{i:06d}_{side}.wav')
             if not os.path.exists(file) or os.path.getsize(file) != len(sound):
                 with write_atomic(file, 'wb') as unpacked:
@@ -253,10 +256,9 @@ def list_parquet(where, cache):
 
 
 def read_gold(gold, kind, split):
-    """Rows of ZeroSpeech's gold.csv, checked. kind: syntactic or lexical, or a folder so named."""
+    """Rows of ZeroSpeech's gold.csv, checked. kind: as of list_zerospeech."""
     columns = ['id', 'filename', 'voice', 'correct']
-    lexical = kind.endswith('lexical')
-    columns += ['frequency', 'length', 'word'] if lexical else ['type', 'subtype']
+    columns += ['frequency', 'length', 'word'] if kind.endswith('lexical') else ['type', 'subtype']
     try:
         with open(gold, newline='', encoding='utf-8-sig') as file:
             rows = list(csv.DictReader(file))
@@ -275,29 +277,29 @@ def read_gold(gold, kind, split):
 def list_zerospeech(root, kind, split):
     """Pairs of a task of ZeroSpeech 2021 or BabySLM, grouped as the official tools do.
 
-    kind: syntactic, lexical, babyslm/syntactic or babyslm/lexical.
+    root: what holds the folder `kind` (syntactic, lexical, babyslm/syntactic, babyslm/lexical), or
+    that folder, or its split.
     """
     places = (os.path.join(root, kind, split), os.path.join(root, split), root)
     folder = next((place for place in places if os.path.isdir(place)), root)
-    stems = {os.path.splitext(os.path.relpath(f, folder))[0]: f for f in find_audio(folder)}
     gold = os.path.join(folder, 'gold.csv')
     rows = read_gold(gold, kind, split)
+    paths = {os.path.splitext(os.path.relpath(f, folder))[0]: f for f in find_audio(folder)}
+    paths = {os.path.basename(stem): path for stem, path in paths.items()} | paths
     lexical = kind.endswith('lexical')
-    sides = defaultdict(lambda: ([], []))
-    in_folders = {os.path.basename(stem): stem for stem in stems}
+
+    # {(id, voice): (correct rows, wrong rows)}; words have several non-words
+    groups = defaultdict(lambda: ([], []))
     for row in rows:
-        if row['filename'] not in stems:
-            row['filename'] = in_folders.get(row['filename'], row['filename'])
-        if row['filename'] not in stems:
+        if row['filename'] not in paths:
             missing = os.path.join(folder, row['filename']) + '.wav'
             raise InputError(f'{missing} is missing: gold.csv names it')
         key = row['id'] if lexical else '/'.join((row['type'], row['subtype'], row['id']))
-        sides[key, row['voice']][row['correct'].strip() != '1'].append(row)
-    if unknown := sorted(stems.keys() - {row['filename'] for row in rows}):
-        why = f'unknown file, gold.csv does not name it; {len(unknown)} such are left out'
-        print(f'eval_slm.py: {stems[unknown[0]]}: {why}', file=sys.stderr)
+        correct, wrong = groups[key, row['voice']]
+        (correct if row['correct'].strip() == '1' else wrong).append(row)
+
     pairs = []
-    for (key, voice), (correct, wrong) in sides.items():
+    for (key, voice), (correct, wrong) in groups.items():
         about = (correct + wrong)[0]
         if not correct or not wrong:
             wanted = f'expected a correct and a wrong row of id {key} and voice {voice}'
@@ -305,40 +307,37 @@ def list_zerospeech(root, kind, split):
         types = [about.get('type')]
         if lexical:
             band = bisect_right((1, 5, 20, 100), float(about['frequency'] or 0))
-            types = [BANDS[band], f'length {about["length"]}', 'in vocabulary'][: 2 + bool(band)]
+            types = [BANDS[band], f'length {about["length"]}'] + ['in vocabulary'] * (band > 0)
             key = about['word'] if kind.startswith('babyslm') else key  # as BabySLM averages
-        for a in correct:
-            for b in wrong:
-                pos, neg = (Clip((stems[row['filename']],)) for row in (a, b))
-                pairs.append(make_pair(key, pos, neg, dict(voice=voice), types=types))
+        for a, b in product(correct, wrong):
+            pos, neg = (Clip((paths[row['filename']],)) for row in (a, b))
+            pairs.append(make_pair(key, pos, neg, dict(voice=voice), types=types))
     return pairs
 
 
-def find_crossing(name):
-    """Which of CROSSINGS a task's name ends with, or ''."""
-    return next((end for end in CROSSINGS if name.endswith(end)), '')
+def find_place(name, data_dir):
+    """Where a task's suite lies in data_dir, its name in whatever case. Raises InputError."""
+    there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+    names = [name.lower() + end for end in ('', '.jsonl', '.csv', '.parquet')]
+    for child in there:
+        if child.lower() in names:
+            return os.path.join(data_dir, child)
+    if name in (*ZEROSPEECH, 'salmon'):  # their parts may lie in data_dir itself
+        return data_dir
+    known = ', '.join((*ZEROSPEECH, 'salmon', *METRICS))
+    has = ', '.join(there[:9]) or 'nothing'
+    remedy = f'give --tasks={name}=PATH, a folder of data_dir, or of {known}'
+    raise InputError(f'no {name!r} in {data_dir} (it has {has}): {remedy}')
 
 
 def find_task(name, path, data_dir):
     """[(task, path)] of a task as the user names it: SALMon becomes its eight parts, and what
     stands beside it as NAME_unseen comes along. Raises InputError where nothing is found."""
-    if not path:
-        there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
-        names = [name.lower() + end for end in ('', '.jsonl', '.csv', '.parquet')]
-        found = [os.path.join(data_dir, child) for child in there if child.lower() in names]
-        # parts of ZeroSpeech, BabySLM and SALMon may lie in data_dir itself
-        of_root = name in (*ZEROSPEECH, 'salmon')
-        if not found and not of_root:
-            known = ', '.join((*ZEROSPEECH, 'salmon', *METRICS))
-            has = ', '.join(there[:9]) or 'nothing'
-            remedy = f'give --tasks={name}=PATH, a folder of data_dir, or of {known}'
-            raise InputError(f'no {name!r} in {data_dir} (it has {has}): {remedy}')
-        path = found[0] if found else data_dir
-    parts = [part for part in SALMON if os.path.isdir(os.path.join(path, part))]
-    if name == 'salmon' and not parts:
-        raise InputError(f'no part of SALMon in {path}: expected the folders {", ".join(SALMON)}')
-    if parts:
+    path = path or find_place(name, data_dir)
+    if any(os.path.isdir(os.path.join(path, part)) for part in SALMON):
         return [(f'{name}_{part}', os.path.join(path, part)) for part in SALMON]
+    if name == 'salmon':
+        raise InputError(f'no part of SALMon in {path}: expected the folders {", ".join(SALMON)}')
     unseen = path.rstrip('/') + '_unseen'
     return [(name, path)] + ([(name + '_unseen', unseen)] if os.path.isdir(unseen) else [])
 
@@ -361,6 +360,15 @@ def list_suite(name, path, split, cache):
     return Suite(pairs, official=official)
 
 
+# -----------------------------------------------------------------------------
+# Stories that cross over: the beginning in one modality, the two endings in the other
+
+
+def find_crossing(name):
+    """Which of CROSSINGS a task's name ends with, or ''."""
+    return next((end for end in CROSSINGS if name.endswith(end)), '')
+
+
 def find_ending(words, others):
     """Index of the word at which two stories part, lists of words: where the sentence begins in
     which they first differ, or that word itself if they have no sentence in common."""
@@ -370,46 +378,31 @@ def find_ending(words, others):
     return max(ends, default=same)
 
 
-def cut_stories(pair, manifest):
-    """(beginning, ending of the correct story, of the wrong one), each (Clip, text): two files of
-    one story, or one whose words are known. Raises InputError where there is no such text."""
-    sides = [pair[side].files for side in ('pos', 'neg')]
-    if len(sides[0]) == 2:  # the beginning in a file of its own
-        files = (sides[0][0], sides[0][1], sides[1][1])
-        texts = []
-        for file in files:
-            beside = os.path.splitext(file)[0] + '.txt'
-            text = manifest.get(file, {}).get('text')
-            if not text and os.path.exists(beside):
-                with open(beside, encoding='utf-8') as content:
-                    text = content.read()
-            texts.append((text or '').strip())
-        if not all(texts):
-            raise InputError(f'{files[0]}: no text, in manifest.jsonl or beside it in .txt')
-        return [(Clip((file,)), text) for file, text in zip(files, texts, strict=True)]
-    words = [manifest.get(side[-1], {}).get('words') for side in sides]
-    spoken = [[word for word, *_ in known or ()] for known in words]
-    first = find_ending(*spoken)
-    if not 0 < first < min(map(len, spoken)):
-        name = '+'.join(sides[0])
-        raise InputError(f'{name}: no ending known, expected `words` of it in manifest.jsonl')
-    parts = [(Clip(sides[0], words[0][first - 1][2]), ' '.join(spoken[0][:first]))]
-    for side, known, said in zip(sides, words, spoken, strict=True):
-        parts.append((Clip(side, start=known[first][1]), ' '.join(said[first:])))
-    return parts
-
-
 def cross(suite, path, to):
     """The Suite with endings in the modality `to`, 'text' or 'speech', and beginnings in the other.
-    Raises InputError where a text is not known."""
+    Raises InputError where manifest.jsonl does not know the words of a story and their times."""
     manifest, pairs = read_manifest(path), []
     for pair in suite.pairs:
-        begin, *endings = cut_stories(pair, manifest)
-        sides = [
-            Crossing(begin[0], end[1], to) if to == 'text' else Crossing(end[0], begin[1], to)
-            for end in endings
-        ]
-        pairs.append(pair | dict(zip(('pos', 'neg'), sides, strict=True)))
+        stories = []  # of each side its file, the words of it, and those with their times
+        for side in ('pos', 'neg'):
+            file = '+'.join(pair[side].files)  # of two files no words are known
+            times = manifest.get(file, {}).get('words') or []
+            stories.append((file, [word for word, *_ in times], times))
+        first = find_ending(stories[0][1], stories[1][1])
+        if not 0 < first < min(len(words) for _, words, _ in stories):
+            wanted = 'expected `words` of it in manifest.jsonl'
+            raise InputError(f'{stories[0][0]}: no ending known, {wanted}')
+
+        # both go on from the beginning of the correct one
+        file, words, times = stories[0]
+        begin, begin_text = Clip((file,), times[first - 1][2]), ' '.join(words[:first])
+        sides = []
+        for file, words, times in stories:
+            if to == 'text':
+                sides.append(Crossing(begin, ' '.join(words[first:]), to))
+            else:
+                sides.append(Crossing(Clip((file,), start=times[first][1]), begin_text, to))
+        pairs.append(pair | dict(pos=sides[0], neg=sides[1]))
     return suite._replace(pairs=pairs)
 
 
@@ -424,63 +417,74 @@ def load_clip(clip):
 
 
 def hash_encoder(where):
-    """Of an encoder's content if it is a folder, else of its name."""
-    digest = hashlib.sha256()
-    if not os.path.isdir(where):
-        return hashlib.sha256(where.encode()).hexdigest()[:16]
-    for part in sorted(os.scandir(where), key=lambda part: part.name):
-        if part.is_file():
-            with open(part, 'rb') as file:
-                digest.update(part.name.encode() + hashlib.file_digest(file, 'sha256').digest())
+    """Of an encoder's files if it is a folder, else of its name."""
+    digest = hashlib.sha256(b'' if os.path.isdir(where) else where.encode())
+    for path in sorted(filter(os.path.isfile, glob.glob(f'{glob.escape(where)}/*'))):
+        with open(path, 'rb') as file:
+            content = hashlib.file_digest(file, 'sha256').digest()
+        digest.update(os.path.basename(path).encode() + content)
     return digest.hexdigest()[:16]
+
+
+def clip_key(clip):
+    """What a cache knows a clip by: path, size and time of change of its files, and its cut."""
+    parts = []
+    for file in clip.files:
+        stat = os.stat(file)
+        parts.append(f'{os.path.realpath(file)}|{stat.st_size}|{stat.st_mtime_ns}')
+    return '|'.join([*parts, f'{clip.seconds:g}', f'{clip.start:g}'])
+
+
+def read_cache(path):
+    """{key: units} of the lines of a cache; broken ones, of killed runs, are ignored."""
+    known = {}
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as file:
+            for line in file:
+                with suppress(ValueError, TypeError):
+                    key, units = json.loads(line)
+                    known[key] = np.array(units, np.int32)
+    return known
 
 
 def encode_clips(clips, where, folder, device='cpu', batch=64):
     """De-duplicated units of clips, {clip: int array}. Raises InputError at what is no audio.
 
-    A cache in `folder`, one file an encoder, knows what was encoded before, by path, size and time
-    of change: a line each, added as soon as it is known, so that a killed run continues; a broken
-    line is ignored.
+    A cache in `folder`, one file an encoder, keeps them, a line a clip, added as soon as it is
+    known: a killed run continues.
     """
-    known = {}
-    keys = {}
-    for clip in clips:
-        stats = [(os.path.realpath(file), os.stat(file)) for file in clip.files]
-        parts = [f'{path}|{stat.st_size}|{stat.st_mtime_ns}' for path, stat in stats]
-        keys[clip] = '|'.join(
-            [*parts, f'{clip.seconds:g}'] + [f'{clip.start:g}'] * bool(clip.start)
-        )
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f'units_{hash_encoder(where)}.jsonl')
-    with open(path, 'a+', encoding='utf-8', errors='replace') as cache:
-        cache.seek(0)
-        for line in cache:
-            with suppress(ValueError, TypeError):
-                key, units, check = json.loads(line)
-                if check == sum(units):
-                    known[key] = np.array(units, np.int32)
-
+    known = read_cache(path)
+    keys = {clip: clip_key(clip) for clip in clips}
+    todo = [clip for clip in keys if keys[clip] not in known]
+    if todo:
         # like lengths in a batch
-        todo = [clip for clip in keys if keys[clip] not in known]
         todo.sort(key=lambda clip: (sum(map(os.path.getsize, clip.files)), clip.files))
-        unit_encoder = UnitEncoder.from_pretrained(where, device=device) if todo else None
+        unit_encoder = UnitEncoder.from_pretrained(where, device=device)
         starts = range(0, len(todo), batch)
-        quiet = len(todo) < 2 * batch
-        with ThreadPoolExecutor(8) as pool:
+        quiet = len(starts) < 3
+        os.makedirs(folder, exist_ok=True)
+        with open(path, 'a', encoding='utf-8') as cache, ThreadPoolExecutor(8) as pool:
             for start in tqdm(starts, 'encoding', unit='batch', leave=False, disable=quiet):
                 part = todo[start : start + batch]
-                for clip, frames in zip(
-                    part, unit_encoder.encode(list(pool.map(load_clip, part))), strict=True
-                ):
-                    units = dedup(frames.cpu())[0].tolist()
+                frames = unit_encoder.encode(list(pool.map(load_clip, part)))
+                for clip, of_clip in zip(part, frames, strict=True):
+                    units = dedup(of_clip.cpu())[0].tolist()
                     known[keys[clip]] = np.array(units, np.int32)
-                    cache.write(f'\n{json.dumps([keys[clip], units, sum(units)])}\n')
+                    # a new line first: the last one may be broken
+                    cache.write(f'\n{json.dumps([keys[clip], units])}\n')
                 cache.flush()
     return {clip: known[key] for clip, key in keys.items()}
 
 
+def units_of(speaker, clips):
+    """{clip: its units} by a checkpoint's encoder, kept beside `out`."""
+    folder = os.path.join(os.path.dirname(out), 'eval_cache')
+    return encode_clips(clips, speaker.encoder, folder, speaker.device)
+
+
 def to_tokens(model, utterance):
-    """(tokens (T,) int64, how many of the first are given and not scored) of an utterance.
+    """(tokens, how many of the first are given and not scored) of an utterance, a list and int.
 
     utterance: units, scored but for the first token as `<S>` units `<S>`, of an interleaved model
     `<speech>` units and its end; as the units alone for one trained without (slam['scoring'] ==
@@ -490,18 +494,21 @@ def to_tokens(model, utterance):
     context = model.config.context
     if isinstance(utterance, tuple):
         units, ids, to = utterance
-        parts = [('speech', units), ('text', ids)][:: 1 if to == 'text' else -1]
-        tokens, given = model.tokens_of(parts).numpy(), len(model.tokens_of(parts[:1])) + 1
+        parts = [('speech', units), ('text', ids)]
+        if to == 'speech':
+            parts.reverse()
+        tokens = model.tokens_of(parts).tolist()
+        given = len(model.tokens_of(parts[:1])) + 1  # and the switch to the other modality
         cut = max(0, len(tokens) - context)
         tokens, given = tokens[cut:], max(1, given - cut)
     else:
         units, given = utterance, 1
         alone = model.slam.get('scoring') == 'units'
-        tokens = model.tokens_of([('speech', units)], alone).numpy()
-        tokens = (tokens if alone else np.append(tokens, model.end))[:context]
+        tokens = model.tokens_of([('speech', units)], alone).tolist()
+        tokens = (tokens if alone else [*tokens, model.end])[:context]
+
     n_units = model.slam.get('n_units', model.config.vocab_size - OFFSET)
-    top = int(np.max(units, initial=0))
-    if top >= n_units:
+    if (top := int(np.max(units, initial=0))) >= n_units:
         has = f'none of the {n_units} of the model'
         raise InputError(f'unit {top} is {has}: made by another encoder?')
     if len(tokens) <= given:
@@ -517,47 +524,55 @@ def log_likelihoods(model, utterances, progress=False):
     equal ones tie exactly. Raises InputError for units that the model does not have, and for NaN.
     """
     device = next(model.parameters()).device
-    whole = [to_tokens(model, utterance) for utterance in utterances]
-    keys = [(tokens.tobytes(), given) for tokens, given in whole]
-    distinct = dict(zip(keys, whole, strict=True))
-    place = {key: i for i, key in enumerate(distinct)}
-    sequences = [tokens for tokens, _ in distinct.values()]
-    begins = [given for _, given in distinct.values()]
-    lengths = [len(tokens) for tokens in sequences]
+    sequences = []
+    for utterance in utterances:
+        tokens, given = to_tokens(model, utterance)
+        sequences.append((tuple(tokens), given))
+    distinct = list(dict.fromkeys(sequences))
+    lengths = [len(tokens) for tokens, _ in distinct]
 
     # rows of one width, so that a GPU compiles once; on a CPU they are filled and done one by one
     width = max(2048, *lengths)
     batch = 1 if device.type == 'cpu' else 32
     rows = pack_rows(lengths, width)
-    sums = np.zeros(len(sequences))
+    sums = np.zeros(len(distinct))
     starts = range(0, len(rows), batch)
     for start in tqdm(starts, 'scoring', unit='batch', leave=False, disable=not progress):
-        # tokens, utterance, predicted or not, the sum it counts towards
-        x = np.zeros((4, batch, width), np.int64)
+        tokens, document, predicted, segments = np.zeros((4, batch, width), np.int64)
         # what is left of a row: documents no longer than learned positions reach
-        x[1] = -1 - np.arange(width) // model.config.context
+        document[:] = -1 - np.arange(width) // model.config.context
         for r, row in enumerate(rows[start : start + batch]):
-            end = 0
+            begin = 0
             for i in row:
-                begin, end = end, end + lengths[i]
-                x[0, r, begin:end] = sequences[i]
-                x[1:, r, begin:end] = np.array([i + 1, 1, i])[:, None]
-                x[2, r, begin : begin + begins[i]] = 0  # at least the first: nothing predicts it
-        tokens, doc, mask, segments = torch.from_numpy(x).to(device)
-        part = model.logps(tokens, mask, doc, segments=segments, n=len(sequences))
+                end = begin + lengths[i]
+                sequence, given = distinct[i]
+                tokens[r, begin:end] = sequence
+                document[r, begin:end] = i + 1
+                predicted[r, begin + given : end] = 1
+                segments[r, begin:end] = i  # the sum that they count towards
+                begin = end
+        arrays = (tokens, predicted, document, segments)
+        x, mask, doc, segments = (torch.from_numpy(array).to(device) for array in arrays)
+        part = model.logps(x, mask, doc, segments=segments, n=len(distinct))
         sums += part.double().cpu().numpy()
     if not np.isfinite(sums).all():  # NaN would lose every comparison, and read as a score of 0
         why = 'its weights hold NaN, or overflow'
         raise InputError(f'the model gives likelihoods that are no numbers: {why}')
-    index = [place[key] for key in keys]
-    return sums[index], np.array([len(tokens) - given for tokens, given in whole])
+
+    place = {sequence: i for i, sequence in enumerate(distinct)}
+    counts = [len(tokens) - given for tokens, given in sequences]
+    return sums[[place[sequence] for sequence in sequences]], np.array(counts)
 
 
 # -----------------------------------------------------------------------------
 # Statistics
 
 
-def interval(a, b=None, transform=PERCENT, draws=2000, seed=1234):
+def percent(mean):
+    return 100 * mean
+
+
+def interval(a, b=None, transform=percent, draws=2000, seed=1234):
     """Score of an arm with a 95 % interval, or the difference a - b of two.
 
     a, b: (seeds, items) of the same items, or (items,) of one checkpoint. An arm's score is the
@@ -572,20 +587,23 @@ def interval(a, b=None, transform=PERCENT, draws=2000, seed=1234):
     n = arms[0].shape[1]
     rng = np.random.default_rng(seed)
 
-    # a resample of the items is a multinomial draw over the distinct columns: the same, far cheaper
+    # a resample of the items is a multinomial draw over the distinct columns: the same, far
+    # cheaper; the first row are the items as they are
     columns, counts = np.unique(np.concatenate(arms), axis=1, return_counts=True)
     weights = np.concatenate((counts[None], rng.multinomial(n, counts / n, size=draws)))
-    scores = transform(weights @ columns.T / n)  # (1 + draws, seeds of both)
+    scores = transform(weights @ columns.T / n)  # (1 + draws, seeds of both arms)
     scores = np.split(scores, [len(arms[0])], axis=1)[: len(arms)]
     means = [arm.mean(1) for arm in scores]
     difference = means[0] - (means[1] if b is not None else 0)
     result = dict(score=float(difference[0]), low=None, high=None, n=n)
 
+    # the variance of the seeds, pooled
     freedom = sum(len(arm) - 1 for arm in arms)
     squares = sum(np.square(arm[0] - arm[0].mean()).sum() for arm in scores)
     if freedom and b is None:
         result |= dict(seeds=len(arms[0]), spread=float(np.sqrt(squares / freedom)))
-    if b is None and transform is PERCENT and n and set(np.unique(columns)) in ({0.0}, {1.0}):
+
+    if b is None and transform is percent and set(np.unique(columns)) in ({0.0}, {1.0}):
         bound = 100 * 0.025 ** (1 / n)
         right = columns.any()
         return result | dict(low=bound if right else 0.0, high=100.0 if right else 100 - bound)
@@ -595,10 +613,9 @@ def interval(a, b=None, transform=PERCENT, draws=2000, seed=1234):
     if freedom:
         error = np.sqrt(squares / freedom * sum(1 / len(arm) for arm in arms))
         deviations = deviations + error * rng.standard_t(freedom, size=(20, draws))
-    bounds = np.percentile(difference[0] + deviations, (2.5, 97.5))
-    if transform is PERCENT:
-        bounds = np.clip(bounds, 0 if b is None else -100, 100)
-    low, high = bounds.tolist()
+    low, high = np.percentile(difference[0] + deviations, (2.5, 97.5)).tolist()
+    if transform is percent:
+        low, high = max(low, 0.0 if b is None else -100.0), min(high, 100.0)
     return result | dict(low=low, high=high)
 
 
@@ -608,7 +625,7 @@ def summarise(pairs, wins, seed=1234):
     wins: 0, 1/2 or 1 of each pair and voice. Returns: the result in percent (score, interval, by
     type, by voice), and {id: score in 0 .. 1}.
     """
-    by_voice = defaultdict(lambda: defaultdict(list))
+    by_voice = defaultdict(lambda: defaultdict(list))  # {voice: {id: [win, ...]}}
     for pair, win in zip(pairs, wins, strict=True):
         by_voice[pair['voice']][pair['id']].append(win)
     voices = {
@@ -622,11 +639,12 @@ def summarise(pairs, wins, seed=1234):
     for pair in pairs:
         for kind in pair['types']:
             types[kind][pair['id']] = items[pair['id']]
+
     result = interval([*items.values()], seed=seed)
-    for what, found in (('types', types), ('voices', voices)):
-        result[what] = {
+    for part, groups in (('types', types), ('voices', voices)):
+        result[part] = {
             name: dict(score=100 * float(np.mean([*ids.values()])), n=len(ids))
-            for name, ids in sorted(found.items())
+            for name, ids in sorted(groups.items())
         }
     return result, items
 
@@ -767,26 +785,44 @@ def cut_at_word(prompt, seconds):
 def find_prompts(suites):
     """[dict(path, text, words), ...]: of the knob `prompts`, or the correct utterances of
     sstorycloze, else of the first suite of audio; at most n_prompts."""
-    found = []
+    about = {}  # {path: what is known of it}
     if prompts:
         manifest = read_manifest(prompts)
-        for file in map(os.path.normpath, find_audio(prompts)):
-            row = manifest.get(file, {})
-            found.append(dict(path=file, text=row.get('text', ''), words=row.get('words') or []))
-        return found[:n_prompts]
+        about = {
+            file: manifest.get(file, {}) for file in map(os.path.normpath, find_audio(prompts))
+        }
     for task in ('sstorycloze', 'sstory', *suites):
-        pairs = suites[task].pairs if task in suites else ()
-        clips = [(pair['pos'], pair) for pair in pairs if isinstance(pair['pos'], Clip)]
-        first = {clip.files[-1]: pair for clip, pair in clips if len(clip.files) == 1}
-        if first:
-            found = [dict(path=f, text=p['text'], words=p['words']) for f, p in first.items()]
-            return found[:n_prompts]
+        if about or task not in suites:
+            continue
+        for pair in suites[task].pairs:
+            if isinstance(pair['pos'], Clip) and len(pair['pos'].files) == 1:
+                about.setdefault(pair['pos'].files[0], pair)
+    found = []
+    for path, row in list(about.items())[:n_prompts]:
+        found.append(dict(path=path, text=row.get('text') or '', words=row.get('words') or []))
     return found
 
 
-def continue_prompts(speaker, clips, cache, device):
+def cut_prompts(task, listing):
+    """({clip: its text or None} of the prompts of a task, from find_prompts; GPTScore takes those
+    of at least two prompts' length, cut at a word. Raises InputError if there are none."""
+    if not listing:
+        raise InputError('no prompts: give --prompts=FOLDER, or a suite of audio')
+    if task != 'gptscore':
+        return {Clip((prompt['path'],), prompt_seconds): None for prompt in listing}
+    clips = {}
+    for prompt in listing:
+        if cut := cut_at_word(prompt, prompt_seconds):
+            seconds, text = cut
+            clips[Clip((prompt['path'],), seconds)] = text
+    if not clips:
+        raise InputError(f'no prompt is {2 * prompt_seconds:g} s or longer')
+    return clips
+
+
+def continue_prompts(speaker, clips):
     """(units of the prompts, units of their continuations), both of each clip."""
-    units = encode_clips(clips, speaker.encoder, cache, device)
+    units = units_of(speaker, clips)
     heads = [torch.as_tensor(units[clip]).long() for clip in clips]
     tails = []
     starts = range(0, len(heads), 32)
@@ -797,13 +833,118 @@ def continue_prompts(speaker, clips, cache, device):
     return heads, tails
 
 
+def vocode(speaker, units):
+    """Waves (samples,) at 16 kHz of lists of units."""
+    return UnitVocoder.from_pretrained(speaker.vocoder, device=speaker.device).decode(units)
+
+
+class Heard(NamedTuple):
+    """A prompt and how a checkpoint went on, as a metric is given it."""
+
+    prompt: Clip
+    prompt_text: str | None  # where it is known
+    prompt_units: torch.Tensor
+    units: torch.Tensor  # of the continuation
+    wave: torch.Tensor  # (samples,) of both or of the continuation alone, as the metric wants it
+    text: str  # transcript of the wave; '' for a metric that needs no words
+
+
+def listen(speaker, prompts, metric, memory):
+    """[Heard, ...] of prompts, {clip: text}, for a metric.
+
+    memory: a dict in which one checkpoint's tasks find what those before them have computed.
+    """
+
+    def once(key, function, *arguments):
+        if key not in memory:
+            memory[key] = function(*arguments)
+        return memory[key]
+
+    clips, alone = tuple(prompts), metric.alone
+    heads, tails = once(clips, continue_prompts, speaker, clips)
+    units = tails if alone else [torch.cat(both) for both in zip(heads, tails, strict=True)]
+    waves = once((clips, alone), vocode, speaker, units)
+    texts = [''] * len(clips)
+    if metric.words:
+        texts = once((clips, alone, 'texts'), transcribe, waves, asr, speaker.device)
+    columns = (clips, prompts.values(), heads, tails, waves, texts)
+    return [Heard(*row) for row in zip(*columns, strict=True)]
+
+
+# -----------------------------------------------------------------------------
+# Metrics of continued prompts. A new one is a function: a list of Heard -> a value of each, None
+# where there is none; and an entry in METRICS
+
+
+def rate_fluency(heard, device):
+    """GenPPL: mean negative log-likelihoods in nats under the text LM."""
+    return [text_nll(item.text, text_lm, device) for item in heard]
+
+
+def rate_repetition(heard, device):
+    """Auto-BLEU of each transcript."""
+    return [auto_bleu(tokenize_words(item.text)) for item in heard]
+
+
+def rate_sense(heard, device):
+    """GPTScore: a judge's rating of each continuation, given the text of its prompt."""
+    unknown = [item.prompt for item in heard if item.prompt_text is None]
+    found = iter(transcribe([load_clip(clip) for clip in unknown], asr, device))
+    values = []
+    for item in tqdm(heard, 'judging', leave=False):
+        prompt_text = next(found) if item.prompt_text is None else item.prompt_text
+        values.append(rate(JUDGE % (prompt_text, item.text), judge, device, judge_model))
+    return values
+
+
+def rate_sound(heard, device):
+    """MOS by the predictor."""
+    return predict_mos([item.wave for item in heard], utmos, device)
+
+
+class Metric(NamedTuple):
+    label: str
+    measure: str
+    rate: Callable  # of the functions above
+    transform: Callable  # the score of a mean over prompts
+    alone: bool = False  # of the continuation alone, else of prompt and continuation together
+    words: bool = True  # of transcripts
+
+
+METRICS = dict(
+    genppl=Metric('GenPPL ↓', 'perplexity, prompt + continuation', rate_fluency, np.exp),
+    genppl_continuation=Metric(
+        'GenPPL of the continuation ↓', 'perplexity', rate_fluency, np.exp, alone=True
+    ),
+    autobleu=Metric('auto-BLEU ↓', '% of bigrams, prompt + continuation', rate_repetition, percent),
+    autobleu_continuation=Metric(
+        'auto-BLEU of the continuation ↓', '% of bigrams', rate_repetition, percent, alone=True
+    ),
+    gptscore=Metric('GPTScore', '1 to 5', rate_sense, np.asarray, alone=True),
+    utmos=Metric('MOS (UTMOS)', '1 to 5', rate_sound, np.asarray, words=False),
+)
+
+
 # -----------------------------------------------------------------------------
 # The scores of one checkpoint
 
 
-def load_speaker(name, where, device, precision):
+def attempt(results, name, function, *arguments):
+    """function(*arguments); where a file, a model or memory is missing, None, and results[name]
+    says why it is not run."""
+    try:
+        return function(*arguments)
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        reason = ' '.join(str(error).split()) or 'out of memory'
+        print(f'eval_slm.py: {name} not run: {reason}', file=sys.stderr)
+        results[name] = dict(not_run=reason)
+        return None
+
+
+def load_speaker(name, where):
     """The Speaker of a checkpoint. Raises InputError if its encoder is not known, or another's."""
-    model = SLM.from_pretrained(where).to(device, precision).eval()
+    place = pick_device(device)
+    model = SLM.from_pretrained(where).to(place, pick_dtype(dtype, place)).eval()
     unit_encoder = encoder or model.slam.get('encoder')
     if not unit_encoder:
         raise InputError(f'{where} names no encoder (a text LM?): give --encoder and --vocoder')
@@ -815,28 +956,31 @@ def load_speaker(name, where, device, precision):
         if has != wanted:
             remedy = 'pass the --encoder with which it was trained'
             raise InputError(f'encoder {unit_encoder} has {has} units, {where} {wanted}: {remedy}')
+
     penalty = repetition_penalty
     if penalty is None:
         penalty = 1.1 if model.slam.get('stage') == 'dpo' else 1.0
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     sampling |= dict(top_p=top_p, repetition_penalty=float(penalty))
-    return Speaker(name, model, unit_encoder, vocoder or model.slam.get('vocoder') or '', sampling)
+    unit_vocoder = vocoder or model.slam.get('vocoder') or ''
+    return Speaker(name, model, unit_encoder, unit_vocoder, sampling, place)
 
 
-def score_suite(speaker, task, suite, cache, device):
+def score_suite(speaker, task, suite):
     """Result, {pair id: score in 0 .. 1} and rows for the pairs file, of one suite."""
     sides = [pair[side] for side in ('pos', 'neg') for pair in suite.pairs]
     clips = [side.speech if isinstance(side, Crossing) else side for side in sides]
-    units = encode_clips(clips, speaker.encoder, cache, device)
-    utterances = [units[clip] for clip in clips]
-    if isinstance(sides[0], Crossing):
-        utterances = [
-            (known, speaker.model.encode_text(side.text, inside=side.to == 'text'), side.to)
-            for side, known in zip(sides, utterances, strict=True)
-        ]
+    units = units_of(speaker, clips)
+    utterances = []
+    for side, clip in zip(sides, clips, strict=True):
+        utterance = units[clip]
+        if isinstance(side, Crossing):
+            text = speaker.model.encode_text(side.text, inside=side.to == 'text')
+            utterance = (utterance, text, side.to)
+        utterances.append(utterance)
+
     sums, counts = log_likelihoods(speaker.model, utterances, progress=True)
-    scores = sums / counts if likelihood == 'mean' else sums
-    pos, neg = np.split(scores, 2)
+    pos, neg = np.split(sums / counts, 2)
     wins = (pos > neg) + 0.5 * (pos == neg)
     result, items = summarise(suite.pairs, wins, seed)
     rows = []
@@ -858,114 +1002,90 @@ def only_in_vocabulary(pairs, items):
     kept = {key: value for key, value in items.items() if key in inside}
     if not kept:
         raise InputError('no word of the suite is in the vocabulary of LibriSpeech')
-    return interval([*kept.values()], seed=seed), kept
+    return interval([*kept.values()], seed=seed), kept, []
 
 
-def rate_fluency(clips, begins, texts, waves, device):
-    """GenPPL: mean negative log-likelihoods in nats under the text LM."""
-    return [text_nll(text, text_lm, device) for text in texts]
-
-
-def rate_repetition(clips, begins, texts, waves, device):
-    """Auto-BLEU of each transcript."""
-    return [auto_bleu(tokenize_words(text)) for text in texts]
-
-
-def rate_sense(clips, begins, texts, waves, device):
-    """GPTScore: a judge's rating of each continuation, given the text of its prompt."""
-    unknown = [i for i, text in enumerate(begins) if text is None]
-    found = transcribe([load_clip(clips[i]) for i in unknown], asr, device)
-    for i, text in zip(unknown, found, strict=True):
-        begins[i] = text
-    asked = [JUDGE % both for both in zip(begins, texts, strict=True)]
-    asked = tqdm(asked, 'judging', leave=False)
-    return [rate(question, judge, device, judge_model) for question in asked]
-
-
-def rate_sound(clips, begins, texts, waves, device):
-    """MOS by the predictor."""
-    return predict_mos(waves, utmos, device)
-
-
-class Metric(NamedTuple):
-    label: str
-    measure: str
-    transform: Callable  # of the mean over prompts
-    rate: Callable  # (clips, begins, texts, waves, device) -> a value of each prompt, or None
-    alone: bool = False  # of the continuation alone, else of prompt and continuation together
-    words: bool = True  # of transcripts, else texts are empty
-
-
-# What is measured of continued prompts; a new metric is a function like those above and an entry
-METRICS = dict(
-    genppl=Metric('GenPPL ↓', 'perplexity, prompt + continuation', np.exp, rate_fluency),
-    genppl_continuation=Metric(
-        'GenPPL of the continuation ↓', 'perplexity', np.exp, rate_fluency, alone=True
-    ),
-    autobleu=Metric('auto-BLEU ↓', '% of bigrams, prompt + continuation', PERCENT, rate_repetition),
-    autobleu_continuation=Metric(
-        'auto-BLEU of the continuation ↓', '% of bigrams', PERCENT, rate_repetition, alone=True
-    ),
-    gptscore=Metric('GPTScore', '1 to 5', np.asarray, rate_sense, alone=True),
-    utmos=Metric('MOS (UTMOS)', '1 to 5', np.asarray, rate_sound, words=False),
-)
-
-
-def listen(speaker, clips, metric, heard, cache, device):
-    """(texts, waves) of what a speaker makes of prompts: prompt and continuation vocoded together,
-    or the continuation alone, as the metric wants it.
-
-    heard: a dict in which tasks of one speaker find what those before them have computed.
-    """
-    said, alone = heard.setdefault(tuple(clips), {}), metric.alone
-    if 'units' not in said:
-        said['units'] = continue_prompts(speaker, clips, cache, device)
-    if ('waves', alone) not in said:
-        heads, tails = said['units']
-        whole = [torch.cat(both) for both in zip(heads, tails, strict=True)]
-        unit_vocoder = UnitVocoder.from_pretrained(speaker.vocoder, device=device)
-        said['waves', alone] = unit_vocoder.decode(tails if alone else whole)
-    if ('texts', alone) not in said and metric.words:
-        said['texts', alone] = transcribe(said['waves', alone], asr, device)
-    return said.get(('texts', alone), [''] * len(clips)), said['waves', alone]
-
-
-def score_generated(speaker, task, listing, heard, cache, device):
+def score_generated(speaker, task, listing, memory):
     """Result, {prompt: value} and rows for the pairs file, of one task that continues prompts.
 
-    listing: of find_prompts. GPTScore takes those of at least two prompts' length, cut at a word.
-    heard: as in `listen`.
+    listing: of find_prompts. memory: as in `listen`.
     """
-    if not listing:
-        raise InputError('no prompts: give --prompts=FOLDER, or a suite of audio')
     if task == 'gptscore' and not judge:
         raise InputError('no judge: give --judge=MODEL or --judge=URL')
     if task == 'utmos' and not utmos:
         raise InputError('no predictor of opinion scores: give --utmos=FILE')
-    ends = {prompt['path']: (prompt_seconds, None) for prompt in listing}
-    if task == 'gptscore':
-        ends = {prompt['path']: cut_at_word(prompt, prompt_seconds) for prompt in listing}
-        ends = {path: end for path, end in ends.items() if end}
-    if not ends:
-        raise InputError(f'no prompt is {2 * prompt_seconds:g} s or longer')
-    clips = [Clip((path,), end) for path, (end, _) in ends.items()]
-
     metric = METRICS[task]
-    texts, waves = listen(speaker, clips, metric, heard, cache, device)
-    values = metric.rate(clips, [text for _, text in ends.values()], texts, waves, device)
-    rated = {}
-    for path, value in zip(ends, values, strict=True):
+    heard = listen(speaker, cut_prompts(task, listing), metric, memory)
+    items, rows = {}, []
+    for item, value in zip(heard, metric.rate(heard, speaker.device), strict=True):
+        path = item.prompt.files[0]
+        about = dict(model=speaker.name, task=task, id=path, seconds=item.prompt.seconds)
+        rows.append(dict(about, value=value, text=item.text))
         if value is not None and np.isfinite(value):
-            rated[path] = value
-    if not rated:
-        raise InputError(f'none of {len(values)} continuations could be rated')
-    result = interval([*rated.values()], transform=metric.transform, seed=seed)
-    result |= dict(left_out=len(values) - len(rated), sampling=speaker.sampling)
-    rows = [
-        dict(model=speaker.name, task=task, id=path, seconds=clip.seconds, value=value, text=text)
-        for path, clip, value, text in zip(ends, clips, values, texts, strict=True)
-    ]
-    return result, rated, rows
+            items[path] = value
+    if not items:
+        raise InputError(f'none of {len(rows)} continuations could be rated')
+    result = interval([*items.values()], transform=metric.transform, seed=seed)
+    result |= dict(left_out=len(rows) - len(items), sampling=speaker.sampling)
+    return result, items, rows
+
+
+def evaluate(name, where, suites, generated, listing, players):
+    """The Scores of one checkpoint, of all its tasks. players: as of record_clips."""
+    scores, broken = Scores({}, {}, [], {}), {}
+    speaker = attempt(broken, name, load_speaker, name, where)
+    if not speaker:
+        scores.results.update(dict.fromkeys((*suites, *generated), broken[name]))
+        return scores
+    scores.sampling.update(speaker.sampling)
+
+    def score(task, function, *arguments):
+        if found := attempt(scores.results, task, function, *arguments):
+            scores.results[task], scores.items[task], rows = found
+            scores.rows.extend(rows)
+
+    for task, suite in suites.items():
+        score(task, score_suite, speaker, task, suite)
+        if task == 'swuggy' and task in scores.items:
+            inside = 'swuggy_in_vocabulary'
+            score(inside, only_in_vocabulary, suite.pairs, scores.items[task])
+    memory = {}
+    for task in generated:
+        score(task, score_generated, speaker, task, listing, memory)
+    if html and listing:
+        attempt({}, f'the players of {name}', record_clips, speaker, listing, players)
+    return scores
+
+
+def compare(models, arms, items):
+    """({arm: dict(seeds=its checkpoints, metrics=results)}, {'b - a': results}): arms by their
+    seeds, and every two arms or single checkpoints by the items that all of theirs share.
+
+    items: {checkpoint: {task: {id: value}}}.
+    """
+    in_arms = {name for members in arms.values() for name in members}
+    groups = {name: [name] for name in models if name not in in_arms} | arms
+
+    def table(task, *names):
+        """The values of groups' checkpoints on the items that all have, (checkpoints, items) of
+        each group; None if there are no such items."""
+        found = [items.get(member, {}).get(task, {}) for name in names for member in groups[name]]
+        keys = [key for key in found[0] if all(key in other for other in found)]
+        tables = [[[items[m][task][key] for key in keys] for m in groups[name]] for name in names]
+        return tables if keys else None
+
+    means = {arm: dict(seeds=members, metrics={}) for arm, members in arms.items()}
+    differences = {}
+    for task in dict.fromkeys(task for found in items.values() for task in found):
+        transform = METRICS[task].transform if task in METRICS else percent
+        for arm in arms:
+            if tables := table(task, arm):
+                means[arm]['metrics'][task] = interval(*tables, transform=transform, seed=seed)
+        for a, b in combinations(groups, 2):
+            if tables := table(task, b, a):
+                difference = interval(*tables, transform=transform, seed=seed)
+                differences.setdefault(f'{b} - {a}', {})[task] = difference
+    return means, differences
 
 
 # -----------------------------------------------------------------------------
@@ -987,14 +1107,14 @@ def format_count(number):
     return f'{number:.0f}'
 
 
-def describe(model, where):
+def describe(where):
     """What stands beside a checkpoint's scores: GPUs, GPU-days, parameters, tokens (as text), and
     FLOPs of its training, 6 x parameters x tokens (Kaplan et al. 2020), None where not known."""
-    slam = model.slam
-    runs = [slam.get('compute') or {}]
-    runs.insert(0, runs[0].get('pretraining') or {})
-    runs = [run for run in runs if run.get('tokens')]
-    counts = [run['tokens'] for run in runs] or [(slam.get('scores') or {}).get('tokens') or 0]
+    model = SLM.from_pretrained(where)
+    last = model.slam.get('compute') or {}
+    runs = [run for run in (last.get('pretraining') or {}, last) if run.get('tokens')]
+    tokens = [run['tokens'] for run in runs]
+    tokens = tokens or [(model.slam.get('scores') or {}).get('tokens') or 0]
     days = sum(run.get('devices', 1) * run.get('hours', 0) for run in runs) / 24
     parameters = model.num_params()
     return dict(
@@ -1002,9 +1122,9 @@ def describe(model, where):
         gpus=f'{runs[-1].get("devices", 1)} {runs[-1].get("device", "")}'.strip() if runs else '',
         gpu_days=f'{days:.2g}' if days else '',
         parameters=format_count(parameters),
-        tokens=' + '.join(format_count(count) for count in counts if count),
-        flops=6 * parameters * sum(counts) or None,
-        n_tokens=counts[-1],  # of its own log
+        tokens=' + '.join(format_count(count) for count in tokens if count),
+        flops=6 * parameters * sum(tokens) or None,
+        n_tokens=tokens[-1],  # of its own log
         n_parameters=parameters,
     )
 
@@ -1019,7 +1139,7 @@ def comparable(suites):
     """Tasks whose numbers may stand in the paper's columns: its suite, split, and protocol."""
     official = {task for task in suites if suites[task].official}
     tasks = official & {'sstorycloze', 'tstorycloze'}
-    if split == 'dev' and likelihood == 'mean':
+    if split == 'dev':
         tasks |= official & {'sblimp'}
     knobs = globals()
     as_paper = all(knobs[name] == value for name, value in PAPER_SAMPLING.items())
@@ -1028,7 +1148,7 @@ def comparable(suites):
             tasks |= {'autobleu'}
             tasks |= {'genppl'} if text_lm.rstrip('/').endswith('Llama-3.2-1B') else set()
             tasks |= {'gptscore'} if judge.startswith('http') else set()
-    return tasks if likelihood == 'mean' else tasks - {'sstorycloze', 'tstorycloze'}
+    return tasks
 
 
 def format_cell(task, result, sign=''):
@@ -1046,21 +1166,26 @@ def format_cell(task, result, sign=''):
     return cell + (' (n small)' if result['n'] < SMALL else '')
 
 
+def name_column(task):
+    """(title, measure) of a task."""
+    if task in METRICS:
+        return METRICS[task].label, METRICS[task].measure
+    crossing = find_crossing(task)
+    base = task.removesuffix(crossing)
+    seen = base.removesuffix('_unseen')
+    title = LABELS.get(seen, seen) + ', unseen voices' * (seen != base)
+    measure = '% of pairs, by mean log-likelihood' + ' of the ending' * bool(crossing)
+    return title + CROSSINGS.get(crossing, ''), measure
+
+
 def make_columns(metrics, suites):
     """What stands over a column and where: dict(task, title, what, percent, paper) of each; paper:
     [[model, number], ...] where the paper's rows may stand in it, else []."""
     known, others, columns = comparable(suites), read_paper(), []
     for task in dict.fromkeys(task for results in metrics.values() for task in results):
-        crossing = find_crossing(task)
-        base = task.removesuffix(crossing)
-        seen = base.removesuffix('_unseen')
-        voices = ', unseen voices' if base != seen else ''
+        title, measure = name_column(task)
         n = max(results.get(task, {}).get('n', 0) for results in metrics.values())
         suite = suites.get(task.removesuffix('_in_vocabulary'))
-        title = LABELS.get(seen, seen) + voices + CROSSINGS.get(crossing, '')
-        measure = f'% of pairs, by {likelihood} log-likelihood' + ' of the ending' * bool(crossing)
-        if task in METRICS:
-            title, measure = METRICS[task].label, METRICS[task].measure
         what = (suite.split if suite else '', f'n = {n:,}' if n else '', measure)
         column = dict(task=task, title=title, what='; '.join(filter(None, what)), paper=[])
         column['percent'] = task not in METRICS
@@ -1070,8 +1195,11 @@ def make_columns(metrics, suites):
     return columns
 
 
-def make_tables(columns, metrics, arms, differences, about):
-    """(rows of the results, rows of the differences), lists of cells, the head first."""
+def make_tables(columns, record, about):
+    """(rows of the results, rows of the differences), lists of cells, the head first.
+
+    record: what eval.json has; about: {checkpoint: of `describe`}.
+    """
 
     def cells(results, sign=''):
         return [format_cell(c['task'], results.get(c['task']), sign) for c in columns]
@@ -1082,46 +1210,61 @@ def make_tables(columns, metrics, arms, differences, about):
     titles = [column['title'] for column in columns]
     table = [['model', *titles, 'GPUs', 'GPU-days', 'parameters', 'tokens']]
     table.append(['', *(column['what'] for column in columns), '', '', '', ''])
-    for name, results in metrics.items():
+    for name, results in record['metrics'].items():
         table.append([name, *cells(results), *beside(about[name])])
-    for name, (members, results) in arms.items():
-        table.append([f'{name}: mean of {len(members)} seeds', *cells(results), '', '', '', ''])
+    for name, arm in record['arms'].items():
+        title = f'{name}: mean of {len(arm["seeds"])} seeds'
+        table.append([title, *cells(arm['metrics']), '', '', '', ''])
     for row in read_paper():
         theirs = [row.get(column['task'], '') if column['paper'] else '' for column in columns]
         if any(theirs):
             table.append([row['model'], *theirs, *beside(row)])
     changes = [['difference', *titles]]
-    changes += [[name, *cells(results, '+')] for name, results in differences.items()]
+    changes += [[name, *cells(results, '+')] for name, results in record['differences'].items()]
     return table, changes
 
 
-def make_notes(metrics, arms, suites, sampling):
+def make_notes(record, suites):
     """Lines under the table: what the intervals are, how was sampled, what was left out."""
     notes = ['Intervals: 95 %, bootstrap over pairs; exact where all or none are right.']
-    notes.append(
-        'Means and differences of several seeds count the seeds too.'
-        if arms
-        else 'Differences are of these checkpoints: other seeds may differ by more (--init="a-s*").'
-    )
-    continued = {task for results in metrics.values() for task in results if task in METRICS}
-    alike = defaultdict(list)
-    for name, knobs in sampling.items() if continued else ():
-        said = ', '.join(f'{key.replace("_", " ")} {value:g}' for key, value in knobs.items())
-        alike[f'sampled with {said}, prompts of {prompt_seconds:g} s.'].append(name)
-    notes += [f'{", ".join(names)}: {said}' for said, names in alike.items()]
-    for name, results in metrics.items():
+    if record['arms']:
+        notes.append('Means and differences of several seeds count the seeds too.')
+    else:
+        which = 'Differences are of these checkpoints'
+        notes.append(f'{which}: other seeds may differ by more (--init="a-s*").')
+
+    if any(task in METRICS for results in record['metrics'].values() for task in results):
+        alike = defaultdict(list)  # {what is said: checkpoints}
+        for name, knobs in record['sampling'].items():
+            said = ', '.join(f'{key.replace("_", " ")} {value:g}' for key, value in knobs.items())
+            alike[f'sampled with {said}, prompts of {prompt_seconds:g} s.'].append(name)
+        notes += [f'{", ".join(names)}: {said}' for said, names in alike.items()]
+    for name, results in record['metrics'].items():
         for task, result in results.items():
             if result.get('left_out'):
                 label = METRICS[task].label.strip(' ↓')
                 notes.append(f'{name}: {result["left_out"]} without an answer left out of {label}.')
+
     own = [task for task, suite in suites.items() if not suite.official]
     if {*own} & {'sblimp', 'sstorycloze', 'tstorycloze'}:
         notes.append(f"{', '.join(own)}: not the published audio, so without the paper's numbers.")
     return notes
 
 
+def find_failed(record):
+    """What was not run, and why, each reason once."""
+    reasons = set()
+    for results in record['metrics'].values():
+        for task, result in results.items():
+            if 'not_run' in result:
+                reasons.add(f'{task} ({result["not_run"]})')
+    return sorted(reasons)
+
+
 def print_table(rows):
-    """A list of lists of cells as a table of Markdown, the head first."""
+    """A list of lists of cells as a table of Markdown, the head first; nothing if it is alone."""
+    if len(rows) < 2:
+        return
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -1166,20 +1309,55 @@ def to_uri(wave):
     return 'data:audio/wav;base64,' + data if len(wave) else ''
 
 
-def record_clips(speaker, listing, players, cache, device):
+def record_clips(speaker, listing, players):
     """Adds to players, {path: dict(title, clips={label: URI})}, what a speaker makes of the first
     three prompts: the prompt, its resynthesis, the continuation."""
     clips = [Clip((prompt['path'],), prompt_seconds) for prompt in listing[:3]]
-    heads, tails = continue_prompts(speaker, clips, cache, device)
-    spoken = UnitVocoder.from_pretrained(speaker.vocoder, device=device).decode([*heads, *tails])
-    again, new = spoken[: len(heads)], spoken[len(heads) :]
-    for prompt, clip, *waves in zip(listing, clips, again, new, strict=False):
+    heads, tails = continue_prompts(speaker, clips)
+    waves = vocode(speaker, [*heads, *tails])
+    again, new = waves[: len(heads)], waves[len(heads) :]
+    for prompt, clip, resynthesis, continuation in zip(listing, clips, again, new, strict=False):
         title = prompt['text'] or os.path.basename(prompt['path'])
         entry = players.setdefault(prompt['path'], dict(title=title, clips={}))
-        known = dict(prompt=load_clip(clip), resynthesis=waves[0].cpu())
-        known[f'continuation, {speaker.name}'] = waves[1].cpu()
-        for label, wave in known.items():
-            entry['clips'].setdefault(label, to_uri(wave))
+        entry['clips'].setdefault('prompt', to_uri(load_clip(clip)))
+        entry['clips'].setdefault('resynthesis', to_uri(resynthesis.cpu()))
+        entry['clips'][f'continuation, {speaker.name}'] = to_uri(continuation.cpu())
+
+
+def paper_scaling(columns):
+    """Points of the paper's Figure 1; none where our tSC may not stand in it."""
+    if not any(column['paper'] for column in columns if column['task'] == 'tstorycloze'):
+        return []
+    points = []
+    for row in read_paper():
+        parameters, tokens = parse_count(row['parameters']), parse_count(row['tokens'])
+        if row['tstorycloze'] and parameters:
+            flops = 6 * parameters * tokens if tokens else None
+            point = dict(model=row['model'], tsc=float(row['tstorycloze']))
+            points.append(point | dict(flops=flops, parameters=parameters))
+    return points
+
+
+def make_page(columns, tables, notes, record, about, players, summary):
+    """What the page shows, as JSON can hold it. record, about: as of make_tables."""
+    arms = {f'{name} (mean)': arm['metrics'] for name, arm in record['arms'].items()}
+    scores = record['metrics'] | arms
+    return dict(
+        made=time.strftime('%d %B %Y, %H:%M'),
+        commit=(git_commit() or '')[:7],
+        data=data_dir,
+        summary=summary,
+        notes=notes,
+        table=tables[0],
+        n_models=len(scores),
+        changes=tables[1],
+        scores=scores,
+        about=about,
+        columns=columns,
+        curves={name: read_curve(entry) for name, entry in about.items()},
+        scaling=paper_scaling(columns),
+        players=list(players.values()),
+    )
 
 
 def write_report(path, page):
@@ -1191,41 +1369,34 @@ def write_report(path, page):
         file.write(template.replace('>DATA<', f'>{data}<'))
 
 
-def make_page(columns, tables, notes, metrics, arms, about, players, summary):
-    """What the page shows, as JSON can hold it."""
-    scaling = []  # the paper's Figure 1, where our tSC may stand in it
-    for row in read_paper():
-        parameters, tokens = parse_count(row['parameters']), parse_count(row['tokens'])
-        if row['tstorycloze'] and parameters:
-            flops = 6 * parameters * tokens if tokens else None
-            point = dict(model=row['model'], tsc=float(row['tstorycloze']), flops=flops)
-            scaling.append(point | dict(parameters=parameters))
-    if not any(column['paper'] for column in columns if column['task'] == 'tstorycloze'):
-        scaling = []
-    commit = subprocess.run(
-        ['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True
-    ).stdout.strip()
-    scores = {name: dict(results) for name, results in metrics.items()}
-    scores |= {f'{name} (mean)': results for name, (_, results) in arms.items()}
-    return dict(
-        made=time.strftime('%d %B %Y, %H:%M'),
-        commit=commit,
-        data=data_dir,
-        summary=summary,
-        notes=notes,
-        table=tables[0],
-        n_models=len(metrics) + len(arms),
-        changes=tables[1],
-        scores=scores,
-        about=about,
-        columns=columns,
-        curves={name: read_curve(entry) for name, entry in about.items()},
-        scaling=scaling,
-        players=list(players.values()),
-    )
-
-
 # -----------------------------------------------------------------------------
+# What the user asks for
+
+
+def split_list(text, sign=','):
+    return [part.strip() for part in text.split(sign) if part.strip()]
+
+
+def check_knobs(config):
+    """Ends the run at a knob that is out of its range."""
+    if not (split_list(init) and split_list(tasks) and out):
+        fail('expected --init=CHECKPOINT[,...], --tasks=NAME[,...] and --out=FILE')
+    if split not in ('dev', 'test'):
+        fail(f'--split={split}: expected dev or test')
+    for knob, value in config.items():
+        if type(value) in (int, float) and value < 0:
+            fail(f'--{knob}={value}: expected no negative number')
+    pick_dtype(dtype, pick_device(device))
+
+
+def check_outputs(paths):
+    """Ends at once, before anything is computed, if a file cannot be written."""
+    for path in filter(None, paths):
+        if os.path.isdir(path):
+            fail(f'{path} is a folder, expected a file')
+        with write_atomic(path + '.part'):
+            pass
+        os.remove(path + '.part')
 
 
 def find_checkpoints(text):
@@ -1243,11 +1414,10 @@ def find_checkpoints(text):
         models[name] = where
         return name
 
-    for part in filter(None, map(str.strip, text.split(','))):
+    for part in split_list(text):
         arm, _, members = part.rpartition('=')
-        folders = list(filter(None, members.split('+'))) if arm else [members]
         found = []
-        for folder in folders:
+        for folder in split_list(members, '+') if arm else [members]:
             matches = sorted(filter(os.path.isdir, glob.glob(folder))) or [folder]
             if glob.has_magic(folder) and matches == [folder]:
                 raise InputError(f'--init={folder}: no folder has such a name')
@@ -1257,173 +1427,75 @@ def find_checkpoints(text):
     return models, arms
 
 
-def attempt(results, name, function, *arguments):
-    """function(*arguments); where a file, a model or memory is missing, None, and results[name]
-    says why it is not run."""
-    try:
-        return function(*arguments)
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        reason = ' '.join(str(error).split()) or 'out of memory'
-        print(f'eval_slm.py: {name} not run: {reason}', file=sys.stderr)
-        results[name] = dict(not_run=reason)
-        return None
-
-
-def check_outputs(paths):
-    """Ends at once, before anything is computed, if a file cannot be written."""
-    for path in filter(None, paths):
-        if os.path.isdir(path):
-            fail(f'{path} is a folder, expected a file')
-        with write_atomic(path + '.part'):
-            pass
-        os.remove(path + '.part')
-
-
-def evaluate(speaker, suites, generative, listing, cache, device):
-    """({task: result}, {task: items}, rows) of one checkpoint, all its tasks."""
-    results, items, rows = {}, {}, []
-
-    def keep(task, found):
-        if found:
-            results[task], items[task] = found[:2]
-            rows.extend(*found[2:])
-
-    for task, suite in suites.items():
-        found = attempt(results, task, score_suite, speaker, task, suite, cache, device)
-        keep(task, found)
-        if task == 'swuggy' and found:
-            name = 'swuggy_in_vocabulary'
-            inside = attempt(results, name, only_in_vocabulary, suite.pairs, found[1])
-            keep(name, inside and (*inside, []))
-    heard = {}
-    for task in generative:
-        arguments = (speaker, task, listing, heard, cache, device)
-        keep(task, attempt(results, task, score_generated, *arguments))
-    return results, items, rows
-
-
-def compare(models, arms, items):
-    """({arm: (its checkpoints, results)}, {'b - a': results}): arms by their seeds, and every two
-    arms or single checkpoints by the items that all of theirs share.
-
-    items: {checkpoint: {task: {id: value}}}.
-    """
-    in_arms = {name for members in arms.values() for name in members}
-    groups = {name: [name] for name in models if name not in in_arms} | arms
-    tasks = list(dict.fromkeys(task for found in items.values() for task in found))
-
-    def table(members, task, keys):
-        return [[items[name][task][key] for key in keys] for name in members]
-
-    def shared(members, task):
-        """Items that all have, and those in the first's order; none if one did not run."""
-        found = [items.get(name, {}).get(task, {}) for name in members]
-        return [key for key in found[0] if all(key in other for other in found[1:])]
-
-    means = {arm: (members, {}) for arm, members in arms.items()}
-    differences = {}
-    for task in tasks:
-        transform = METRICS[task].transform if task in METRICS else PERCENT
-        for members, results in means.values():
-            if keys := shared(members, task):
-                results[task] = interval(table(members, task, keys), None, transform, seed=seed)
-        for a, b in combinations(groups, 2):
-            if keys := shared(groups[a] + groups[b], task):
-                both = (table(groups[name], task, keys) for name in (b, a))
-                found = interval(*both, transform, seed=seed)
-                differences.setdefault(f'{b} - {a}', {})[task] = found
-    return means, differences
+def find_suites(names):
+    """({task: Suite}, {task: dict(not_run=reason)}) of tasks as the user names them: NAME=PATH."""
+    cache = os.path.join(os.path.dirname(out), 'eval_cache')
+    suites, not_run = {}, {}
+    for name, _, path in (text.partition('=') for text in names):
+        crossing = find_crossing(name)
+        base = name.removesuffix(crossing)
+        for task, place in attempt(not_run, name, find_task, base, path, data_dir) or ():
+            suite = attempt(not_run, task + crossing, list_suite, task, place, split, cache)
+            if suite and crossing:
+                to = 'text' if crossing == '_to_text' else 'speech'
+                suite = attempt(not_run, task + crossing, cross, suite, place, to)
+            if suite:
+                suites[task + crossing] = suite
+    return suites, not_run
 
 
 if __name__ == '__main__':
     config = configure(globals())
     began = time.time()
 
-    # what is asked for: tasks, checkpoints, and the arms that these belong to
-    wanted = dict.fromkeys(filter(None, map(str.strip, tasks.split(','))))
-    models, arms = find_checkpoints(init)
-    least = min(seed, n_prompts, prompt_seconds, max_new_tokens, temperature, top_k)
-    choices = split in ('dev', 'test') and likelihood in ('mean', 'sum')
-    if not (models and wanted and out and choices) or least < 0:
-        fail(
-            'expected --init=CHECKPOINT[,...], --tasks=NAME[,...], --out=FILE, --split=dev or '
-            'test, --likelihood=mean or sum, and no negative number'
-        )
-
     # what cannot be read or written is told at once, before anything is computed
-    side_file = os.path.splitext(out)[0] + '.pairs.jsonl'
-    check_outputs((out, side_file, html))
-    where_to_run = pick_device(device)
-    precision = pick_dtype(dtype, where_to_run)
-    about = {name: describe(SLM.from_pretrained(where), where) for name, where in models.items()}
+    check_knobs(config)
+    models, arms = find_checkpoints(init)
+    pairs_file = os.path.splitext(out)[0] + '.pairs.jsonl'
+    check_outputs((out, pairs_file, html))
+    about = {name: describe(where) for name, where in models.items()}
 
     # the suites; a task that is missing is told, and the rest goes on
-    cache = os.path.join(os.path.dirname(out) or '.', 'eval_cache')
-    suites, not_run = {}, {}
-    for name, _, path in (task.partition('=') for task in wanted if task not in METRICS):
-        crossing = find_crossing(name)
-        base = name.removesuffix(crossing)
-        for task, place in attempt(not_run, name, find_task, base, path, data_dir) or ():
-            arguments = (task, place, split, cache)
-            task += crossing
-            suite = attempt(not_run, task, list_suite, *arguments)
-            if suite and crossing:
-                to = 'text' if crossing == '_to_text' else 'speech'
-                suite = attempt(not_run, task, cross, suite, place, to)
-            suites |= {task: suite} if suite else {}
-    generative = [task for task in wanted if task in METRICS]
-    if not suites and not generative:
+    wanted = dict.fromkeys(split_list(tasks))
+    generated = [task for task in wanted if task in METRICS]
+    suites, not_run = find_suites([task for task in wanted if task not in METRICS])
+    if not suites and not generated:
         fail('nothing can run')
     listing = find_prompts(suites)
 
-    # one checkpoint after the other, each with all its tasks
-    metrics, items, scored, sampling, players = {}, {}, [], {}, {}
+    # one checkpoint after the other, each with all its tasks; then their seeds and differences
+    scores, players = {}, {}
     for name, where in models.items():
-        metrics[name] = dict(not_run)
-        broken = {}
-        speaker = attempt(broken, name, load_speaker, name, where, where_to_run, precision)
-        if not speaker:
-            metrics[name] |= dict.fromkeys((*suites, *generative), broken[name])
-            continue
-        sampling[name] = speaker.sampling
-        arguments = (suites, generative, listing, cache, where_to_run)
-        results, items[name], rows = evaluate(speaker, *arguments)
-        metrics[name] |= results
-        scored += rows
-        if html and listing:
-            arguments = (speaker, listing, players, cache, where_to_run)
-            attempt({}, f'the players of {name}', record_clips, *arguments)
-    arm_results, differences = compare(models, arms, items)
+        scores[name] = evaluate(name, where, suites, generated, listing, players)
+    items = {name: found.items for name, found in scores.items()}
+    arm_means, differences = compare(models, arms, items)
 
-    # the files: every pair's scores, all results, the page
-    with write_atomic(side_file) as file:
-        file.writelines(json.dumps(row) + '\n' for row in scored)
-    record = dict(metrics=metrics, differences=differences, sampling=sampling, settings=config)
-    record |= {'arms': {arm: dict(seeds=m, metrics=r) for arm, (m, r) in arm_results.items()}}
+    # the files: every pair's scores, and all results
+    rows = [row for found in scores.values() for row in found.rows]
+    with write_atomic(pairs_file) as file:
+        file.writelines(json.dumps(row) + '\n' for row in rows)
+    record = dict(
+        metrics={name: not_run | found.results for name, found in scores.items()},
+        differences=differences,
+        sampling={name: found.sampling for name, found in scores.items() if found.sampling},
+        settings=config,
+        arms=arm_means,
+    )
     with write_atomic(out) as file:
         file.write(json.dumps(record, indent=1))
 
-    # what a person reads: tables, notes, and what could not run
-    columns = make_columns(metrics, suites)
-    tables = make_tables(columns, metrics, arm_results, differences, about)
-    notes = make_notes(metrics, arm_results, suites, sampling)
-    failed = {
-        f'{task} ({result["not_run"]})'
-        for results in metrics.values()
-        for task, result in results.items()
-        if 'not_run' in result
-    }
-    summary = f'{len(models)} models, {len(columns)} tasks, {len(scored)} scores'
+    # what a person reads: the page, the tables and notes, and one line of summary last
+    columns = make_columns(record['metrics'], suites)
+    tables = make_tables(columns, record, about)
+    notes = make_notes(record, suites)
+    failed = find_failed(record)
+    summary = f'{len(models)} models, {len(columns)} tasks, {len(rows)} scores'
     if html:
-        lines = notes + [f'Not run: {reason}' for reason in sorted(failed)]
-        arguments = (metrics, arm_results, about, players, summary)
-        write_report(html, make_page(columns, tables, lines, *arguments))
-
-    # the table, and one line of summary last
-    print_table(tables[0])
-    if differences:
-        print_table(tables[1])
+        lines = notes + [f'Not run: {reason}' for reason in failed]
+        write_report(html, make_page(columns, tables, lines, record, about, players, summary))
+    for table in tables:
+        print_table(table)
     print('\n' + '\n'.join(notes))
-    summary += f' in {time.time() - began:.0f} s -> {out}' + (f', {html}' if html else '')
-    print(summary + (f'; {len(failed)} not run' if failed else ''))
+    summary += f' in {time.time() - began:.0f} s -> {out}' + f', {html}' * bool(html)
+    print(summary + f'; {len(failed)} not run' * bool(failed))
     raise SystemExit(2 if failed else 0)

@@ -46,7 +46,7 @@ import re
 import time
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from itertools import combinations, count, islice
@@ -87,8 +87,8 @@ n_suite = 500  # and minimal pairs in a suite, of wuggy and in a part of salmon,
 n_unseen = 200  # minimal pairs, the first of those, in the same suites in test_voices
 # the voice
 tts = 'espeak'  # espeak, kokoro, vits, fastspeech2
-tts_model = ''  # a network's folder or hub name; '': that of MODELS, below
-voices = ''  # comma-separated, one drawn for each item (blimp: every pair in each); '': VOICES
+tts_model = ''  # a network's folder or hub name; '': that of BACKENDS, below
+voices = ''  # comma-separated, one drawn for each item (blimp: every pair in each); '': BACKENDS'
 test_voices = ''  # voices for the suites NAME_unseen; '': no such suites
 speed = '1.0-1.0'  # 1 is the voice's usual pace; every voice has its own, drawn from this range
 pitch = '50-50'  # espeak: 0 to 99; likewise
@@ -104,19 +104,6 @@ SILENCE = 0.002  # of full scale; what stays below it is pause
 PART = 40  # items in a part
 LONGEST = 100_000  # letters of an item that is still spoken, about two hours
 MARK = '<|endoftext|>'
-
-# espeak: a path below its lang/ loads ten times as fast as a name (en-us). kokoro: SpokenSwag's
-VOICES = dict(
-    espeak='gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph',
-    kokoro='af_heart,am_fenrir,bf_emma,bm_george',
-    vits='0',
-    fastspeech2='0',
-)
-MODELS = dict(
-    kokoro='hexgrad/Kokoro-82M',
-    vits='facebook/mms-tts-eng',
-    fastspeech2='espnet/fastspeech2_conformer_with_hifigan',
-)
 
 # Columns that a task expects; of pairs one of the sets
 PAIR = ('prompt', 'chosen', 'rejected')
@@ -316,9 +303,8 @@ def toy_minimal(rng, kind, fresh, anything):
         for who in (rng.choice(('he', 'she')), 'they'):
             story = fresh(topic, outcome, who, mood)
             right = story['ending']
-            wrong = (
-                right.replace(' are ', ' is ') if who == 'they' else right.replace(' is ', ' are ')
-            )
+            swap = (' are ', ' is ') if who == 'they' else (' is ', ' are ')
+            wrong = right.replace(*swap)
             couple.append((f'{story["prompt"]} {right}', f'{story["prompt"]} {wrong}'))
         return couple
     words = fill_words(rng, rng.choice(list(TOPICS)), rng.choice(('he', 'she')))
@@ -370,9 +356,10 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
         for story in toy_couple(rng, i % 2 == 0, fresh):
             if task == 'pairs':
                 yield dict(prompt=story['prompt'], chosen=story['ending'], rejected=story['wrong'])
-    for _ in range(n_stories if task == 'stories' else 0):
-        story = fresh(*anything())
-        yield dict(text=f'{story["prompt"]} {story["ending"]}')
+    if task in ('stories', 'prompts'):
+        for _ in range(n_stories):
+            story = fresh(*anything())
+            yield dict(text=f'{story["prompt"]} {story["ending"]}')
 
 
 # -----------------------------------------------------------------------------
@@ -459,10 +446,10 @@ def read_rows(kind, *expected):
 
 
 # -----------------------------------------------------------------------------
-# Items: what a task says, made of rows. An item is dict(files={role: [half, ...]}), a file for each
-# role, and a half is dict(text), perhaps with a voice, noise or room of its own. Other keys: voice;
-# alike (items that have this number in common have one voice); split (into train and val); skip (a
-# reason); and what is to stand in the manifest
+# Items: what a task says, made of rows. An item is dict(files={role: [piece, ...]}), a file for
+# each role, and a piece is dict(text), perhaps with a voice, noise or room of its own. Other keys:
+# voice; alike (items that have this number in common have one voice); split (into train and val);
+# skip (a reason); and what is to stand in the manifest. Each function below yields a task's items
 
 
 def files_of(**texts):
@@ -470,29 +457,33 @@ def files_of(**texts):
     return {role: [dict(text=text)] for role, text in texts.items()}
 
 
-def story_items(kind, voices, speaker):
+def item_texts(item):
+    return [piece['text'] for pieces in item['files'].values() for piece in pieces]
+
+
+def story_items(task, speaker):
     """Each row's text; the role of its only file is none."""
-    for row in read_rows(kind, (text_field,)):
-        yield dict(files=files_of(**{'': row[text_field]}), split=kind == 'stories')
+    for row in read_rows(task.kind, (text_field,)):
+        yield dict(files=files_of(**{'': row[text_field]}), split=task.kind == 'stories')
 
 
-def minimal_items(kind, voices, speaker):
+def minimal_items(task, speaker):
     """The user's own pairs, and those of the toy language."""
-    for row in read_rows(kind, ('right', 'wrong')):
+    for row in read_rows(task.kind, ('right', 'wrong')):
         kept = {key: row[key] for key in ('type', 'alike') if row.get(key, '') != ''}
         yield dict(files=files_of(correct=row['right'], incorrect=row['wrong']), **kept)
 
 
-def pair_items(kind, voices, speaker):
+def pair_items(task, speaker):
     """Preference pairs; of SWAG's rows as SpokenSwag makes them (section 4 of the paper)."""
     labels = ['0', '1', '2', '3']
-    for number, row in enumerate(read_rows(kind, PAIR, SWAG)):
+    for number, row in enumerate(read_rows(task.kind, PAIR, SWAG)):
         texts = row
         if 'sent1' in row:
             right = row['label']
             if row['gold-source'] != 'gold' or right not in labels:
                 continue
-            rng = random.Random(f'{seed}/{kind}/{number}')
+            rng = random.Random(f'{seed}/{task.kind}/{number}')
             wrong = rng.choice([label for label in labels if label != right])
             chosen, rejected = (f'{row["sent2"]} {row["ending" + i]}' for i in (right, wrong))
             texts = dict(prompt=row['sent1'], chosen=chosen.strip(), rejected=rejected.strip())
@@ -503,17 +494,17 @@ def pair_items(kind, voices, speaker):
         yield item
 
 
-def blimp_items(kind, voices, speaker):
-    for row in read_rows(kind, BLIMP):
+def blimp_items(task, speaker):
+    for row in read_rows(task.kind, BLIMP):
         about = dict(type=row['linguistics_term'], subtype=row['UID'], id=row['pairID'])
         files = files_of(correct=row['sentence_good'], incorrect=row['sentence_bad'])
-        for voice in voices:
+        for voice in task.voices:
             yield dict(files=files, voice=voice, **about)
 
 
-def cloze_items(kind, voices, speaker):
+def cloze_items(task, speaker):
     """Stories with their right ending and the wrong one, or another story's (tstorycloze)."""
-    rows = list(read_rows(kind, CLOZE))
+    rows = list(read_rows(task.kind, CLOZE))
     for row in rows:
         if row['AnswerRightEnding'] not in ('1', '2'):
             hint = 'expected 1 or 2 (the test set without answers makes no pairs)'
@@ -522,8 +513,8 @@ def cloze_items(kind, voices, speaker):
     for number, (row, right) in enumerate(zip(rows, endings, strict=True)):
         other = {'1': '2', '2': '1'}[row['AnswerRightEnding']]
         wrong = row['RandomFifthSentenceQuiz' + other]
-        if kind == 'tstorycloze':
-            drawn = random.Random(f'{seed}/{kind}/{number}').choices(endings, k=20)
+        if task.kind == 'tstorycloze':
+            drawn = random.Random(f'{seed}/{task.kind}/{number}').choices(endings, k=20)
             others = [ending for ending in drawn if ending not in (right, wrong)]
             if not others:
                 fail(f'{text}: too few stories to draw endings from')
@@ -547,7 +538,7 @@ def pseudo_words(word, pairs, alphabet):
                 yield changed[1:-1]
 
 
-def wuggy_items(kind, voices, speaker):
+def wuggy_items(task, speaker):
     """Words of the text, and pseudo-words made of them that it does not have (as Wuggy's: Keuleers
     and Brysbaert 2010). frequency: how often the text has the word."""
     counts = Counter()
@@ -570,31 +561,33 @@ def wuggy_items(kind, voices, speaker):
             yield dict(files=files_of(correct=word, incorrect=other), **about)
 
 
-def swap_choices(kind, voices, speaker):
+def swap_choices(task, speaker):
     """What the second half of a recording differs in: (key of a half, [(one, other), ...])."""
-    if kind == 'bg_all_consistency':
+    if task.kind == 'bg_all_consistency':
         return 'noise', list(combinations(NOISES, 2))
-    if kind == 'rir_consistency':
+    if task.kind == 'rir_consistency':
         return 'room', list(combinations(ROOMS, 2))
-    couples = list(combinations(voices, 2))
+    couples = list(combinations(task.voices, 2))
     alike = [(one, two) for one, two in couples if speaker.gender(one) == speaker.gender(two)]
     choices = alike or couples
-    if kind == 'gender_consistency':
+    if task.kind == 'gender_consistency':
         choices = [couple for couple in couples if couple not in alike]
+        if not choices:
+            fail('gender_consistency needs two voices of two genders')
     if not choices:
-        fail(f'{kind} needs two voices' + ' of two genders' * (kind == 'gender_consistency'))
+        fail('speaker_consistency needs two voices')
     return 'voice', choices
 
 
-def consistency_items(kind, voices, speaker):
+def consistency_items(task, speaker):
     """A recording, and one whose second half is in another voice, of another gender, with other
     noise or in another room, as SALMon asks it (Maimon et al. 2024). Of each text there are two
     pairs with the two exchanged: preferring a voice, noise or room gains nothing."""
-    key, choices = swap_choices(kind, voices, speaker)
+    key, choices = swap_choices(task, speaker)
     if text == 'toy':  # held-out stories
         texts = (row['right'] for row in read_rows('sstory'))
     else:
-        texts = (row[text_field] for row in read_rows(kind, (text_field,)))
+        texts = (row[text_field] for row in read_rows(task.kind, (text_field,)))
     for number, document in enumerate(texts):
         found = sentences(document[:LONGEST])[:4]
         if len(found) < 2:
@@ -602,7 +595,7 @@ def consistency_items(kind, voices, speaker):
             continue
         half = len(found) // 2
         first, second = ' '.join(found[:half]), ' '.join(found[half : 2 * half])
-        couple = random.Random(f'{seed}/{kind}/{number}').choice(choices)
+        couple = random.Random(f'{seed}/{task.kind}/{number}').choice(choices)
         for one, two in (couple, couple[::-1]):
             files = dict(
                 consistent=[{'text': first, key: one}, {'text': second, key: one}],
@@ -646,24 +639,26 @@ class Task(NamedTuple):
         unseen = '_unseen' in self.name
         if self.kind in ('wuggy', *CONSISTENCY) or text == 'toy' and unseen:
             most += [n_suite, n_unseen] if unseen else [n_suite]
-        items = MAKERS[self.kind](self.kind, self.voices, speaker)
-        return islice(items, min(most, default=None))
+        return islice(MAKERS[self.kind](self, speaker), min(most, default=None))
 
 
 def find_tasks():
-    """The tasks that the knob `task` names, suites also in unseen voices."""
+    """The tasks that the knob `task` names; suites also in unseen voices, behind the seen ones."""
     groups = dict(storycloze=('sstorycloze', 'tstorycloze'), salmon=CONSISTENCY)
-    seen, unseen = (voices or VOICES[tts]).split(','), test_voices.split(',')
+    speakers = {'': (voices or BACKENDS[tts].voices).split(',')}  # {end of a folder's name: voices}
+    if test_voices:
+        speakers['_unseen'] = test_voices.split(',')
     tasks = []
     for name in task.split(','):
         kinds = groups.get(name, (name,))
         if not MAKERS.keys() >= {*kinds}:
             fail(f'no task {name!r}; there are {", ".join([*MAKERS, *groups])}')
-        suite = name not in ('stories', 'prompts', 'pairs')
-        for more in ('', '_unseen') if suite and test_voices else ('',):
+        for end, spoken_by in speakers.items():
+            if end and name in ('stories', 'prompts', 'pairs'):
+                continue
             for kind in kinds:
-                folder = f'salmon{more}/{kind}' if kind in CONSISTENCY else kind + more
-                tasks.append(Task(kind, folder, unseen if more else seen))
+                folder = f'salmon{end}/{kind}' if kind in CONSISTENCY else kind + end
+                tasks.append(Task(kind, folder, spoken_by))
     return tasks
 
 
@@ -718,8 +713,9 @@ def sentences(document, longest=300):
 
 
 # -----------------------------------------------------------------------------
-# Voices: __init__ loads; gender(voice) is '' if not known, and ends the run if there is no such
-# voice; speak(sentence, voice, speed, pitch) gives a Speech. A new voice is such a class
+# Voices: __init__ loads; gender(voice) is '' if not known; speak(sentence, voice, speed, pitch)
+# gives a Speech, and raises where there is no such voice. A new one is such a class and an entry in
+# BACKENDS
 
 
 class Speech(NamedTuple):
@@ -806,8 +802,7 @@ class Espeak:
             _ctypes.dlclose(library._handle)
 
     def gender(self, voice):
-        with self.load(voice):
-            variant = voice.partition('+')[2]
+        variant = voice.partition('+')[2]
         if not variant:
             return 'male'
         with open(os.path.join(self.data, 'voices', '!v', variant), encoding='utf-8') as file:
@@ -868,7 +863,7 @@ class Kokoro:
             from kokoro import KModel, KPipeline
         except ImportError:
             fail('--tts=kokoro needs its package: pip install "kokoro>=0.9"')
-        name = tts_model or MODELS['kokoro']
+        name = tts_model or BACKENDS['kokoro'].model
         self.folder = f'{name}/voices' if os.path.isdir(name) else ''
         files = {}
         if self.folder:
@@ -882,7 +877,6 @@ class Kokoro:
         self.pipeline = cache(lambda language: KPipeline(language, name, model=model))
 
     def gender(self, voice):
-        self.speak('a', voice, 1.0, 50)
         return dict(f='female', m='male').get(voice[1:2], '')
 
     def speak(self, sentence, voice, speed, pitch):
@@ -913,7 +907,7 @@ class Transformers:
         names = ('VitsModel', 'VitsTokenizer')
         if not vits:
             names = ('FastSpeech2ConformerWithHifiGan', 'FastSpeech2ConformerTokenizer')
-        name = tts_model or MODELS[tts]
+        name = tts_model or BACKENDS[tts].model
         torch.set_float32_matmul_precision('high')  # TF32 on cuda
         try:
             self.device = pick_device(device)
@@ -928,9 +922,13 @@ class Transformers:
         self.speak = self.speak_vits if vits else self.speak_fastspeech2
 
     def gender(self, voice):
-        if voice not in map(str, range(self.speakers)):
-            fail(f'--voices={voice}: {tts} speaks with voices 0 to {self.speakers - 1} here')
         return ''
+
+    def speaker_id(self, voice):
+        """The number of a speaker; None for a network of one. Raises InputError."""
+        if voice not in map(str, range(self.speakers)):
+            raise InputError(f'it speaks with voices 0 to {self.speakers - 1}')
+        return int(voice) if self.speakers > 1 else None
 
     @torch.inference_mode()
     def speak_vits(self, sentence, voice, speed, pitch):
@@ -940,8 +938,7 @@ class Transformers:
         if not inputs['attention_mask'].any():  # not a letter of its alphabet
             return Speech(np.zeros(0, np.float32), rate, {})
         fix_noise(voice, sentence)
-        speaker = dict(speaker_id=int(voice)) if self.speakers > 1 else {}
-        made = self.model(**inputs, **speaker)
+        made = self.model(**inputs, speaker_id=self.speaker_id(voice))
         return Speech(made.waveform[0].cpu().numpy(), rate, {})
 
     @torch.inference_mode()
@@ -950,9 +947,9 @@ class Transformers:
         config = self.model.config.vocoder_config
         hop, rate = math.prod(config.upsample_rates), getattr(config, 'sampling_rate', 22050)
         self.model.model.config.speaking_speed = 1 / speed  # it multiplies durations
-        speaker = {}
-        if self.speakers > 1:
-            speaker = dict(speaker_ids=torch.tensor([[int(voice)]], device=self.device))
+        speaker = self.speaker_id(voice)
+        if speaker is not None:
+            speaker = torch.tensor([[speaker]], device=self.device)
 
         phones, ends = [], [0]  # of each word
         end = self.tokenizer.eos_token
@@ -963,7 +960,7 @@ class Transformers:
         tokens = self.tokenizer.convert_tokens_to_ids([*phones, end])
         fix_noise(voice, sentence)
         tokens = torch.tensor([tokens], device=self.device)
-        made = self.model(input_ids=tokens, return_dict=True, **speaker)
+        made = self.model(input_ids=tokens, speaker_ids=speaker, return_dict=True)
 
         durations = made.duration_outputs[0].float().cpu().numpy()  # frames
         if speed != 1:
@@ -977,7 +974,16 @@ class Transformers:
         return Speech(made.waveform[0].cpu().numpy(), rate, times)
 
 
-SPEAKERS = dict(espeak=Espeak, kokoro=Kokoro, vits=Transformers, fastspeech2=Transformers)
+# What --tts names: the class, its usual voices, and its network, which runs in one process; what
+# has none runs in all `workers`. espeak: a path below its lang/ loads ten times as fast as a name
+# (en-us). kokoro: SpokenSwag's voices
+Backend = namedtuple('Backend', 'speaker voices model', defaults=('',))
+BACKENDS = dict(
+    espeak=Backend(Espeak, 'gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph'),
+    kokoro=Backend(Kokoro, 'af_heart,am_fenrir,bf_emma,bm_george', 'hexgrad/Kokoro-82M'),
+    vits=Backend(Transformers, '0', 'facebook/mms-tts-eng'),
+    fastspeech2=Backend(Transformers, '0', 'espnet/fastspeech2_conformer_with_hifigan'),
+)
 
 
 # -----------------------------------------------------------------------------
@@ -1071,21 +1077,21 @@ def speak_sentence(sentence, voice, speaker):
     return trim(speech) if np.abs(speech.wave).max(initial=0) > SILENCE else None
 
 
-def speak_half(half, voice, draw, speaker):
-    """(text, Speech) of a half, in its room and noise. Raises Skip."""
+def speak_piece(piece, voice, draw, speaker):
+    """(text, Speech) of a piece, in its room and noise. Raises Skip."""
     heard = []
-    for sentence in sentences(half['text']):
-        speech = speak_sentence(sentence, half.get('voice', voice), speaker)
+    for sentence in sentences(piece['text']):
+        speech = speak_sentence(sentence, piece.get('voice', voice), speaker)
         if speech:
             heard.append((sentence, speech))
     if not heard:
         raise Skip('nothing to say')
     speech = join([speech for _, speech in heard])
     wave = speech.wave
-    if 'room' in half:
-        wave = add_room(wave, half['room'])
-    if 'noise' in half:
-        wave = add_noise(wave, half['noise'], draw)
+    if 'room' in piece:
+        wave = add_room(wave, piece['room'])
+    if 'noise' in piece:
+        wave = add_noise(wave, piece['noise'], draw)
     return ' '.join(sentence for sentence, _ in heard), speech._replace(wave=wave)
 
 
@@ -1104,12 +1110,12 @@ def speak_item(n, item, voice, speaker):
     """{role: (text, Speech)} of an item. Raises Skip."""
     if 'skip' in item:
         raise Skip(item['skip'])
-    if sum(len(half['text']) for halves in item['files'].values() for half in halves) > LONGEST:
+    if sum(map(len, item_texts(item))) > LONGEST:
         raise Skip(f'longer than {LONGEST:,} letters')
     spoken = {}
-    for role, halves in item['files'].items():
-        halves = [speak_half(half, voice, f'{n}/{i}', speaker) for i, half in enumerate(halves)]
-        texts, speeches = zip(*halves, strict=True)
+    for role, pieces in item['files'].items():
+        made = [speak_piece(piece, voice, f'{n}/{i}', speaker) for i, piece in enumerate(pieces)]
+        texts, speeches = zip(*made, strict=True)
         spoken[role] = ' '.join(texts), join(speeches)
     waves = [speech.wave for _, speech in spoken.values()]
     if len(waves) == 2 and np.array_equal(*waves):
@@ -1180,8 +1186,8 @@ def do_part(number, items, task, speaker):
             lines += rows
             total['seconds'] += seconds
         except Skip as reason:
-            texts = [half['text'] for halves in item['files'].values() for half in halves]
-            lines.append(dict(n=n, reason=str(reason), text=' | '.join(texts)[:1000]))
+            unsaid = ' | '.join(item_texts(item))[:1000]
+            lines.append(dict(n=n, reason=str(reason), text=unsaid))
             total['skipped'] += 1
     with write_atomic(part_path(task, number)) as file:
         for line in (total, *lines):
@@ -1218,8 +1224,8 @@ def begin_worker(number):
 
 
 def do_parts(task, speaker, parts):
-    """Yields after each part of a task its seconds; espeak in worker processes, a network here."""
-    processes = min(workers or os.cpu_count(), parts) if tts == 'espeak' else 0
+    """Yields after each part of a task its seconds; a network speaks here, others in workers."""
+    processes = 0 if BACKENDS[tts].model else min(workers or os.cpu_count(), parts)
     loader = DataLoader(
         Parts(task, speaker),
         batch_size=None,
@@ -1275,21 +1281,19 @@ def gold_row(row, layout):
 
 def check_knobs(config):
     """Ends the run at a knob that is out of its range."""
+    if tts not in BACKENDS:
+        fail(f'--tts={tts}: expected {", ".join(BACKENDS)}')
+    for knob, least in (('limit', 0), ('pause', 0), ('workers', 0), ('prompt_seconds', 0.1)):
+        if config[knob] < least:
+            fail(f'--{knob}={config[knob]}: expected {least} or more')
     for knob, low, high, example in (('speed', 0.1, 10, '0.9-1.1'), ('pitch', 0, 99, '40-60')):
         found = re.fullmatch(r'(\d+\.?\d*)-(\d+\.?\d*)', config[knob])
         if not found or not all(low <= float(end) <= high for end in found.groups()):
             expected = f'expected a range within {low} and {high}, such as {example}'
             fail(f'--{knob}={config[knob]}: {expected}')
-    for knob, good, expected in (
-        ('tts', tts in VOICES, ', '.join(VOICES)),
-        ('prompt_seconds', prompt_seconds > 0, 'more than 0'),
-        *((knob, config[knob] >= 0, '0 or more') for knob in ('limit', 'pause', 'workers')),
-    ):
-        if not good:
-            fail(f'--{knob}={config[knob]}: expected {expected}')
 
 
-def agree(task, settings):
+def check_settings(task, settings):
     """Ends the run if a task's folder holds speech made with other settings."""
     folder = os.path.join(out, task.name)
     if glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
@@ -1305,17 +1309,22 @@ def check_voices(speaker, wanted):
     """Ends the run at a voice that is not there; loads a network's, before it is needed."""
     for voice in sorted(wanted):
         try:
-            speaker.gender(voice)
+            speaker.speak('a', voice, 1.0, 50)
         except Exception as error:  # of many kinds
             fail(f'--voices={voice}: {tts} does not speak with it: {first_line(error)}')
 
 
-def run_task(task, speaker):
-    """Makes a task's speech, what is not there of it -> what summary.json says."""
-    began, spoken = time.time(), 0.0
+def count_parts(task, speaker):
+    """How many parts a task has; ends the run if there is nothing to say."""
     parts = math.ceil(sum(1 for _ in task.items(speaker)) / PART)
     if not parts:
         fail(f'{text}: no text in it for task {task.kind}')
+    return parts
+
+
+def run_task(task, parts, speaker):
+    """Makes a task's speech, what is not there of it -> what summary.json says."""
+    began, spoken = time.time(), 0.0
     with tqdm(total=parts, desc=task.name, unit=' parts') as bar:
         for seconds in do_parts(task, speaker, parts):
             spoken += seconds
@@ -1347,27 +1356,28 @@ if __name__ == '__main__':
     check_knobs(config)
 
     # what the speech depends on: it may not change in a folder that holds some
-    here = ('out', 'task', 'workers', 'device', 'voices', 'test_voices')
-    settings = {key: value for key, value in config.items() if key not in here}
+    free = ('out', 'task', 'workers', 'device', 'voices', 'test_voices')
+    settings = {key: value for key, value in config.items() if key not in free}
     settings['text_bytes'] = sum(map(os.path.getsize, text_files()))
 
-    # what is there already, and a voice that is not there, are said before anything is spoken
-    work = []
+    # what is there already, and what cannot be made, is said before anything is spoken
+    todo = []
     for wanted in find_tasks():
-        agree(wanted, settings | dict(voices=wanted.voices))
+        check_settings(wanted, settings | dict(voices=wanted.voices))
         if os.path.exists(os.path.join(out, wanted.name, 'summary.json')):
             print(f'{wanted.name}: already in {out}/{wanted.name}, nothing to do')
         else:
-            work.append(wanted)
-    speaker = SPEAKERS[tts]() if work else None
-    check_voices(speaker, {voice for wanted in work for voice in wanted.voices})
+            todo.append(wanted)
+    speaker = BACKENDS[tts].speaker() if todo else None
+    check_voices(speaker, {voice for wanted in todo for voice in wanted.voices})
+    counts = [count_parts(wanted, speaker) for wanted in todo]
 
     # one task after the other; its folder tells what the speech was made with
-    for wanted in work:
+    for wanted, parts in zip(todo, counts, strict=True):
         made_with = settings | dict(voices=wanted.voices)
         with write_atomic(os.path.join(out, wanted.name, 'parts', 'settings.json')) as file:
             file.write(to_json(made_with))
-        made = run_task(wanted, speaker) | dict(settings=made_with)
+        made = run_task(wanted, parts, speaker) | dict(settings=made_with)
         with write_atomic(os.path.join(out, wanted.name, 'summary.json')) as file:
             file.write(to_json(made))
         print_summary(wanted, made)

@@ -286,7 +286,7 @@ def test_zerospeech_mistakes_are_named(tmp_path):
     rows = zerospeech(str(tmp_path), 'syntactic')
     with pytest.raises(M.InputError, match='not that of the lexical task.*frequency'):
         eval_slm.list_zerospeech(str(tmp_path / 'syntactic'), 'lexical', 'dev')
-    with pytest.raises(M.InputError, match='nowhere: no such'):
+    with pytest.raises(M.InputError, match='nowhere/gold.csv: No such'):
         eval_slm.list_zerospeech(str(tmp_path / 'nowhere'), 'lexical', 'dev')
     missing = tmp_path / 'syntactic' / 'dev' / (rows[3]['filename'] + '.wav')
     missing.unlink()
@@ -305,14 +305,11 @@ def test_zerospeech_mistakes_are_named(tmp_path):
         eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev')
 
 
-def test_zerospeech_unknown_files_and_a_wrong_folder(tmp_path, capsys):
+def test_zerospeech_unknown_files_and_a_wrong_folder(tmp_path):
     zerospeech(str(tmp_path), 'syntactic')
     pairs = eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev')
-    assert capsys.readouterr().err == ''
     tone(str(tmp_path / 'syntactic' / 'dev' / 'stranger.wav'), 0.3)
     assert eval_slm.list_zerospeech(str(tmp_path), 'syntactic', 'dev') == pairs
-    told = 'stranger.wav: unknown file, gold.csv does not name it'
-    assert told in capsys.readouterr().err
     with pytest.raises(
         M.InputError, match='expected the data as unpacked, syntactic/test/gold.csv'
     ):  # there is no test: not all that lies below
@@ -571,14 +568,16 @@ def test_checkpoints_and_arms(tmp_path):
     assert arms == {'a-s*': ['a-s1', 'a-s2'], 'B': ['b-s1', 'b-s2']}
     items = {name: dict(t={'1': i % 2, '2': 1}) for i, name in enumerate(models)}
     means, differences = eval_slm.compare(models, arms, items)
-    assert means['B'][1]['t']['score'] == 75 and means['B'][1]['t']['seeds'] == 2
+    assert means['B']['seeds'] == ['b-s1', 'b-s2']
+    result = means['B']['metrics']['t']
+    assert result['score'] == 75 and result['seeds'] == 2
     assert list(differences) == ['a-s* - x', 'B - x', 'B - a-s*']
     assert differences['B - a-s*']['t']['score'] == 0
     with pytest.raises(M.InputError, match='no folder has such a name'):
         eval_slm.find_checkpoints(f'{tmp_path}/c-s*')
 
 
-@pytest.mark.parametrize('transform', [eval_slm.PERCENT, np.exp])
+@pytest.mark.parametrize('transform', [eval_slm.percent, np.exp])
 def test_a_model_against_itself(transform):
     values = np.random.default_rng(0).random(500)
     r = eval_slm.interval(values, values.copy(), transform=transform)
@@ -617,7 +616,6 @@ def test_cache(tmp_path, checkpoint):
     for broken in (
         b'\xff' * 900 + content[900:],
         content[:700],
-        content.replace(b', 1', b', 2'),
         b'',
         b'[1]\n{}\nnull\n[1,2,3]\n',
     ):
@@ -1032,7 +1030,7 @@ def test_repetition_penalty_is_that_of_the_stage(tmp_path, checkpoint, slam, pen
     slm = M.SLM.from_pretrained(checkpoint['a'])
     known = dict(encoder=slm.slam['encoder'], vocoder=slm.slam['vocoder'], n_units=N_UNITS)
     slm.save_pretrained(str(tmp_path / 'x'), known | slam)
-    speaker = eval_slm.load_speaker('x', str(tmp_path / 'x'), 'cpu', torch.float32)
+    speaker = eval_slm.load_speaker('x', str(tmp_path / 'x'))
     assert speaker.sampling['repetition_penalty'] == penalty
 
 
