@@ -1972,16 +1972,21 @@ class UnitEncoder:
         return paths
 
 
-# Feature extractors. One is made of encoder.json's values, which it may add to, and has `device`,
-# `frame_rate`, `width` D and `cheap`. Called with a list of (samples,) and a function, it gives
-# function((frames, D)) of each wave, with the frames in order.
+# -----------------------------------------------------------------------------
+# Feature extractors: a new kind of units is a class here and a line in EXTRACTORS
+#
+# One is made of the values of encoder.json (`example` has those that it needs), a device and a
+# dtype, and has `device`, `frame_rate`, `width` (D) and `cheap`: whether whoever reads a file
+# computes its features. Called with a list of (samples,) and a function, it gives
+# function((frames, D)) of each wave.
 
 
 class MfccExtractor:
     """Offline: two 20 ms cepstra a frame of 40 ms, of the log-mel spectrum relative to the
     utterance's loudness. Frame t begins at sample 640 t; n samples have max(1, n // 640)."""
 
-    cheap = True  # on the CPU, by whoever reads the file
+    example = MFCC
+    cheap = True
 
     def __init__(self, config, device, dtype):
         self.device, self.frame_rate = torch.device('cpu'), config['frame_rate']
@@ -2003,9 +2008,12 @@ class MfccExtractor:
         mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4].split(4 * BLOCK)  # hours stay small
         energy = torch.cat([torch.logsumexp(part, 1) for part in mel]) - math.log(N_MELS)
         loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
-        mel = ((part + (self.range - loud)).clamp_(min=0) for part in mel)
-        halves = (part.view(-1, 2, 2, N_MELS).mean(2) for part in mel)
-        return torch.cat([(half @ self.basis).flatten(1) for half in halves])
+        cepstra = []
+        for part in mel:
+            relative = (part + (self.range - loud)).clamp_(min=0)
+            halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
+            cepstra.append((halves @ self.basis).flatten(1))
+        return torch.cat(cepstra)
 
 
 STRETCH = 100  # seconds that a net takes at once (WavLM, which keeps its attention, a third)
@@ -2031,6 +2039,7 @@ class HubertExtractor:
     for fewer. Waves of up to STRETCH seconds are computed whole; longer ones in stretches that see
     a tenth of that on either side, joined on the net's own frames."""
 
+    example = dict(name='', model='', layer=0, pad=0)
     cheap = False
 
     def __init__(self, config, device, dtype, net=None):
@@ -2212,6 +2221,10 @@ def first_of(result):
     return result[0] if isinstance(result, tuple) else result
 
 
+# -----------------------------------------------------------------------------
+# The files of an encoder: a net, clusters, encoder.json; strangers' too
+
+
 def load_net(config):
     """The net that encoder.json names, without the layers above the encoder's. Raises InputError
     saying what is missing."""
@@ -2273,7 +2286,8 @@ def read_encoder(folder):
 
     Whoever made the folder may be a stranger: raises InputError naming what cannot be right.
     """
-    about, path = (os.path.join(folder, f'encoder.{kind}') for kind in ('json', 'safetensors'))
+    about = os.path.join(folder, 'encoder.json')
+    path = os.path.join(folder, 'encoder.safetensors')
     config, tensors = read_json(about), read_tensors(path)
     check_encoder(config, about)
     centroids = tensors.pop('centroids', None)
@@ -2297,11 +2311,10 @@ def read_encoder(folder):
 
 def check_encoder(config, path):
     """Raises InputError naming the first value in an encoder.json that cannot be right."""
-    examples = dict(mfcc=MFCC, hubert=dict(name='', model='', layer=0, pad=0))
-    if config.get('kind') not in examples:
-        raise InputError(f'{path}: expected an encoder of `kind` {" or ".join(examples)}')
+    if config.get('kind') not in EXTRACTORS:
+        raise InputError(f'{path}: expected an encoder of `kind` {" or ".join(EXTRACTORS)}')
     optional = dict(switch=0.0, distortion=0.0, vocoder='', n_units=0, net={})
-    for key, example in (examples[config['kind']] | optional).items():
+    for key, example in (EXTRACTORS[config['kind']].example | optional).items():
         value = config.get(key)
         kinds = (int, float) if isinstance(example, float) else (type(example),)
         if value is None and key in optional:
@@ -2338,36 +2351,30 @@ def cache_path(name):
 
 
 def fetch(url, sha256=None):
-    """The local copy of a public file, downloaded on first use and checked.
+    """The local copy of a public file, downloaded on first use and checked each time.
 
     Raises InputError offline, or if the file is not the published one.
     """
-    path = cache_path(url.rsplit('/', 1)[-1])
-    if os.path.exists(path):
-        check_sha256(path, path, sha256)
-        return path
+    import hashlib
     import urllib.request
 
-    try:
-        with write_atomic(path, 'wb') as file:
-            with urllib.request.urlopen(url, timeout=60) as remote:
+    path = cache_path(url.rsplit('/', 1)[-1])
+    if not os.path.exists(path):
+        try:
+            with (
+                write_atomic(path, 'wb') as file,
+                urllib.request.urlopen(url, timeout=60) as remote,
+            ):
                 shutil.copyfileobj(remote, file)
-            file.flush()
-            check_sha256(file.name, path, sha256)
-    except OSError as error:
-        raise InputError(
-            f'{url} cannot be downloaded ({error}): put it at {path} (SLAM_CACHE sets the folder)'
-        ) from None
-    return path
-
-
-def check_sha256(path, name, sha256):
-    import hashlib
-
+        except OSError as error:
+            raise InputError(
+                f'{url} cannot be downloaded ({error}): put it at {path} (SLAM_CACHE sets the '
+                'folder)'
+            ) from None
     with open(path, 'rb') as file:
         if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
-            published = os.path.basename(name)
-            raise InputError(f'{name} is not the published {published} (its sha256 differs)')
+            raise InputError(f'{path} is not the published file (its sha256 differs): delete it')
+    return path
 
 
 class KMeansReader(pickle._Unpickler):
@@ -2531,31 +2538,34 @@ def fixed_noise():
 
 
 class Source:
-    """What a throat gives and the filters of a voice shape: pulses at a pitch, and noise, each of
-    power 1. It remembers how often the pulses had turned at sample `at`, from where the next
-    stretch of an utterance goes on; a stretch may begin earlier than that."""
+    """The excitation of a voice: pulses at a pitch, and noise, each of power 1.
+
+    In a stream it keeps the phase of the pulses, in cycles, at the sample `at`, where the next
+    stretch goes on; that may begin earlier, so that stretches overlap.
+    """
 
     def __init__(self):
-        self.at, self.turns = 0, 0.0
+        self.at, self.phase = 0, 0.0
 
     def __call__(self, pitch, first=0, until=None):
         """pitch: (n,) Hz, one a 10 ms step from sample `first` of the utterance on; (B, n) of
         stretches that begin at 0. until: the sample from which the next stretch goes on.
         Returns: pulses (..., n * HOP), noise (n * HOP,), on the device of `pitch`."""
         device, pitch = pitch.device, pitch.detach().cpu().double().repeat_interleave(HOP, dim=-1)
-        turns = (pitch / SAMPLE_RATE).cumsum(-1)
+        phase = (pitch / SAMPLE_RATE).cumsum(-1)
         if pitch.ndim == 1:
             at = self.at - first
-            turns += self.turns - (float(turns[at - 1]) if at else 0.0)
+            phase += self.phase - (float(phase[at - 1]) if at else 0.0)
             if until is not None:
-                self.at, self.turns = until, float(turns[until - first - 1])
-        # a pulse where a turn is complete, shared by the two samples on either side of that moment
-        whole = turns.floor()
-        pulse = (whole > (turns - pitch / SAMPLE_RATE).floor()) * (SAMPLE_RATE / pitch).sqrt()
-        early = (turns - whole) * SAMPLE_RATE / pitch  # samples since that moment
+                self.at, self.phase = until, float(phase[until - first - 1])
+        # a pulse where a cycle ends, shared by the two samples on either side of that moment
+        cycles = phase.floor()
+        ends = cycles > (phase - pitch / SAMPLE_RATE).floor()
+        pulse = ends * (SAMPLE_RATE / pitch).sqrt()
+        early = (phase - cycles) * SAMPLE_RATE / pitch  # samples since that moment
         pulses = pulse * (1 - early)
         pulses[..., :-1] += (pulse * early)[..., 1:]
-        places = torch.arange(first, first + turns.shape[-1]) % len(fixed_noise())
+        places = torch.arange(first, first + phase.shape[-1]) % len(fixed_noise())
         return pulses.float().to(device), fixed_noise()[places].to(device)
 
 
@@ -2678,16 +2688,12 @@ class HifiganVoice:
     def _count_reach(self):
         """Frames on each side that a sample depends on, from the kernels' sizes, last first."""
         c = self.config
+        kernels = zip(c['resblock_kernel_sizes'], c['resblock_dilation_sizes'], strict=True)
+        block = max(sum(kernel // 2 * (d + 1) for d in dilations) for kernel, dilations in kernels)
         reach = self.tensors['conv_post.weight'].shape[-1] // 2
-        block = 0
-        for kernel, dilations in zip(
-            c['resblock_kernel_sizes'], c['resblock_dilation_sizes'], strict=True
-        ):
-            block = max(block, sum(kernel // 2 * (dilation + 1) for dilation in dilations))
-        for rate, kernel in reversed(
-            list(zip(c['upsample_rates'], c['upsample_kernel_sizes'], strict=True))
-        ):
-            reach = -(-(reach + block + kernel) // rate)
+        rates, sizes = c['upsample_rates'][::-1], c['upsample_kernel_sizes'][::-1]
+        for rate, size in zip(rates, sizes, strict=True):
+            reach = -(-(reach + block + size) // rate)
         return reach + self.tensors['conv_pre.weight'].shape[-1] // 2
 
     def durations(self, units):
@@ -2776,6 +2782,13 @@ class NeuralVoice(nn.Module):
         super().__init__()
         self.device, width, kernel = device, config['width'], config['kernel']
         self.steps = round(SAMPLE_RATE / HOP / config['frame_rate'])  # of 10 ms in a frame
+        if tensors is not None:  # a stranger's sizes, held against the tensors before a net is made
+            shapes = {'unit.weight': (config['n_units'], width)}
+            shapes['base.weight'] = config['n_units'], self.steps * N_MELS
+            shapes[f'blocks.{config["blocks"] - 1}.mix.weight'] = width, 1, kernel
+            for name, shape in shapes.items():
+                if name not in tensors or tensors[name].shape != shape:
+                    raise ValueError(f'{name} is not of shape {shape}')
         self.unit = nn.Embedding(config['n_units'], width)
         self.voice = nn.Embedding(max(1, len(config['voices'])), width)
         self.place = nn.Linear(4, width)
@@ -2857,9 +2870,8 @@ class UnitVocoder:
     def __init__(self, config, tensors, device='cpu'):
         self.config, self.device = config, torch.device(device)
         self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        self.n_units, self.sample_rate, self.frame_rate = (
-            config[key] for key in ('n_units', 'sample_rate', 'frame_rate')
-        )
+        self.n_units, self.sample_rate = config['n_units'], config['sample_rate']
+        self.frame_rate = config['frame_rate']
         self.hop = round(self.sample_rate / self.frame_rate)  # samples a frame
         self.voice = VOICES[config['kind']](config, self.tensors, self.device)
 
@@ -2872,9 +2884,8 @@ class UnitVocoder:
         is no vocoder.
         """
         if os.path.exists(os.path.join(where, 'vocoder.json')):
-            path, about = (
-                os.path.join(where, f'vocoder.{kind}') for kind in ('safetensors', 'json')
-            )
+            path = os.path.join(where, 'vocoder.safetensors')
+            about = os.path.join(where, 'vocoder.json')
         elif where in HIFIGAN:
             path, about = (fetch(*file) for file in HIFIGAN[where])
         elif where.endswith('.pt') and os.path.exists(where):
@@ -2958,22 +2969,23 @@ class UnitVocoder:
         """
         none = torch.zeros(0, dtype=torch.long)
         units, durations = prompt or (none, none)
-        units, fixed = self.check([units])[0], len(units)
-        said, source, reach = 0, Source(), self.voice.reach
+        units, n_given = self.check([units])[0], len(units)
+        spoken, source, reach = 0, Source(), self.voice.reach
         for piece in chain([none], pieces, [None]):
             final = piece is None
             if not final:
                 units = torch.cat((units, *self.check([piece])))
-            # what is known for good: durations that no later unit changes, then sound likewise
-            known = len(units) if final else max(fixed, len(units) - self.voice.unit_reach)
-            new = self.voice.durations(units[fixed:])[len(durations) - fixed : known - fixed]
+            # a duration depends on some units to come, and a sample on `reach` frames to come
+            known = len(units) if final else max(n_given, len(units) - self.voice.unit_reach)
+            new = self.voice.durations(units[n_given:])[len(durations) - n_given : known - n_given]
             durations = torch.cat((durations, new))
-            until = known if final else max(said, known - reach)
-            if until == said:
+            until = known if final else max(spoken, known - reach)
+            if until == spoken:
                 continue
-            first = max(0, said - reach)
-            ends = durations[:first].sum(), durations[:said].sum(), durations[:until].sum()
-            before, start, stop = map(int, ends)
+
+            # `reach` units are at least as many frames: what is spoken again is thrown away
+            first = max(0, spoken - reach)
+            before, start, stop = (int(durations[:n].sum()) for n in (first, spoken, until))
             wave = self.voice.speak(
                 units[first:known],
                 durations[first:known],
@@ -2985,8 +2997,8 @@ class UnitVocoder:
             )
             wave = wave[(start - before) * self.hop : (stop - before) * self.hop]
             wave = limit_peaks(wave * (VOICE_LEVEL / self.voice.level))
-            yield fade_ends(wave, start=said == 0, end=final).cpu()
-            said = until
+            yield fade_ends(wave, start=spoken == 0, end=final).cpu()
+            spoken = until
 
 
 def _read_hifigan(path, config):

@@ -35,14 +35,12 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import tarfile
 import time
 import zlib
 from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +75,6 @@ from model import (
     frame_spectra,
     load_audio,
     mel_filters,
-    name_aside,
     parquet_files,
     pick_device,
     power_of,
@@ -116,7 +113,6 @@ draws = 4  # interleavings of each utterance: in so many epochs none comes twice
 max_seconds = 0.0  # longer utterances are cut at the quietest point of the last third; 0: never
 val_folders = ''  # files below folders of these names validate; '': dev, dev-*, validation, ...
 val_fraction = 0.01  # where there is none of these: this share, chosen by a hash of the names
-max_failed = 1000  # stop when more files than this cannot be used
 # scale
 shard = ''  # i/n: this run encodes parts i, i + n, ... (i from 0); torchrun sets it
 workers = 0  # processes that read, and with mfcc encode; 0: one a core of this process's share
@@ -348,6 +344,10 @@ class Failure(NamedTuple):
     reason: str
 
 
+def failure_of(name, error):
+    return Failure(name, ' '.join(str(error).split()) or repr(error))
+
+
 def utterances_of_file(item):
     """A recording whole, or cut as a file beside it says: Libri-Light's .json, TEDLIUM's .stm."""
     path = item.path
@@ -525,11 +525,11 @@ def read_item(item, root, longest):
             try:
                 yield from read_utterance(utterance, item.split, root, longest)
             except BAD_DATA as error:
-                yield Failure(utterance.path, ' '.join(str(error).split()) or repr(error))
+                yield failure_of(utterance.path, error)
     except BAD_DATA as error:
         if item.path.startswith('hub:'):
             raise
-        yield Failure(where, ' '.join(str(error).split()) or repr(error))
+        yield failure_of(where, error)
 
 
 def read_batches(items, root):
@@ -711,19 +711,6 @@ def load_encoder(name, clusters, price, corpus):
     return net
 
 
-def publish(folder, write):
-    """A folder that appears whole or not at all, made by write(folder); the first to come stays."""
-    aside = name_aside(folder)
-    try:
-        write(aside)
-        os.rename(aside, folder)
-    except OSError:
-        if not os.path.isdir(folder):
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 # -----------------------------------------------------------------------------
 # Encoding: parts -> parts/00012.jsonl
 
@@ -793,23 +780,7 @@ def encode_parts(parts, mine, net, root):
                 write_part(number, **begun.pop(number), n_files=len(parts[number]))
                 bar.update(len(parts[number]))
                 bar.set_postfix_str(f'{speed} x real time, {n_failed} failed')
-            if n_failed > max_failed:
-                raise InputError(
-                    f'{n_failed} files failed, the last: {": ".join(failures[-1])}; '
-                    f'--max_failed={max_failed} allows more'
-                )
     return speed
-
-
-def check_recipe(path, recipe):
-    """Refuse a folder that was begun with other settings or other audio."""
-    there = read_json(path)
-    others = [key for key in recipe if there.get(key) != recipe[key]]
-    if others:
-        raise InputError(
-            f'{path}: begun with another {", ".join(others)}; give the same settings and audio, '
-            'another --out, or delete the folder'
-        )
 
 
 # -----------------------------------------------------------------------------
@@ -898,16 +869,17 @@ def pack(rows, vocab_size, frame_rate):
     Rows of the test split are in units.jsonl alone. Returns: what meta.json says of them. Raises
     InputError naming a row whose unit is out of the vocabulary.
     """
-    token_type = np.uint16 if vocab_size <= 65_536 else np.uint32
-    count = {split: dict(tokens=0, utterances=0, seconds=0.0) for split in ('train', 'val')}
-    usage = np.zeros(vocab_size - OFFSET, dtype=np.int64)
-    n_pairs = 0
+    meta = dict(vocab_size=vocab_size, n_units=vocab_size - OFFSET, offset=OFFSET)
+    meta |= dict(dtype='uint16' if vocab_size <= 65_536 else 'uint32', dedup=True)
+    meta |= dict(frame_rate=frame_rate, tokens=dict(train=0, val=0))
+    meta |= dict(utterances=dict(train=0, val=0), hours=dict(train=0.0, val=0.0))
+    usage, n_pairs = np.zeros(vocab_size - OFFSET, dtype=np.int64), 0
     with ExitStack() as stack:
 
         def create(name):
             return stack.enter_context(write_atomic(os.path.join(out, name), 'wb'))
 
-        token_files = {split: create(f'{split}.bin') for split in count}
+        token_files = {split: create(f'{split}.bin') for split in meta['tokens']}
         units_file, pairs_file = create('units.jsonl'), None
         for row in rows:
             if 'prompt' in row:
@@ -917,38 +889,30 @@ def pack(rows, vocab_size, frame_rate):
                 continue
             units_file.write(to_line(row))
             split, units = split_of(row), np.array(row['units'])
-            if split not in count or not len(units):
+            if split not in token_files or not len(units):
                 continue
             if units.max() >= len(usage):
                 found = f'{row["file_name"]}: unit {units.max()}'
                 raise InputError(f'{found}, but there are {len(usage)} (--n_units)')
             tokens = np.concatenate(([BOS], units + OFFSET, [EOS]))
-            token_files[split].write(tokens.astype(token_type).tobytes())
+            token_files[split].write(tokens.astype(meta['dtype']).tobytes())
             usage += np.bincount(units, minlength=len(usage))
-            count[split]['tokens'] += len(tokens)
-            count[split]['utterances'] += 1
-            count[split]['seconds'] += row.get('seconds') or sum(row['duration']) / frame_rate
-    return describe(count, usage, vocab_size, frame_rate, token_type) | dict(pairs=n_pairs)
+            seconds = row.get('seconds') or sum(row['duration']) / frame_rate
+            meta['hours'][split] += seconds / 3600
+            meta['tokens'][split] += len(tokens)
+            meta['utterances'][split] += 1
+    n_units, seconds = int(usage.sum()), 3600 * sum(meta['hours'].values())
+    meta['hours'] = {split: round(hours, 4) for split, hours in meta['hours'].items()}
+    meta['tokens_per_second'] = round(n_units / max(seconds, 1e-9), 2)
+    perplexity = math.exp(entropy(usage / max(1, n_units)))
+    meta['unit_usage'] = dict(used=int((usage > 0).sum()), perplexity=round(perplexity, 1))
+    return meta | dict(pairs=n_pairs)
 
 
-def describe(count, usage, vocab_size, frame_rate, token_type):
-    """The part of meta.json that tells of the tokens."""
-    share = usage[usage > 0] / max(1, usage.sum())
-    seconds = sum(part['seconds'] for part in count.values())
-    perplexity = float(np.exp(-(share * np.log(share)).sum()))
-    return dict(
-        vocab_size=vocab_size,
-        n_units=len(usage),
-        offset=OFFSET,
-        dtype=np.dtype(token_type).name,
-        dedup=True,
-        frame_rate=frame_rate,
-        tokens={name: part['tokens'] for name, part in count.items()},
-        utterances={name: part['utterances'] for name, part in count.items()},
-        hours={name: round(part['seconds'] / 3600, 4) for name, part in count.items()},
-        tokens_per_second=round(int(usage.sum()) / max(seconds, 1e-9), 2),
-        unit_usage=dict(used=len(share), perplexity=round(perplexity, 1)),
-    )
+def entropy(p):
+    """In nats, of probabilities of any shape."""
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
 
 
 def finish(meta):
@@ -1076,23 +1040,28 @@ def draw_stretches(speech, step, device):
 
 
 def voice_loss(voice, batch):
-    """Log-mel, pitch and duration losses, and the spectral one of some stretches' waves, through
-    source and inverse STFT. The energies have the first for themselves, so that the last teaches
-    what is voice and what is noise. -> scalar"""
-    energies, logits, pitch = voice(batch['frames'], batch['place'], batch['voice'][:, 0])
-    mel = (energies - log_mels(batch['wave'])).abs().mean()
-    voiced = batch['pitch'] > 0
-    wrong = (pitch - batch['pitch'].clamp(min=1).log()).abs() * voiced
-    beyond = voice.mean_durations(batch['units']) - 1
-    tempo = F.poisson_nll_loss(beyond, batch['durations'].float() - 1, log_input=False)
+    """The sum of the losses of a step: log-mel, spectral, pitch and duration -> scalar.
 
-    some = slice(0, VOICE_WAVES)
-    hertz = torch.where(voiced, batch['pitch'], pitch.detach().exp().clamp(50, 500))[some]
-    pulses, _ = Source()(hertz)
-    share = voice.voiced(logits[some])
-    wave = filter_source(energies[some].detach(), share, pulses, batch['noise'])
-    spectral = spectral_loss(wave, batch['wave'][some])
-    return mel + spectral + wrong.sum() / voiced.sum().clamp(min=1) + tempo
+    The spectral loss is of waves, through source and inverse STFT. The energies learn from the
+    log-mel alone, so that the waves teach what is voice and what is noise.
+    """
+    energies, logits, log_pitch = voice(batch['frames'], batch['place'], batch['voice'][:, 0])
+    mel_loss = (energies - log_mels(batch['wave'])).abs().mean()
+
+    # pitch where there is one; the frames of a run after its first are a Poisson variable
+    voiced = batch['pitch'] > 0
+    pitch_error = (log_pitch - batch['pitch'].clamp(min=1).log()).abs() * voiced
+    pitch_loss = pitch_error.sum() / voiced.sum().clamp(min=1)
+    further = voice.mean_durations(batch['units']) - 1
+    duration_loss = F.poisson_nll_loss(further, batch['durations'].float() - 1, log_input=False)
+
+    # waves of the first stretches, at the pitch of the recording where that has one
+    few = slice(0, VOICE_WAVES)
+    pitch = torch.where(voiced, batch['pitch'], log_pitch.detach().exp().clamp(50, 500))[few]
+    pulses, _ = Source()(pitch)
+    share = voice.voiced(logits[few])
+    wave = filter_source(energies[few].detach(), share, pulses, batch['noise'])
+    return mel_loss + spectral_loss(wave, batch['wave'][few]) + pitch_loss + duration_loss
 
 
 def hear_voice(vocoder, speech):
@@ -1100,9 +1069,9 @@ def hear_voice(vocoder, speech):
     errors = []
     with torch.inference_mode():
         for known in speech:
-            which = dict(speaker=int(known['voice'][0])) if 'voices' in vocoder.config else {}
-            wave = vocoder.voice.speak(known['units'], known['durations'], **which).cpu()
-            both = log_mels(torch.stack((wave, known['wave'])))
+            speaker = int(known['voice'][0])  # the table has one for all
+            wave = vocoder.voice.speak(known['units'], known['durations'], speaker=speaker)
+            both = log_mels(torch.stack((wave.cpu(), known['wave'])))
             errors.append(both.diff(dim=0).abs().mean())
     return round(float(torch.stack(errors).mean()), 4)
 
@@ -1255,7 +1224,7 @@ def documents_of(path):
                 lines.append(line)
 
 
-def rows_with_split():
+def numbered_rows():
     """Yields (number, split, row) of the utterances in out/units.jsonl that are not empty."""
     for number, row in read_jsonl(os.path.join(out, 'units.jsonl')):
         if row['units']:
@@ -1264,14 +1233,14 @@ def rows_with_split():
 
 def speech_documents(meta):
     """Yields (split, tokens) of the utterances as speech: `<speech>`, units, the end."""
-    for _, split, row in rows_with_split():
+    for _, split, row in numbered_rows():
         units = (np.array(row['units']) + meta['offset']).tolist()
         yield split, [meta['vocab_size'] - 2, *units, meta['end']]
 
 
 def text_documents(meta, encode):
     """Yields (split, tokens) of texts: `<text>`, the text LM's tokens, the end."""
-    rows = ((split, row.get('text')) for _, split, row in rows_with_split())
+    rows = ((split, row.get('text')) for _, split, row in numbered_rows())
     if texts:
         rows = ((split_by_hash(name), text) for name, text in read_texts(texts))
     for split, text in rows:
@@ -1283,7 +1252,7 @@ def interleaved_documents(meta, encode):
     """Yields (split, tokens) of the utterances with word times, `draws` times, each time with other
     spans; those that validate once."""
     for draw in range(draws):
-        for number, split, row in rows_with_split():
+        for number, split, row in numbered_rows():
             if row.get('words') and (split == 'train' or draw == 0):
                 rng = np.random.default_rng((seed, draw, number))
                 speech = draw_spans(len(row['words']), rng)
@@ -1306,11 +1275,11 @@ def write_token_set(name, documents, meta):
                 documents_of_split[split] += 1
     with write_atomic(os.path.join(folder, 'meta.json')) as file:
         json.dump(meta | dict(tokens=tokens, utterances=documents_of_split), file, indent=2)
-    said = f'{folder}: {documents_of_split["train"]:,} documents, {tokens["train"]:,} tokens'
+    told = f'{folder}: {documents_of_split["train"]:,} documents, {tokens["train"]:,} tokens'
     if not tokens['train']:
         wanted = dict(text='text', interleaved='words: [[word, start s, end s], ...]')
-        said += f'; no train set, rows of units.jsonl need {wanted.get(name, "units")}'
-    print(said)
+        told += f'; no train set, rows of units.jsonl need {wanted.get(name, "units")}'
+    print(told)
 
 
 def write_text_sets():
@@ -1386,12 +1355,6 @@ def measure_units(rows, frame_rate, n_units):
         run_ms=1000 / rate,
         frames=len(units),
     )
-
-
-def entropy(p):
-    """In nats, of probabilities of any shape."""
-    p = p[p > 0]
-    return float(-(p * np.log(p)).sum())
 
 
 def judge_file(path):
@@ -1516,13 +1479,26 @@ def count_workers():
     return workers or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
-def make_recipe(corpus, config):
-    """What decides the parts: settings and a digest of the listing."""
+def settle_recipe(corpus, config):
+    """What decides the parts: settings and a digest of the listing. The first to come lays it down
+    in the folder, the others must have the same. Raises InputError naming what differs."""
     listing = hashlib.sha1()
     for item in corpus.items:
         path = name_below(item.path, corpus.root)
         listing.update(repr(item._replace(path=path)).encode())
-    return {key: config[key] for key in RECIPE} | dict(listing=listing.hexdigest())
+    recipe = {key: config[key] for key in RECIPE} | dict(listing=listing.hexdigest())
+    path = os.path.join(out, 'parts', 'recipe.json')
+    if not os.path.exists(path):
+        with write_atomic(path) as file:
+            json.dump(recipe, file, indent=2)
+    there = read_json(path)
+    others = [key for key in recipe if there.get(key) != recipe[key]]
+    if others:
+        raise InputError(
+            f'{path}: begun with another {", ".join(others)}; give the same settings and audio, '
+            'another --out, or delete the folder'
+        )
+    return recipe
 
 
 def pack_units():
@@ -1544,15 +1520,16 @@ def prepare_encoder(corpus, recipe, part):
     if not custom and encoder in ENCODERS:
         return load_encoder(encoder, 0, None, corpus), encoder
 
-    if part == 0 and not os.path.exists(folder):
+    made = os.path.join(folder, 'encoder.json')  # of its files the last to be written
+    if part == 0 and not os.path.exists(made):
         net = load_encoder(encoder, fit_kmeans, switch, corpus)
         if fit_kmeans:
             net.config['vocoder'] = 'vocoder'
         net.config['fitted'] = recipe
-        publish(folder, net.save_pretrained)
-    if not os.path.exists(folder):
+        net.save_pretrained(folder)
+    if not os.path.exists(made):
         print('waiting for shard 0 to make the encoder', flush=True)
-    while not os.path.exists(folder):
+    while not os.path.exists(made):
         time.sleep(1)
     net = UnitEncoder.from_pretrained(folder, None, None, device, dtype)
     if net.config.get('fitted') != recipe:
@@ -1562,18 +1539,22 @@ def prepare_encoder(corpus, recipe, part):
     return net, 'encoder'
 
 
+def has_voice(folder):
+    """Whether a vocoder is there: of its files this is the last to be written."""
+    return os.path.exists(os.path.join(folder, 'vocoder.json'))
+
+
 def prepare_vocoder(net, name, corpus):
     """The voice that goes with the units: fitted here, or that of the encoder -> its name."""
     folder = os.path.join(out, 'vocoder')
-    if fit_vocoder and not os.path.isdir(folder):
+    if fit_vocoder and not has_voice(folder):
         fit_voice = fit_neural_vocoder if fit_vocoder == 'neural' else fit_table
-        publish(folder, fit_voice(net, corpus).save_pretrained)
+        fit_voice(net, corpus).save_pretrained(folder)
         with suppress(FileNotFoundError):
             os.remove(os.path.join(out, 'vocoder_state.pt'))
-    elif name == 'encoder' and net.vocoder and os.path.isdir(net.vocoder):
-        if not os.path.isdir(folder):  # the folder holds all that its units need
-            publish(folder, partial(shutil.copytree, net.vocoder, dirs_exist_ok=True))
-    if os.path.isdir(folder):
+    elif name == 'encoder' and has_voice(net.vocoder or '') and not has_voice(folder):
+        UnitVocoder.from_pretrained(net.vocoder).save_pretrained(folder)  # all that units need
+    if has_voice(folder):
         return 'vocoder'
     return net.vocoder if name != 'encoder' else None
 
@@ -1612,16 +1593,11 @@ if __name__ == '__main__':
             write_text_sets()
         sys.exit()
 
-    # What there is to do. The first to come lays down the recipe, the others must have the same
+    # What there is to do
     corpus = choose_items(*find_sources())
     parts = make_parts(corpus.items)
-    recipe = make_recipe(corpus, config)
-    path = os.path.join(out, 'parts', 'recipe.json')
-    if not os.path.exists(path):
-        with write_atomic(path) as file:
-            json.dump(recipe, file, indent=2)
-    check_recipe(path, recipe)
-    voice_missing = fit_vocoder and not os.path.exists(os.path.join(out, 'vocoder'))
+    recipe = settle_recipe(corpus, config)
+    voice_missing = fit_vocoder and not has_voice(os.path.join(out, 'vocoder'))
     if os.path.exists(os.path.join(out, 'meta.json')) and not voice_missing:
         print(f'{out}: everything is already there; nothing to do (delete it to make it again)')
         if text_lm:

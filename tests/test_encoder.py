@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 
@@ -35,7 +34,6 @@ from model import (
     mel_filters,
     resample,
     save_audio,
-    write_atomic,
 )
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -91,9 +89,9 @@ def test_resample_is_the_windowed_sinc(rate, wanted):
 
 
 def test_resample_of_minutes_is_that_of_the_whole():
-    wave = np.random.default_rng(0).uniform(-1, 1, 50 * 125 + 7)
-    ours = resample(wave, 50, 80).numpy()
-    theirs = windowed_sinc(wave, 50, 80)
+    wave = np.random.default_rng(0).uniform(-1, 1, 20 * 125 + 7)
+    ours = resample(wave, 20, 32).numpy()
+    theirs = windowed_sinc(wave, 20, 32)
     assert len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
@@ -206,21 +204,6 @@ def test_save_audio_never_clips_and_leaves_nothing_beside(tmp_path):
         assert 0.98 < float(load_audio(tmp_path / name / name).abs().max()) <= 0.99
         assert os.listdir(tmp_path / name) == [name]
     assert soundfile.info(tmp_path / 'x.flac' / 'x.flac').format == 'FLAC'
-
-
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
-    here = f'{tmp_path}/a.json.{socket.gethostname()}'
-    for name in (
-        f'{here}.999999999.tmp',
-        f'{here}.{os.getppid()}.tmp',
-        f'{tmp_path}/a.json.x.1.tmp',
-    ):
-        open(name, 'w').close()
-    with write_atomic(f'{tmp_path}/a.json') as file:
-        file.write('x')
-        assert os.path.exists(f'{here}.{os.getpid()}.tmp')
-    left = ['a.json', f'a.json.{socket.gethostname()}.{os.getppid()}.tmp', 'a.json.x.1.tmp']
-    assert sorted(os.listdir(tmp_path)) == sorted(left)  # the living and other machines keep theirs
 
 
 def test_dedup():
@@ -668,25 +651,20 @@ def test_public_encoder_offline_names_its_files(tmp_path, monkeypatch):
     encoder = UnitEncoder.from_pretrained('mhubert25', kmeans='')
     assert len(encoder.extractor.net.encoder.layers) == 11 and encoder.vocoder == 'hifigan25'
     assert len(encoder.features([torch.zeros(720 - 80)])[0]) == 1
-    (tmp_path / 'f.bin').write_bytes(b'abc')
-    sha256 = hashlib.sha256(b'abc').hexdigest()
-    assert fetch('https://example.org/f.bin', sha256) == str(tmp_path / 'f.bin')
-    with pytest.raises(InputError, match='sha256'):
-        fetch('https://example.org/f.bin', '0' * 64)
 
 
 def test_fetch_downloads_once_and_checks(tmp_path, monkeypatch):
     monkeypatch.setenv('SLAM_CACHE', str(tmp_path / 'cache'))
     (tmp_path / 'f.bin').write_bytes(b'abc')
     url, sha256 = (tmp_path / 'f.bin').as_uri(), hashlib.sha256(b'abc').hexdigest()
-    with pytest.raises(InputError, match='sha256'):
-        fetch(url, '0' * 64)
-    assert os.listdir(tmp_path / 'cache') == []
     assert open(fetch(url, sha256), 'rb').read() == b'abc'
     os.remove(tmp_path / 'f.bin')
     assert fetch(url, sha256) == str(tmp_path / 'cache' / 'f.bin')
+    with pytest.raises(InputError, match='sha256 differs.: delete it'):
+        fetch(url, '0' * 64)
     with pytest.raises(InputError, match='put it at'):
         fetch((tmp_path / 'g.bin').as_uri())
+    assert os.listdir(tmp_path / 'cache') == ['f.bin']
 
 
 # ---------------------------------------------------------------------------- k-means files

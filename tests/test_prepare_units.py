@@ -23,6 +23,7 @@ import soundfile
 import torch
 import tqdm
 import transformers
+from test_encoder import speech
 
 import prepare_units as P
 from model import (
@@ -35,22 +36,6 @@ from model import (
 
 torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def speech(seconds, seed=0):
-    """Something with syllables: harmonics whose envelope changes every 120 ms, pauses, noise."""
-    rng = np.random.default_rng(seed)
-    t = np.arange(int(seconds * 16000)) / 16000
-    wave = np.zeros_like(t)
-    for start in np.arange(0, seconds, 0.12):
-        here = (t >= start) & (t < start + 0.12)
-        if rng.random() > 0.2:
-            peaks, pitch = rng.uniform(200, 4000, 3), rng.uniform(90, 220)
-            for n in range(1, 30):
-                wave[here] += np.exp(-(((n * pitch - peaks) / 200) ** 2)).sum() * np.sin(
-                    2 * np.pi * n * pitch * t[here]
-                )
-    return torch.from_numpy((0.05 * wave + 1e-4 * rng.standard_normal(len(t))).astype('float32'))
 
 
 def script(args, env, log):
