@@ -216,9 +216,14 @@ class SLM(nn.Module):
             self.rope = [table.to(weight) for table in rope_tables(self.config)]
 
     def hidden(self, tokens, doc=None, positions=None, branch=None, attend=None):
-        """The last hidden states (B, T, embed_dim), ready for the head; arguments as in forward.
+        """The last hidden states (B, T, embed_dim), ready for the head.
 
-        attend: a function of q, k, v in place of attention within documents (generation's).
+        tokens: (B, T) int64. doc: (B, T) integers, equal along one utterance and changing at its
+        border; a token sees its own utterance alone, with positions from 0. None: each row is one
+        utterance. positions: (B, T), in place of those. branch: (B, T), 0 for a shared prompt, 1,
+        2, ... for its alternatives, which see the prompt and themselves. attend: a function of q, k
+        and v, in place of attention within documents (generation's).
+        Raises: InputError if the model's positions do not reach that far.
         """
         c, (B, T) = self.config, tokens.shape
         if positions is None:
@@ -261,10 +266,10 @@ class SLM(nn.Module):
             weight = F.pad(weight, (0, 0, 0, -len(weight) % 128))
         return weight
 
-    def logits(self, x, precise=False, weight=None):
-        """The head: (..., embed_dim) -> (..., vocab_size). precise: the product in fp32. weight: of
-        head_weight, where several products share it."""
-        weight = self.head_weight(x, precise) if weight is None else weight
+    def logits(self, x, weight=None):
+        """The head: (..., embed_dim) -> (..., vocab_size). weight: of head_weight, where several
+        products share it."""
+        weight = self.head_weight(x) if weight is None else weight
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(weight.dtype), weight)[..., : self.config.vocab_size]
 
@@ -274,7 +279,7 @@ class SLM(nn.Module):
         weight = self.head_weight(x, precise)
 
         def losses_of(x, targets):
-            logits = self.logits(x, precise, weight).float()
+            logits = self.logits(x, weight).float()
             return F.cross_entropy(logits, targets, reduction='none', ignore_index=-100)
 
         rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
@@ -288,15 +293,10 @@ class SLM(nn.Module):
     def forward(self, tokens, targets=None, doc=None, positions=None, branch=None):
         """Next-token logits, or the loss where targets are given.
 
-        tokens: (B, T) int64. targets: (B, T) int64, the token after each, -100 where none is to be
-        predicted. doc: (B, T) integers, equal along one utterance and changing at its border; a
-        token sees its own utterance alone, with positions from 0. None: each row is one utterance.
-        positions: (B, T), in place of those. branch: (B, T), 0 for a shared prompt, 1, 2, ... for
-        its alternatives, which see the prompt and themselves.
-
+        tokens, doc, positions, branch: (B, T), as in hidden. targets: (B, T) int64, the token after
+        each, -100 where none is to be predicted.
         Returns: logits (B, T, vocab_size); with targets the mean cross-entropy over those that are
         not -100, in nats, a scalar computed in fp32.
-        Raises: InputError if the model's positions do not reach that far.
         """
         x = self.hidden(tokens, doc, positions, branch)
         if targets is None:
@@ -304,17 +304,14 @@ class SLM(nn.Module):
         losses = self.cross_entropy(x.flatten(0, 1), targets.flatten())
         return losses.sum() / (targets != -100).sum()
 
-    def logps(
-        self, tokens, mask, doc=None, positions=None, branch=None, segments=None, n=None, mean=False
-    ):
+    def logps(self, tokens, mask, doc=None, positions=None, branch=None, segments=None, n=None):
         """Log-probabilities in nats of the tokens where mask is 1, each given what it may see
         before it; differentiable; the head's product in fp32 (bf16 logits above 8 are 1/16 apart).
 
-        tokens, doc, positions, branch: as in forward. mask: (B, T), 0 on the first token of every
+        tokens, doc, positions, branch: as in hidden. mask: (B, T), 0 on the first token of every
         utterance, which nothing predicts. segments: (B, T) int64, the output that each token counts
         towards, in 0 .. n - 1; None: its row.
-        Returns: (n,) or (B,) sums, or means per token. The metrics of the field take means (sBLIMP,
-        StoryCloze); DPO takes sums.
+        Returns: sums, (n,) or (B,).
         """
         B, T = tokens.shape
         before = torch.arange(T, device=tokens.device).expand(B, T) - 1
@@ -331,27 +328,21 @@ class SLM(nn.Module):
         if segments is None:
             segments, n = torch.arange(B, device=tokens.device).repeat_interleave(T), B
         zeros = torch.zeros(n, dtype=token_logps.dtype, device=tokens.device)
-        sums = zeros.index_add(0, segments.flatten(), token_logps * mask)
-        if not mean:
-            return sums
-        return sums / zeros.index_add(0, segments.flatten(), mask).clamp(min=1)
+        return zeros.index_add(0, segments.flatten(), token_logps * mask)
 
     def num_params(self):
         """Parameters, tied ones once: what Table 7 counts."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, span=None):
+    def flops_per_token(self, span):
         """Floating-point operations of one token, forward and backward: 6 a weight that multiplies,
-        and causal attention.
-
-        span: mean tokens of an utterance (attention reaches half of it); None: the context.
-        """
+        and causal attention. span: mean tokens of an utterance; attention reaches half of it."""
         c = self.config
         weights = c.vocab_size * c.embed_dim  # the head
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2 and 'embed' not in name and name != 'head.weight':
                 weights += parameter.numel()
-        return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * (span or c.context)
+        return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * span
 
     # ------------------------------------------------------------------ tokens
 
@@ -736,7 +727,7 @@ def visibility(doc, branch):
 def attention_within(doc, branch, device, longest):
     """How every layer attends: a function of q, k, v made once a forward.
 
-    doc, branch: (B, T) or None, as in SLM.forward. longest: tokens of the longest document that is
+    doc, branch: (B, T) or None, as in SLM.hidden. longest: tokens of the longest document that is
     to be expected (varlen).
     """
     if doc is None:
