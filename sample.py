@@ -595,12 +595,12 @@ def write_results(rows, prompts, more, frame_rate, seconds):
     print(f'{what}{f", {loops} with a loop" if loops else ""} -> {html or stream or out}')
 
 
-def check_knobs():
+def check_knobs(config):
     """Raises InputError for knobs that make no sense, alone or together."""
     if min(num_samples, max_new_tokens, batch_size) < 1:
         raise InputError('num_samples, max_new_tokens and batch_size are at least 1')
     numbers = 'temperature', 'top_k', 'prompt_seconds', 'max_prompts', 'speaker', 'style'
-    if not all(0 <= globals()[name] < math.inf for name in numbers):
+    if not all(0 <= config[name] < math.inf for name in numbers):
         raise InputError(f'{", ".join(numbers)} are neither negative nor infinite')
     if not (0 < top_p <= 1 and 0 < repetition_penalty < 100):
         raise InputError('top_p is above 0 and at most 1, repetition_penalty above 0')
@@ -618,7 +618,7 @@ def check_knobs():
 
 if __name__ == '__main__':
     config = configure(globals())
-    check_knobs()
+    check_knobs(config)
     if stream == '-':
         sys.stdout = sys.stderr  # stdout is for sound alone
     where = pick_device(device)

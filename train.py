@@ -152,6 +152,9 @@ def read_meta(folder, split):
     where it is none, has no such split, or lacks a part that it names."""
     with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
         meta = json.load(file)
+    np.dtype(meta['dtype'])  # an unknown one fails here
+    if meta['vocab_size'] < 1:
+        raise ValueError('no vocabulary')
     if meta['tokens'][split] < 2:
         raise ValueError(f'has nothing in its split {split}')
     for key in ('encoder', 'vocoder'):  # a checkpoint without them could not be heard

@@ -936,7 +936,8 @@ def test_data_that_do_not_fit_are_one_line(data, tmp_path):
     with pytest.raises(InputError, match='weights of data'):
         train.Loader(train.open_data(f'{data}:0.0001'), 32, 64, 0).order(0)
     meta = json.loads(read(os.path.join(data, 'meta.json')))
-    for i, change in enumerate((dict(tokens={}), dict(tokens=dict(train=0)), None)):
+    changes = dict(tokens={}), dict(dtype='none'), dict(vocab_size=None), dict(tokens=dict(train=0))
+    for i, change in enumerate((*changes, None)):
         shutil.copytree(data, tmp_path / f'meta{i}')
         content = json.dumps(meta | change if change else [])
         (tmp_path / f'meta{i}' / 'meta.json').write_text(content)
