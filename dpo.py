@@ -54,10 +54,10 @@ from model import (
     read_jsonl,
     save_run,
     say,
-    share,
     start_processes,
     start_wandb,
     stop_processes,
+    sum_over_processes,
     to_hf_config,
     tokenize_words,
     write_atomic,
@@ -427,7 +427,7 @@ def measure_samples(model, prompts):
     return dict(units=units, repeats=repeats / max(1, units), auto_bleu=bleu)
 
 
-def tell(record, last_step):
+def format_record(record, last_step):
     """The line on the terminal of a record of log.jsonl."""
     parts = [f'step {record["step"]}/{last_step}']
     if record['loss'] is not None:
@@ -439,7 +439,7 @@ def tell(record, last_step):
     return ' | '.join(parts)
 
 
-def tell_validation(scores, before, n_pairs):
+def format_validation(scores, before, n_pairs):
     """The lines on the terminal of a validation, n beside every percentage."""
     return (
         f'  {n_pairs} pairs held out: loss {scores["val_loss"]:.4f}, accuracy '
@@ -600,7 +600,7 @@ if __name__ == '__main__':
         scores = before = validate()
         best = before['val_loss']
         log_file.write(json.dumps(dict(step=0, **scores)) + '\n')
-        say(tell_validation(scores, before, len(val)), rank)
+        say(format_validation(scores, before, len(val)), rank)
     while step < last_step and elapsed < budget and not halt:
         # the pairs of this step, in rows of which each process takes every world-th
         epoch, number = divmod(step, per_epoch)
@@ -648,7 +648,8 @@ if __name__ == '__main__':
         *sums, good, bad, in_a_row = totals.tolist()  # here the host waits for the device
         took = time.perf_counter() - clock
         clock_of_first = elapsed + took if rank == 0 else 0
-        elapsed, halt = share([clock_of_first, len(stopping)], torch_device)
+        numbers = [clock_of_first, len(stopping)]
+        elapsed, halt = sum_over_processes(numbers, torch_device)
         over = step >= last_step or elapsed >= budget
         skipped += round(bad)
         pace = took / max(1, good + bad)  # seconds a step
@@ -669,9 +670,9 @@ if __name__ == '__main__':
         if tracker:
             tracker.log(record, step=step)
         left = min((last_step - step) * pace, budget - elapsed)
-        say(f'{tell(record, last_step)} | {duration(max(0, left))} left', rank)
+        say(f'{format_record(record, last_step)} | {duration(max(0, left))} left', rank)
         if validating and (evaluate or over):
-            say(tell_validation(scores, before, len(val)), rank)
+            say(format_validation(scores, before, len(val)), rank)
         for line in damage:
             say(f'WARNING: {line}', rank)
         if in_a_row >= 10 or over and in_a_row > step / 2:

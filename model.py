@@ -3377,7 +3377,7 @@ def check_knobs(config, least, below):
 
 
 def explain_memory(remedy):
-    """From now on, memory that is not there is told as an InputError that names the remedy."""
+    """From now on, running out of memory is an InputError that names the remedy."""
     before = sys.excepthook
 
     def hook(kind, error, trace):
@@ -3414,8 +3414,8 @@ def stop_processes(world):
         dist.destroy_process_group()
 
 
-def share(numbers, device):
-    """Sums of a list of numbers over the processes: what all of them then agree on."""
+def sum_over_processes(numbers, device):
+    """A list of numbers, each summed over the processes, which then all have the same."""
     if not dist.is_initialized():
         return numbers
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)

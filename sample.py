@@ -331,7 +331,7 @@ def prompt_tokens(p, model):
     return model.tokens_of([(kind, ids), *switch])
 
 
-def tell(p, k, name, frame_rate, new, duration, note=''):
+def report_sample(p, k, name, frame_rate, new, duration, note=''):
     """Print sample k of a prompt in words, its continuation `new` (n,) and the duration of that.
 
     Returns: its line of units.jsonl, with `warning`: what is wrong with it, or ''.
@@ -382,8 +382,8 @@ def generate_batches(prompts, nets, sampling):
 def continue_prompts(prompts, nets, sampling):
     """Continue each prompt num_samples times, in batches, and save the sound.
 
-    Returns: list of rows as of `tell`, and what the page shows: `sound` (samples,) and `recording`
-    (samples,) or None.
+    Returns: list of rows as of report_sample with what the page shows: `sound` (samples,) and
+    `recording` (samples,) or None.
     """
     voice, rows = nets.vocoder, []
     for batch in generate_batches(prompts, nets, sampling):
@@ -400,7 +400,7 @@ def continue_prompts(prompts, nets, sampling):
 
 
 def save_sample(p, k, nets, new, duration, wave):
-    """Write the wav files of a prompt continued, wave (samples,), and tell of it -> its row."""
+    """Write the wav files of a prompt continued, wave (samples,), and report it -> its row."""
     voice, folder = nets.vocoder, os.path.join(out, p.name)
     silence = torch.zeros(voice.hop)
     cut = int(p.duration.sum()) * voice.hop
@@ -413,7 +413,7 @@ def save_sample(p, k, nets, new, duration, wave):
     save_audio(os.path.join(folder, f'continuation{tag(k)}.wav'), rest, voice.sample_rate)
     wave = wave if len(wave) else silence
     save_audio(os.path.join(folder, f'full{tag(k)}.wav'), wave, voice.sample_rate)
-    row = tell(p, k, f'{p.name}/full{tag(k)}.wav', voice.frame_rate, new, duration)
+    row = report_sample(p, k, f'{p.name}/full{tag(k)}.wav', voice.frame_rate, new, duration)
     return row | dict(sound=wave, recording=p.wave)
 
 
@@ -451,7 +451,7 @@ def resynthesise(prompts, nets):
         name = f'{p.name}/resynth.wav'
         save_audio(os.path.join(out, name), wave, voice.sample_rate)
         note = f' -> {100 * kept / len(was):.0f} % of the frames have their unit again'
-        row = tell(p, 1, name, voice.frame_rate, none, none, note)
+        row = report_sample(p, 1, name, voice.frame_rate, none, none, note)
         rows.append(row | dict(sound=wave, recording=p.wave))
     return rows, dict(frames_unchanged=100 * same / frames)
 
@@ -522,7 +522,8 @@ def stream_prompts(prompts, nets, sampling):
                 if samples > int(p.duration.sum()) * voice.hop:
                     times.setdefault('first_new_sound', time.perf_counter() - start)
             new = torch.tensor(new, dtype=torch.long)
-            rows.append(tell(p, 1, stream, voice.frame_rate, new, voice.durations([new])[0]))
+            lasts = voice.durations([new])[0]
+            rows.append(report_sample(p, 1, stream, voice.frame_rate, new, lasts))
     return rows, {key: round(seconds, 3) for key, seconds in times.items()}
 
 

@@ -49,10 +49,10 @@ from model import (
     pick_dtype,
     save_run,
     say,
-    share,
     start_processes,
     start_wandb,
     stop_processes,
+    sum_over_processes,
 )
 
 # -----------------------------------------------------------------------------
@@ -484,7 +484,7 @@ def validate(model, validation, device, autocast, rank=0, world=1):
     return losses
 
 
-def tell(record, mfu):
+def format_record(record, mfu):
     """The line on the terminal of a record of log.jsonl."""
     parts = [f'step {record["step"]}/{max_steps}']
     if record['loss'] is not None:
@@ -650,7 +650,8 @@ if __name__ == '__main__':
         loss, norm, good, bad, in_a_row = totals.tolist()  # here the host waits for the device
         took = time.perf_counter() - clock
         clock_of_first = elapsed + took if rank == 0 else 0
-        loss, elapsed, halt = share([loss, clock_of_first, len(stopping)], torch_device)
+        numbers = [loss, clock_of_first, len(stopping)]
+        loss, elapsed, halt = sum_over_processes(numbers, torch_device)
         over = step >= max_steps or elapsed >= budget
         skipped += round(bad)
         speed = (seen - seen_before) / max(took, 1e-9)  # tokens a second
@@ -667,7 +668,7 @@ if __name__ == '__main__':
         if tracker:
             tracker.log(record, step=step)
         left = min((max_steps - step) * batch_tokens / max(speed, 1e-9), budget - elapsed)
-        say(f'{tell(record, speed * flops / peak)} | {duration(max(0, left))} left', rank)
+        say(f'{format_record(record, speed * flops / peak)} | {duration(max(0, left))} left', rank)
         if in_a_row >= 10 or over and in_a_row > step / 2:
             remedy = 'lower --lr, or look at the data and at the weights of --init'
             fail(f'{in_a_row:.0f} steps in a row were not finite: {remedy}')

@@ -79,6 +79,8 @@ def test_find_prompts_in_folders_and_globs(talk):
     assert names(sample.find_prompts(str(talk))) == ['a', 'b', 'a_2']
     both = sample.find_prompts(f'{talk}/b.wav, {talk}/deep/*.wav')
     assert names(both) == ['b', 'a']
+    (talk / 'deep/a_2.wav').write_bytes(b'')  # called as another would be
+    assert names(sample.find_prompts(str(talk))) == ['a', 'b', 'a_2', 'a_2_2']
 
 
 def test_a_limit_drops_no_file_that_was_named(talk):
