@@ -64,7 +64,7 @@ class SLMConfig:
     dropout: float = 0.0  # on the residual branches, as OPT has it
     norm: str | None = None  # 'rms' or 'layer'
     norm_eps: float | None = None
-    pre_norm: bool | None = None  # False: OPT-350M normalises after each residual
+    pre_norm: bool | None = None  # False: OPT-350M, norms after each residual and none at the end
     parallel: bool | None = None  # attention and MLP read the same input
     positions: str | None = None  # 'rope' or 'learned'
     rope_theta: float = 10000.0
@@ -908,8 +908,9 @@ ACTIVATIONS = dict(
     relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=partial(F.gelu, approximate='tanh')
 )
 
-# All that differs between families, one entry each; to add a family, add an entry, and to SLMConfig
-# and Block what it computes that no other does. Most entries say how they differ from Llama.
+# All that differs between families, one entry each; most say how they differ from Llama. To add a
+# family, add an entry; what it alone computes becomes a field of SLMConfig, with the others' value
+# in LLAMA, and a line of Block.
 KEYS = dict(  # config.json's names of our fields, where most families agree
     vocab_size='vocab_size',
     n_layer='num_hidden_layers',
