@@ -93,8 +93,8 @@ repetition_penalty = None  # None: 1.1 after DPO, 1.0 before it
 # who listens
 asr = 'openai/whisper-large-v3-turbo'  # transcribes for genppl, autobleu and gptscore
 text_lm = 'meta-llama/Llama-3.2-1B'  # genppl's
-judge = ''  # gptscore's: an instruct model, or an OpenAI-compatible URL (https://host/v1)
-judge_model = 'gpt-4o'  # what to ask for at the URL; the key is read from $OPENAI_API_KEY
+judge = ''  # gptscore's: an OpenAI-compatible URL, such as http://localhost:8000/v1
+judge_model = 'gpt-4o'  # what to ask for there; the key is read from $OPENAI_API_KEY
 utmos = ''  # a TorchScript file: (1, samples) float at 16 kHz -> the opinion score
 # what is written
 out = 'out/eval.json'  # beside it NAME.pairs.jsonl, every pair's scores, and eval_cache/, the units
@@ -324,9 +324,8 @@ def find_place(name, data_dir):
             return os.path.join(data_dir, child)
     if name in (*ZEROSPEECH, 'salmon'):  # their parts may lie in data_dir itself
         return data_dir
-    known = ', '.join((*ZEROSPEECH, 'salmon', *METRICS))
     has = ', '.join(there[:9]) or 'nothing'
-    remedy = f'give --tasks={name}=PATH, a folder of data_dir, or of {known}'
+    remedy = f'give --tasks={name}=PATH, or one of {", ".join((*ZEROSPEECH, "salmon", *METRICS))}'
     raise InputError(f'no {name!r} in {data_dir} (it has {has}): {remedy}')
 
 
@@ -517,7 +516,7 @@ def to_tokens(model, utterance):
 
 
 @torch.inference_mode()
-def log_likelihoods(model, utterances, progress=False):
+def log_likelihoods(model, utterances):
     """Log-likelihoods in nats of utterances, of to_tokens' kinds, each token given all before it.
 
     Returns: sums (n,), tokens predicted (n,). Each distinct sequence is computed once, so that
@@ -537,7 +536,7 @@ def log_likelihoods(model, utterances, progress=False):
     rows = pack_rows(lengths, width)
     sums = np.zeros(len(distinct))
     starts = range(0, len(rows), batch)
-    for start in tqdm(starts, 'scoring', unit='batch', leave=False, disable=not progress):
+    for start in tqdm(starts, 'scoring', unit='batch', leave=False, disable=len(starts) < 3):
         tokens, document, predicted, segments = np.zeros((4, batch, width), np.int64)
         # what is left of a row: documents no longer than learned positions reach
         document[:] = -1 - np.arange(width) // model.config.context
@@ -625,17 +624,13 @@ def summarise(pairs, wins, seed=1234):
     wins: 0, 1/2 or 1 of each pair and voice. Returns: the result in percent (score, interval, by
     type, by voice), and {id: score in 0 .. 1}.
     """
-    by_voice = defaultdict(lambda: defaultdict(list))  # {voice: {id: [win, ...]}}
+    wins_of = defaultdict(list)  # a word of sWUGGY has several non-words in each voice
     for pair, win in zip(pairs, wins, strict=True):
-        by_voice[pair['voice']][pair['id']].append(win)
-    voices = {
-        voice: {key: float(np.mean(wins)) for key, wins in ids.items()}
-        for voice, ids in by_voice.items()
-    }
-    items = {}
-    for key in dict.fromkeys(pair['id'] for pair in pairs):
-        items[key] = float(np.mean([ids[key] for ids in voices.values() if key in ids]))
-    types = defaultdict(dict)
+        wins_of[pair['id'], pair['voice']].append(win)
+    of_pair, voices, types = (defaultdict(dict) for _ in range(3))
+    for (key, voice), found in wins_of.items():
+        of_pair[key][voice] = voices[voice][key] = float(np.mean(found))
+    items = {key: float(np.mean([*found.values()])) for key, found in of_pair.items()}
     for pair in pairs:
         for kind in pair['types']:
             types[kind][pair['id']] = items[pair['id']]
@@ -722,28 +717,9 @@ def ask_endpoint(question, url, model_name, retries=3):
         raise InputError(f'the judge at {url} does not answer ({error}): {remedy}') from None
 
 
-@torch.inference_mode()
-def ask_model(question, where, device):
-    """The answer of an instruct model of transformers', decoded greedily."""
-    model, tokenizer = load_hf('AutoModelForCausalLM', 'AutoTokenizer', where, device)
-    chat = bool(tokenizer.chat_template)
-    if chat:
-        message = [dict(role='user', content=question)]
-        question = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=False
-        )
-    ids = tokenizer(question, return_tensors='pt', add_special_tokens=not chat).input_ids.to(device)
-    mask = torch.ones_like(ids)
-    answer = model.generate(ids, attention_mask=mask, max_new_tokens=512, do_sample=False)
-    return tokenizer.decode(answer[0, ids.shape[1] :])
-
-
-def rate(question, where, device, model_name=''):
+def rate(question, url, model_name):
     """A judge's rating, 1 to 5, from the last boxed number of its answer; None if it has none."""
-    if where.startswith(('http://', 'https://')):
-        answer = ask_endpoint(question, where, model_name)
-    else:
-        answer = ask_model(question, where, device)
+    answer = ask_endpoint(question, url, model_name)
     boxed = re.findall(r'\\boxed\{\D{0,8}?([1-5](?:\.\d+)?)\D{0,2}\}', answer)
     return float(boxed[-1]) if boxed and float(boxed[-1]) <= 5 else None
 
@@ -788,15 +764,14 @@ def find_prompts(suites):
     about = {}  # {path: what is known of it}
     if prompts:
         manifest = read_manifest(prompts)
-        about = {
-            file: manifest.get(file, {}) for file in map(os.path.normpath, find_audio(prompts))
-        }
+        for file in map(os.path.normpath, find_audio(prompts)):
+            about[file] = manifest.get(file, {})
     for task in ('sstorycloze', 'sstory', *suites):
-        if about or task not in suites:
-            continue
-        for pair in suites[task].pairs:
-            if isinstance(pair['pos'], Clip) and len(pair['pos'].files) == 1:
-                about.setdefault(pair['pos'].files[0], pair)
+        if task in suites and not about:
+            for pair in suites[task].pairs:
+                clip = pair['pos']
+                if isinstance(clip, Clip) and len(clip.files) == 1:
+                    about.setdefault(clip.files[0], pair)
     found = []
     for path, row in list(about.items())[:n_prompts]:
         found.append(dict(path=path, text=row.get('text') or '', words=row.get('words') or []))
@@ -804,8 +779,9 @@ def find_prompts(suites):
 
 
 def cut_prompts(task, listing):
-    """({clip: its text or None} of the prompts of a task, from find_prompts; GPTScore takes those
-    of at least two prompts' length, cut at a word. Raises InputError if there are none."""
+    """{clip: its text, None if not known} of the prompts of a task, from find_prompts; GPTScore
+    takes those of at least two prompts' length, cut at a word. Raises InputError if none is left.
+    """
     if not listing:
         raise InputError('no prompts: give --prompts=FOLDER, or a suite of audio')
     if task != 'gptscore':
@@ -845,7 +821,7 @@ class Heard(NamedTuple):
     prompt_text: str | None  # where it is known
     prompt_units: torch.Tensor
     units: torch.Tensor  # of the continuation
-    wave: torch.Tensor  # (samples,) of both or of the continuation alone, as the metric wants it
+    wave: torch.Tensor  # (samples,) of both or of the continuation alone, as `alone` says
     text: str  # transcript of the wave; '' for a metric that needs no words
 
 
@@ -889,11 +865,12 @@ def rate_repetition(heard, device):
 def rate_sense(heard, device):
     """GPTScore: a judge's rating of each continuation, given the text of its prompt."""
     unknown = [item.prompt for item in heard if item.prompt_text is None]
-    found = iter(transcribe([load_clip(clip) for clip in unknown], asr, device))
+    found = transcribe([load_clip(clip) for clip in unknown], asr, device)
+    texts = dict(zip(unknown, found, strict=True))
     values = []
     for item in tqdm(heard, 'judging', leave=False):
-        prompt_text = next(found) if item.prompt_text is None else item.prompt_text
-        values.append(rate(JUDGE % (prompt_text, item.text), judge, device, judge_model))
+        prompt_text = texts.get(item.prompt, item.prompt_text)
+        values.append(rate(JUDGE % (prompt_text, item.text), judge, judge_model))
     return values
 
 
@@ -979,7 +956,7 @@ def score_suite(speaker, task, suite):
             utterance = (utterance, text, side.to)
         utterances.append(utterance)
 
-    sums, counts = log_likelihoods(speaker.model, utterances, progress=True)
+    sums, counts = log_likelihoods(speaker.model, utterances)
     pos, neg = np.split(sums / counts, 2)
     wins = (pos > neg) + 0.5 * (pos == neg)
     result, items = summarise(suite.pairs, wins, seed)
@@ -1011,7 +988,7 @@ def score_generated(speaker, task, listing, memory):
     listing: of find_prompts. memory: as in `listen`.
     """
     if task == 'gptscore' and not judge:
-        raise InputError('no judge: give --judge=MODEL or --judge=URL')
+        raise InputError('no judge: give --judge=URL')
     if task == 'utmos' and not utmos:
         raise InputError('no predictor of opinion scores: give --utmos=FILE')
     metric = METRICS[task]
@@ -1124,7 +1101,6 @@ def describe(where):
         parameters=format_count(parameters),
         tokens=' + '.join(format_count(count) for count in tokens if count),
         flops=6 * parameters * sum(tokens) or None,
-        n_tokens=tokens[-1],  # of its own log
         n_parameters=parameters,
     )
 
@@ -1145,9 +1121,8 @@ def comparable(suites):
     as_paper = all(knobs[name] == value for name, value in PAPER_SAMPLING.items())
     if as_paper and repetition_penalty is None and not prompts and 'sstorycloze' in official:
         if asr.rstrip('/').endswith('whisper-large-v3-turbo'):
-            tasks |= {'autobleu'}
+            tasks |= {'autobleu', 'gptscore'}
             tasks |= {'genppl'} if text_lm.rstrip('/').endswith('Llama-3.2-1B') else set()
-            tasks |= {'gptscore'} if judge.startswith('http') else set()
     return tasks
 
 
@@ -1281,12 +1256,11 @@ def read_curve(about, points=300):
     if not os.path.exists(path):
         return None
     rows = [row for _, row in read_jsonl(path)]
-    steps = max((row.get('step') or 0 for row in rows), default=0)
-    seconds = 0.0
+    tokens, seconds = 0, 0.0
     loss, val = [], []
     for row in rows:
-        seconds = row.get('elapsed') or seconds
-        tokens = row.get('tokens') or about['n_tokens'] * (row.get('step') or 0) / max(1, steps)
+        # a row of validation stands where the one of training before it does
+        tokens, seconds = row.get('tokens') or tokens, row.get('elapsed') or seconds
         at = [tokens, 6 * about['n_parameters'] * tokens, seconds / 3600]
         if row.get('loss') is not None:
             loss.append([*at, row['loss']])
@@ -1310,8 +1284,8 @@ def to_uri(wave):
 
 
 def record_clips(speaker, listing, players):
-    """Adds to players, {path: dict(title, clips={label: URI})}, what a speaker makes of the first
-    three prompts: the prompt, its resynthesis, the continuation."""
+    """Adds to players, {path: dict(title, clips={label: URI})}, how a speaker goes on with the
+    first three prompts: the prompt, its resynthesis, the continuation."""
     clips = [Clip((prompt['path'],), prompt_seconds) for prompt in listing[:3]]
     heads, tails = continue_prompts(speaker, clips)
     waves = vocode(speaker, [*heads, *tails])

@@ -474,21 +474,26 @@ def minimal_items(task, speaker):
         yield dict(files=files_of(correct=row['right'], incorrect=row['wrong']), **kept)
 
 
-def pair_items(task, speaker):
-    """Preference pairs; of SWAG's rows as SpokenSwag makes them (section 4 of the paper)."""
+def swag_pair(row, draw):
+    """A pair of a row of SWAG as SpokenSwag has it (section 4 of the paper): the right ending, and
+    a wrong one drawn by the seed `draw`. None if the row has no gold label."""
     labels = ['0', '1', '2', '3']
+    right = row['label']
+    if row['gold-source'] != 'gold' or right not in labels:
+        return None
+    wrong = random.Random(draw).choice([label for label in labels if label != right])
+    endings = [f'{row["sent2"]} {row["ending" + label]}'.strip() for label in (right, wrong)]
+    return dict(prompt=row['sent1'], chosen=endings[0], rejected=endings[1])
+
+
+def pair_items(task, speaker):
+    """Preference pairs, without those whose text repeats itself."""
     for number, row in enumerate(read_rows(task.kind, PAIR, SWAG)):
-        texts = row
-        if 'sent1' in row:
-            right = row['label']
-            if row['gold-source'] != 'gold' or right not in labels:
-                continue
-            rng = random.Random(f'{seed}/{task.kind}/{number}')
-            wrong = rng.choice([label for label in labels if label != right])
-            chosen, rejected = (f'{row["sent2"]} {row["ending" + i]}' for i in (right, wrong))
-            texts = dict(prompt=row['sent1'], chosen=chosen.strip(), rejected=rejected.strip())
-        item = dict(files=files_of(**{role: texts[role] for role in PAIR}), split=True)
-        share = auto_bleu(tokenize_words(f'{texts["prompt"]} {texts["chosen"]}'))
+        pair = swag_pair(row, f'{seed}/{task.kind}/{number}') if 'sent1' in row else row
+        if not pair:
+            continue
+        item = dict(files=files_of(**{role: pair[role] for role in PAIR}), split=True)
+        share = auto_bleu(tokenize_words(f'{pair["prompt"]} {pair["chosen"]}'))
         if share >= max_auto_bleu:
             item['skip'] = f'auto-BLEU {share:.2f}'
         yield item
