@@ -184,10 +184,20 @@ doctor:   in the hospital|beside the doctor|at the clinic; pill pills|bandage ba
 music:    on the stage|at the concert|in the choir; song songs|drum drums|violin violins;
           loud|famous; play|practise; silent|false; stop|ignore
 """
-TOPICS = {
-    name: [[word.strip() for word in cell.split('|')] for cell in cells.split(';')]
-    for name, cells in re.findall(r'^(\w+):((?:.|\n(?= ))+)', TOPICS, re.M)
-}
+
+
+def read_topics(table):
+    """{topic: dict(places, things, qualities, actions)}; the last two by outcome, [good, bad]."""
+    topics = {}
+    for name, row in re.findall(r'^(\w+):((?:.|\n(?= ))+)', table, re.M):
+        cells = [[word.strip() for word in cell.split('|')] for cell in row.split(';')]
+        places, things, good, good_actions, bad, bad_actions = cells
+        topics[name] = dict(places=places, things=things)
+        topics[name] |= dict(qualities=[good, bad], actions=[good_actions, bad_actions])
+    return topics
+
+
+TOPICS = read_topics(TOPICS)
 
 # Frames of a first sentence
 SINGLE = (
@@ -239,7 +249,7 @@ def finish(sentence):
 def fill_words(rng, topic, he):
     """What the frames of first sentences are filled with: {slot: word}."""
     one, many = rng.choice(HEROES[he].split('|')).split()
-    thing, _ = rng.choice(TOPICS[topic][1]).split()
+    thing, _ = rng.choice(TOPICS[topic]['things']).split()
     name, other = rng.sample(NAMES[he].split(), 2)
     return dict(
         one=one,
@@ -248,7 +258,7 @@ def fill_words(rng, topic, he):
         name=name,
         other=other,
         his=HIS[he],
-        place=rng.choice(TOPICS[topic][0]),
+        place=rng.choice(TOPICS[topic]['places']),
         adjective=rng.choice(ADJECTIVES.split()),
         time=rng.choice(TIMES.split('|')),
         colour=rng.choice(COLOURS.split()),
@@ -265,12 +275,12 @@ def toy_story(rng, topic, outcome, who, mood):
     """
     words = fill_words(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
     first = rng.choice(SEVERAL if who == 'they' else SINGLE).format(**words)
-    qualities, actions = TOPICS[topic][2 + 2 * outcome : 4 + 2 * outcome]
-    verb, space, particle = rng.choice(actions).partition(' ')
+    verb, space, particle = rng.choice(TOPICS[topic]['actions'][outcome]).partition(' ')
     if who != 'they':
         verb += 'es' if re.search('(s|sh|ch)$', verb) else 's'
         verb = re.sub('([^aeiou])ys$', r'\1ies', verb)
-    quality = f'{rng.choice(QUALITIES[outcome])} and {rng.choice(qualities)}'
+    own = TOPICS[topic]['qualities'][outcome]
+    quality = f'{rng.choice(QUALITIES[outcome])} and {rng.choice(own)}'
     second = f'the {words["thing"]} is {quality}'
     feels = f'{who} {"are" if who == "they" else "is"} {MOODS[outcome][mood]}'
     ending = f'{feels} and {verb}{space}{particle} the {words["thing"]}'
@@ -1056,11 +1066,10 @@ def add_noise(wave, noise, what):
 def save_wave(path, wave):
     """16-bit audio, whole or not at all. Louder than full scale is scaled down, never clipped."""
     samples = np.round(wave * (32767 / max(1.0, float(np.abs(wave).max())))).astype(np.int16)
-    kind, more = path.rpartition('.')[2], {}
-    if kind == 'flac':
-        more = dict(compression_level=0.0)
+    kind = path.rpartition('.')[2]
+    options = dict(compression_level=0.0) if kind == 'flac' else {}
     buffer = io.BytesIO()  # soundfile names no full disk
-    soundfile.write(buffer, samples, SAMPLE_RATE, format=kind, subtype='PCM_16', **more)
+    soundfile.write(buffer, samples, SAMPLE_RATE, format=kind, subtype='PCM_16', **options)
     with write_atomic(path, 'wb') as file:
         file.write(buffer.getbuffer())
 
@@ -1131,13 +1140,16 @@ def speak_item(n, item, voice, speaker):
 def place_of(kind, n, role, count):
     """Where in the task's folder a file of item n lies, at most 1,000 a folder, gold.csv among
     them. ZeroSpeech and SALMon have no sub-folders: as many as may stand there without."""
-    salmon = kind in CONSISTENCY
-    flat = kind in LAYOUT or salmon
-    folder = f'{n // ((1000 - (kind in LAYOUT)) // count):03d}'
-    if flat and folder == '000':
+    files = 999 if kind in LAYOUT else 1000  # the other is gold.csv
+    folder = f'{n // (files // count):03d}'
+    if kind in CONSISTENCY:
+        name = f'sample_{n}_{role}.wav'
+    elif kind in LAYOUT:
+        name = f'{n:06d}_{role}.wav'
+    else:
+        name = f'{n:06d}_{role}.flac' if role else f'{n:06d}.flac'
+    if folder == '000' and name.endswith('.wav'):
         folder = ''
-    name = f'sample_{n}' if salmon else f'{n:06d}'
-    name += f'_{role}' * bool(role) + ('.wav' if flat else '.flac')
     return os.path.join(LAYOUT.get(kind, ''), folder, name)
 
 

@@ -146,7 +146,9 @@ def test_toy_endings_are_right_as_often_as_wrong_and_follow_from_the_story(toy):
     assert Counter(row['chosen'] for row in toy['pairs']) == Counter(
         row['rejected'] for row in toy['pairs']
     )
-    topic_of = {thing.split()[0]: topic for topic, parts in TOPICS.items() for thing in parts[1]}
+    topic_of = {
+        thing.split()[0]: topic for topic, parts in TOPICS.items() for thing in parts['things']
+    }
 
     def tells(sentence):
         """(topic, thing, outcome) of a second sentence or an ending, each word on its own."""
@@ -155,7 +157,9 @@ def test_toy_endings_are_right_as_often_as_wrong_and_follow_from_the_story(toy):
         (outcome,) = {
             side for side in (0, 1) for word in words if word in QUALITIES[side] + MOODS[side]
         }
-        qualities, verbs = TOPICS[topic_of[thing]][2 + 2 * outcome : 4 + 2 * outcome]
+        qualities, verbs = (
+            TOPICS[topic_of[thing]][key][outcome] for key in ('qualities', 'actions')
+        )
         known = qualities if ' the ' not in sentence else [verb.split()[0][:3] for verb in verbs]
         assert any(word in known or word[:3] in known for word in words), sentence
         return topic_of[thing], thing, outcome
