@@ -576,7 +576,9 @@ def write_results(rows, prompts, more, frame_rate, seconds):
     with write_atomic(os.path.join(out, 'units.jsonl')) as file:
         for row in rows:
             file.write(json.dumps({k: v for k, v in row.items() if k not in hidden}) + '\n')
-    frames = sum(sum(row['duration'][0 if resynth else row['prompt_units'] :]) for row in rows)
+    frames = 0  # that were made here
+    for row in rows:
+        frames += sum(row['duration'][0 if resynth else row['prompt_units'] :])
     spoken = frames / frame_rate
     loops = sum(row['warning'].startswith('it loops') for row in rows)
     result = dict(init=init, prompts=len(prompts), samples=len(rows), seed=seed, loops=loops)
@@ -591,9 +593,14 @@ def write_results(rows, prompts, more, frame_rate, seconds):
         what = f'{len(rows)} resynthesised, {share:.1f} % of the frames come back'
     if 'first_sound' in more:
         what += f', first sound after {more["first_sound"]:.2f} s'
-    took = f'{spoken:.1f} s of speech in {seconds:.1f} s ({spoken / seconds:.1f} x real time)'
-    what += f': {took}' if to == 'speech' else f' in text, in {seconds:.1f} s'
-    print(f'{what}{f", {loops} with a loop" if loops else ""} -> {html or stream or out}')
+    if to == 'text':
+        what += f' in text, in {seconds:.1f} s'
+    else:
+        what += f': {spoken:.1f} s of speech in {seconds:.1f} s '
+        what += f'({spoken / seconds:.1f} x real time)'
+    if loops:
+        what += f', {loops} with a loop'
+    print(f'{what} -> {html or stream or out}')
 
 
 def check_knobs(config):
