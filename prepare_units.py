@@ -128,8 +128,8 @@ SAMPLE_SECONDS = 60.0  # what is drawn to fit on is cut to this
 CUT_GRID = 640  # samples, 40 ms: cut there, frames fall where they would uncut
 PAIR = ('prompt', 'chosen', 'rejected')
 ARCHIVES = ('.tar', '.tar.gz', '.tgz')
-MANIFEST = 'manifest.jsonl'
-WANTED = (*AUDIO_EXTENSIONS, *ARCHIVES, '.parquet', MANIFEST)
+MANIFESTS = ('manifest.jsonl',)
+WANTED = (*AUDIO_EXTENSIONS, *ARCHIVES, '.parquet', *MANIFESTS)
 OURS = ('path', 'file_name', 'units', 'duration', 'split')  # not taken from a manifest
 SPLITS = dict(validation='val', valid='val', dev='val')  # what others call it
 OTHER_NAMES = dict(speaker='voice', raw_text='text')
@@ -170,9 +170,9 @@ def find_items(path):
     if os.path.isdir(path):
         found = find_audio(path, WANTED)
         # a manifest knows what lies beside it and below
-        known = {os.path.dirname(file) for file in found if os.path.basename(file) == MANIFEST}
+        known = {os.path.dirname(file) for file in found if os.path.basename(file) in MANIFESTS}
         for file in found:
-            place = os.path.dirname(file) if os.path.basename(file) == MANIFEST else file
+            place = os.path.dirname(file) if os.path.basename(file) in MANIFESTS else file
             if known.isdisjoint(map(str, Path(place).parents)):
                 yield from find_items(file)
     elif path.startswith('hub:') or path.endswith('.parquet'):
@@ -285,7 +285,7 @@ def choose_items(sources, root):
     for items in sources:
         kept, tests = [], []
         for item in items:
-            folder = os.path.dirname(item.path) if item.kind == 'row' else item.path
+            folder = os.path.dirname(item.path) if item.name else item.path
             name = os.path.join(name_below(folder, root), item.name)
             if any(fnmatch(part, pattern) for part in name.split('/') for pattern in unwanted):
                 continue
@@ -519,7 +519,7 @@ def read_utterance(utterance, split, root, longest):
 def read_item(item, root, longest):
     """Yields the Pieces of an item, and a Failure for what cannot be read: one file of millions
     must not end the run. What the hub does not give ends it: it is not the data's fault."""
-    where = item.path + (f', byte {item.at}' if item.kind == 'row' else '')
+    where = item.path + (f', byte {item.at}' if item.name else '')
     try:
         for utterance in READERS[item.kind](item):
             try:

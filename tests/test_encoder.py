@@ -182,20 +182,13 @@ def test_bad_files_are_one_line_that_names_them(tmp_path):
         assert '\n' not in str(error.value)
 
 
-def test_an_import_error_is_not_reported_as_bad_audio(tmp_path):
+def test_an_import_error_is_not_reported_as_bad_audio(tmp_path, monkeypatch):
     soundfile.write(tmp_path / 'a.wav', speech(0.1).numpy(), 22050)
-    program = (
-        'import sys, model\n'
-        'sys.modules["torchaudio"] = None\n'
-        f'assert len(model.load_audio({str(tmp_path / "a.wav")!r})) == 1161\n'
-        'sys.modules["soundfile"] = None\n'
-        'try:\n'
-        f'    model.load_audio({str(tmp_path / "a.wav")!r})\n'
-        'except ModuleNotFoundError:\n'
-        '    print("import error")\n'
-    )
-    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == 'import error\n', done.stderr
+    monkeypatch.setitem(sys.modules, 'torchaudio', None)
+    assert len(load_audio(tmp_path / 'a.wav')) == 1161
+    monkeypatch.setitem(sys.modules, 'soundfile', None)
+    with pytest.raises(ModuleNotFoundError):
+        load_audio(tmp_path / 'a.wav')
 
 
 def test_save_audio_never_clips_and_leaves_nothing_beside(tmp_path):

@@ -261,9 +261,7 @@ def test_stream_of_little_and_of_nothing(kind, tmp_path):
 def test_energy_at_the_joints_of_a_stream():
     """Within 1 dB of what it is in the whole, at the joints as elsewhere."""
     voc, units = fit_table()
-    pairs = [M.dedup(u) for u in units]
-    for u, d in pairs[:4]:
-        pieces = list(voc.stream([], (u, d))) + [torch.zeros(0)]
+    for u in [M.dedup(u)[0] for u in units[:4]]:
         pieces = list(voc.stream(u.split(9)))
         joints = torch.tensor([len(p) for p in pieces]).cumsum(0)[:-1]
         wave = torch.cat(pieces)
