@@ -1585,6 +1585,7 @@ def copy_part(source, folder, part):
 # Audio
 
 HOP, WINDOW, N_FFT = 160, 400, 512  # samples at 16 kHz: 10 ms, 25 ms
+SIDE = (WINDOW - HOP) // 2  # samples of a window on each side of the 10 ms in its middle
 N_MELS = 64  # bands: the most that bins of 31 Hz fill without gaps
 
 
@@ -1604,7 +1605,7 @@ def load_audio(path, sample_rate=SAMPLE_RATE, start=0.0, seconds=None):
         if opened:
             path.seek(0)
         source = path if opened else os.fsencode(path)  # bytes: names need not be UTF-8
-        rate, samples, error = _decode(source, start, seconds, size)
+        rate, samples, error = decode_audio(source, start, seconds, size)
         if samples or not error:
             break
     if not samples:
@@ -1617,7 +1618,7 @@ def load_audio(path, sample_rate=SAMPLE_RATE, start=0.0, seconds=None):
     return resample(wave, rate, sample_rate)
 
 
-def _decode(source, start, seconds, size):
+def decode_audio(source, start, seconds, size):
     """-> its rate, the samples, float32, read `size` at a time, and what stopped it or None."""
     import soundfile
 
@@ -1669,7 +1670,7 @@ def resample(wave, rate, wanted):
         parts = (resample(wave[max(0, at - rate) : at + 61 * rate], rate, wanted) for at in starts)
         parts = (part[wanted * (i > 0) :][: 60 * wanted] for i, part in enumerate(parts))
         return torch.cat(list(parts))
-    (taken, made), reach, kernels = _sinc_kernels(rate, wanted)
+    (taken, made), reach, kernels = sinc_kernels(rate, wanted)
     count = -(-len(wave) * wanted // rate)
     periods = -(-count // made)
     end = (periods - 1) * taken + kernels[-1][1] + len(kernels[-1][2])
@@ -1682,7 +1683,7 @@ def resample(wave, rate, wanted):
 
 
 @lru_cache(8)
-def _sinc_kernels(rate, wanted, group=40):
+def sinc_kernels(rate, wanted, group=40):
     """The filter of `resample`: (inputs, outputs) of a period, reach, [(output, input, kernel)].
 
     Each kernel (inputs, at most `group` outputs) makes the outputs from `output` on of the inputs
@@ -1728,18 +1729,21 @@ def log_mel(wave):
     160 t + 80; outside the wave is silence. Floored at -16.
     """
     frames = max(1, len(wave) // HOP)
-    side = (WINDOW - HOP) // 2
     hann, filters = torch.hann_window(WINDOW).to(wave.device), mel_filters().to(wave.device)
     mel = wave.new_empty(frames, N_MELS)
     for first, out in zip(range(0, frames, 1000), mel.split(1000), strict=True):
         # some seconds at a time: hours stay small
-        start, stop = first * HOP - side, (first + len(out)) * HOP + side
+        start, stop = first * HOP - SIDE, (first + len(out)) * HOP + SIDE
         part = F.pad(wave[max(0, start) : stop], (max(0, -start), max(0, stop - len(wave))))
         windows = part.unfold(0, WINDOW, HOP)  # (at most 1000, WINDOW)
         spectrum = torch.fft.rfft(F.pad(windows * hann, (0, N_FFT - WINDOW)))  # 3 x as fast padded
-        power = spectrum.real.square() + spectrum.imag.square()
-        torch.log((power @ filters).clamp(min=1e-7), out=out)
+        torch.log((power_of(spectrum) @ filters).clamp(min=1e-7), out=out)
     return mel
+
+
+def power_of(spectra):
+    """Complex -> real: the squared magnitudes."""
+    return spectra.real.square() + spectra.imag.square()
 
 
 # -----------------------------------------------------------------------------
@@ -1930,9 +1934,10 @@ class UnitEncoder:
     def _cheapest_paths(self, features, price):
         """Units of the least sum of costs and `price` a change: list of (frames, D) -> (frames,).
 
-        Viterbi, in step for all. Whoever changes at t comes from the unit that was cheapest at
-        t - 1; so a path is known by its last unit, when that began, and for each t the cheapest
-        unit and when that had begun. This is two numbers a frame, however many units there are.
+        Viterbi, all utterances in step. A path that changes its unit at t comes from the unit that
+        was cheapest at t - 1. So it can be told from its last unit, when that began, and for each t
+        the cheapest unit and when that had begun: two numbers a frame, however many units there
+        are.
         """
         rows = torch.arange(len(features))
         total = torch.zeros(len(features), self.n_units)  # the least cost that ends in each unit
@@ -2448,7 +2453,6 @@ HIFIGAN = {  # mhubert25's, trained on LJSpeech: generator and config, each with
 }
 VOICE_LEVEL = 0.08  # root mean square of the spoken parts of what a vocoder says: -22 dB
 VOICE_PEAK = 0.95  # the highest sample allowed
-SIDE = (WINDOW - HOP) // 2  # samples of a window on each side of the 10 ms in its middle
 
 
 def speech_level(wave):
@@ -2462,8 +2466,8 @@ def speech_level(wave):
 
 
 def finish_wave(wave):
-    """What a listener expects of (samples,), at least one: no DC, speech at VOICE_LEVEL, peaks
-    below VOICE_PEAK, 5 ms fades so that no end clicks."""
+    """(samples,), at least one, without DC, its speech at VOICE_LEVEL, its peaks below VOICE_PEAK,
+    with 5 ms fades so that no end clicks."""
     wave = wave - wave.mean()
     gain = VOICE_LEVEL / max(speech_level(wave), 1e-6)
     wave = wave * min(gain, VOICE_PEAK / max(float(wave.abs().max()), 1e-6))
@@ -2492,11 +2496,6 @@ def frame_spectra(wave):
     """(..., samples) -> (..., samples // HOP, bins) complex: the spectra of log_mel's frames."""
     windows = F.pad(wave, (SIDE, SIDE)).unfold(-1, WINDOW, HOP)
     return torch.fft.rfft(windows * torch.hann_window(WINDOW, device=wave.device), N_FFT)
-
-
-def power_of(spectra):
-    """Complex -> real: the squared magnitudes."""
-    return spectra.real.square() + spectra.imag.square()
 
 
 def overlap_add(spectra):
@@ -2892,7 +2891,7 @@ class UnitVocoder:
         config = read_json(about)
         try:
             if path.endswith('.pt'):
-                config, tensors = _read_hifigan(path, config)
+                config, tensors = read_hifigan(path, config)
             else:
                 tensors = read_tensors(path)
             vocoder = cls(config, tensors, device)
@@ -2993,7 +2992,7 @@ class UnitVocoder:
             spoken = until
 
 
-def _read_hifigan(path, config):
+def read_hifigan(path, config):
     """The config and the tensors of a unit HiFi-GAN's generator, its weight norm folded."""
     state = torch.load(path, map_location='cpu', weights_only=True)['generator']
     tensors = {name: tensor.float() for name, tensor in state.items()}

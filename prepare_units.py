@@ -596,10 +596,10 @@ def work_ahead(jobs, work, in_order=False):
 
 
 def draw_speech(corpus, seconds):
-    """Yields lists of Pieces of training speech drawn evenly from all items, about 16 at a time.
+    """Yields lists of about 16 Pieces of training speech, drawn evenly from all items.
 
-    seconds: how much will be asked for, about; of each item no more pieces are read than that
-    needs. The order depends on the seed alone.
+    seconds: about how much the caller will take; no more is read of each item than that needs. The
+    order depends on the seed alone.
     """
     wanted = [item for item in corpus.items if item.split in ('', 'train')]
     items = wanted or corpus.items
@@ -689,8 +689,8 @@ def first_centroids(frames, k, seed):
 
 
 def load_encoder(name, clusters, price, corpus):
-    """The encoder of that name; if asked with `clusters` fitted, and `price` set for a change of
-    unit, in the mean distortion of its own (measured, where it is not known)."""
+    """The encoder of that name. clusters: how many to fit, 0 to take those that it has. price: of
+    a change of unit, in its own mean distortion, which is measured where it is not known."""
     net = UnitEncoder.from_pretrained(
         name, layer, '' if clusters else kmeans or None, device, dtype
     )
@@ -1012,7 +1012,8 @@ def spectral_loss(waves, real):
 
 
 def learn_from(wave, units, voice, steps):
-    """What the training takes of an utterance, (samples,) and (frames,), `steps` of 10 ms each."""
+    """What the training needs of an utterance: its wave (samples,) and its units (frames,), of
+    `steps` of 10 ms each -> dict of tensors."""
     units, durations = dedup(units)
     n = int(durations.sum()) * steps * HOP
     wave = F.pad(wave, (0, max(0, n - len(wave))))[:n]
@@ -1065,7 +1066,8 @@ def voice_loss(voice, batch):
 
 
 def hear_voice(vocoder, speech):
-    """Mean difference of the log-mel of what a vocoder says from that of recordings, in nats."""
+    """Mean difference in nats between the log-mel of recordings and of what a vocoder makes of
+    their units."""
     errors = []
     with torch.inference_mode():
         for known in speech:
@@ -1371,8 +1373,8 @@ def judge_file(path):
 
 
 def judge_encoder(setting, pieces, corpus, nets, features):
-    """measure_units of an encoder, NAME[:clusters[:switch]], on the pieces of read speech. nets and
-    features: what other settings have fitted and computed already."""
+    """measure_units of an encoder, NAME[:clusters[:switch]], on some pieces of speech. nets and
+    features, dicts, keep what later settings need again."""
     pattern = r'(.*?)(?::(\d+))?(?::(\d+\.?\d*))?'
     name, clusters, price = re.fullmatch(pattern, setting).groups()
     clusters = int(clusters or fit_kmeans)
