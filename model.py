@@ -2595,6 +2595,14 @@ def envelope_basis():
     return basis @ basis.T
 
 
+# -----------------------------------------------------------------------------
+# Voices: a new one is a class here and a line in VOICES
+#
+# One is made of vocoder.json, its tensors and a device. `durations` gives the frames of units (n,),
+# `speak` the samples of units and durations, of an utterance or of a stretch from frame `first` on.
+# A sample depends on `reach` frames on each side, a duration on `unit_reach` units. `level` is the
+# speech_level of what it gives.
+
 ROUNDS = 3  # of filter_source in a vocoder: they bring 98 % of the units back
 # 10 ms steps on each side that a sample depends on: of every round two windows
 ROUNDS_REACH = -(-WINDOW * (ROUNDS + 1) // HOP) + 1
