@@ -44,10 +44,10 @@ from model import (
     auto_bleu,
     catch_signals,
     check_knobs,
-    duration,
     explain_memory,
-    find_run,
+    format_time,
     git_commit,
+    load_run,
     open_log,
     pack_rows,
     pick_dtype,
@@ -375,7 +375,7 @@ def keep_reference(path, known, seconds, rank):
     if rank == 0:
         with write_atomic(path, 'wb') as file:
             torch.save((known, seconds), file)
-    say(f'reference: {len(known)} pairs in {duration(seconds)}, kept in {path}', rank)
+    say(f'reference: {len(known)} pairs in {format_time(seconds)}, kept in {path}', rank)
 
 
 def describe(lengths, n_val, last_step, width):
@@ -388,7 +388,7 @@ def describe(lengths, n_val, last_step, width):
     filled = lengths.mean() * batch_pairs / width  # rows that a batch takes
     line = f'{last_step:,} steps of {batch_pairs} pairs, {n_epochs:.3g} epochs'
     if train_hours:
-        line += f', or {duration(3600 * train_hours)}'
+        line += f', or {format_time(3600 * train_hours)}'
     lines = [f'{line}; rows of {width} tokens, {filled / math.ceil(filled):.0%} filled']
     if 3 < n_epochs < math.inf:
         lines.append(
@@ -507,7 +507,7 @@ if __name__ == '__main__':
     state = dict(step=0, elapsed=0.0, seen=0, skipped=0, scores={}, before={}, best=math.inf)
     state |= dict(best_step=0, key=key, model=None, optimizer=None)
     if resume:
-        state = find_run(out_dir, state, config, FREE)
+        state = load_run(out_dir, state, config, FREE)
     if state['key'] != key:
         remedy = 'choose another --out_dir, or --resume=False to start over'
         fail(f'{out_dir} is a run with other weights in init or other pairs: {remedy}')
@@ -515,7 +515,7 @@ if __name__ == '__main__':
     skipped, scores, best = state['skipped'], state['scores'], state['best']
     before, best_step = state['before'], state['best_step']
     if step >= last_step or elapsed >= budget:
-        done = f'finished before, {step} steps in {duration(elapsed)}, {scores}'
+        done = f'finished before, {step} steps in {format_time(elapsed)}, {scores}'
         say(f'{out_dir}: {done}; nothing to do (--resume=False starts over)', rank)
         stop_processes(world)
         raise SystemExit
@@ -670,7 +670,8 @@ if __name__ == '__main__':
         if tracker:
             tracker.log(record, step=step)
         left = min((last_step - step) * pace, budget - elapsed)
-        say(f'{format_record(record, last_step)} | {duration(max(0, left))} left', rank)
+        line = format_record(record, last_step)
+        say(f'{line} | {format_time(max(0, left))} left', rank)
         if validating and (evaluate or over):
             say(format_validation(scores, before, len(val)), rank)
         for line in damage:
@@ -704,7 +705,7 @@ if __name__ == '__main__':
     # --- the end
     log_file.close()
     stop_processes(world)
-    result = f'{out_dir}: {step} steps of {batch_pairs} pairs, {duration(elapsed)}'
+    result = f'{out_dir}: {step} steps of {batch_pairs} pairs, {format_time(elapsed)}'
     if skipped:
         result += f', {skipped} steps skipped'
     if not over:

@@ -3465,7 +3465,7 @@ def say(text, rank=0):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def duration(seconds):
+def format_time(seconds):
     """'45 s', '3.2 min' or '23.5 h'."""
     if seconds < 90:
         return f'{seconds:.0f} s'
@@ -3492,7 +3492,7 @@ def git_commit():
     return done.stdout.decode().strip() or None
 
 
-def find_run(out_dir, fresh, config, free):
+def load_run(out_dir, fresh, config, free):
     """What a run of this command left in out_dir/train_state.pt, or `fresh` if there is nothing.
 
     Raises InputError if it cannot be read, was written by an older version, or if a knob that is

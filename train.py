@@ -40,10 +40,10 @@ from model import (
     add_up,
     catch_signals,
     check_knobs,
-    duration,
     explain_memory,
-    find_run,
+    format_time,
     git_commit,
+    load_run,
     open_log,
     pack_rows,
     pick_dtype,
@@ -527,12 +527,12 @@ if __name__ == '__main__':
     state = dict(step=0, elapsed=0.0, seen=0, skipped=0, place=(0, 0, 0), scores={}, best=math.inf)
     state |= dict(sizes=None, model=None, optimizers=None)
     if resume:
-        state = find_run(out_dir, state, config, FREE)
+        state = load_run(out_dir, state, config, FREE)
     step, elapsed, seen = state['step'], state['elapsed'], state['seen']
     skipped, scores, best = state['skipped'], state['scores'], state['best']
     budget = 3600 * train_hours  # seconds
     if step >= max_steps or elapsed >= budget:
-        done = f'finished before, {step} steps in {duration(elapsed)}, {scores}'
+        done = f'finished before, {step} steps in {format_time(elapsed)}, {scores}'
         say(f'{out_dir}: {done}; nothing to do (--resume=False starts over)', rank)
         stop_processes(world)
         raise SystemExit
@@ -668,7 +668,8 @@ if __name__ == '__main__':
         if tracker:
             tracker.log(record, step=step)
         left = min((max_steps - step) * batch_tokens / max(speed, 1e-9), budget - elapsed)
-        say(f'{format_record(record, speed * flops / peak)} | {duration(max(0, left))} left', rank)
+        line = format_record(record, speed * flops / peak)
+        say(f'{line} | {format_time(max(0, left))} left', rank)
         if in_a_row >= 10 or over and in_a_row > step / 2:
             remedy = 'lower --lr, or look at the data and at the weights of --init'
             fail(f'{in_a_row:.0f} steps in a row were not finite: {remedy}')
@@ -691,7 +692,7 @@ if __name__ == '__main__':
     # --- the end
     log_file.close()
     stop_processes(world)
-    result = f'{out_dir}: {step} steps, {seen:,} tokens, {duration(elapsed)}'
+    result = f'{out_dir}: {step} steps, {seen:,} tokens, {format_time(elapsed)}'
     if skipped:
         result += f', {skipped} steps skipped'
     if not over:
