@@ -480,6 +480,8 @@ class SLM(nn.Module):
             may_repeat=~is_unit if ban_repeats else torch.ones_like(is_unit),
             greedy=temperature == 0,
         )
+
+        # the first round takes the prompts whole, each further one the token before
         for i in range(max_new_tokens):
             step = self._compiled(device) if compile and i > 0 else self._next
             new = step(tokens, positions, columns, real, cache, seen, noise[i], sampling)
