@@ -216,15 +216,21 @@ def list_folder(folder):
     return pairs
 
 
+def read_csv(path):
+    """Rows of a .csv file as dicts. Raises InputError where it is none."""
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            return list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f'{path}: {getattr(error, "strerror", None) or error}') from None
+
+
 def list_table(path):
     """Pairs of a .csv or .jsonl: the columns correct and incorrect (paths, from the file's folder),
     type and voice."""
-    rows = read_jsonl(path)
-    if path.endswith('.csv'):
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            rows = list(enumerate(csv.DictReader(file), 2))
+    is_csv = path.endswith('.csv')
     pairs = []
-    for line, row in rows:
+    for line, row in enumerate(read_csv(path), 2) if is_csv else read_jsonl(path):
         names = row.get('correct'), row.get('incorrect')
         if not all(isinstance(name, str) for name in names):
             raise InputError(f'{path}, line {line}: expected correct and incorrect, paths of audio')
@@ -259,17 +265,13 @@ def read_gold(gold, kind, split):
     """Rows of ZeroSpeech's gold.csv, checked. kind: as of list_zerospeech."""
     columns = ['id', 'filename', 'voice', 'correct']
     columns += ['frequency', 'length', 'word'] if kind.endswith('lexical') else ['type', 'subtype']
-    try:
-        with open(gold, newline='', encoding='utf-8-sig') as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        why = getattr(error, 'strerror', None) or error
+    if not os.path.exists(gold):
         wanted = f'the data as unpacked, {kind}/{split}/gold.csv with its .wav files'
-        raise InputError(f'{gold}: {why}; expected {wanted}') from None
+        raise InputError(f'{gold} is missing; expected {wanted}')
+    rows = read_csv(gold)
     for number, row in enumerate(rows or [{}], 1):
-        frequency = row.get('frequency') or ''
-        if any(row.get(key) is None for key in columns) or frequency.strip('0123456789.'):
-            wanted = f'expected the columns {", ".join(columns)}, numbers in frequency'
+        if any(row.get(key) is None for key in columns):
+            wanted = f'expected the columns {", ".join(columns)}'
             raise InputError(f'{gold}, row {number}: not that of the {kind} task; {wanted}')
     return rows
 
@@ -1352,7 +1354,7 @@ def split_list(text, sign=','):
 
 
 def check_knobs(config):
-    """Ends the run at a knob that is out of its range."""
+    """Ends the run at a knob that is out of its range, or names a file that cannot be there."""
     if not (split_list(init) and split_list(tasks) and out):
         fail('expected --init=CHECKPOINT[,...], --tasks=NAME[,...] and --out=FILE')
     if split not in ('dev', 'test'):
@@ -1361,16 +1363,10 @@ def check_knobs(config):
         if type(value) in (int, float) and value < 0:
             fail(f'--{knob}={value}: expected no negative number')
     pick_dtype(dtype, pick_device(device))
-
-
-def check_outputs(paths):
-    """Ends at once, before anything is computed, if a file cannot be written."""
-    for path in filter(None, paths):
+    for path in filter(None, (out, html)):
         if os.path.isdir(path):
             fail(f'{path} is a folder, expected a file')
-        with write_atomic(path + '.part'):
-            pass
-        os.remove(path + '.part')
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
 
 
 def find_checkpoints(text):
@@ -1425,8 +1421,6 @@ if __name__ == '__main__':
     # what cannot be read or written is told at once, before anything is computed
     check_knobs(config)
     models, arms = find_checkpoints(init)
-    pairs_file = os.path.splitext(out)[0] + '.pairs.jsonl'
-    check_outputs((out, pairs_file, html))
     about = {name: describe(where) for name, where in models.items()}
 
     # the suites; a task that is missing is told, and the rest goes on
@@ -1446,7 +1440,7 @@ if __name__ == '__main__':
 
     # the files: every pair's scores, and all results
     rows = [row for found in scores.values() for row in found.rows]
-    with write_atomic(pairs_file) as file:
+    with write_atomic(os.path.splitext(out)[0] + '.pairs.jsonl') as file:
         file.writelines(json.dumps(row) + '\n' for row in rows)
     record = dict(
         metrics={name: not_run | found.results for name, found in scores.items()},

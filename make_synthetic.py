@@ -1301,7 +1301,7 @@ def check_knobs(config):
     if tts not in BACKENDS:
         fail(f'--tts={tts}: expected {", ".join(BACKENDS)}')
     for knob, least in (('limit', 0), ('pause', 0), ('workers', 0), ('prompt_seconds', 0.1)):
-        if config[knob] < least:
+        if not least <= config[knob] < math.inf:
             fail(f'--{knob}={config[knob]}: expected {least} or more')
     for knob, low, high, example in (('speed', 0.1, 10, '0.9-1.1'), ('pitch', 0, 99, '40-60')):
         found = re.fullmatch(r'(\d+\.?\d*)-(\d+\.?\d*)', config[knob])

@@ -286,7 +286,7 @@ def test_zerospeech_mistakes_are_named(tmp_path):
     rows = zerospeech(str(tmp_path), 'syntactic')
     with pytest.raises(M.InputError, match='not that of the lexical task.*frequency'):
         eval_slm.list_zerospeech(str(tmp_path / 'syntactic'), 'lexical', 'dev')
-    with pytest.raises(M.InputError, match='nowhere/gold.csv: No such'):
+    with pytest.raises(M.InputError, match='nowhere/gold.csv is missing'):
         eval_slm.list_zerospeech(str(tmp_path / 'nowhere'), 'lexical', 'dev')
     missing = tmp_path / 'syntactic' / 'dev' / (rows[3]['filename'] + '.wav')
     missing.unlink()
@@ -486,6 +486,10 @@ def test_a_table_of_nothing(tmp_path):
     path.write_text('')
     with pytest.raises(M.InputError, match='holds no pairs'):
         eval_slm.list_suite('pairs', str(path), 'dev', '')
+    path = tmp_path / 'pairs.csv'
+    path.write_bytes(b'correct,incorrect\n\xff\xfe,b.wav\n')
+    with pytest.raises(M.InputError, match='pairs.csv'):
+        eval_slm.list_table(str(path))
 
 
 # --- statistics
