@@ -688,8 +688,10 @@ class Plain(dict):
     def __missing__(self, code):
         sign = chr(code)
         kind = unicodedata.category(sign)
-        speakable = kind[0] in 'LNM' or sign in '.,!?;:\'"()-%&$€£+@/。！？،؟।'
-        self[code] = sign if speakable else '' if kind == 'Cf' else ' '
+        if kind[0] in 'LNM' or sign in '.,!?;:\'"()-%&$€£+@/。！？،؟।':
+            self[code] = sign
+        else:
+            self[code] = '' if kind == 'Cf' else ' '
         return self[code]
 
 
@@ -706,8 +708,10 @@ def clean(document):
     document = re.sub('â€[œ\x9d]?', '"', document)
     document = unicodedata.normalize('NFKC', document)
     document = re.sub(r'https?://\S+|www\.\S+|<[^<>]*>', ' ', document).translate(PLAIN)
+    # no space before a stop, and one stop of several
     document = re.sub(r'\s+([.,!?;:])', r'\1', document)
-    return ' '.join(re.sub(r'([.,!?;:])[.,!?;:]+', r'\1', document).split())
+    document = re.sub(r'([.,!?;:])[.,!?;:]+', r'\1', document)
+    return ' '.join(document.split())
 
 
 def sentences(document, longest=300):
