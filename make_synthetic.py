@@ -81,20 +81,20 @@ limit = 0  # at most so many items of a task; 0: all
 val_share = 0.03  # of stories and pairs, marked split=val
 max_auto_bleu = 0.3  # pairs whose prompt and chosen repeat this share of their bigrams are dropped
 prompt_seconds = 3.0  # what is kept of a story by task prompts
-n_stories = 6000  # how much of the toy language: stories,
-n_pairs = 2000  # preference pairs,
-n_suite = 500  # and minimal pairs in a suite, of wuggy and in a part of salmon, too (even)
-n_unseen = 200  # minimal pairs, the first of those, in the same suites in test_voices
+n_stories = 6000  # how much of the toy language: stories
+n_pairs = 2000  # preference pairs
+n_suite = 500  # minimal pairs in a suite; also of wuggy, and of each part of salmon (even)
+n_unseen = 200  # of these the first so many are spoken in test_voices too
 # the voice
 tts = 'espeak'  # espeak, kokoro, vits, fastspeech2
 tts_model = ''  # a network's folder or hub name; '': that of BACKENDS, below
-voices = ''  # comma-separated, one drawn for each item (blimp: every pair in each); '': BACKENDS'
+voices = ''  # comma-separated, one drawn for each item (blimp: each says all); '': BACKENDS
 test_voices = ''  # voices for the suites NAME_unseen; '': no such suites
 speed = '1.0-1.0'  # 1 is the voice's usual pace; every voice has its own, drawn from this range
 pitch = '50-50'  # espeak: 0 to 99; likewise
 pause = 0.2  # seconds of silence after each sentence
 # the machine
-workers = 0  # processes that run espeak; 0: one a core. A network runs in one
+workers = 0  # processes that speak; 0: one a core. A network speaks in one
 seed = 1234
 device = 'auto'  # of a network: cuda, mps, cpu. It computes in float32 (TF32 on cuda)
 # -----------------------------------------------------------------------------
