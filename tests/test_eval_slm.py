@@ -1,16 +1,22 @@
 """eval_slm.py: every number against an independent computation, and the script as a user has it."""
 
+import config
+
+import contextlib
 import csv
+import io
 import json
 import math
 import os
 import random
 import re
+import runpy
 import subprocess
 import sys
 import threading
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,16 +104,23 @@ def checkpoint(tmp_path_factory):
 
 
 def run(*args, ok=True):
-    env = dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', OPENAI_API_KEY='secret')
-    done = subprocess.run(
-        [sys.executable, 'eval_slm.py', *args, '--device=cpu'],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=env,
-    )
-    assert done.returncode == (0 if ok else 2) and 'Traceback' not in done.stderr, done.stderr
-    return done
+    """The script, in this process, which has loaded its libraries already."""
+    out, err, code, before = io.StringIO(), io.StringIO(), 0, (sys.argv, os.getcwd())
+    sys.argv = ['eval_slm.py', *args, '--device=cpu']
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path('eval_slm.py', run_name='__main__')
+            except (OSError, M.InputError) as error:
+                config.report_error(type(error), error, error.__traceback__)
+    except SystemExit as error:
+        code = error.code
+    finally:
+        sys.argv = before[0]
+        os.chdir(before[1])
+    assert code == (0 if ok else 2), err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 # --- likelihoods
@@ -918,7 +931,7 @@ def test_two_models_end_to_end(tmp_path, checkpoint):
     assert out.read_bytes() == first
 
 
-def test_listening_end_to_end(tmp_path, checkpoint, listeners, endpoint):
+def test_listening_end_to_end(tmp_path, checkpoint, listeners):
     """GenPPL and auto-BLEU of prompt + continuation and of that alone, GPTScore and a MOS
     predictor, each against the same computed by hand."""
     asr, lm = listeners
@@ -990,8 +1003,9 @@ def test_listening_end_to_end(tmp_path, checkpoint, listeners, endpoint):
     assert got['utmos']['score'] == pytest.approx(np.mean(loud), rel=1e-4)
 
 
-def test_gptscore_end_to_end(tmp_path, checkpoint, listeners, endpoint):
+def test_gptscore_end_to_end(tmp_path, checkpoint, listeners, endpoint, monkeypatch):
     """Prompts of twice the length alone, cut at a word, their own text where it is known."""
+    monkeypatch.setenv('OPENAI_API_KEY', 'secret')
     prompts = tmp_path / 'prompts'
     for i, seconds in enumerate((0.7, 0.7, 0.5)):
         tone(str(prompts / f'{i}.wav'), seconds, seed=i)
