@@ -617,7 +617,9 @@ def consistency_items(task, speaker):
                 inconsistent=[{'text': first, key: one}, {'text': second, key: two}],
             )
             item = dict(files=files, alike=number)
-            yield item | dict(voice=one) if key == 'voice' else item
+            if key == 'voice':
+                item['voice'] = one
+            yield item
 
 
 # -----------------------------------------------------------------------------
