@@ -47,41 +47,6 @@ class InputError(ValueError):
 # SLM: the speech language model
 
 
-@dataclass
-class SLMConfig:
-    """The dimensions of an SLM. A field left at None takes its family's value from FAMILIES."""
-
-    family: str = 'qwen2'  # a name of FAMILIES
-    vocab_size: int = 502  # n_units + OFFSET
-    n_layer: int = 24
-    n_embd: int = 896
-    n_head: int = 14
-    n_kv_head: int = 2  # grouped-query attention; opt and gpt_neox have none: n_head
-    head_dim: int | None = None  # None: n_embd / n_head
-    n_ffn: int = 4864
-    embed_dim: int | None = None  # None: n_embd; OPT-350M projects 512 -> 1024 -> 512
-    context: int = 1024  # tokens; with learned positions a hard limit
-    dropout: float = 0.0  # on the residual branches, as OPT has it
-    norm: str | None = None  # 'rms' or 'layer'
-    norm_eps: float | None = None
-    pre_norm: bool | None = None  # False: OPT-350M, norms after each residual and none at the end
-    parallel: bool | None = None  # attention and MLP read the same input
-    positions: str | None = None  # 'rope' or 'learned'
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's, or linear, as in its config.json
-    rotary_share: float | None = None  # of each head's features, what RoPE turns
-    qk_norm: bool | None = None  # RMSNorm of each head's query and key
-    qkv_bias: bool | None = None
-    out_bias: bool | None = None
-    mlp_bias: bool | None = None
-    act: str | None = None  # a name of ACTIVATIONS
-    gated: bool | None = None  # SwiGLU
-    tied: bool | None = None  # the head is the embedding
-
-    def __post_init__(self):
-        complete_config(self)
-
-
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, computed in fp32."""
 
@@ -111,7 +76,7 @@ def rotate(x, cos, sin):
 
 
 class Block(nn.Module):
-    """One transformer layer of any family."""
+    """One transformer layer of any family; its SLMConfig says which (FAMILIES)."""
 
     def __init__(self, config):
         super().__init__()
@@ -904,6 +869,42 @@ def draw(logits, noise, top_p):
 
 # -----------------------------------------------------------------------------
 # Families, and the files of an SLM
+
+
+@dataclass
+class SLMConfig:
+    """The dimensions of an SLM. A field left at None takes its family's value from FAMILIES."""
+
+    family: str = 'qwen2'  # a name of FAMILIES
+    vocab_size: int = 502  # n_units + OFFSET
+    n_layer: int = 24
+    n_embd: int = 896
+    n_head: int = 14
+    n_kv_head: int = 2  # grouped-query attention; opt and gpt_neox have none: n_head
+    head_dim: int | None = None  # None: n_embd / n_head
+    n_ffn: int = 4864
+    embed_dim: int | None = None  # None: n_embd; OPT-350M projects 512 -> 1024 -> 512
+    context: int = 1024  # tokens; with learned positions a hard limit
+    dropout: float = 0.0  # on the residual branches, as OPT has it
+    norm: str | None = None  # 'rms' or 'layer'
+    norm_eps: float | None = None
+    pre_norm: bool | None = None  # False: OPT-350M, norms after each residual and none at the end
+    parallel: bool | None = None  # attention and MLP read the same input
+    positions: str | None = None  # 'rope' or 'learned'
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's, or linear, as in its config.json
+    rotary_share: float | None = None  # of each head's features, what RoPE turns
+    qk_norm: bool | None = None  # RMSNorm of each head's query and key
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
+    mlp_bias: bool | None = None
+    act: str | None = None  # a name of ACTIVATIONS
+    gated: bool | None = None  # SwiGLU
+    tied: bool | None = None  # the head is the embedding
+
+    def __post_init__(self):
+        complete_config(self)
+
 
 POSITION_OFFSET = 2  # OPT's learned positions begin at row 2
 ACTIVATIONS = dict(
