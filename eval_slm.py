@@ -63,6 +63,7 @@ from model import (
     auto_bleu,
     dedup,
     find_audio,
+    find_checkpoint,
     git_commit,
     load_audio,
     pack_rows,
@@ -657,6 +658,7 @@ def load_hf(model_class, processor_class, where, device):
 
     transformers.logging.set_verbosity_error()
     dtype = pick_dtype('auto', device)
+    find_checkpoint(where, tensors=False)  # without a network it says so at once
     try:
         processor = getattr(transformers, processor_class).from_pretrained(where)
         model = getattr(transformers, model_class).from_pretrained(where, dtype=dtype)
