@@ -1077,6 +1077,6 @@ def test_what_cannot_run_is_told(tmp_path, checkpoint):
     )
     got = json.loads((tmp_path / 'e.json').read_text())['metrics']['a']
     assert 'score' in got['sSC']
-    assert 'cannot be loaded' in got['genppl']['not_run']
+    assert "no checkpoint folder '/no/whisper'" == got['genppl']['not_run']
     assert 'no judge' in got['gptscore']['not_run'] and '--utmos' in got['utmos']['not_run']
     assert 'not run' in done.stdout
