@@ -513,6 +513,8 @@ if __name__ == '__main__':
     )
     torch_device, rank, world = start_processes(device)
     cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)
+
+    # a step is a whole number of rows for each process, and a row holds the longest chunk
     rows_per_step = batch_tokens // row_tokens  # over all processes
     if batch_tokens % (row_tokens * world):
         fits = [n for n in range(context, row_tokens) if batch_tokens % (n * world) == 0]
@@ -567,6 +569,8 @@ if __name__ == '__main__':
         raw.load_state_dict(state['model'])
         for each, saved in zip(optimizers, state['optimizers'], strict=True):
             each.load_state_dict(saved)
+
+    # compiled for the one shape that rows have; several processes take the mean of gradients
     compiled = cuda if compile is None else compile
     if compiled:
         torch._dynamo.config.optimize_ddp = False  # it would split the graph at each bucket
@@ -581,6 +585,7 @@ if __name__ == '__main__':
     # --- what will be done is said before it is
     n_params, flops = raw.num_params(), raw.flops_per_token(float(loader.lengths.mean()))
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
+    # utilisation is told of cards whose peak is known
     known = [PEAK[name] for name in PEAK if name in machine]
     peak = 1e12 * world * known[0] if known else math.inf  # inf: no utilisation is told
     say(f'{init}: {n_params:,} parameters on {world} x {machine}, {torch_dtype}', rank)
@@ -588,6 +593,8 @@ if __name__ == '__main__':
         say(line, rank)
     if step:
         say(f'going on at step {step}', rank)
+
+    # the log, and the first signal that stops the run after its step
     log_file = open_log(out_dir, step, rank)
     tracker = start_wandb(config) if wandb and rank == 0 else None
     stopping = catch_signals(rank)
@@ -655,6 +662,8 @@ if __name__ == '__main__':
         over = step >= max_steps or elapsed >= budget
         skipped += round(bad)
         speed = (seen - seen_before) / max(took, 1e-9)  # tokens a second
+
+        # what is told of these steps: a line of log.jsonl, and one for people
         record = dict(step=step, lr=rate, tokens=seen, flops=6 * n_params * seen)
         record |= dict(tokens_per_s=round(speed), elapsed=round(elapsed, 2))
         for name, total in (('loss', loss), ('norm', norm)):

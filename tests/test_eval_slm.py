@@ -1,28 +1,23 @@
 """eval_slm.py: every number against an independent computation, and the script as a user has it."""
 
-import config
-
-import contextlib
 import csv
-import io
 import json
 import math
 import os
 import random
 import re
-import runpy
 import subprocess
 import sys
 import threading
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 import transformers
+from conftest import run_script
 
 import eval_slm
 import model as M
@@ -104,23 +99,9 @@ def checkpoint(tmp_path_factory):
 
 
 def run(*args, ok=True):
-    """The script, in this process, which has loaded its libraries already."""
-    out, err, code, before = io.StringIO(), io.StringIO(), 0, (sys.argv, os.getcwd())
-    sys.argv = ['eval_slm.py', *args, '--device=cpu']
-    os.chdir(ROOT)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                runpy.run_path('eval_slm.py', run_name='__main__')
-            except (OSError, M.InputError) as error:
-                config.report_error(type(error), error, error.__traceback__)
-    except SystemExit as error:
-        code = error.code
-    finally:
-        sys.argv = before[0]
-        os.chdir(before[1])
-    assert code == (0 if ok else 2), err.getvalue()
-    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+    result = run_script('eval_slm.py', *args, '--device=cpu')
+    assert result.returncode == (0 if ok else 2), result.stderr
+    return result
 
 
 # --- likelihoods

@@ -1,18 +1,13 @@
 """make_synthetic.py: what is said, how it sounds, and that it is the same whoever makes it and
 however often it is interrupted."""
 
-import config
-
-import contextlib
 import csv
 import ctypes
 import glob
-import io
 import json
 import os
 import random
 import re
-import runpy
 import signal
 import socket
 import subprocess
@@ -24,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+from conftest import run_script
 
 import make_synthetic as ms
 from make_synthetic import MOODS, QUALITIES, TOPICS, toy_rows
@@ -40,22 +36,9 @@ SMALL = (
 
 def run(*args, check=True):
     """The script, in this process (which has loaded torch already) and its workers."""
-    out, err, code, before = io.StringIO(), io.StringIO(), 0, (sys.argv, os.getcwd())
-    sys.argv = ['make_synthetic.py', *map(str, args)]
-    os.chdir(ROOT)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                runpy.run_path('make_synthetic.py', run_name='__main__')
-            except (OSError, InputError) as error:
-                config.report_error(type(error), error, error.__traceback__)
-    except SystemExit as error:
-        code = error.code
-    finally:
-        sys.argv = before[0]
-        os.chdir(before[1])
-    assert not check or code == 0, err.getvalue()
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    result = run_script('make_synthetic.py', *args)
+    assert not check or result.returncode == 0, result.stderr
+    return result
 
 
 def speak(speaker, texts, voice=VOICE, speed=1.0, pitch=50):
