@@ -3136,6 +3136,18 @@ def read_jsonl(path):
         raise InputError(f'{path}: {error.strerror}') from None
 
 
+def check_marks(row, where):
+    """Raises InputError naming `where` if a row's words or phones, should it have some, are not
+    [[text, start in seconds, end in seconds], ...]."""
+    for key in ('words', 'phones'):
+        marks = row.get(key) or []
+        for mark in marks if isinstance(marks, list) else [None]:
+            text, *times = mark if isinstance(mark, list) and len(mark) == 3 else [None]
+            seconds = [time for time in times if type(time) in (int, float) and 0 <= time < 1e6]
+            if not isinstance(text, str) or len(seconds) != 2:
+                raise InputError(f'{where}: `{key}` must be [[text, start s, end s], ...]')
+
+
 def parquet_files(where):
     """The .parquet files that `where` names, sorted: a file, a folder of shards, or one of the hub.
 

@@ -67,6 +67,7 @@ from model import (
     UnitEncoder,
     UnitTable,
     UnitVocoder,
+    check_marks,
     copy_part,
     dedup,
     filter_source,
@@ -207,6 +208,7 @@ def items_of_manifest(path):
                     f'{path}, line {number}: expected JSON with `path` (or prompt_path, '
                     'chosen_path, rejected_path) and, if any, seconds and split'
                 ) from None
+            check_marks(row, f'{path}, line {number}')
             yield Item('row', path, at, size, SPLITS.get(split, split), paths[0])
             at += len(line)
 
@@ -408,14 +410,22 @@ def find_path(path, folder):
     return path if not os.path.exists(beside) and os.path.exists(path) else beside
 
 
+def named_bytes(content, name):
+    """A file in memory that errors name."""
+    file = io.BytesIO(content)
+    file.name = name
+    return file
+
+
 def utterances_of_tar(item):
     """The recordings in an archive, read from its beginning to its end."""
     stem = re.sub(r'\.(tar|tar\.gz|tgz)$', '', item.path)
     with tarfile.open(item.path, 'r|*') as tar:
         for member in tar:
             if member.isfile() and member.name.lower().endswith(AUDIO_EXTENSIONS):
-                source = io.BytesIO(tar.extractfile(member).read())
-                yield Utterance(os.path.join(stem, member.name), {}, [source])
+                name = os.path.join(stem, member.name)
+                source = named_bytes(tar.extractfile(member).read(), name)
+                yield Utterance(name, {}, [source])
             tar.members = []  # else it remembers them all
 
 
@@ -428,14 +438,18 @@ def utterances_of_parquet(item):
         keys = PAIR if structs.keys() >= set(PAIR) else list(structs)[:1]
         if not keys:
             raise InputError(f'{item.path}: no column holds audio, a struct of bytes and path')
+        known = {OTHER_NAMES.get(key, key): row[key] for key in row if key not in structs}
+        own_name = os.path.basename(structs[keys[0]].get('path') or '')
+        name = f'{item.path.removesuffix(".parquet")}/{number:05d}'
+        name += f'-{own_name}' * bool(own_name)
         sources = []
         for key in keys:
-            path = find_path(structs[key].get('path') or '', os.path.dirname(item.path))
-            sources.append(io.BytesIO(structs[key]['bytes']) if structs[key]['bytes'] else path)
-        known = {OTHER_NAMES.get(key, key): row[key] for key in row if key not in structs}
-        name = f'{item.path.removesuffix(".parquet")}/{number:05d}'
-        own_name = os.path.basename(structs[keys[0]].get('path') or '')
-        yield Utterance(f'{name}-{own_name}' if own_name else name, known, sources)
+            content, path = structs[key]['bytes'], structs[key].get('path')
+            if path and not content:
+                sources.append(find_path(path, os.path.dirname(item.path)))
+            else:
+                sources.append(named_bytes(content or b'', name))
+        yield Utterance(name, known, sources)
 
 
 # A new layout of data: find_items lists its items, and its reader here finds their utterances
@@ -611,13 +625,22 @@ def draw_speech(corpus, seconds):
         pieces = []
         for item in items:
             for found in islice(read_item(item, corpus.root, SAMPLE_SECONDS), per_item):
-                if isinstance(found, Piece) and (found.row['split'] == 'train' or not wanted):
+                if isinstance(found, Failure) or found.row['split'] == 'train' or not wanted:
                     pieces.append(found)
         yield pieces
 
     jobs = [(i, items[i : i + per_job]) for i in range(0, len(items), per_job)]
-    for _, pieces in work_ahead(jobs, read, in_order=True):
+    none, reason = True, ''
+    for _, found in work_ahead(jobs, read, in_order=True):
+        pieces = [piece for piece in found if isinstance(piece, Piece)]
+        failures = [failure.reason for failure in found if isinstance(failure, Failure)]
+        none, reason = none and not pieces, reason or ''.join(failures[:1])
         yield pieces
+    if none:
+        raise InputError(
+            'no training speech to fit on: of the files drawn none is readable and not to validate'
+            + f' ({reason})' * bool(reason)
+        )
 
 
 def draw_frames(net, corpus, n_frames):
@@ -631,10 +654,6 @@ def draw_frames(net, corpus, n_frames):
             bar.update(sum(map(len, found)))
             if total >= n_frames:
                 break
-    if not frames:
-        raise InputError(
-            'no training speech to fit on: of the files drawn none is readable and not to validate'
-        )
     return torch.cat(frames)[:n_frames]
 
 
@@ -704,6 +723,8 @@ def load_encoder(name, clusters, price, corpus):
     if clusters:
         frames = draw_frames(net, corpus, fit_frames)
         net.centroids, net.config['distortion'] = cluster(frames, clusters, seed)
+        if not net.config['distortion']:
+            raise InputError('the speech to fit on is silent, or no two of its sounds differ')
         net.centroids = net.centroids.to(net.device)
     elif net.config.get('switch') and not net.config.get('distortion'):
         frames = draw_frames(net, corpus, min(fit_frames, 30_000))
@@ -809,12 +830,14 @@ def rows_of_units(path):
         try:
             row = {'file_name': f'{os.path.basename(path)}:{number}', **row}
             pair = {part: row[part] | collapse(row[part]) for part in PAIR if part in row}
-            yield row | (pair if len(pair) == len(PAIR) else collapse(row))
+            row |= pair if len(pair) == len(PAIR) else collapse(row)
         except (ValueError, KeyError, TypeError, RuntimeError, OverflowError):
             raise InputError(
                 f'{path}, line {number}: expected a JSON object with `units` (numbers from 0) or '
                 '`audio_repr`'
             ) from None
+        check_marks(row, f'{path}, line {number}')
+        yield row
 
 
 def collapse(row):
@@ -1361,8 +1384,10 @@ def measure_units(rows, frame_rate, n_units):
 
 def judge_file(path):
     """measure_units of a units file with marks; its meta.json says the frame rate."""
-    with open(os.path.join(os.path.dirname(path), 'meta.json'), encoding='utf-8') as file:
-        meta = json.load(file)
+    about = os.path.join(os.path.dirname(path), 'meta.json')
+    if not os.path.isfile(path) or not os.path.isfile(about):
+        raise InputError(f'{path}: no units file with its meta.json beside it')
+    meta = read_json(about)
     rows, seconds = [], 0.0
     for _, row in read_jsonl(path):
         marks = row.get('phones') or row.get('words')
@@ -1607,7 +1632,12 @@ if __name__ == '__main__':
         sys.exit()
 
     # The encoder, then this shard's parts, read by workers ahead of the net
-    net, name = prepare_encoder(corpus, recipe, part)
+    try:
+        net, name = prepare_encoder(corpus, recipe, part)
+    except InputError:
+        if not parts_there() and not os.path.exists(os.path.join(out, 'encoder', 'encoder.json')):
+            os.remove(os.path.join(out, 'parts', 'recipe.json'))  # a slip binds no later run
+        raise
     speed = encode_parts(parts, range(part, len(parts), of), net, corpus.root)
 
     # Whoever finds all parts there joins them; if two do, both write the same

@@ -38,6 +38,7 @@ from model import (
     InputError,
     UnitEncoder,
     UnitVocoder,
+    check_marks,
     dedup,
     find_audio,
     finish_wave,
@@ -114,6 +115,7 @@ def parse_row(row, path):
     """The Prompt in a line of a manifest (path), of a units file (units, duration) or of a pairs
     file (prompt). Raises InputError where it is none of these."""
     inner = row['prompt'] if isinstance(row.get('prompt'), dict) else row
+    check_marks(inner, path)
     name = row.get('file_name') or row.get('path') or row.get('prompt_path')
     found = Prompt(
         name=str(name or os.path.basename(path)),

@@ -86,7 +86,7 @@ def check_type(key, value, default, where):
     kinds = (int, float) if isinstance(default, float) else type(default)
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
         expected = type(default).__name__
-        fail(f'{where}: {key} expects {expected} (now {default!r}), got {value!r}')
+        fail(f'{where}: {key} expects {expected} (default {default!r}), got {value!r}')
     return float(value) if isinstance(default, float) else value
 
 
@@ -143,6 +143,7 @@ def configure(scope):
     expected), a missing value or a missing config file.
     """
     block, names = read_block(scope['__file__'])
+    defaults = {name: scope[name] for name in names}  # which say the types
 
     def check_name(key, where):
         if key not in names:
@@ -162,7 +163,7 @@ def configure(scope):
             knobs = {name: scope[name] for name in names}
             for key, value in run_config(argument, knobs).items():
                 check_name(key, argument)
-                scope[key] = check_type(key, value, scope[key], argument)
+                scope[key] = check_type(key, value, defaults[key], argument)
             continue
 
         if not argument.startswith('--'):
@@ -174,13 +175,13 @@ def configure(scope):
         if not equals:
             # --flag alone is True; any other knob takes the next argument
             following = arguments[0] if arguments else '--'
-            flag = scope[key] is None and following.startswith('--')
-            if isinstance(scope[key], bool) or flag:
+            flag = defaults[key] is None and following.startswith('--')
+            if isinstance(defaults[key], bool) or flag:
                 text = arguments.pop(0) if following.lower() in ('true', 'false') else 'True'
             elif following.startswith('--'):
                 fail(f'--{key} needs a value: --{key}={scope[key]!r} is the default')
             else:
                 text = arguments.pop(0)
-        scope[key] = parse(key, text, scope[key])
+        scope[key] = parse(key, text, defaults[key])
 
     return {name: scope[name] for name in names}

@@ -1,5 +1,7 @@
 """The house: what every script keeps to, by its syntax tree, and the helpers they share."""
 
+import config
+
 import ast
 import os
 import re
@@ -119,6 +121,19 @@ def test_interrupted_while_libraries_load(script):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
     assert done.stderr.strip() == f'{script}.py: interrupted; run the same command to continue'
+
+
+def test_later_overrides_win_whatever_came_before(tmp_path, monkeypatch):
+    """The script's own value says what type a knob has; None takes any, however it is set."""
+    rule = '# ' + '-' * 30 + '\n'
+    (tmp_path / 'script.py').write_text(f'{rule}price = None\nrate = 1.0\n{rule}')
+    (tmp_path / 'recipe.py').write_text('price = True\nrate = 2\n')
+    scope = dict(__file__=str(tmp_path / 'script.py'), price=None, rate=1.0)
+    arguments = [str(tmp_path / 'recipe.py'), '--price=4', '--price', '1.5', '--rate=3']
+    monkeypatch.setattr('sys.argv', ['script.py', *arguments])
+    assert config.configure(scope) == dict(price=1.5, rate=3.0) and scope['price'] == 1.5
+    monkeypatch.setattr('sys.argv', ['script.py', *arguments, '--price=neural'])
+    assert config.configure(dict(scope, price=None, rate=1.0))['price'] == 'neural'
 
 
 def run_script(tmp_path, body):

@@ -569,6 +569,10 @@ def test_manifests(corpus, packed, tmp_path):
     assert failed['file_name'].endswith('gone.flac') and 'no such' in failed['reason']
     manifest.write_text('{"path": "a.wav"}\n{"text": "no path"}\n')
     assert 'manifest.jsonl, line 2: expected JSON' in run(*args[:2], f'--out={tmp_path}/o', check=2)
+    for words in ([['a', 0.1]], [['a', 0.1, '0.5']], [[None, 0.1, 0.5]], {'a': 1}, 'a', 7):
+        manifest.write_text(json.dumps(dict(lines[1], words=words)))
+        said = run(*args[:2], f'--out={tmp_path}/o', check=2)
+        assert 'manifest.jsonl, line 1: `words` must be' in said
 
 
 def test_a_net_with_its_own_clusters_and_a_price_of_change(corpus, tmp_path):
@@ -605,6 +609,23 @@ def test_nothing_but_broken_files_or_none_at_all(packed, tmp_path):
     assert 'none of the 4 files' in run(f'--audio={tmp_path}/bad', *args, check=2)
     assert len(rows(tmp_path / 'none/failed.jsonl')) == 4
     assert 'no such file' in run(f'--audio={tmp_path}/nowhere', *args, check=2)
+    fit = '--encoder=mfcc', '--fit_kmeans=9', f'--out={tmp_path}/fit'
+    assert '.wav: not readable audio' in run(f'--audio={tmp_path}/bad', *fit, check=2)
+    with tarfile.open(tmp_path / 'bad.tar', 'w') as tar:
+        tar.add(tmp_path / 'bad/0.wav', 'x/0.wav')
+    run(f'--audio={tmp_path}/bad.tar', args[0], f'--out={tmp_path}/tar', check=2)
+    assert rows(tmp_path / 'tar/failed.jsonl')[0]['reason'].startswith(f'{tmp_path}/bad/x/0.wav: ')
+
+
+def test_a_slip_binds_no_later_run(corpus, tmp_path):
+    args = f'--audio={corpus}/dev', '--fit_kmeans=4', f'--out={tmp_path}/out'
+    assert 'no encoder' in run(*args, '--encoder=mfccc', check=2)
+    save_audio(tmp_path / 'silence.wav', torch.zeros(32000))
+    silence = f'--audio={tmp_path}/silence.wav'
+    assert 'is silent' in run(silence, *args[1:], '--encoder=mfcc', check=2)
+    run(*args, '--encoder=mfcc', '--val_fraction=0')
+    assert os.path.exists(tmp_path / 'out/train.bin')
+    assert 'no units file' in run(f'--report={tmp_path}/gone.jsonl', check=2)
 
 
 def test_want_of_memory_or_of_a_library_is_no_bad_file(tmp_path, monkeypatch):
