@@ -27,6 +27,7 @@ files go to failed.jsonl.
 
 from config import configure
 
+import contextlib
 import glob
 import hashlib
 import io
@@ -1636,7 +1637,9 @@ if __name__ == '__main__':
         net, name = prepare_encoder(corpus, recipe, part)
     except InputError:
         if not parts_there() and not os.path.exists(os.path.join(out, 'encoder', 'encoder.json')):
-            os.remove(os.path.join(out, 'parts', 'recipe.json'))  # a slip binds no later run
+            # a slip binds no later run; another shard may have removed it already
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(out, 'parts', 'recipe.json'))
         raise
     speed = encode_parts(parts, range(part, len(parts), of), net, corpus.root)
 
