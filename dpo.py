@@ -82,7 +82,9 @@ warmup_steps = 100  # then the inverse square root; 0: none, and a time scale of
 grad_clip = 0.5  # gradient norm; 0: off
 max_steps = 813  # the run ends at this many steps (0: no limit),
 epochs = 3.0  # or passes over the pairs (0: no limit),
-train_hours = 0.5  # or hours, the reference's pass counted, validation not; whichever is first
+train_hours = (
+    0.5  # or hours, the reference's pass counted once (0: no limit); at least one step runs
+)
 eval_interval = 100  # steps between validations; 0: none
 val_pairs = 512  # held out at most: those with split 'val', and others up to a tenth of all
 save_interval = 200  # steps between checkpoints; 0: at the end alone
@@ -497,7 +499,9 @@ if __name__ == '__main__':
     # --- how long the run is: steps, epochs or hours, whichever end first
     per_epoch = len(train) // batch_pairs
     budget = 3600 * train_hours or math.inf  # seconds
-    last_step = min(max_steps or math.inf, round(epochs * per_epoch) or math.inf)
+    last_step = max_steps or math.inf
+    if epochs:
+        last_step = min(last_step, max(1, round(epochs * per_epoch)))
     if last_step == budget == math.inf:
         fail('max_steps, epochs and train_hours are all 0: one of them must end the run')
     validating = bool(val and eval_interval)
@@ -514,7 +518,7 @@ if __name__ == '__main__':
     step, elapsed, seen = state['step'], state['elapsed'], state['seen']
     skipped, scores, best = state['skipped'], state['scores'], state['best']
     before, best_step = state['before'], state['best_step']
-    if step >= last_step or elapsed >= budget:
+    if step >= last_step or (step and elapsed >= budget):
         done = f'finished before, {step} steps in {format_time(elapsed)}, {scores}'
         say(f'{out_dir}: {done}; nothing to do (--resume=False starts over)', rank)
         stop_processes(world)
@@ -546,7 +550,6 @@ if __name__ == '__main__':
         known[len(train) :] = score(row_logps, val, width, torch_device, rank, world)
     elif os.path.exists(cache):
         known, seconds = torch.load(cache, weights_only=True)
-        clock -= seconds
         say(f'reference: known from {cache}', rank)
     else:
         known = score(row_logps, pairs, width, torch_device, rank, world, 'reference')  # (pairs, 2)
@@ -601,7 +604,8 @@ if __name__ == '__main__':
         best = before['val_loss']
         log_file.write(json.dumps(dict(step=0, **scores)) + '\n')
         say(format_validation(scores, before, len(val)), rank)
-    while step < last_step and elapsed < budget and not halt:
+    over = False
+    while step < last_step and not over and not halt:
         # the pairs of this step, in rows of which each process takes every world-th
         epoch, number = divmod(step, per_epoch)
         if batches is None or number == 0:

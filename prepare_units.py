@@ -120,7 +120,6 @@ shard = ''  # i/n: this run encodes parts i, i + n, ... (i from 0); torchrun set
 workers = 0  # processes that read, and with mfcc encode; 0: one a core of this process's share
 seed = 1234
 device = 'auto'
-dtype = 'auto'  # of the net: float32, on CUDA with TF32 products; float32, bfloat16
 # -----------------------------------------------------------------------------
 
 PART_FILES = 128  # at most, of a large corpus
@@ -139,7 +138,7 @@ OTHER_NAMES = dict(speaker='voice', raw_text='text')
 BAD_DATA = (OSError, ValueError, KeyError, TypeError, EOFError, tarfile.TarError, zlib.error)
 # Settings that decide what is in a part. A folder's parts all have the same.
 RECIPE = (
-    *('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch', 'dtype'),
+    *('encoder', 'layer', 'kmeans', 'fit_kmeans', 'fit_frames', 'switch'),
     *('max_seconds', 'val_folders', 'val_fraction', 'exclude', 'seed'),
 )
 
@@ -711,9 +710,7 @@ def first_centroids(frames, k, seed):
 def load_encoder(name, clusters, price, corpus):
     """The encoder of that name. clusters: how many to fit, 0 to take those that it has. price: of
     a change of unit, in its own mean distortion, which is measured where it is not known."""
-    net = UnitEncoder.from_pretrained(
-        name, layer, '' if clusters else kmeans or None, device, dtype
-    )
+    net = UnitEncoder.from_pretrained(name, layer, '' if clusters else kmeans or None, device)
     if net.centroids is None and not clusters:
         raise InputError(
             f'{name} has no k-means yet: --fit_kmeans=N fits one, --kmeans=FILE or '
@@ -1559,7 +1556,7 @@ def prepare_encoder(corpus, recipe, part):
         print('waiting for shard 0 to make the encoder', flush=True)
     while not os.path.exists(made):
         time.sleep(1)
-    net = UnitEncoder.from_pretrained(folder, None, None, device, dtype)
+    net = UnitEncoder.from_pretrained(folder, None, None, device)
     if net.config.get('fitted') != recipe:
         raise InputError(
             f'{folder} was fitted with other settings or audio: choose another --out, or delete it'

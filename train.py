@@ -90,7 +90,7 @@ eps = 1e-8
 weight_decay = 0.0  # of matrices
 grad_clip = 0.5  # gradient norm; 0: off
 max_steps = 17625  # the run ends at so many steps
-train_hours = 23.5  # or hours, whichever is first; validation, saving and compiling do not count
+train_hours = 23.5  # or hours, whichever is first (0: no limit); validation and saving do not count
 eval_interval = 500  # steps between validations; 0: none
 save_interval = 500  # steps between checkpoints; 0: at the end alone
 save_init = False  # also write the untrained model, beside out_dir, as untrained/
@@ -504,7 +504,7 @@ if __name__ == '__main__':
     # --- what the knobs say, held against what can be done, before anything is read or built
     least = dict.fromkeys(('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_ffn', 'max_steps'), 1)
     least |= dict(context=2, row_tokens=2, batch_tokens=2, log_interval=1, rope_theta=1, lr=1e-9)
-    least |= dict(train_hours=1e-9, decay_fraction=1e-9)
+    least |= dict(decay_fraction=1e-9)
     check_knobs(config, least, dict(dropout=1, beta1=1, beta2=1, warmup_fraction=1))
     learning_rate(0, 0)  # an unknown schedule fails here
     explain_memory(
@@ -532,8 +532,8 @@ if __name__ == '__main__':
         state = load_run(out_dir, state, config, FREE)
     step, elapsed, seen = state['step'], state['elapsed'], state['seen']
     skipped, scores, best = state['skipped'], state['scores'], state['best']
-    budget = 3600 * train_hours  # seconds
-    if step >= max_steps or elapsed >= budget:
+    budget = 3600 * train_hours or math.inf  # seconds
+    if step >= max_steps or (step and elapsed >= budget):
         done = f'finished before, {step} steps in {format_time(elapsed)}, {scores}'
         say(f'{out_dir}: {done}; nothing to do (--resume=False starts over)', rank)
         stop_processes(world)
@@ -608,7 +608,8 @@ if __name__ == '__main__':
     seen_before, clock = seen, time.perf_counter()  # when the numbers were last read
     raw.train()
 
-    while step < max_steps and elapsed < budget and not halt:
+    over = False
+    while step < max_steps and not over and not halt:
         # the rate follows the share of the run that is done, by steps or by the clock
         rate = learning_rate(step, max(step / max_steps, elapsed / budget))
         for each in optimizers:

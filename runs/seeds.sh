@@ -18,10 +18,8 @@ if [ "$NAME" = demo ]; then
 fi
 
 seed() {
-    local hours=()
-    [ "$NAME" != demo ] || hours=(--train_hours=100)
-    python train.py "$TRAIN" --seed="$1" --out_dir="$OUT/slm-s$1" --save_init=False "${hours[@]}"
-    python dpo.py "$DPO" --seed="$1" --init="$OUT/slm-s$1" --out_dir="$OUT/dpo-s$1" "${hours[@]}"
+    python train.py "$TRAIN" --seed="$1" --out_dir="$OUT/slm-s$1" --save_init=False
+    python dpo.py "$DPO" --seed="$1" --init="$OUT/slm-s$1" --out_dir="$OUT/dpo-s$1"
 }
 mkdir -p "$OUT"
 for n in $SEEDS; do

@@ -480,18 +480,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     assert int(done.stdout) < 200, done.stdout
 
 
-def test_bfloat16_is_near(tmp_path):
-    random_net('HuBERT base, 25 Hz').save_pretrained(tmp_path)
-    waves = [speech(2.0, 3), speech(1.0, 4)]
-    exact = UnitEncoder.from_pretrained(str(tmp_path), layer=3, kmeans='')
-    near = UnitEncoder.from_pretrained(str(tmp_path), layer=3, kmeans='', dtype='bfloat16')
-    near.extractor.batch_seconds = 10
-    for a, b in zip(exact.features(waves), near.features(waves), strict=True):
-        assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.2
-    with pytest.raises(InputError, match='float61'):
-        UnitEncoder.from_pretrained(str(tmp_path), layer=3, kmeans='', dtype='float61')
-
-
 def test_precision_is_scoped(monkeypatch):
     """On CUDA products are TF32 by default, none of it remains for the rest of the program."""
     config = dict(kind='hubert', name='x', model='x', layer=3, pad=0)

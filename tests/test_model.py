@@ -179,9 +179,6 @@ def test_logits_equal_transformers_and_round_trip(pair, tmp_path):
         assert (
             torch.equal(again.eval()(tokens), ours(tokens)) and again.slam['n_units'] == V - OFFSET
         )
-        half, ours_half = hf.bfloat16()(tokens).logits.float(), ours.bfloat16()(tokens).float()
-        error, ours_error = (half - expected).abs().mean(), (ours_half - expected).abs().mean()
-        assert ours_error < 1.5 * error + 1e-3  # as close to fp32 as transformers' own bf16
 
 
 def test_gradients_equal_transformers(pair):
