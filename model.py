@@ -7,7 +7,8 @@ UnitVocoder   units -> wave        the unit HiFi-GAN, a small net to train, or a
 """
 
 import contextlib
-import glob
+import hashlib
+import importlib
 import io
 import json
 import math
@@ -16,7 +17,6 @@ import pickle
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -614,6 +614,17 @@ class SLM(nn.Module):
             json.dump(hf, about_model, indent=2)
             json.dump(slam, about_units, indent=2)
             write_tensors(os.path.join(folder, 'model.safetensors'), tensors)
+
+
+def load_slm(where, sizes=None, seed=0, **options):
+    if where == 'scratch':
+        options.pop('text', None), options.pop('embed_init', None)
+        options.setdefault('rope_theta', 10000.0)
+        return SLM(SLMConfig('llama', **sizes, **options), seed)
+    if where.startswith('preset:'):
+        options.pop('text', None), options.pop('embed_init', None)
+        return SLM.from_preset(where.removeprefix('preset:'), seed=seed, **options)
+    return SLM.from_pretrained(where, seed=seed, **options)
 
 
 PARTS = ('encoder', 'vocoder', 'tokenizer')  # folders that a checkpoint may have
@@ -1255,22 +1266,6 @@ def to_hf_config(config):
     )
 
 
-def read_json(path):
-    """The object of a JSON file. Raises InputError where there is none."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise InputError(
-            f'{path} is missing: a checkpoint is a folder with config.json and model.safetensors'
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f'{path} is not JSON: {error}') from None
-    if not isinstance(content, dict):
-        raise InputError(f'{path}: expected a JSON object {{...}}')
-    return content
-
-
 def find_checkpoint(where, tensors=True):
     """The folder `where`, or that of a hub name in the local cache, downloaded if need be (no code,
     safetensors before pickles; its json files alone without `tensors`)."""
@@ -1872,6 +1867,16 @@ class UnitEncoder:
 
     @torch.inference_mode()
     def encode(self, waves):
+        if isinstance(waves, torch.Tensor):
+            return self.encode([waves])[0]
+        return self.encode_all(waves)
+
+    @property
+    def encoder_id(self):
+        return content_hash(self.centroids)[:12]
+
+    @torch.inference_mode()
+    def encode_all(self, waves):
         """List of (samples,) at 16 kHz -> list of (frames,) long units on the CPU, one a frame.
 
         Raises InputError as `assign` does.
@@ -2948,6 +2953,10 @@ class UnitVocoder:
         VOICE_LEVEL, peaks <= VOICE_PEAK. No wave depends on the others.
         Raises: InputError for units, speakers or styles that this vocoder does not have.
         """
+        if isinstance(units, torch.Tensor):
+            return self.decode([units], None if durations is None else [durations], speaker, style)[
+                0
+            ]
         units = self.check(units)
         durations = self.durations(units) if durations is None else durations
         durations = [torch.as_tensor(d, dtype=torch.long, device='cpu') for d in durations]
@@ -3057,31 +3066,7 @@ class UnitTable:
 
 
 # -----------------------------------------------------------------------------
-# What several scripts need
-
-
-def pick_device(device='auto'):
-    """'auto' -> cuda, else mps, else cpu; anything else as torch.device reads it. Raises InputError
-    if it is unknown or not there."""
-    if device == 'auto':
-        has_mps = torch.backends.mps.is_available()
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f'device {device!r} cannot be used here: {reason}') from None
-
-
-def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 on cuda, float32 elsewhere; else the torch dtype of that name. Raises
-    InputError unless it is one of those two."""
-    if dtype == 'auto':
-        return torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
-    if dtype not in ('float32', 'bfloat16'):  # float16 would need its gradients scaled
-        raise InputError(f'dtype {dtype!r} is not to be had: use auto, bfloat16 or float32')
-    return getattr(torch, dtype)
-
+# Finding and reading data
 
 AUDIO_EXTENSIONS = (
     *('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3'),
@@ -3112,28 +3097,6 @@ def find_audio(path, extensions=AUDIO_EXTENSIONS):
     if not found:
         raise InputError(f'{path}: no sound in this folder (looked for {" ".join(extensions)})')
     return sorted(found)
-
-
-def read_jsonl(path):
-    """Yields (line number from 1, object) of a file of JSON lines; empty lines are passed over.
-
-    NaN and Infinity, which JSON proper does not have, are read as None. Raises InputError naming
-    the file, and the line where one is no JSON object.
-    """
-    try:
-        with open(path, 'rb') as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line, parse_constant=lambda name: None)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f'{path}, line {number}: not JSON ({error})') from None
-                if not isinstance(row, dict):
-                    raise InputError(f'{path}, line {number}: expected a JSON object {{...}}')
-                yield number, row
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}') from None
 
 
 def check_marks(row, where):
@@ -3232,106 +3195,157 @@ def read_parquet(where):
             raise InputError(f'{path}: not readable as parquet ({error})') from None
 
 
-def is_running(process):
-    """Whether the process of this id works on; a zombie, which waits for its parent to look at it,
-    does not. Where nobody collects orphans, as in many containers, those stay zombies."""
+# -----------------------------------------------------------------------------
+# Helpers of several scripts: files, names, words
+
+
+def pick_device(device='auto'):
+    """'auto' -> cuda, else mps, else cpu; anything else as torch.device reads it. Raises InputError
+    where that device is not available."""
+    if device == 'auto':
+        has_mps = torch.backends.mps.is_available()
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
     try:
-        os.kill(process, 0)
-        with open(f'/proc/{process}/stat') as file:  # of Linux: "id (name) state ..."
-            return file.read().rpartition(')')[2].split()[0] != 'Z'
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f'device {device!r} cannot be used here: {reason}') from None
 
 
-def name_aside(path):
-    """A name beside `path` that no other process uses. What a process that was killed on this
-    machine left there under such a name is removed."""
-    host = socket.gethostname()
-    for stale in glob.glob(f'{glob.escape(str(path))}.{host}.*.tmp'):
-        with contextlib.suppress(OSError, ValueError):  # another may remove it too
-            if not is_running(int(stale.split('.')[-2])):
-                shutil.rmtree(stale) if os.path.isdir(stale) else os.remove(stale)
-    return f'{path}.{host}.{os.getpid()}.tmp'
+def pick_dtype(dtype, device):
+    """'auto' -> bfloat16 on cuda, float32 elsewhere; else the torch dtype of that name."""
+    if dtype == 'auto':
+        return torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
+    if dtype not in ('float32', 'bfloat16'):  # float16 would need its gradients scaled
+        raise InputError(f'dtype {dtype!r} is not supported: use auto, bfloat16 or float32')
+    return getattr(torch, dtype)
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a library raises while it reads this file becomes an InputError that names it."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f'{path} cannot be read: {reason}') from None
+
+
+def read_json(path):
+    """The object of a JSON file. Raises InputError."""
+    with reading(path), open(path, encoding='utf-8') as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: expected a JSON object {{...}}')
+    return content
+
+
+def read_jsonl(path):
+    """Yield (line number from 1, object) of a file of JSON lines; empty lines are skipped.
+
+    NaN and Infinity, which are not JSON, are read as None. Raises InputError naming the line.
+    """
+    with reading(path), open(path, 'rb') as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            with reading(f'{path}, line {number}'):
+                row = json.loads(line, parse_constant=lambda name: None)
+            if not isinstance(row, dict):
+                raise InputError(f'{path}, line {number}: expected a JSON object {{...}}')
+            yield number, row
 
 
 @contextlib.contextmanager
 def write_atomic(path, mode='w'):
-    """A file that appears under `path` whole or not at all: `with write_atomic(path) as file: ...`
+    """`with write_atomic(path) as file: ...`: the file appears under `path` complete or not at all.
 
-    It is written aside and renamed at the end; folders are made as needed. mode: 'w' (UTF-8) or
-    'wb'. After an error nothing is left behind, after a kill no longer than until the next time.
+    It is written under a temporary name and renamed; folders are made. mode: 'w' (UTF-8) or 'wb'.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    aside = name_aside(path)
+    temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        with open(aside, mode, encoding=None if 'b' in mode else 'utf-8') as file:
+        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or path  # a full disk names no file
         raise
     finally:
         with contextlib.suppress(OSError):
-            os.remove(aside)
+            os.remove(temporary)
 
 
-def write_tensors(path, tensors):
-    """A .safetensors file that appears whole or not at all."""
-    from safetensors.torch import save
+def content_hash(*parts):
+    """SHA-256 as 64 hexadecimal digits. A part: bytes, a tensor, or anything that is JSON."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            part = part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        if not isinstance(part, bytes):
+            part = json.dumps(part, sort_keys=True).encode()
+        digest.update(len(part).to_bytes(8, 'big') + part)
+    return digest.hexdigest()
 
-    with write_atomic(path, 'wb') as file:
-        file.write(save(tensors, metadata={'format': 'pt'}))
+
+def file_hash(path):
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-# The Penn Treebank's word rule as NLTK's word_tokenize has it, each rule in its turn: what is to
-# become a word of its own gets spaces around it. Auto-BLEU counts such words.
-WORD_RULES = [
-    # quotes that open
-    (r'([«“‘„]|`+)', r' \1 '),
-    (r'^"', '``'),
-    (r'(``)', r' \1 '),
-    (r'([ (\[{<])("|\'{2})', r'\1 `` '),
-    (r"(?i)(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", r'\1 '),
-    # punctuation: a full stop only where the text ends, a comma or a colon not before a digit
-    (r'([^.])(\.)([\])}>"\'»”’ ]*+)\s*$', r'\1 \2 \3 '),
-    (r'([:,])([^\d])', r' \1 \2'),
-    (r'([:,])$', r' \1 '),
-    (r'(\.{2,}|[;@#$%&\u2012-\u2015])', r' \1 '),
-    (r'([^.])(\.)([\])}>"\']*)\s*$', r'\1 \2\3 '),
-    (r'([?!])', r' \1 '),
-    (r"([^'])' ", r"\1 ' "),
-    (r'([*\]\[(){}<>]|--)', r' \1 '),
-    (r'^|$', ' '),
-    # quotes that close, and what an apostrophe joins to a word
-    (r'([»”’])', r' \1 '),
-    (r'\'\'|"', " '' "),
-    (r'\s+', ' '),
-    (r"([^' ])('[sSmMdD]|') ", r'\1 \2 '),
-    (r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) ", r'\1 \2 '),
-    # contractions without one
-    (r'(?i)\b(can)(not)\b', r' \1 \2 '),
-    (r"(?i)\b(d)('ye)\b", r' \1 \2 '),
-    (r'(?i)\b(gim)(me)\b', r' \1 \2 '),
-    (r'(?i)\b(gon)(na)\b', r' \1 \2 '),
-    (r'(?i)\b(got)(ta)\b', r' \1 \2 '),
-    (r'(?i)\b(lem)(me)\b', r' \1 \2 '),
-    (r"(?i)\b(more)('n)\b", r' \1 \2 '),
-    (r'(?i)\b(wan)(na)(?=\s)', r' \1 \2 '),
-    (r"(?i) ('t)(is|was)\b", r' \1 \2 '),
-]
+SPLITS = dict(
+    **dict.fromkeys(('train', 'training'), 'train'),
+    **dict.fromkeys(('val', 'valid', 'validation', 'dev', 'eval'), 'val'),
+    **dict.fromkeys(('test', 'testing'), 'test'),
+)
+
+
+def split_of(name, default=None):
+    """'train', 'val' or 'test' for a split's name in any case: dev-clean, train.100, TEST ...
+
+    default: returned for a name that is none of these, such as a folder's. None: raises InputError.
+    """
+    match = re.fullmatch(r'([a-z]+)([-_.:/\[\d].*)?', str(name).strip().lower())
+    if match and match[1] in SPLITS:
+        return SPLITS[match[1]]
+    if default is None:
+        raise InputError(
+            f'split {name!r} is not known: use one of {", ".join(SPLITS)}, also as in train-100'
+        )
+    return default
+
+
+def split_documents(text):
+    """The documents of a text, parted by <|endoftext|> wherever it stands; empty ones left out."""
+    return [part.strip() for part in text.split('<|endoftext|>') if part.strip()]
+
+
+def check_encoder_ids(parts):
+    """Raise InputError where units of two encoders meet. parts: {name: encoder_id or None}; None,
+    of files older than encoder_id, agrees with all."""
+    known = {name: encoder_id for name, encoder_id in parts.items() if encoder_id}
+    if len(set(known.values())) > 1:
+        names = ', '.join(f'{name}: {encoder_id}' for name, encoder_id in known.items())
+        raise InputError(f'the units are of different encoders, so they do not mix ({names})')
+
+
+@lru_cache(1)
+def word_tokenizer():
+    from nltk.tokenize import NLTKWordTokenizer  # a second to import; needs no data
+
+    return NLTKWordTokenizer()
 
 
 def tokenize_words(text):
-    """The words and punctuation marks of a text: NLTK's word_tokenize(text, preserve_line=True)."""
-    for pattern, replacement in WORD_RULES:
-        text = re.sub(pattern, replacement, text)
-    return text.split()
+    """The words and punctuation marks of a text by the Penn Treebank rules of NLTK."""
+    return word_tokenizer().tokenize(text)
 
 
 def auto_bleu(words, n=2):
-    """Share of the n-grams of a sequence that occur in it more than once; 0 where there is none.
+    """The share of a sequence's n-grams that occur in it more than once; 0 where there is none.
 
     Lakhotia et al. 2021 (auto-BLEU). words: any sequence, of tokenize_words or of units.
     """
@@ -3362,24 +3376,190 @@ def pack_rows(lengths, width):
     return rows
 
 
-def start_worker(threads=1, parent=None):
-    """Initializer of worker processes: so many threads; Ctrl-C is left to the parent, and a worker
-    whose parent is gone, killed by whatever signal, ends too. parent: its process id, where the
-    worker may begin so late that it is gone already."""
+def start_worker(threads=1):
+    """Initializer of worker processes: Ctrl-C is left to the parent, and a worker ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    parent = parent or os.getppid()
+    parent = os.getppid()
 
     def watch():
         while os.getppid() == parent:
-            time.sleep(0.1)
+            time.sleep(0.2)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
+def log(text, rank=0):
+    """Print a line, in the first process only. A closed pipe (`| head`) does not end a run."""
+    try:
+        if rank == 0:
+            print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def format_time(seconds):
+    """'45 s', '3.2 min' or '23.5 h'."""
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.1f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+
+
+def git_commit():
+    """The commit of this folder; None where git does not know it."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        done = subprocess.run(['git', '-C', here, 'rev-parse', 'HEAD'], capture_output=True)
+    except OSError:
+        return None
+    return done.stdout.decode().strip() or None
+
+
 # -----------------------------------------------------------------------------
-# What train.py and dpo.py share: processes, signals, logs, and how a run goes on
+# Runs: processes, signals, logs and resuming, for train.py and dpo.py
+
+
+def start_processes(device):
+    """This process's device, its rank and the number of processes, as torchrun set them."""
+    rank, local, world = (
+        int(os.environ.get(key, default))
+        for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))
+    )
+    device = pick_device(device)
+    if device.type == 'cuda':
+        device = torch.device('cuda', local) if world > 1 else device
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    if world > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return device, rank, world
+
+
+def stop_processes(world):
+    """All processes end together: one that ends alone can abort the others."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def sum_over_processes(numbers, device):
+    """A list of numbers, each summed over the processes."""
+    if not dist.is_initialized():
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def catch_signals(rank):
+    """The list of signals received so far: the first SIGINT or SIGTERM is appended to it, so that
+    the loop can save and stop; the second ends the process at once."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        if rank == 0:  # no print: it may be what was interrupted
+            os.write(2, b'\nstopping after this step, which is saved; press again to end at once\n')
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, catch)
+    return caught
+
+
+def start_tracker(name, config):
+    """A run of the package `name`, wandb or trackio, whose `log` takes records; '': None."""
+    if not name:
+        return None
+    if name not in ('wandb', 'trackio'):
+        raise InputError(f'tracker {name!r} is not known: use wandb or trackio')
+    try:
+        tracker = importlib.import_module(name)
+    except ImportError:
+        raise InputError(f'{name} is not installed: pip install {name}') from None
+    return tracker.init(project='slam', config=config)
+
+
+def open_log(out_dir, step, rank=0):
+    """out_dir/log.jsonl, to append to, without the lines that a killed run wrote past `step`.
+
+    It stays locked while the process lives. Raises InputError if another one trains in out_dir.
+    """
+    import fcntl  # not available on Windows
+
+    if rank:
+        return open(os.devnull, 'w')
+    os.makedirs(out_dir, exist_ok=True)
+    file = open(os.path.join(out_dir, 'log.jsonl'), 'a+', buffering=1, encoding='utf-8')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f'another process is training in {out_dir}: wait for it, or choose another --out_dir'
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    file.seek(0)
+    kept = 0  # bytes: JSON is ASCII
+    for line in file.readlines() if step else []:
+        if not line.endswith('\n') or json.loads(line)['step'] > step:  # the last may be incomplete
+            break
+        kept += len(line)
+    file.truncate(kept)
+    return file
+
+
+def load_run(out_dir, fresh, config, free):
+    """The state that a run with these settings left in out_dir/train_state.pt; `fresh` if none.
+
+    free: the knobs that may have another value now. Raises InputError if the file cannot be read
+    or another knob differs. A knob that only one of two versions knows does not matter.
+    """
+    path = os.path.join(out_dir, 'train_state.pt')
+    if not os.path.exists(path):
+        return fresh
+    with reading(path):
+        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+    if not isinstance(state, dict) or {*fresh, 'config'} - set(state):
+        raise InputError(f'{path} is not of this version: --resume=False starts over')
+    for knob in sorted(set(state['config']) & set(config) - set(free)):
+        if state['config'][knob] != config[knob]:
+            raise InputError(
+                f'{out_dir} is a run with {knob}={state["config"][knob]!r}, not {config[knob]!r}: '
+                'choose another --out_dir, or --resume=False to start over'
+            )
+    return state
+
+
+def save_run(folder, model, slam, state):
+    """Write a checkpoint, and last, in one file, the state from which a killed run continues.
+    Raises InputError where the disk is full; the checkpoint before it is kept."""
+    try:
+        model.save_pretrained(folder, slam)
+        with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        # for a full disk torch.save raises a RuntimeError whose cause is the OSError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f'cannot write {folder} ({cause}): the last checkpoint is kept') from None
+
+
+# -----------------------------------------------------------------------------
+# LEGACY: only until the scripts that use it are rewritten
+
+say = log
+
+
+def write_tensors(path, tensors):
+    """A .safetensors file that appears whole or not at all."""
+    from safetensors.torch import save
+
+    with write_atomic(path, 'wb') as file:
+        file.write(save(tensors, metadata={'format': 'pt'}))
 
 
 def check_knobs(config, least, below):
@@ -3412,56 +3592,6 @@ def explain_memory(remedy):
     sys.excepthook = hook
 
 
-def start_processes(device):
-    """The device of this process, its rank and the number of processes, as torchrun set them."""
-    rank, local, world = (
-        int(os.environ.get(key, default))
-        for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))
-    )
-    device = pick_device(device)
-    if device.type == 'cuda':
-        device = torch.device('cuda', local) if world > 1 else device
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')
-    if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    return device, rank, world
-
-
-def stop_processes(world):
-    """All processes leave together."""
-    if world > 1:
-        # one that is gone is an error to another that still talks to it; and one that ends while a
-        # thread of gloo's still holds a tensor of a collective is aborted (pytorch's PR 179291)
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def sum_over_processes(numbers, device):
-    """A list of numbers, each summed over the processes, which then all have the same."""
-    if not dist.is_initialized():
-        return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-def catch_signals(rank):
-    """A list that the first SIGINT or SIGTERM enters; the second ends the process at once."""
-    caught = []
-
-    def catch(number, frame):
-        caught.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        if rank == 0:  # no print: it may be what was interrupted
-            os.write(2, b'\nstopping: this step is finished and saved; once more ends it at once\n')
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, catch)
-    return caught
-
-
 def start_wandb(config):
     """A run of Weights & Biases; its `log` takes records. Raises InputError if there is none."""
     try:
@@ -3469,22 +3599,6 @@ def start_wandb(config):
     except ImportError:
         raise InputError('wandb is not installed: pip install wandb, or --wandb=False') from None
     return wandb.init(project='slam', config=config)
-
-
-def say(text, rank=0):
-    """Print a line, in the first process alone. A reader that left (`| head`) ends no run."""
-    try:
-        if rank == 0:
-            print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def format_time(seconds):
-    """'45 s', '3.2 min' or '23.5 h'."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.1f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
 
 
 def add_up(totals, numbers):
@@ -3495,87 +3609,3 @@ def add_up(totals, numbers):
     good = torch.cat((numbers, one, none, -totals[-1:]))  # the row of bad steps ends
     bad = torch.cat((torch.zeros_like(numbers), none, one, one))
     return totals + torch.where(numbers[-1].isfinite(), good, bad)
-
-
-def git_commit():
-    """The commit of this folder, None where git does not know."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        done = subprocess.run(['git', '-C', here, 'rev-parse', 'HEAD'], capture_output=True)
-    except OSError:
-        return None
-    return done.stdout.decode().strip() or None
-
-
-def load_run(out_dir, fresh, config, free):
-    """What a run of this command left in out_dir/train_state.pt, or `fresh` if there is nothing.
-
-    Raises InputError if it cannot be read, was written by an older version, or if a knob that is
-    not `free` had another value. Knobs that only one of two versions knows do not matter.
-    """
-    path = os.path.join(out_dir, 'train_state.pt')
-    if not os.path.exists(path):
-        return fresh
-    over = '--resume=False starts over'
-    try:
-        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(f'{path} is damaged ({type(error).__name__}): {over}') from None
-    if not isinstance(state, dict) or {*fresh, 'config'} - set(state):
-        raise InputError(f'{path} is not of this version: {over}')
-    for knob in sorted(set(state['config']) & set(config) - set(free)):
-        before, now = state['config'][knob], config[knob]
-        if before != now:
-            raise InputError(
-                f'{out_dir} is a run with {knob}={before!r}, not {now!r}: choose another '
-                f'--out_dir; {over}'
-            )
-    return state
-
-
-def save_run(folder, model, slam, state=None):
-    """Write a checkpoint; last, whole in one file, the state that a killed run goes on from. Raises
-    InputError where there is no room."""
-    try:
-        model.save_pretrained(folder, slam)
-        if state is not None:
-            with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
-                torch.save(state, file)
-    except (OSError, RuntimeError) as error:
-        # of a full disk torch.save says that a position is unexpected; the OSError lies behind it
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise InputError(
-            f'cannot write {folder} ({cause}): the checkpoint before it is kept; make room and '
-            'run the same command to continue'
-        ) from None
-
-
-def open_log(out_dir, step, rank=0):
-    """out_dir/log.jsonl to append to, without what a killed run wrote there past `step`.
-
-    Locked as long as this process lives: raises InputError if another one is training in out_dir.
-    """
-    import fcntl  # not to be had on Windows
-
-    if rank:
-        return open(os.devnull, 'w')
-    os.makedirs(out_dir, exist_ok=True)
-    file = open(os.path.join(out_dir, 'log.jsonl'), 'a+', buffering=1, encoding='utf-8')
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f'another process is training in {out_dir}: wait for it, or choose another --out_dir'
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    file.seek(0)
-    kept = 0  # bytes: JSON is ASCII
-    for line in file.readlines() if step else []:
-        if not line.endswith('\n') or json.loads(line)['step'] > step:  # the last may be torn
-            break
-        kept += len(line)
-    file.truncate(kept)
-    return file
