@@ -3200,16 +3200,14 @@ def read_parquet(where):
 
 
 def pick_device(device='auto'):
-    """'auto' -> cuda, else mps, else cpu; anything else as torch.device reads it. Raises InputError
-    where that device is not available."""
+    """'auto' -> cuda, else mps, else cpu; else the torch.device of that name. Raises InputError."""
     if device == 'auto':
-        has_mps = torch.backends.mps.is_available()
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
+        device = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = 'cuda' if torch.cuda.is_available() else device
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f'device {device!r} cannot be used here: {reason}') from None
+        raise InputError(f'device {device!r}: {str(error).splitlines()[0]}') from None
 
 
 def pick_dtype(dtype, device):
@@ -3271,7 +3269,7 @@ def write_atomic(path, mode='w'):
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or path  # a full disk names no file
+        error.filename = error.filename or path  # of a full disk it is None
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -3296,11 +3294,8 @@ def file_hash(path):
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-SPLITS = dict(
-    **dict.fromkeys(('train', 'training'), 'train'),
-    **dict.fromkeys(('val', 'valid', 'validation', 'dev', 'eval'), 'val'),
-    **dict.fromkeys(('test', 'testing'), 'test'),
-)
+SPLITS = dict(train='train', training='train', test='test', testing='test')
+SPLITS |= dict.fromkeys(('val', 'valid', 'validation', 'dev', 'eval'), 'val')
 
 
 def split_of(name, default=None):
@@ -3328,20 +3323,14 @@ def check_encoder_ids(parts):
     of files older than encoder_id, agrees with all."""
     known = {name: encoder_id for name, encoder_id in parts.items() if encoder_id}
     if len(set(known.values())) > 1:
-        names = ', '.join(f'{name}: {encoder_id}' for name, encoder_id in known.items())
-        raise InputError(f'the units are of different encoders, so they do not mix ({names})')
-
-
-@lru_cache(1)
-def word_tokenizer():
-    from nltk.tokenize import NLTKWordTokenizer  # a second to import; needs no data
-
-    return NLTKWordTokenizer()
+        raise InputError(f'units of different encoders do not mix: encoder_id of {known}')
 
 
 def tokenize_words(text):
     """The words and punctuation marks of a text by the Penn Treebank rules of NLTK."""
-    return word_tokenizer().tokenize(text)
+    from nltk.tokenize import NLTKWordTokenizer  # a second to import; needs no data
+
+    return NLTKWordTokenizer().tokenize(text)
 
 
 def auto_bleu(words, n=2):
@@ -3349,10 +3338,8 @@ def auto_bleu(words, n=2):
 
     Lakhotia et al. 2021 (auto-BLEU). words: any sequence, of tokenize_words or of units.
     """
-    ngrams = list(zip(*(words[i:] for i in range(n)), strict=False))
-    counts = Counter(ngrams)
-    repeated = sum(count for count in counts.values() if count > 1)
-    return repeated / max(1, len(ngrams))
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    return sum(count for count in counts.values() if count > 1) / max(1, counts.total())
 
 
 def pack_rows(lengths, width):
@@ -3408,12 +3395,9 @@ def format_time(seconds):
 
 def git_commit():
     """The commit of this folder; None where git does not know it."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        done = subprocess.run(['git', '-C', here, 'rev-parse', 'HEAD'], capture_output=True)
-    except OSError:
-        return None
-    return done.stdout.decode().strip() or None
+    command = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD']
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 # -----------------------------------------------------------------------------
@@ -3422,11 +3406,8 @@ def git_commit():
 
 def start_processes(device):
     """This process's device, its rank and the number of processes, as torchrun set them."""
-    rank, local, world = (
-        int(os.environ.get(key, default))
-        for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))
-    )
-    device = pick_device(device)
+    rank, local = (int(os.environ.get(key, 0)) for key in ('RANK', 'LOCAL_RANK'))
+    world, device = int(os.environ.get('WORLD_SIZE', 1)), pick_device(device)
     if device.type == 'cuda':
         device = torch.device('cuda', local) if world > 1 else device
         torch.cuda.set_device(device)
@@ -3476,10 +3457,9 @@ def start_tracker(name, config):
     if name not in ('wandb', 'trackio'):
         raise InputError(f'tracker {name!r} is not known: use wandb or trackio')
     try:
-        tracker = importlib.import_module(name)
+        return importlib.import_module(name).init(project='slam', config=config)
     except ImportError:
         raise InputError(f'{name} is not installed: pip install {name}') from None
-    return tracker.init(project='slam', config=config)
 
 
 def open_log(out_dir, step, rank=0):
