@@ -179,9 +179,8 @@ def find_chunks(tokens, context, end=None, block=1 << 22):
     starts = np.concatenate(starts)
     sizes = np.diff(starts, append=len(tokens))
     chunks = -(-sizes // context)  # of each utterance
-    nth = np.arange(chunks.sum()) - np.repeat(
-        np.cumsum(chunks) - chunks, chunks
-    )  # in its utterance
+    first = np.cumsum(chunks) - chunks  # the index of its first one
+    nth = np.arange(chunks.sum()) - np.repeat(first, chunks)  # of a chunk in its utterance
     begins = np.repeat(starts, chunks) + nth * context
     lengths = np.minimum(context, np.repeat(sizes, chunks) - nth * context)
     return begins[lengths > 1], lengths[lengths > 1]
@@ -202,6 +201,7 @@ class Loader:
         self.sets = sets
         found = [find_chunks(each.tokens, context, each.meta.get('end')) for each in sets]
         self.begins, self.lengths = (np.concatenate(each) for each in zip(*found, strict=True))
+        self.dropped = sum(len(each.tokens) for each in sets) - int(self.lengths.sum())
         # set s has the chunks first[s] to first[s + 1]
         self.first = np.cumsum([0] + [len(begins) for begins, _ in found])
 
@@ -274,23 +274,6 @@ class Loader:
             own = np.stack([self.collate(chunks) for chunks in batch[rank::world]])
             own = torch.from_numpy(own).pin_memory() if pin else torch.from_numpy(own)
             yield own, shares[rank::world], int(sizes.sum()), places[-1]
-
-
-def describe_data(loader):
-    """Lines for the terminal: what the data mean for the run, and what is dropped."""
-    lengths = loader.lengths[loader.order(0)]
-    epochs = max_steps * batch_tokens / lengths.sum()
-    yield (
-        f'{lengths.sum():,} tokens an epoch in chunks of {lengths.mean():.0f}; '
-        f'{epochs:.3g} epochs in {max_steps:,} steps of {batch_tokens:,} tokens'
-    )
-    dropped = sum(len(each.tokens) for each in loader.sets) - loader.lengths.sum()
-    if dropped:
-        yield f'{dropped:,} tokens dropped: remainders of one token after chunks of {context}'
-
-
-# -----------------------------------------------------------------------------
-# Model, optimizer, validation
 
 
 def make_optimizer(model):
@@ -413,10 +396,10 @@ if __name__ == '__main__':
     check_alike(sets + val_sets, init, model.slam.get('encoder_id'))
     slam = describe_run(sets[0].folder, meta, config)
     model.to(torch_device)
-    adam = make_optimizer(model)
+    updater = make_optimizer(model)
     if step:
         model.load_state_dict(state['model'])
-        adam.load_state_dict(state['optimizer'])
+        updater.load_state_dict(state['optimizer'])
 
     # Compiled once, since all rows have one shape.
     if cuda if compile is None else compile:
@@ -427,10 +410,13 @@ if __name__ == '__main__':
     n_params = model.num_params()
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
     log(f'{init}: {n_params:,} parameters on {world} x {machine}, {torch_dtype}', rank)
-    for line in describe_data(loader):
-        log(line, rank)
+    lengths = loader.lengths[loader.order(0)]  # of the chunks in the first epoch
+    epochs, size = max_steps * batch_tokens / lengths.sum(), lengths.mean()
+    log(f'{lengths.sum():,} tokens an epoch in chunks of {size:.0f}; {epochs:.3g} epochs', rank)
+    if loader.dropped:
+        log(f'{loader.dropped} tokens dropped: utterances cut at {context} that leave one', rank)
     if step:
-        old, new = adam.param_groups[0]['lr'], learning_rate(step, step / max_steps)
+        old, new = updater.param_groups[0]['lr'], learning_rate(step, step / max_steps)
         log(f'going on at step {step}: the learning rate was {old:.2e}, it is {new:.2e}', rank)
     del state  # it holds a copy of the model
 
@@ -450,7 +436,7 @@ if __name__ == '__main__':
     while not over and not halt:
         # The learning rate follows the steps, or the clock if that will end the run.
         rate = learning_rate(step, max(step / max_steps, elapsed / budget))
-        for group in adam.param_groups:
+        for group in updater.param_groups:
             group['lr'] = rate
         (rows, shares, n_tokens, place), ahead = ahead.result(), thread.submit(next, batches)
         if dropout:  # its masks depend on the step, so that a resumed run draws the same
@@ -469,28 +455,30 @@ if __name__ == '__main__':
 
         # Clip and step. Until the next report nothing waits for the device.
         sums[1] += torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        adam.step()
-        adam.zero_grad()
+        updater.step()
+        updater.zero_grad()
         step, seen = step + 1, seen + n_tokens
-        evaluate = eval_interval and step % eval_interval == 0
-        save = save_interval and step % save_interval == 0
+        intervals = eval_interval, save_interval, log_interval
+        evaluate, save, report = (each and step % each == 0 for each in intervals)
         alone = stopping and world == 1  # several processes stop at the same report
-        if not (evaluate or save or alone or step == max_steps or step % log_interval == 0):
+        if not (evaluate or save or report or alone or step == max_steps):
             continue
 
         # Read the numbers. The clock of the first process counts.
-        loss_sum, norm_sum = sums.tolist()
+        mean_loss, norm = (sums / (step - last_step)).tolist()
         took = time.perf_counter() - clock
-        numbers = [loss_sum, elapsed + took if rank == 0 else 0, len(stopping)]
-        loss_sum, elapsed, halt = sum_over_processes(numbers, torch_device)
-        if not math.isfinite(loss_sum + norm_sum):
+        numbers = [mean_loss, elapsed + took if rank == 0 else 0, len(stopping)]
+        mean_loss, elapsed, halt = sum_over_processes(numbers, torch_device)
+        if not math.isfinite(mean_loss + norm):
             raise InputError(
-                f'the loss is not finite at step {step}; usual causes: --lr too high, warm-up too '
-                'short, damaged weights in --init. The last checkpoint is kept'
+                f'the loss is not finite at step {step}: too high an --lr, too short a warm-up, or '
+                'damaged weights in --init? The last checkpoint is kept'
             )
-        over, n = step >= max_steps or elapsed >= budget, step - last_step
-        record = dict(step=step, loss=loss_sum / n, norm=norm_sum / n, lr=rate, tokens=seen)
+        over = step >= max_steps or elapsed >= budget
+        record = dict(step=step, loss=mean_loss, norm=norm, lr=rate, tokens=seen)
         record |= dict(elapsed=round(elapsed, 2), tokens_per_s=round((seen - last_seen) / took))
+
+        # Validate now and at the end, and log.
         if validation and (evaluate or over):
             scores = validate(model, validation, torch_device, autocast, rank, world)
             record |= scores
@@ -504,14 +492,15 @@ if __name__ == '__main__':
             compute = dict(devices=world, device=machine, hours=elapsed / 3600, tokens=seen)
             slam |= dict(scores=dict(scores, step=step, tokens=seen), compute=compute)
             state = dict(step=step, elapsed=elapsed, seen=seen, place=place, scores=scores)
-            state |= dict(model=model.state_dict(), optimizer=adam.state_dict(), config=config)
+            state |= dict(model=model.state_dict(), optimizer=updater.state_dict(), config=config)
             save_run(out_dir, model, slam, state)
         sums.zero_()
         last_step, last_seen, clock = step, seen, time.perf_counter()
 
     log_file.close()
     stop_processes(world)
-    log(f'{out_dir}: {step} steps, {seen:,} tokens, {format_time(elapsed)}, {scores}', rank)
+    result = f', val loss {scores["val_loss"]:.4f}' if scores else ''
+    log(f'{out_dir}: {step} steps, {seen:,} tokens, {format_time(elapsed)}{result}', rank)
     if not over:
         log('stopped and saved; the same command continues', rank)
         raise SystemExit(128 + (stopping or [signal.SIGTERM])[0])
