@@ -110,19 +110,10 @@ DRAWN_SECONDS, VOICE_SECONDS = 60, 1800  # of a recording that is drawn to fit o
 SLACK = 0.5  # seconds that a recording may end before its words do
 WHOLE = (0.0, math.inf)  # seconds of a recording
 PAIR = ('prompt', 'chosen', 'rejected')
-OTHER_NAMES = dict(voice='speaker', text='raw_text')
-MANIFEST = 'manifest.jsonl'
+OTHER_NAMES = dict(voice='speaker', text='raw_text')  # ours: theirs
 # what libsndfile does not read is found too, and fails, so that it is counted
-WANTED = (
-    *AUDIO_EXTENSIONS,
-    *UNREADABLE_EXTENSIONS,
-    '.tar',
-    '.tar.gz',
-    '.zip',
-    '.parquet',
-    MANIFEST,
-)
-# keys of a row that we set ourselves; what meta.json says of units; settings that make the parts
+WANTED = (*AUDIO_EXTENSIONS, *UNREADABLE_EXTENSIONS, '.tar', '.tar.gz', '.zip', '.parquet')
+# fields of a row that are not copied; what meta.json says of units; settings that make the parts
 OURS = ('path', 'file_name', 'units', 'duration', 'split', 'start', 'end', 'offset', 'seconds')
 ORIGIN = ('encoder', 'vocoder', 'n_units', 'frame_rate', 'encoder_id')
 RECIPE = ('layer', 'fit_kmeans', 'fit_frames', 'switch', 'keep_partial', 'val_fraction', 'seed')
@@ -152,7 +143,7 @@ def find_paths(names):
 
 
 def find_items():
-    """--audio -> (items to encode, the folder that holds them all, a Counter of what is skipped)."""
+    """--audio -> (items to encode, the folder that holds them all, a Counter of what is skipped)"""
     sources, items, skipped = find_paths(audio), [], Counter()
     local = [os.path.abspath(path) for path in chain(*sources) if not path.startswith('hub:')]
     folders = [path if os.path.isdir(path) else os.path.dirname(path) for path in local]
@@ -174,55 +165,45 @@ def find_items():
 
 def items_of(path, root):
     """Yields the items of a file, a folder or a data set of the hub, in a fixed order."""
-    if is_shards(path):
-        # the name of the file counts too: test-00000-of-00001.parquet
-        for name in parquet_files(path):
-            yield Item(name, 0, split_by_folder(f'{name_below(name, root)}/'))
-    elif os.path.isdir(path):
-        found = find_audio(path, WANTED)
-        places = tuple(f'{os.path.dirname(name)}/' for name in found if name.endswith(MANIFEST))
+    if os.path.isdir(path):
+        found = find_audio(path, (*WANTED, 'manifest.jsonl'))
+        places = tuple(f'{os.path.dirname(name)}/' for name in found if name.endswith('.jsonl'))
         for name in found:
-            if not name.removesuffix(f'/{MANIFEST}').startswith(places):
+            if not name.removesuffix('/manifest.jsonl').startswith(places):
                 yield from items_of(name, root)
     elif path.endswith('.jsonl'):
         at = 0
         with open(path, 'rb') as file:
             for number, line in enumerate(file, 1):
-                try:
-                    row, sounds, _ = parse_row(line, path)
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    reason = f'no {error}' if isinstance(error, KeyError) else error
-                    raise InputError(f'{path}, line {number}: {reason}') from None
-                yield Item(path, at, row['split'] or split_by_folder(name_below(sounds[0], root)))
+                row, sounds, _ = parse_row(line, path, number)
+                yield Item(path, at, row['split'] or split_by_folder(sounds[0], root))
                 at += len(line)
     else:
-        yield Item(path, 0, split_by_folder(name_below(path, root)))
+        for name in parquet_files(path) if is_shards(path) else [path]:
+            yield Item(name, 0, split_by_folder(name, root))
 
 
 def is_shards(path):
     return path.startswith('hub:') or path.endswith('.parquet')
 
 
-def parse_row(line, manifest):
-    """A row of a manifest -> (row, its sound files: one, or three of a preference pair, the (start,
-    end) in seconds of what is used). Raises ValueError, KeyError, TypeError or AttributeError."""
-    row = json.loads(line)
-    keys = [f'{part}_path' for part in PAIR] if 'prompt_path' in row else ['path']
-    sounds = [os.path.join(os.path.dirname(manifest), row[key]) for key in keys]
-    start, end = row.get('start', row.get('offset')) or 0.0, row.get('end')
-    if end is None:
-        end = math.inf if row.get('duration') is None else start + row['duration']
-    if not 0 <= start < end or (len(sounds) > 1 and (start, end) != WHOLE):
-        raise ValueError('expected 0 <= start < end, and neither in a preference pair')
-    check_marks(row, 'its times')
-    return row | dict(split=row.get('split') and split_of(row['split'])), sounds, (start, end)
-
-
-def read_row(item):
-    """parse_row of an item, which is read again: rows of millions do not stay in memory."""
-    with open(item.path, 'rb') as file:
-        file.seek(item.at)
-        return parse_row(file.readline(), item.path)
+def parse_row(line, manifest, number='?'):
+    """A row of a manifest -> (row, its sound files: one, or three of a pair, (start, end) in seconds
+    of what is used). Raises InputError naming the line."""
+    try:
+        row = json.loads(line)
+        keys = [f'{part}_path' for part in PAIR] if 'prompt_path' in row else ['path']
+        sounds = [os.path.join(os.path.dirname(manifest), row[key]) for key in keys]
+        start, end = row.get('start', row.get('offset')) or 0.0, row.get('end')
+        if end is None:
+            end = math.inf if row.get('duration') is None else start + row['duration']
+        if not 0 <= start < end or (len(sounds) > 1 and (start, end) != WHOLE):
+            raise ValueError('expected 0 <= start < end, and neither in a preference pair')
+        check_marks(row, 'its times')
+        return row | dict(split=row.get('split') and split_of(row['split'])), sounds, (start, end)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f'no {error}' if isinstance(error, KeyError) else error
+        raise InputError(f'{manifest}, line {number}: {reason}') from None
 
 
 def name_below(path, root):
@@ -230,9 +211,11 @@ def name_below(path, root):
     return path.removeprefix('hub:') if path.startswith('hub:') else os.path.relpath(path, root)
 
 
-def split_by_folder(name):
-    """'test' or 'val' where a folder in the name says so (dev-clean, TEST, test-other), else ''."""
-    splits = {split_of(folder, '') for folder in re.split('[/:]', name)[:-1]}
+def split_by_folder(path, root='.'):
+    """'test' or 'val' where a folder below root, or the name of a parquet file, says so (dev-clean,
+    TEST, test-00000-of-00001.parquet), else ''."""
+    *folders, name = re.split('[/:#]', name_below(path, root))
+    splits = {split_of(part, '') for part in (*folders, *[name] * is_shards(path))}
     return 'test' if 'test' in splits else 'val' if 'val' in splits else ''
 
 
@@ -246,10 +229,10 @@ def fingerprint(path):
     """A hash of a file's content: of its length and of 64 KiB at its beginning, middle and end,
     which is all of a small file. Of a folder: of its files. Else: the name itself."""
     if os.path.isdir(path):
-        names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
-        return [[name, fingerprint(os.path.join(path, name))] for name in names]
+        files = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+        return [[os.path.basename(name), fingerprint(name)] for name in files]
     if not os.path.isfile(path):
-        return path
+        return os.path.basename(path)
     with open(path, 'rb') as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
@@ -263,15 +246,24 @@ def hash_part(items, root):
     """A hash of the names and contents of some items."""
     found = []
     for item in items:
-        is_row = item.path.endswith('.jsonl')
-        row, sounds, _ = read_row(item) if is_row else ({}, [item.path, beside(item.path)], WHOLE)
-        files = [[name_below(path, root), fingerprint(path)] for path in sounds]
+        row, sounds, _ = read_row(item) if item.path.endswith('.jsonl') else ({}, [item.path], 0)
+        files = [
+            [name_below(sound, root), fingerprint(sound), fingerprint(beside(sound))]
+            for sound in sounds
+        ]
         found.append([row, files, item.split])
     return content_hash(found)
 
 
 # -----------------------------------------------------------------------------
 # Reading: items -> utterances and their waves
+
+
+def read_row(item):
+    """parse_row of an item, which is read again: rows of millions do not stay in memory."""
+    with open(item.path, 'rb') as file:
+        file.seek(item.at)
+        return parse_row(file.readline(), item.path)
 
 
 def beside(path):
@@ -316,7 +308,6 @@ def utterances_of_shard(path):
     for number, row in enumerate(read_parquet(path)):
         audio = {key: row[key] for key in row if isinstance(row[key], dict) and 'bytes' in row[key]}
         name, sounds = f'{path.removesuffix(".parquet")}/{number:05d}', []
-        own_names = [os.path.basename(sound.get('path') or '') for sound in audio.values()]
         for key in PAIR if row.keys() >= set(PAIR) else audio:
             content, file = (audio.get(key, {}).get(field) for field in ('bytes', 'path'))
             if content:
@@ -326,36 +317,36 @@ def utterances_of_shard(path):
                 sounds.append(os.path.join(os.path.dirname(path), file))
         known = {key: row[key] for key in row if key not in audio}
         known |= {key: row[other] for key, other in OTHER_NAMES.items() if other in row}
+        own_names = [os.path.basename(sound.get('path') or '') for sound in audio.values()]
         yield '-'.join(filter(None, [name, *own_names[:1]])), known, sounds, [WHOLE]
 
 
 def read_item(item, root, longest=None):
-    """Yields (row, waves, notes) for each utterance or preference pair of an item. row is None where
-    it is left out or cannot be read: one file of millions must not end the run.
+    """Yields (row, waves, notes) for each utterance or preference pair of an item. row is None for
+    one that is left out or cannot be read: one file of millions must not end the run.
 
     row: as in units.jsonl, without units. waves: one or three (samples,) float32 arrays at 16 kHz,
     of at most `longest` seconds a span. notes: [(failed, doubtful or test, name, reason), ...].
     """
-    utterances = utterances_of(item)
-    while True:
+    utterances, name = utterances_of(item), ''
+    while name is not None:
         name = None
         try:
-            path, known, sounds, spans = next(utterances)
-            name = name_below(path, root)
-            split = split_of(item.split or known.get('split') or split_by_hash(name))
-            if split == 'test':
-                yield None, [], [('test', name, '')]
-                continue
-            row, waves, notes = load(known, sounds, spans, longest)
-            row = dict(file_name=name) | row | dict(split=split)
-            yield row, waves, [('doubtful', name, note) for note in notes]
-        except StopIteration:
+            for path, known, sounds, spans in utterances:
+                name = name_below(path, root)
+                split = split_of(item.split or known.get('split') or split_by_hash(name))
+                if split == 'test':
+                    yield None, [], [('test', name, '')]
+                    continue
+                row, waves, notes = load(known, sounds, spans, longest)
+                row = dict(file_name=name) | row | dict(split=split)
+                yield row, waves, [('doubtful', name, note) for note in notes]
             return
         except (OSError, ValueError, TypeError) as error:
             if name is None and item.path.startswith('hub:'):
                 raise  # what the hub does not give is not the data's fault
-            name, reason = name or name_below(item.path, root), ' '.join(str(error).split())
-            yield None, [], [('failed', name, reason or repr(error))]
+            reason = ' '.join(str(error).split()) or repr(error)
+            yield None, [], [('failed', name or name_below(item.path, root), reason)]
 
 
 def load(known, sounds, spans, longest):
@@ -368,57 +359,49 @@ def load(known, sounds, spans, longest):
         raise InputError(f'{len(sounds)} sounds: expected one, or {", ".join(PAIR)}')
     waves, notes = [], []
     for sound in sounds:
-        lengths = [min(end - start, longest or math.inf) for start, end in spans]
-        lengths = [None if length == math.inf else length for length in lengths]
-        parts = [
-            load_audio(sound, SAMPLE_RATE, start, length, keep_partial, notes)
-            for (start, _), length in zip(spans, lengths, strict=True)
-        ]
+        parts = []
+        for start, end in spans:
+            length = min(end - start, longest or math.inf)
+            length = length if length < math.inf else None
+            parts.append(load_audio(sound, SAMPLE_RATE, start, length, keep_partial, notes))
         waves.append(torch.cat(parts).numpy())
     short = any(note.startswith('stopped early') for note in notes)
     row = {key: known[key] for key in known if key not in OURS}
     if len(sounds) == len(PAIR):
         row = {key: row[key] for key in row if not key.startswith(PAIR)}
-        for part in PAIR:
-            text = '' if short else known.get(f'{part}_text') or ''
-            row[part] = dict(units=[], duration=[], text=text)
-        return row, waves, notes
+        texts = {part: '' if short else known.get(f'{part}_text') or '' for part in PAIR}
+        return row | {part: dict(text=text) for part, text in texts.items()}, waves, notes
 
     # is there as much sound as there should be?
     start, length = spans[0][0], len(waves[0]) / SAMPLE_RATE
-    marks = chain(row.get('words') or (), row.get('phones') or ())
+    words, phones = row.get('words') or [], row.get('phones') or []
     wanted = sum(last - first for first, last in spans)
     if wanted == math.inf:
-        wanted = max([known.get('seconds') or 0, *(mark[2] for mark in marks)]) - start
+        wanted = max([known.get('seconds') or 0, *(mark[2] for mark in words + phones)]) - start
     if not (short or longest) and length < wanted - SLACK:
-        short, note = True, f'stopped early at {start + length:.1f} of {start + wanted:.1f} s'
-        notes.append(note)
+        short = True
+        notes.append(f'stopped early at {start + length:.1f} of {start + wanted:.1f} s')
         if not keep_partial:
-            raise InputError(f'the recording {note}')
+            raise InputError(f'the recording {notes[-1]}')
+    row['seconds'] = round(length, 4)
+    if not short and spans == [WHOLE]:
+        return row, waves, notes
 
     # words and phones of what is used, in its own time
-    row = dict(units=[], duration=[]) | row | dict(seconds=round(length, 4))
-    row |= {} if spans == [WHOLE] else dict(start=start)
-    if short or spans != [WHOLE]:
-        words = row.get('words') or []
-        for key in ('words', 'phones'):
-            row |= {key: marks_within(row[key], start, start + length)} if row.get(key) else {}
-        if words and not row['words']:
-            raise InputError(f'no word lies between {start:g} and {start + length:g} s')
-        if words and len(row['words']) < len(words):
-            row['text'] = ' '.join(word for word, _, _ in row['words'])
-        elif short and not words:
-            row.pop('text', None)  # how much of it was spoken is not known
-    return row, waves, notes
-
-
-def marks_within(marks, start, end):
-    """The [[label, start s, end s], ...] whose middle lies in [start, end), less `start`."""
-    return [
-        [label, round(max(0, first - start), 3), round(min(last, end) - start, 3)]
-        for label, first, last in marks
-        if start <= (first + last) / 2 < end
-    ]
+    for key in ('words', 'phones'):
+        if row.get(key):
+            row[key] = [
+                [label, round(max(0, first - start), 3), round(min(last - start, length), 3)]
+                for label, first, last in row[key]
+                if start <= (first + last) / 2 < start + length
+            ]
+    if words and not row['words']:
+        raise InputError(f'no word lies between {start:g} and {start + length:g} s')
+    if words and len(row['words']) < len(words):
+        row['text'] = ' '.join(word for word, _, _ in row['words'])
+    elif short and not words:
+        row.pop('text', None)  # how much of it was spoken is not known
+    return row | dict(start=start), waves, notes
 
 
 class Jobs(IterableDataset):
@@ -454,53 +437,38 @@ def work_ahead(jobs, work, in_order=False):
 # What is fitted: k-means and a voice, on speech drawn evenly
 
 
-def is_cheap(net):
-    """Whether workers compute the features; a net runs in the main process."""
-    return net.config['kind'] == 'mfcc'
-
-
-def draw_speech(corpus, seconds, net, compute):
-    """Yields compute(wave) of about `seconds` of training speech, drawn evenly from all items in an
-    order that depends on the seed alone. wave: (samples,). Raises InputError where there is none."""
+def draw_speech(corpus, seconds):
+    """Yields waves (samples,) of training speech, `seconds` in all, drawn evenly from all items in
+    an order that depends on the seed alone. Raises InputError where there is none."""
     items, root, _ = corpus
     items = [item for item in items if item.split != 'val'] or items
     items = random.Random(seed).sample(items, min(len(items), 100_000))
-    per_item = min(64, max(1, math.ceil(seconds / 5 / len(items))))  # few are shorter than 5 s
-    per_job = max(1, 16 // per_item)
+    per_item = min(64, math.ceil(seconds / 5 / len(items)))  # few are shorter than 5 s
 
     def read(items):
-        found, reasons = [], []
-        for item in items:
-            for row, waves, notes in islice(read_item(item, root, DRAWN_SECONDS), per_item):
-                reasons += [reason for kind, _, reason in notes if kind == 'failed']
-                if row and (row['split'] == 'train' or item.split == 'val'):
-                    found += [(len(w), compute(w) if is_cheap(net) else w) for w in waves]
-        yield found, reasons
+        found = islice(
+            chain.from_iterable(read_item(i, root, DRAWN_SECONDS) for i in items), per_item
+        )
+        yield [wave for row, waves, _ in found if row and row['split'] != 'val' for wave in waves]
 
-    jobs = [(i, items[i : i + per_job]) for i in range(0, len(items), per_job)]
-    drawn, why = 0, []
+    drawn, jobs = 0, [(item, [item]) for item in items]
     with tqdm(total=seconds, desc='speech to fit on', unit=' s', leave=False) as bar:
-        for _, (found, reasons) in work_ahead(jobs, read, in_order=True):
-            why += reasons[:1]
-            for samples, result in found:
-                if drawn < seconds * SAMPLE_RATE:
-                    yield result if is_cheap(net) else compute(result)
-                drawn += samples
-                bar.update(samples / SAMPLE_RATE)
-            if drawn >= seconds * SAMPLE_RATE:
+        for wave in chain.from_iterable(
+            waves for _, waves in work_ahead(jobs, read, in_order=True)
+        ):
+            yield torch.from_numpy(wave)
+            drawn += len(wave) / SAMPLE_RATE
+            bar.update(len(wave) / SAMPLE_RATE)
+            if drawn >= seconds:
                 return
     if not drawn:
-        raise InputError(f'no training speech to fit on: no file can be used {why[:1]}')
+        raise InputError('no training speech to fit on: no file drawn can be read')
 
 
 def draw_frames(net, corpus, n_frames):
-    """(about n_frames, D) float32 features of training speech, on the CPU."""
-
-    def compute(wave):
-        return net.features(torch.from_numpy(wave)).cpu().numpy()
-
-    found = list(draw_speech(corpus, n_frames / net.frame_rate, net, compute))
-    return torch.from_numpy(np.concatenate(found)[:n_frames])
+    """(n_frames, D) float32 features of training speech, fewer if there is less, on the CPU."""
+    waves = draw_speech(corpus, n_frames / net.frame_rate)
+    return torch.cat([net.features(wave).cpu() for wave in waves])[:n_frames]
 
 
 def cluster(frames, k):
@@ -520,7 +488,8 @@ def load_encoder(corpus):
     """The encoder of the knobs, its clusters fitted if asked, the unit of its `switch` measured."""
     name = encoder or 'mhubert25'
     net = UnitEncoder.from_pretrained(name, layer, '' if fit_kmeans else kmeans or None, device)
-    net.config |= {} if switch is None else dict(switch=switch)
+    if switch is not None:
+        net.config['switch'] = switch
     if fit_kmeans:
         centroids, distortion = cluster(draw_frames(net, corpus, fit_frames), fit_kmeans)
         net.centroids = centroids.to(net.device)
@@ -555,17 +524,12 @@ def prepare_vocoder(corpus, net, name):
     """The voice that goes with the units, fitted here or that of the encoder -> its name."""
     folder = os.path.join(out, 'vocoder')
     if fit_vocoder and not os.path.exists(os.path.join(folder, 'vocoder.json')):
-
-        def compute(wave):
-            return wave, net.encode(torch.from_numpy(wave)).numpy()
-
         table = UnitTable(net.n_units, net.frame_rate)
-        for wave, units in draw_speech(corpus, VOICE_SECONDS, net, compute):
-            table.add(torch.from_numpy(wave), torch.from_numpy(units))
+        for wave in draw_speech(corpus, VOICE_SECONDS):
+            table.add(wave, net.encode(wave))
         table.finish(net.encoder_id).save_pretrained(folder)
     if os.path.exists(os.path.join(folder, 'vocoder.json')):
         return 'vocoder'
-    # an encoder saved here knows a voice that lies elsewhere by its path
     return net.vocoder if name != 'encoder' or os.path.isdir(net.vocoder or '') else None
 
 
@@ -591,15 +555,15 @@ def part_path(number):
     return os.path.join(out, 'parts', f'{number:05d}.jsonl')
 
 
-def encode_parts(parts, mine, net, root, recipe):
+def encode_parts(parts, mine, net, root, recipe_id):
     """Encode those of the parts `mine` that are not there. A part is its rows and a last line that
     sums them up. -> how many times faster than speech."""
+    cheap = net.config['kind'] == 'mfcc'  # features in the workers; a net runs here
 
     def work(items):
-        for item in items:
-            for row, waves, notes in read_item(item, root):
-                line = encode(net, row, waves) if row and is_cheap(net) else b''
-                yield row, [] if line else waves, notes, line, sum(map(len, waves)) / SAMPLE_RATE
+        for row, waves, notes in chain.from_iterable(read_item(item, root) for item in items):
+            line = encode(net, row, waves) if row and cheap else b''
+            yield row, [] if cheap else waves, notes, line, sum(map(len, waves)) / SAMPLE_RATE
         yield None  # the part is complete
 
     todo = [(number, parts[number]) for number in mine if not os.path.exists(part_path(number))]
@@ -613,24 +577,23 @@ def encode_parts(parts, mine, net, root, recipe):
                 notes += doubts
                 lengths.append(seconds)
                 continue
-            summary = dict(part=number, recipe=recipe, files=len(parts[number]), notes=notes)
-            summary['audio_seconds'] = round(sum(lengths), 3)
+            summary = dict(part=number, recipe=recipe_id, files=len(parts[number]), notes=notes)
             with write_atomic(part_path(number), 'wb') as file:
-                file.writelines([*lines, to_line(summary)])
+                file.writelines([*lines, to_line(summary | dict(audio_seconds=sum(lengths)))])
             total += sum(lengths)
             del begun[number]
             bar.update(len(parts[number]))
     return round(total / (time.time() - started))
 
 
-def rows_of_parts(n_parts, recipe, total):
+def rows_of_parts(n_parts, recipe_id, total):
     """Yields the rows of all parts, in order; adds up their last lines in the dict `total`."""
-    for number in range(n_parts):
-        for _, row in read_jsonl(part_path(number)):
+    for path in map(part_path, range(n_parts)):
+        for _, row in read_jsonl(path):
             if 'file_name' in row:
                 yield row
-            elif row['recipe'] != recipe:
-                raise InputError(f'{part_path(number)} is of other settings: choose another --out')
+            elif row['recipe'] != recipe_id:
+                raise InputError(f'{path} is of other settings: choose another --out')
             else:
                 total |= {key: total[key] + row[key] for key in total}
 
@@ -676,20 +639,18 @@ def describe_units(paths):
     origins = {}
     for path in paths:
         folder = os.path.dirname(os.path.abspath(path))
+        meta = dict(encoder=encoder or None, encoder_id=encoder or None, n_units=n_units)
+        meta |= dict(frame_rate=frame_rate, vocoder={'mhubert25': 'hifigan25'}.get(encoder))
         if os.path.exists(os.path.join(folder, 'meta.json')):
             meta = read_json(os.path.join(folder, 'meta.json'))
-            parts = {part: os.path.join(folder, part) for part in PARTS if meta.get(part) == part}
-            origins[path] = {key: (meta | parts).get(key) for key in ORIGIN}
-            continue
-        if not n_units:
+            meta |= {part: os.path.join(folder, part) for part in PARTS if meta.get(part) == part}
+        elif os.path.isdir(encoder):
+            meta['encoder_id'] = read_json(os.path.join(encoder, 'encoder.json')).get('encoder_id')
+        if not meta['n_units']:
             raise InputError(
-                f'{path} has no meta.json beside it: give --n_units, --frame_rate, --encoder'
+                f'{path} has no meta.json beside it: give --n_units, --frame_rate and --encoder'
             )
-        own = os.path.join(encoder, 'encoder.json')
-        known = read_json(own).get('encoder_id') if os.path.exists(own) else encoder or None
-        voice = 'hifigan25' if encoder == 'mhubert25' else None
-        values = (encoder or None, voice, n_units, frame_rate, known)
-        origins[path] = dict(zip(ORIGIN, values, strict=True))
+        origins[path] = {key: meta.get(key) for key in ORIGIN}
     check_encoder_ids({path: origin['encoder_id'] for path, origin in origins.items()})
     if len({(origin['n_units'], origin['frame_rate']) for origin in origins.values()}) > 1:
         raise InputError(f'these units differ in n_units or frame_rate: {", ".join(origins)}')
@@ -697,8 +658,7 @@ def describe_units(paths):
 
 
 def write_tokens(folder, documents, dtype):
-    """Write train.bin and val.bin of (split, tokens); test sets are left out -> tokens and documents
-    of each split, as meta.json has them."""
+    """Write train.bin and val.bin of (split, tokens) -> how many tokens and documents each has."""
     tokens, count = dict(train=0, val=0), dict(train=0, val=0)
     with ExitStack() as stack:
         names = {split: os.path.join(folder, f'{split}.bin') for split in tokens}
@@ -713,10 +673,9 @@ def write_tokens(folder, documents, dtype):
 def pack(rows, origin, skipped):
     """Write units.jsonl, pairs.jsonl, train.bin and val.bin of rows, one at a time in memory ->
     meta.json. Raises InputError naming a row whose unit is out of the vocabulary."""
-    size = origin['n_units'] + OFFSET
+    size, usage = origin['n_units'] + OFFSET, np.zeros(origin['n_units'], dtype=np.int64)
     meta = origin | dict(vocab_size=size, offset=OFFSET, dedup=True, pairs=0)
     meta |= dict(dtype='uint16' if size <= 65_536 else 'uint32', hours=dict(train=0.0, val=0.0))
-    usage = np.zeros(origin['n_units'], dtype=np.int64)
 
     def documents(stack):
         files = {}
@@ -724,51 +683,55 @@ def pack(rows, origin, skipped):
             if row['split'] == 'test':
                 skipped['of test sets left out'] += 1
                 continue
-            is_pair = 'prompt' in row
-            for part in [row[part] for part in PAIR] if is_pair else [row]:
-                if max(part['units'], default=0) >= len(usage):
-                    found = f'{row["file_name"]}: unit {max(part["units"])}'
-                    raise InputError(f'{found}, but there are {len(usage)} (--n_units)')
-            name = os.path.join(out, 'pairs.jsonl' if is_pair else 'units.jsonl')
+            parts = [row[part] for part in PAIR] if 'prompt' in row else [row]
+            highest = max(chain.from_iterable(part['units'] for part in parts), default=0)
+            if highest >= len(usage):
+                raise InputError(
+                    f'{row["file_name"]} has unit {highest} of {len(usage)} (--n_units)'
+                )
+            name = 'pairs.jsonl' if 'prompt' in row else 'units.jsonl'
             if name not in files:
-                files[name] = stack.enter_context(write_atomic(name, 'wb'))
+                path = os.path.join(out, name)
+                files[name] = stack.enter_context(write_atomic(path, 'wb'))
             files[name].write(to_line(row))
-            meta['pairs'] += is_pair
-            if not is_pair and row['units']:
+            if 'prompt' in row:
+                meta['pairs'] += 1
+            elif not row['units']:
+                skipped['without units'] += 1
+            else:
                 units = np.array(row['units'], dtype=np.int64)
                 usage[:] += np.bincount(units, minlength=len(usage))
                 seconds = row.get('seconds') or sum(row['duration']) / origin['frame_rate']
                 meta['hours'][row['split']] += seconds / 3600
                 yield row['split'], np.concatenate(([BOS], units + OFFSET, [EOS]))
-            elif not is_pair:
-                skipped['without units'] += 1
 
     with ExitStack() as stack:
         meta |= write_tokens(out, documents(stack), meta['dtype'])
-    seconds, shares = 3600 * sum(meta['hours'].values()), usage[usage > 0] / max(1, usage.sum())
-    meta['hours'] = {split: round(hours, 4) for split, hours in meta['hours'].items()}
-    meta['tokens_per_second'] = round(int(usage.sum()) / max(seconds, 1e-9), 2)
+    shares = usage[usage > 0] / max(1, usage.sum())
     perplexity = round(float(np.exp(-(shares * np.log(shares)).sum())), 1)
+    seconds = 3600 * sum(meta['hours'].values())
+    meta['tokens_per_second'] = round(int(usage.sum()) / max(seconds, 1e-9), 2)
     return meta | dict(unit_usage=dict(used=len(shares), perplexity=perplexity))
 
 
 def finish(meta, skipped, recipe):
     """Write meta.json, which says that all is done, and print what is in it and what is not."""
-    if not sum(meta['utterances'].values()) + meta['pairs']:
-        raise InputError(f'{out}: no units; {dict(skipped)}; see failed.jsonl')
     meta |= dict(left_out=skipped['of test sets left out'], recipe=recipe)
+    meta['hours'] = {split: round(hours, 4) for split, hours in meta['hours'].items()}
+    notes = ', '.join(f'{n:,} {what}' for what, n in skipped.items() if n)
+    if not sum(meta['utterances'].values()) + meta['pairs']:
+        raise InputError(f'{out}: no units to pack; {notes}')
     with write_atomic(os.path.join(out, 'meta.json')) as file:
         json.dump(meta, file, indent=2)
-    tokens, usage = meta['tokens'], meta['unit_usage']
-    summary = [
-        f'{sum(meta["utterances"].values()):,} utterances, {sum(meta["hours"].values()):.2f} h',
-        f'{sum(tokens.values()):,} tokens ({meta["tokens_per_second"]} units a second)',
-        f'{usage["used"]} of {meta["n_units"]} units used, perplexity {usage["perplexity"]}',
-        f'{meta["pairs"]:,} pairs',
-        *(f'{n:,} {what}' for what, n in skipped.items() if n),
-        *['nothing to validate on'] * (not tokens['val']),
-    ]
-    log(f'{out}: {", ".join(summary)}')
+    log(
+        f'{out}: {sum(meta["utterances"].values()):,} utterances, '
+        f'{sum(meta["hours"].values()):.2f} h, {sum(meta["tokens"].values()):,} tokens '
+        f'({meta["tokens_per_second"]} units a second), {meta["unit_usage"]["used"]} of '
+        f'{meta["n_units"]} units used, perplexity {meta["unit_usage"]["perplexity"]}, '
+        f'{meta["pairs"]:,} pairs; {notes}'
+        + '; nothing to validate on'
+        * (not meta['tokens']['val'])
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -913,10 +876,10 @@ def settle(recipe):
 def make_from_units():
     """--from_units: no audio, no encoder."""
     paths, skipped = list(chain(*find_paths(from_units))), Counter()
-    recipe = dict(from_units=list(map(fingerprint, paths)), val_fraction=val_fraction)
     origin = describe_units(paths)
+    recipe = dict(from_units=list(map(fingerprint, paths)), val_fraction=val_fraction)
     settle(recipe | origin)
-    rows = tqdm((row for path in paths for row in rows_of_units(path)), unit=' rows')
+    rows = chain.from_iterable(map(rows_of_units, paths))
     finish(pack(rows, origin, skipped), skipped, recipe)
 
 
@@ -930,8 +893,8 @@ def make_from_audio():
 
     # what there is to do, and whether what is there already belongs to it
     corpus = items, root, skipped = find_items()
-    few = any(is_shards(item.path) for item in items)  # large files
-    n = 1 if few else max(1, min(PART_FILES, len(items) // 32))
+    large = any(is_shards(item.path) for item in items)
+    n = 1 if large else max(1, min(PART_FILES, len(items) // 32))
     parts = [items[i : i + n] for i in range(0, len(items), n)]
     with ThreadPoolExecutor(16) as pool:
         inputs = content_hash(list(pool.map(hash_part, parts, [root] * len(parts))))
@@ -943,39 +906,30 @@ def make_from_audio():
         return log(f'{out}: everything is already there; nothing to do')
 
     # the encoder, then this process's parts
-    net, name_of_encoder = prepare_encoder(corpus, recipe, part)
+    net, name = prepare_encoder(corpus, recipe, part)
     recipe_id = content_hash(recipe)[:12]
     speed = encode_parts(parts, range(part, len(parts), of), net, root, recipe_id)
     missing = sum(not os.path.exists(part_path(number)) for number in range(len(parts)))
     if missing:
-        return log(
-            f'{out}: shard {part} of {of} is done, {missing} of {len(parts)} parts are missing'
-        )
+        return log(f'{out}: shard {part} of {of} is done, {missing} of {len(parts)} parts missing')
 
     # all parts are there: merge them; if two processes do, both write the same
     total = dict(files=0, audio_seconds=0.0, notes=[])
-    origin = dict(
-        encoder=name_of_encoder, vocoder=None, n_units=net.n_units, frame_rate=net.frame_rate
-    )
+    origin = dict(encoder=name, vocoder=None, n_units=net.n_units, frame_rate=net.frame_rate)
     rows = rows_of_parts(len(parts), recipe_id, total)
     meta = pack(rows, origin | dict(encoder_id=net.encoder_id), skipped)
+    notes = [note for note in total['notes'] if note[0] != 'test']
+    skipped['of test sets left out'] += len(total['notes']) - len(notes)
     with write_atomic(os.path.join(out, 'failed.jsonl'), 'wb') as file:
-        for kind, name, reason in total['notes']:
-            if kind == 'test':
-                skipped['of test sets left out'] += 1
-                continue
-            file.write(to_line(dict(file_name=name, reason=reason, kind=kind)))
-    extensions = Counter(
-        os.path.splitext(name)[1] for kind, name, _ in total['notes'] if kind == 'failed'
-    )
-    failed = sum(extensions.values())
-    found = ', '.join(f'{n} {extension}' for extension, n in extensions.items())
-    skipped[f'of {total["files"]:,} files failed ({found})'] = failed
-    for kind, _, reason in total['notes']:
-        skipped[f'doubtful: {re.split(" at |:", reason)[0]}'] += kind == 'doubtful'
-    meta |= dict(files=total['files'], failed=failed, x_real_time=speed)
+        file.writelines(
+            to_line(dict(kind=kind, file_name=path, reason=why)) for kind, path, why in notes
+        )
+    for kind in ('failed', 'doubtful'):
+        found = [f'{path}: {reason}' for what, path, reason in notes if what == kind]
+        meta[kind] = skipped[f'{kind} ({"".join(found[:1])} ...; see failed.jsonl)'] = len(found)
+    meta |= dict(files=total['files'], x_real_time=speed)
     meta['audio_hours'] = round(total['audio_seconds'] / 3600, 4)
-    meta['vocoder'] = prepare_vocoder(corpus, net, name_of_encoder)
+    meta['vocoder'] = prepare_vocoder(corpus, net, name)
     finish(meta, skipped, recipe)
 
 
