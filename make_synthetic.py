@@ -3,32 +3,27 @@
     python make_synthetic.py config/demo_synthetic.py                the demo's own toy language
     python make_synthetic.py --text=TinyStoriesV2-GPT4-train.txt --out=data/audio
     python make_synthetic.py --task=pairs --text=swag/train.csv --tts=kokoro --out=data/spokenswag
-    python make_synthetic.py --task=blimp --text=blimp/data --out=data
     python make_synthetic.py --task=minimal --text=mine.csv --test_voices=en-us+f4 --out=data
 
 --text is a .txt, .jsonl, .csv or .parquet file, a folder or a glob of such, hub:OWNER/NAME[:SPLIT]
-(split train by default), or toy. Text files are UTF-8, or UTF-16 with a byte order mark. A .txt
-file holds documents separated by <|endoftext|>; where that mark does not occur, by blank lines or
-by --separator. The tasks, and the columns they read:
+(split train by default), or toy. Text files are UTF-8, or UTF-16 with a byte order mark. The
+documents of a .txt file are separated by <|endoftext|>; where that mark does not occur, by blank
+lines or --separator. The tasks, and the columns they read:
 
-stories      text (--text_field); <|endoftext|> inside a text separates documents too
-pairs        prompt, chosen, rejected; or the columns of SWAG or HellaSwag:
-                 prompt,chosen,rejected
-                 A dog barks at the gate.,It wants to come in.,It wants to be a gate.
-                 "Rain fell, and fell.",The river rose.,The river sang.
+stories      text (--text_field); <|endoftext|> separates documents here too
+pairs        prompt, chosen, rejected; or the columns of SWAG or HellaSwag
 minimal      right, wrong and optionally type: your own suite, <n>_correct and <n>_incorrect
 blimp        BLiMP's columns -> the layout of ZeroSpeech 2021 (sBLIMP) with gold.csv
 storycloze   StoryCloze's columns -> sstorycloze and tstorycloze, <n>_correct and <n>_incorrect
 
-Suites are all tasks but stories and pairs. They are spoken a second time in --test_voices, into
-folders such as minimal_unseen. Each task has a folder with audio, manifest.jsonl, skipped.jsonl and
-summary.json. A text is spoken sentence by sentence. Each sentence is trimmed, followed by a pause
-and padded to whole 40 ms frames, so the audio of a prompt followed by the audio of an ending is
-exactly the audio of the whole. A sentence's audio depends on its text and its voice only. The work
-is done in parts of 40 items; a killed run makes only the missing parts.
+All but stories and pairs are suites, which are spoken a second time in --test_voices, into folders
+such as minimal_unseen. A folder holds the audio, manifest.jsonl, skipped.jsonl and summary.json.
+
+A text is spoken sentence by sentence. Each is trimmed, followed by a pause and padded to whole 40
+ms frames, so the audio of a prompt followed by that of an ending is exactly the audio of the whole.
 """
 
-from config import configure, fail
+from config import configure, fail, report_error
 
 import _ctypes
 import codecs
@@ -40,40 +35,26 @@ import html
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import time
 import unicodedata
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from model import (
-    SAMPLE_RATE,
-    InputError,
-    auto_bleu,
-    log,
-    pick_device,
-    read_json,
-    read_jsonl,
-    read_parquet,
-    reading,
-    resample,
-    split_documents,
-    start_worker,
-    tokenize_words,
-    write_atomic,
-)
+from model import SAMPLE_RATE, InputError, auto_bleu, log, pick_device, read_json, read_jsonl
+from model import read_parquet, reading, resample, save_audio, split_documents, start_worker
+from model import tokenize_words, write_atomic
 
 # -----------------------------------------------------------------------------
 out = 'out/synthetic'  # output folder; each task has a folder in it
@@ -90,7 +71,7 @@ n_suite = 500  # minimal pairs in a suite (even)
 n_unseen = 200  # the first so many of these are also spoken in test_voices
 # the voice
 tts = 'espeak'  # espeak, kokoro, vits, piper
-tts_model = ''  # a network's folder, file or hub name; '': the default in BACKENDS
+tts_model = ''  # a network's hub name, folder or file; '': the default in BACKENDS
 voices = ''  # comma-separated, one is drawn for each item (blimp: all are used); '': see BACKENDS
 test_voices = ''  # voices of the suites NAME_unseen; '': no such suites
 speed = '1.0-1.0'  # 1 is a voice's usual speed; each voice has its own, drawn from this range
@@ -158,8 +139,10 @@ TIMES = (
     'today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|before dinner|'
     'in winter|in summer|every spring'
 )
-MOODS = ('happy', 'glad'), ('sad', 'angry')  # of a good outcome, of a bad one
-QUALITIES = ('new', 'clean', 'lovely', 'perfect'), ('broken', 'dirty', 'ruined', 'horrible')
+MOODS = dict(good=('happy', 'glad'), bad=('sad', 'angry'))
+QUALITIES = dict(
+    good=('new', 'clean', 'lovely', 'perfect'), bad=('broken', 'dirty', 'ruined', 'horrible')
+)
 
 # A topic: places; things (one and many); qualities and actions of a good outcome; of a bad one
 TOPICS = """
@@ -251,16 +234,15 @@ def toy_words(rng, topic, he):
 def toy_story(rng, topic, outcome, who, mood):
     """A story as dict: prompt (two sentences), the ending that follows, topic.
 
-    outcome: 0 good, 1 bad; who: he, she or they; mood: which of the two moods of the outcome.
+    outcome: good or bad; who: he, she or they; mood: which of the two moods of the outcome.
     """
     words = toy_words(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
     first = rng.choice(SEVERAL if who == 'they' else SINGLE).format(**words)
-    column = ('good', 'bad')[outcome]
-    verb, space, particle = rng.choice(TOPICS[topic][f'{column}_actions']).partition(' ')
+    verb, space, particle = rng.choice(TOPICS[topic][f'{outcome}_actions']).partition(' ')
     if who != 'they':
         verb += 'es' if re.search('(s|sh|ch)$', verb) else 's'
         verb = re.sub('([^aeiou])ys$', r'\1ies', verb)
-    quality = f'{rng.choice(QUALITIES[outcome])} and {rng.choice(TOPICS[topic][column])}'
+    quality = f'{rng.choice(QUALITIES[outcome])} and {rng.choice(TOPICS[topic][outcome])}'
     second = f'the {words["thing"]} is {quality}'
     feels = f'{who} {"are" if who == "they" else "is"} {MOODS[outcome][mood]}'
     ending = toy_sentence(f'{feels} and {verb}{space}{particle} the {words["thing"]}')
@@ -273,38 +255,30 @@ def toy_couple(rng, contradict, fresh):
     contradict: the two are about the same thing with opposite outcomes; else about two topics.
     """
     who = rng.choice(('he', 'she', 'they'))
-    mood, outcome = rng.randrange(2), rng.randrange(2)
+    mood, outcome = rng.randrange(2), rng.choice(('good', 'bad'))
     topics = rng.sample(list(TOPICS), 2)
     if not contradict:
         one, two = (fresh(topic, outcome, who, mood) for topic in topics)
     else:
-        one, two = fresh(topics[0], 0, who, mood), fresh(topics[0], 1, who, mood)
+        one, two = fresh(topics[0], 'good', who, mood), fresh(topics[0], 'bad', who, mood)
         while one['ending'].split()[-1] != two['ending'].split()[-1]:
-            two = fresh(topics[0], 1, who, mood)
+            two = fresh(topics[0], 'bad', who, mood)
     return dict(one, wrong=two['ending']), dict(two, wrong=one['ending'])
 
 
-def toy_minimal(rng, kind, fresh, anything):
+def toy_minimal(rng, kind, fresh):
     """Two minimal pairs [(right, wrong), (right, wrong)] of a kind of MINIMAL, or of `pronoun`:
-    is and are exchanged in the ending of a story."""
-    if kind == 'pronoun':
-        topic, outcome, _, mood = anything()
-        frames = []
-        for who in (rng.choice(('he', 'she')), 'they'):
-            story = fresh(topic, outcome, who, mood)
-            ending = story['ending'].replace(' are ', ' [are|is] ').replace(' is ', ' [is|are] ')
-            frames.append(f'{story["prompt"]} {ending.strip(".")}')
-        words = {}
-    else:
-        frames = MINIMAL[kind]
+    is and are are exchanged in the endings of two stories."""
+    frames, words = MINIMAL.get(kind, []), {}
+    if frames:
         words = toy_words(rng, rng.choice(list(TOPICS)), rng.choice(('he', 'she')))
-    return [
-        tuple(
-            toy_sentence(re.sub(r'\[(.*?)\|(.*?)\]', side, frame).format(**words))
-            for side in (r'\1', r'\2')
-        )
-        for frame in frames
-    ]
+    else:
+        for who, be in ((rng.choice(('he', 'she')), '[is|are]'), ('they', '[are|is]')):
+            story = fresh(who=who)
+            ending = re.sub(' (is|are) ', f' {be} ', story['ending'].strip('.'))
+            frames = [*frames, f'{story["prompt"]} {ending}']
+    sides = [[re.sub(r'\[(.*?)\|(.*?)\]', side, f) for side in (r'\1', r'\2')] for f in frames]
+    return [tuple(toy_sentence(side.format(**words)) for side in pair) for pair in sides]
 
 
 def toy_rows(task, seed, n_stories, n_pairs, n_suite):
@@ -316,34 +290,33 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
     """
     rng, used = random.Random(f'{seed}/toy'), set()
 
-    def fresh(*what):
+    def fresh(topic=None, outcome=None, who=None, mood=None):
+        """A story that was not drawn before; what is None is drawn too."""
+        topic, outcome = topic or rng.choice(list(TOPICS)), outcome or rng.choice(('good', 'bad'))
+        who = who or rng.choice(('he', 'she', 'they'))
+        mood = rng.randrange(2) if mood is None else mood
         while True:
-            story = toy_story(rng, *what)
+            story = toy_story(rng, topic, outcome, who, mood)
             if not used & {story['prompt'], story['prompt'].partition('.')[0] + '.'}:
                 used.add(story['prompt'])
                 return story
 
-    def anything():
-        topic, outcome = rng.choice(list(TOPICS)), rng.randrange(2)
-        return topic, outcome, rng.choice(('he', 'she', 'they')), rng.randrange(2)
-
     n = 0
     while n < n_suite:
         kind = rng.choice([*MINIMAL, 'pronoun'])
-        couple = toy_minimal(rng, kind, fresh, anything)
+        couple = toy_minimal(rng, kind, fresh)
         rights = {right for right, _ in couple}
         if not used & rights:
             used |= rights
-            if task == 'grammar':
-                for right, wrong in couple:
-                    yield dict(right=right, wrong=wrong, type=kind, alike=n // 2)
             n += 2
+            for right, wrong in couple if task == 'grammar' else ():
+                yield dict(right=right, wrong=wrong, type=kind, alike=n // 2)
     for suite in ('sstory', 'tstory'):
         for i in range(n_suite // 2):
             for story in toy_couple(rng, suite == 'sstory', fresh):
                 if task == suite:
                     right, wrong = (
-                        f'{story["prompt"]} {story[key]}' for key in ('ending', 'wrong')
+                        f'{story["prompt"]} {story[end]}' for end in ('ending', 'wrong')
                     )
                     yield dict(right=right, wrong=wrong, type=story['topic'], alike=i)
     for i in range(n_pairs // 2):
@@ -351,7 +324,7 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
             if task == 'pairs':
                 yield dict(prompt=story['prompt'], chosen=story['ending'], rejected=story['wrong'])
     for _ in range(n_stories if task == 'stories' else 0):
-        story = fresh(*anything())
+        story = fresh()
         yield dict(text=f'{story["prompt"]} {story["ending"]}')
 
 
@@ -577,7 +550,7 @@ class Task(NamedTuple):
 
 def find_tasks():
     """The tasks that the knob `task` names; suites also in unseen voices, after the seen ones."""
-    speakers = {'': (voices or BACKENDS[tts].voices).split(',')}  # {suffix of the folder: voices}
+    speakers = {'': (voices or BACKENDS[tts][1]).split(',')}  # {suffix of the folder: voices}
     if test_voices:
         speakers['_unseen'] = test_voices.split(',')
     tasks = []
@@ -596,66 +569,52 @@ def find_tasks():
 # -----------------------------------------------------------------------------
 # Text as a voice can say it
 
-# NFKC would turn 3½ into 31⁄2 and 10² into 102
-KEPT = re.compile('([¹²³ªº⁰-⁻¼-¾⅐-⅞™№]+)')
-PUNCTUATION = '.,!?;:\'"()-/。！？،؟।'
-SIGNS = '%&@#+=<>−±×÷≤≥≠≈°§$€£¥₹¢'  # they carry meaning, so they are spoken
+# English words for signs. In other languages the signs stay: espeak knows their names
+WORDS = {
+    **{'½': 'one half', '¼': 'one quarter', '¾': 'three quarters', '⅓': 'one third'},
+    **{'⅔': 'two thirds', '²': 'squared', '³': 'cubed', '−': 'minus', '±': 'plus or minus'},
+    **{'×': 'times', '÷': 'divided by', '+': 'plus', '=': 'equals', '≠': 'not equal to'},
+    **{'<': 'less than', '>': 'greater than', '≤': 'at most', '≥': 'at least', '≈': 'about'},
+    **{'°C': 'degrees Celsius', '°F': 'degrees Fahrenheit', '°': 'degrees', '%': 'percent'},
+    **{'&': 'and', '@': 'at', '№': 'number', '#': 'number', '§': 'section', '¢': 'cents'},
+    **{'$': 'dollars', '€': 'euros', '£': 'pounds', '¥': 'yen', '₹': 'rupees'},
+}
+SIGNS = ''.join(WORDS) + '.,!?;:\'"()-/。！？،؟।'
+KEPT = re.compile('([½¼¾⅓⅔²³№]+)')  # NFKC would turn 3½ into 31⁄2 and 10² into 102
+QUOTES = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', '})
 
-
-class Plain(dict):
-    """A table for str.translate: letters, digits and the signs above stay, typographic quotes and
-    dashes become plain ones, invisible characters go, all else is a space."""
-
-    def __missing__(self, code):
-        sign = chr(code)
-        kind = unicodedata.category(sign)
-        if kind[0] in 'LNM' or sign in PUNCTUATION + SIGNS + '™№':
-            self[code] = sign
-        else:
-            self[code] = '' if kind == 'Cf' else ' '
-        return self[code]
-
-
-PLAIN = Plain(str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', '}))
+# Markup begins with a tag name; '<b and c>' is none. <, > and = without a word on both sides are
+# quotations, arrows or lines; # without a digit is a heading
 TAG = re.compile(
     r'<!--.*?-->|</?[a-zA-Z][\w:-]*(\s+[\w:-]+\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]+))*\s*/?>'
 )
 LINK = re.compile(r'https?://\S+|www\.\S+')
-# <, > and = without a word on both sides are quotation marks, arrows or lines; # without a digit is
-# a heading
 STRAY = re.compile(r'(?<!\w)(?<!\w )[<>=]|[<>=](?! ?[\w−-])|#(?!\d)')
-
-# English words for signs. In other languages the signs stay, since espeak knows their names
-WORDS = {
-    **{'−': 'minus', '±': 'plus or minus', '×': 'times', '÷': 'divided by', '+': 'plus'},
-    **{'=': 'equals', '<': 'less than', '>': 'greater than', '≠': 'not equal to', '≈': 'about'},
-    **{'≤': 'less than or equal to', '≥': 'greater than or equal to', '%': 'percent', '&': 'and'},
-    **{'°C': 'degrees Celsius', '°F': 'degrees Fahrenheit', '°': 'degrees', '@': 'at'},
-    **{'№': 'number', '#': 'number', '§': 'section', '™': ''},
-    **{'$': 'dollars', '€': 'euros', '£': 'pounds', '¥': 'yen', '₹': 'rupees', '¢': 'cents'},
-}
+POWER = re.compile(r'(?:(?<=[\d)])|(?<=\b\w)|(?<=\b\w\w))[⁺⁻]?[¹²³⁰-⁹]+')
 MONEY = re.compile(r'([$€£¥₹]) ?(\d[\d,]*(?:\.\d+)?)( (?:hundred|thousand|million|billion)\b)?')
-NUMERATORS = {'1': 'one', '2': 'two', '3': 'three', '4': 'four', '5': 'five', '7': 'seven'}
-DENOMINATORS = dict(
-    zip('2345678', 'half third quarter fifth sixth seventh eighth'.split(), strict=True),
-    **{'9': 'ninth', '10': 'tenth'},
-)
-POWER = re.compile('(?:(?<=[0-9)])|(?<=\\b\\w)|(?<=\\b\\w\\w))([⁺⁻]?[¹²³⁰-⁹]+)')
 
-# A stop without a space after it: What?Yes. The end.Next
-TIGHT = re.compile(r'(?<=[^\W\d_]{2})([.!?]["\')]?)(?=[^\W\d_](?:[^\W\d_]| ))')
+# Where a stop has no space after it: The end.Next | What?yes | "Go!"he
+TIGHT = re.compile(
+    r'(?<=[^\W\d_]{2}\.)(?=[A-ZÀ-ÖØ-ÞΑ-ΩА-Я](?:[^\W\d_]| ))'
+    r'|(?<=[^\W\d_][!?])(?=[^\W\d_])|(?<=[.!?]["\')])(?=\w)'
+)
 # A sentence ends at one of .!? and a closing sign, but not after an abbreviation
 SHORT = ''.join(rf'(?<!\b{name}\.)' for name in ('Mr', 'Mrs', 'Ms', 'Dr', 'St', '[A-Z]'))
 ENDS = re.compile(rf"""(?:(?<=[.!?।؟])|(?<=[.!?।؟]["')])){SHORT}\s+|(?<=[。！？])""")
 
 
-def say_fraction(match):
-    """'3½' -> '3 and one half', '⅔' -> 'two thirds'."""
-    top, bottom = unicodedata.normalize('NFKC', match[2]).split('⁄')
-    if top not in NUMERATORS or bottom not in DENOMINATORS:
-        return f'{match[1]} {top}/{bottom}'
-    start = f'{match[1]} and ' if match[1] else ''
-    return f'{start}{NUMERATORS[top]} {DENOMINATORS[bottom]}{"s" * (top != "1")}'
+@cache
+def plain(sign):
+    """A character as it is spoken: letters, digits and SIGNS stay, invisible characters go, all
+    else is a space."""
+    kind = unicodedata.category(sign)
+    return sign if kind[0] in 'LNM' or sign in SIGNS else '' if kind == 'Cf' else ' '
+
+
+def say_power(match):
+    """'²' stays, '⁻³' -> ' to the power of −3'."""
+    power = unicodedata.normalize('NFKC', match[0])
+    return match[0] if match[0] in '²³' else f' to the power of {power}'
 
 
 def say_money(match):
@@ -664,50 +623,39 @@ def say_money(match):
     return f'{match[2]}{match[3] or ""} {word.rstrip("s") if match[2] == "1" else word}'
 
 
-def say_power(match):
-    """'²' -> ' squared', '⁻³' -> ' to the power of −3'."""
-    known = {'²': ' squared', '³': ' cubed'}
-    return known.get(match[0], ' to the power of ' + unicodedata.normalize('NFKC', match[0]))
-
-
-def say_signs(document):
-    """An English text with words for the signs in it."""
-    document = re.sub(r'(\d?)\s?([¼-¾⅐-⅞])', say_fraction, document)
-    document = MONEY.sub(say_money, POWER.sub(say_power, document))
-    document = re.sub(r'(?<=\d) ?– ?(?=\d)', ' to ', document)
-    for sign, word in WORDS.items():
-        document = document.replace(sign, f' {word} ')
-    return document
+def normalize(document):
+    """Unicode's NFKC, but for the signs that it would join with the digits before them."""
+    parts = KEPT.split(document)
+    parts[::2] = (unicodedata.normalize('NFKC', part) for part in parts[::2])
+    return ''.join(parts).replace('⁄', '/')
 
 
 def clean(document, english=True):
     """Only what a voice can say, with single spaces: without markup, links, control characters.
 
-    english: signs become English words; else they stay, since espeak knows many in each language.
+    english: signs become English words.
     """
-    # quotation marks decoded wrongly, as in TinyStories
-    document = re.sub('â€[˜™]', "'", document)
-    document = re.sub('â€[œ\x9d]?', '"', document)
-    # markup, and entities such as &amp;
+    # quotation marks decoded wrongly, as in TinyStories; markup, and entities such as &amp;
+    document = re.sub('â€[œ\x9d]?', '"', re.sub('â€[˜™]', "'", document))
     document = LINK.sub(' ', TAG.sub(' ', document))
     document = re.sub(r'&#?\w+;', lambda match: html.unescape(match[0]), document)
-    # compatible characters become plain ones, except the signs that carry meaning
-    parts = KEPT.split(document)
-    parts[::2] = (unicodedata.normalize('NFKC', part) for part in parts[::2])
-    document = STRAY.sub(' ', ''.join(parts))
-    document = (say_signs(document) if english else document).translate(PLAIN)
-    # an ellipsis ends a sentence; no space before a stop, one after it, and one stop of several
+    # one form of each character, and words for signs
+    if english:
+        document = POWER.sub(say_power, document)
+    document = re.sub(r'(?<=\d)(?=[⅐-⅞])', ' ', document)
+    document = STRAY.sub(' ', normalize(document))
+    if english:
+        document = MONEY.sub(say_money, document)
+        document = re.sub(r'(?<=\d) ?(?=[½¼¾⅓⅔])', ' and ', document)
+        document = re.sub(r'(?<=\d) ?– ?(?=\d)', ' to ', document)
+        for sign, word in WORDS.items():
+            document = document.replace(sign, f' {word} ')
+    document = ''.join(map(plain, document.translate(QUOTES)))
+    # an ellipsis ends a sentence; no space before a stop, one stop of several, a space after it
     document = re.sub(r'\.(\s*\.)+', '. ', document)
     document = re.sub(r'\s+([.,!?;:])', r'\1', document)
     document = re.sub(r'([.,!?;:])[.,!?;:]+', r'\1', document)
-    document = TIGHT.sub(lambda m: add_space(m, document), document)
-    return ' '.join(document.split())
-
-
-def add_space(match, document):
-    """A stop and a space, unless it may be part of a name: example.com."""
-    following = document[match.end()]
-    return match[0] + ' ' * (following.isupper() or match[0][0] != '.')
+    return ' '.join(TIGHT.sub(' ', document).split())
 
 
 def sentences(document, english=True, longest=300):
@@ -728,9 +676,9 @@ def sentences(document, english=True, longest=300):
 
 
 # -----------------------------------------------------------------------------
-# Voices: __init__ loads; english(voice) is True for voices of English; speak(sentence, voice, speed,
-# pitch) returns a Speech and raises InputError if there is no such voice. A new one is such a class
-# and an entry in BACKENDS
+# Voices: __init__ loads; english(voice) is True for voices of English; speak(sentence, voice,
+# speed, pitch) returns a Speech and raises an error if there is no such voice. A new one is such a
+# class and an entry in BACKENDS
 
 
 class Speech(NamedTuple):
@@ -742,21 +690,19 @@ class Speech(NamedTuple):
 def word_times(sentence, wave, rate, marks):
     """[[word, start s, end s], ...] from marks, [(character, sample), ...], where words begin.
 
-    Words without a mark share the time since the last mark by their lengths. A word ends with its
+    Words without a mark are interpolated by their position in the sentence. A word ends with its
     sound, before the pause of a comma.
     """
     spans = [(match[0], *match.span()) for match in re.finditer(r'\S+', sentence)]
-    starts = []
+    known = {0: 0}
     for _, begin, end in spans:
-        starts.append(next((sample for at, sample in marks if begin <= at < end), None))
-    starts[0] = starts[0] or 0
-    starts.append(len(wave))
-    for i in range(1, len(spans)):
-        if starts[i] is None or starts[i] < starts[i - 1]:
-            later = range(i + 1, len(starts))
-            j = next(j for j in later if starts[j] is not None and starts[j] >= starts[i - 1])
-            share = len(spans[i - 1][0]) / sum(len(word) for word, _, _ in spans[i - 1 : j])
-            starts[i] = starts[i - 1] + round(share * (starts[j] - starts[i - 1]))
+        for at, sample in marks:
+            if begin <= at < end and sample >= max(known.values()):
+                known[begin] = sample
+                break
+    known[len(sentence)] = len(wave)
+    starts = np.interp([begin for _, begin, _ in spans], list(known), list(known.values()))
+    starts = [*starts.round().astype(int).tolist(), len(wave)]
 
     loud, words = np.abs(wave) > SILENCE, []
     for (word, _, _), begin, end in zip(spans, starts[:-1], starts[1:], strict=True):
@@ -860,35 +806,20 @@ def fix_noise(voice, sentence):
     torch.manual_seed(zlib.crc32(f'{seed}/{voice} {sentence}'.encode()))
 
 
-@contextmanager
-def loading(package, name):
-    """A missing package or network becomes one line."""
-    try:
-        yield
-    except ImportError:
-        fail(f'--tts={tts} needs a package: pip install {package}')
-    except Exception as error:  # of many kinds: no such name, file or device, no network
-        reason = str(error).strip('* \n').partition('\n')[0]
-        fail(f'--tts_model={name} --device={device}: {reason}')
+def speaker_id(voice, speakers):
+    """The number of a network's speaker; None if it has only one. Raises InputError."""
+    if voice not in map(str, range(speakers)):
+        raise InputError(f'its voices are 0 to {speakers - 1}')
+    return int(voice) if speakers > 1 else None
 
 
 class Kokoro:
-    """The package kokoro and its network of 82 M parameters; 24 kHz; word times for English.
+    """The package kokoro and its network of 82 M parameters; 24 kHz; word times for English."""
 
-    --tts_model: a hub name, or a folder of its layout (config.json, *.pth, voices/*.pt).
-    """
+    def __init__(self, name):
+        from kokoro import KModel, KPipeline
 
-    def __init__(self):
-        name = tts_model or BACKENDS['kokoro'].model
-        self.folder = f'{name}/voices' if os.path.isdir(name) else ''
-        files = {}
-        if self.folder:
-            weights = sorted(glob.glob(f'{glob.escape(name)}/*.pth')) or [f'{name}/*.pth']
-            files = dict(config=f'{name}/config.json', model=weights[-1])
-        with loading('"kokoro>=0.9"', name):
-            from kokoro import KModel, KPipeline
-
-            model = KModel(name, **files).to(pick_device(device)).eval()
+        model = KModel(name).to(pick_device(device)).eval()
         # one network for all languages; a pipeline for each: af_heart, a, American English
         self.pipeline = cache(lambda language: KPipeline(language, name, model=model))
 
@@ -898,8 +829,7 @@ class Kokoro:
     def speak(self, sentence, voice, speed, pitch):
         waves, marks, at, end = [np.zeros(0, np.float32)], [], 0, 0
         fix_noise(voice, sentence)
-        file = f'{self.folder}/{voice}.pt' if self.folder else voice
-        for part in self.pipeline(voice[0])(sentence, voice=file, speed=speed):
+        for part in self.pipeline(voice[0])(sentence, voice=voice, speed=speed):
             for token in part.tokens or ():  # punctuation marks are tokens too
                 found = sentence.find(token.text, at)
                 if found >= 0 and token.start_ts is not None:
@@ -915,54 +845,47 @@ class Kokoro:
 class Vits:
     """VITS of transformers (facebook/mms-tts-*); no times. A voice is the number of a speaker."""
 
-    def __init__(self):
-        self.name = tts_model or BACKENDS['vits'].model
-        with loading('transformers', self.name):
-            from transformers import VitsModel, VitsTokenizer
+    def __init__(self, name):
+        from transformers import VitsModel, VitsTokenizer
 
-            self.device = pick_device(device)
-            self.model = VitsModel.from_pretrained(self.name).to(self.device).eval()
-            self.tokenizer = VitsTokenizer.from_pretrained(self.name)
+        self.name, self.device = name.rstrip('/'), pick_device(device)
+        self.model = VitsModel.from_pretrained(name).to(self.device).eval()
+        self.tokenizer = VitsTokenizer.from_pretrained(name)
 
     def english(self, voice):
-        return self.name.rstrip('/').endswith('eng')
+        return self.name.endswith('eng')
 
     @torch.inference_mode()
     def speak(self, sentence, voice, speed, pitch):
         config = self.model.config
-        if voice not in map(str, range(config.num_speakers or 1)):
-            raise InputError(f'the voices of {self.name} are 0 to {(config.num_speakers or 1) - 1}')
+        speaker = speaker_id(voice, config.num_speakers or 1)
         self.model.speaking_rate = config.speaking_rate * speed
         inputs = self.tokenizer(sentence, return_tensors='pt').to(self.device)
         if not inputs['attention_mask'].any():  # no letter of its alphabet
             return Speech(np.zeros(0, np.float32), config.sampling_rate, {})
         fix_noise(voice, sentence)
-        speaker = int(voice) if (config.num_speakers or 1) > 1 else None
         made = self.model(**inputs, speaker_id=speaker)
         return Speech(made.waveform[0].cpu().numpy(), config.sampling_rate, {})
 
 
 class Piper:
-    """The package piper-tts and a voice in ONNX beside its .onnx.json. A voice is the number of a
-    speaker. Noise is off, so that a sentence always sounds the same."""
+    """The package piper-tts and a voice of it, NAME.onnx beside NAME.onnx.json. A voice is the
+    number of a speaker. Noise is off, so that a sentence always sounds the same."""
 
-    def __init__(self):
-        with loading('piper-tts onnx', tts_model):
-            from piper import PiperVoice, SynthesisConfig
+    def __init__(self, name):
+        from piper import PiperVoice, SynthesisConfig
 
-            cuda = pick_device(device).type == 'cuda'
-            self.model = PiperVoice.load(tts_model, use_cuda=cuda, include_alignments=True)
-            self.options = SynthesisConfig
+        cuda = pick_device(device).type == 'cuda'
+        self.model = PiperVoice.load(name, use_cuda=cuda, include_alignments=True)
+        self.options = SynthesisConfig
 
     def english(self, voice):
         return self.model.config.espeak_voice.startswith('en')
 
     def speak(self, sentence, voice, speed, pitch):
         config = self.model.config
-        if voice not in map(str, range(config.num_speakers)):
-            raise InputError(f'the voices of {tts_model} are 0 to {config.num_speakers - 1}')
         options = self.options(
-            speaker_id=int(voice) if config.num_speakers > 1 else None,
+            speaker_id=speaker_id(voice, config.num_speakers),
             length_scale=config.length_scale / speed,
             noise_scale=0.0,
             noise_w_scale=0.0,
@@ -971,34 +894,46 @@ class Piper:
         for chunk in self.model.synthesize(sentence, options, include_alignments=True):
             at = end
             for i, phone in enumerate(chunk.phoneme_alignments or ()):  # '^', phones, '$'
-                if i == 1 or phone.phoneme == ' ':  # a word begins at, or after, this one
+                if i == 1 or phone.phoneme == ' ':  # a word begins here or after the space
                     starts.append(at + phone.num_samples * (i > 1))
                 at += phone.num_samples
             waves.append(chunk.audio_float_array)
             end += len(waves[-1])
-        # where phones have as many words as the text, words begin with theirs; else interpolated
-        wave, words = (
-            np.concatenate(waves),
-            [match.start() for match in re.finditer(r'\S+', sentence)],
-        )
+        # words begin with their phones if the text has as many words as them; else interpolated
+        wave, words = np.concatenate(waves), [m.start() for m in re.finditer(r'\S+', sentence)]
         marks = list(zip(words, starts, strict=True)) if len(words) == len(starts) else []
         times = dict(words=word_times(sentence, wave, config.sample_rate, marks))
         return Speech(wave, config.sample_rate, times)
 
 
-# The values of --tts: class, default voices, default network (it runs in one process). espeak: a
-# path below its lang/ loads ten times as fast as a name (en-us). kokoro: SpokenSwag's voices
-Backend = namedtuple('Backend', 'speaker voices model', defaults=('',))
+# The values of --tts: class, default voices, default network. espeak: a path below its lang/ loads
+# ten times as fast as a name (en-us). kokoro: SpokenSwag's voices
 BACKENDS = dict(
-    espeak=Backend(Espeak, 'gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph'),
-    kokoro=Backend(Kokoro, 'af_heart,am_fenrir,bf_emma,bm_george', 'hexgrad/Kokoro-82M'),
-    vits=Backend(Vits, '0', 'facebook/mms-tts-eng'),
-    piper=Backend(Piper, '0', 'en_US-joe-medium.onnx'),
+    espeak=(Espeak, 'gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph', ''),
+    kokoro=(Kokoro, 'af_heart,am_fenrir,bf_emma,bm_george', 'hexgrad/Kokoro-82M'),
+    vits=(Vits, '0', 'facebook/mms-tts-eng'),
+    piper=(Piper, '0', 'en_US-joe-medium.onnx'),
 )
 
 
+def load_speaker(wanted):
+    """An object of the class that --tts names, which speaks with the wanted voices."""
+    kind, _, network = BACKENDS[tts]
+    name = tts_model or network
+    with reading(f'--tts={tts} --tts_model={name}'):
+        speaker = kind(name) if network else kind()
+    for voice in sorted(wanted):
+        with reading(f'--voices={voice} of {tts}'):
+            speaker.speak('a', voice, 1.0, 50)
+    return speaker
+
+
 # -----------------------------------------------------------------------------
-# Waves
+# Speaking an item
+
+
+class Skip(Exception):
+    """Why an item is not spoken."""
 
 
 def trim(speech):
@@ -1027,25 +962,6 @@ def join(speeches):
                 found.append([name, round(at + start, 3), round(at + end, 3)])
         at += len(speech.wave) / SAMPLE_RATE
     return Speech(np.concatenate([speech.wave for speech in speeches]), SAMPLE_RATE, times)
-
-
-def save_wave(path, wave):
-    """Write 16-bit audio atomically. What is louder than full scale is scaled down, not clipped."""
-    samples = np.round(wave * (32767 / max(1.0, float(np.abs(wave).max())))).astype(np.int16)
-    kind = path.rpartition('.')[2]
-    options = dict(compression_level=0.0) if kind == 'flac' else {}
-    buffer = io.BytesIO()  # soundfile does not name a full disk
-    soundfile.write(buffer, samples, SAMPLE_RATE, format=kind, subtype='PCM_16', **options)
-    with write_atomic(path, 'wb') as file:
-        file.write(buffer.getbuffer())
-
-
-# -----------------------------------------------------------------------------
-# Speaking an item
-
-
-class Skip(Exception):
-    """Why an item is not spoken."""
 
 
 @lru_cache(100)  # the files of an item share sentences
@@ -1083,19 +999,9 @@ def speak_item(item, voice, speaker):
     return spoken
 
 
-def place_of(kind, n, role, count):
-    """The path of a file of item n, with at most 1,000 files in a folder, gold.csv among them.
-    ZeroSpeech's layout has no sub-folders, so they begin with the thousandth file."""
-    gold = kind == 'blimp'
-    folder = f'{n // ((999 if gold else 1000) // count):03d}'
-    name = f'{n:06d}' + f'_{role}' * bool(role)
-    if gold:
-        return os.path.join(GOLD_FOLDER, '' if folder == '000' else folder, f'{name}.wav')
-    return os.path.join(folder, f'{name}.flac')
-
-
 def make_rows(n, item, task, speaker):
-    """Speak an item and save its audio -> (rows of the manifest, seconds). Raises Skip."""
+    """Speak item n and save its audio -> (rows of the manifest, seconds). Raises Skip."""
+    # the voice and the split depend on the seed and the item only
     about = {key: item[key] for key in item if key not in ('texts', 'alike')}
     drawn = random.Random(f'{seed}/{task.name}/{item.get("alike", n)}').choice(task.voices)
     about.setdefault('voice', drawn)
@@ -1103,10 +1009,13 @@ def make_rows(n, item, task, speaker):
         held_out = random.Random(f'{seed}/{task.name}/{n}/split').random() < val_share
         about['split'] = 'val' if held_out else 'train'
 
+    # a file for each role; only ZeroSpeech's layout has all files in one folder
     rows, seconds = {}, 0.0
     for role, (said, speech) in speak_item(item, about['voice'], speaker).items():
-        path = place_of(task.kind, n, role, len(item['texts']))
-        save_wave(os.path.join(out, task.name, path), speech.wave)
+        name = f'{n:06d}' + f'_{role}' * bool(role)
+        blimp = task.kind == 'blimp'
+        path = f'{GOLD_FOLDER}/{name}.wav' if blimp else f'{n // 500:03d}/{name}.flac'
+        save_audio(os.path.join(out, task.name, path), speech.wave)
         length = round(len(speech.wave) / SAMPLE_RATE, 3)
         seconds += length
         rows[role] = dict(path=path, text=said, seconds=length, **speech.times)
@@ -1132,7 +1041,7 @@ def part_path(task, number):
 
 
 def do_part(number, items, task, speaker):
-    """Speak the items of a part, [(n, item), ...], and write its file -> seconds of speech."""
+    """Speak the items of a part, [(n, item), ...], and write its file."""
     lines, total = [], dict(items=len(items), skipped=0, seconds=0.0)
     for n, item in items:
         try:
@@ -1145,60 +1054,54 @@ def do_part(number, items, task, speaker):
             total['skipped'] += 1
     with write_atomic(part_path(task, number)) as file:
         file.writelines(map(to_json, (total, *lines)))
-    return total['seconds']
 
 
-class Parts(IterableDataset):
-    """A shard's missing parts of a task -> the seconds of speech in each. Worker i of n takes every
-    n-th of them. An error is passed to the parent, which raises it."""
-
-    def __init__(self, task, speaker, missing):
-        self.task, self.speaker, self.missing = task, speaker, missing
-
-    def __iter__(self):
-        worker = get_worker_info()
-        mine = {*(self.missing[worker.id :: worker.num_workers] if worker else self.missing)}
-        items = enumerate(self.task.items())
-        for number in range(max(mine, default=-1) + 1):
-            part = list(islice(items, PART))
-            try:
-                if number in mine:
-                    yield do_part(number, part, self.task, self.speaker)
-            except (OSError, InputError) as error:
-                yield error
+def do_parts(task, speaker, numbers):
+    """Make some parts of a task, in order."""
+    items = enumerate(task.items())
+    for number in range(max(numbers, default=-1) + 1):
+        part = list(islice(items, PART))
+        if number in numbers:
+            do_part(number, part, task, speaker)
 
 
-def begin_worker(number):
+def work(task, speaker, numbers):
+    """What a worker process does. An error that a user can mend is one line and exit code 2."""
     start_worker()
-
-
-def do_parts(task, speaker, missing):
-    """Yield the seconds of speech in each missing part. Networks speak in this process, the others
-    in worker processes."""
-    processes = 0 if BACKENDS[tts].model else min(workers or os.cpu_count(), len(missing))
-    loader = DataLoader(
-        Parts(task, speaker, missing),
-        batch_size=None,
-        num_workers=processes,
-        worker_init_fn=begin_worker,
-        multiprocessing_context='fork' if processes else None,  # it shares what is loaded
-        in_order=False,
-    )
     try:
-        for result in loader:
-            if isinstance(result, Exception):
-                raise result
-            yield result
-    except RuntimeError as error:
-        if 'DataLoader worker' not in str(error):
-            raise
-        hint = 'run the same command to continue, with fewer --workers'
-        fail(f'a worker was killed (no memory left?): {hint}')
+        do_parts(task, speaker, numbers)
+    except (OSError, InputError) as error:
+        report_error(type(error), error, error.__traceback__)
+
+
+def share_parts(task, speaker, missing):
+    """Make parts in worker processes, each every n-th; a network speaks in this process."""
+    processes = min(workers or os.cpu_count(), len(missing))
+    if BACKENDS[tts][2] or processes < 2:
+        return do_parts(task, speaker, missing)
+    context = multiprocessing.get_context('fork')  # it shares what is loaded
+    group = [
+        context.Process(target=work, args=(task, speaker, missing[i::processes]), daemon=True)
+        for i in range(processes)
+    ]
+    for process in group:
+        process.start()
+    with tqdm(total=len(missing), desc=task.name, unit=' parts') as bar:
+        while any(process.is_alive() for process in group):
+            group[0].join(0.2)
+            bar.update(sum(os.path.exists(part_path(task, n)) for n in missing) - bar.n)
+            if any(process.exitcode for process in group):
+                break
+    for process in group:
+        if process.exitcode:  # the others end with this process
+            if process.exitcode == 2:
+                raise SystemExit(2)
+            fail('a worker ended (no memory left?): run the same command to continue')
 
 
 def merge_parts(task, parts):
     """Merge the parts in order into manifest.jsonl and skipped.jsonl, and gold.csv of blimp ->
-    their counts added up, and how often each reason to skip an item occurs."""
+    their counts added up, with the number of items skipped for each reason."""
     total, reasons, gold, folder = Counter(), Counter(), [], os.path.join(out, task.name)
     manifest, skipped = (os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped'))
     with write_atomic(manifest) as manifest_file, write_atomic(skipped) as skipped_file:
@@ -1209,80 +1112,63 @@ def merge_parts(task, parts):
                 (skipped_file if 'reason' in row else manifest_file).write(to_json(row))
                 if 'reason' in row:
                     reasons[row['reason']] += 1
-                else:
-                    gold.append(row)
+                elif task.kind == 'blimp':
+                    name = os.path.relpath(os.path.splitext(row['path'])[0], GOLD_FOLDER)
+                    row |= dict(filename=name, transcription=row['text'])
+                    gold.append(row | dict(correct=int(row['correct'])))
     if task.kind == 'blimp':
         with write_atomic(os.path.join(folder, GOLD_FOLDER, 'gold.csv')) as file:
             writer = csv.DictWriter(file, GOLD, extrasaction='ignore')
             writer.writeheader()
-            for row in gold:
-                name = os.path.relpath(os.path.splitext(row['path'])[0], GOLD_FOLDER)
-                more = dict(filename=name, transcription=row['text'], correct=int(row['correct']))
-                writer.writerow(row | more)
+            writer.writerows(gold)
     return dict(total, reasons=dict(reasons))
 
 
-def check_folder(task, settings):
-    """Raise InputError if a task's folder holds speech of other text or made with other settings."""
-    folder = os.path.join(out, task.name)
-    if glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
-        old = read_json(os.path.join(folder, 'parts', 'settings.json'))
-        changed = [key for key in settings if settings[key] != old.get(key)]
-        if changed:
-            raise InputError(
-                f'{folder} holds speech made with other {", ".join(changed)}: choose another --out, '
-                'or remove it'
-            )
-
-
-def check_voices(speaker, wanted):
-    """Raise InputError naming a voice that does not exist; load a network's voices."""
-    for voice in sorted(wanted):
-        try:
-            speaker.speak('a', voice, 1.0, 50)
-        except Exception as error:  # of many kinds
-            reason = ' '.join(str(error).split())[:200]
-            raise InputError(f'--voices={voice}: {tts} does not speak with it: {reason}') from None
-
-
 def plan_task(task):
-    """(parts, settings) of a task: what its audio depends on, with a hash of all its text."""
+    """(parts, settings) of a task: what its audio depends on, with a hash of all its text.
+
+    Raises InputError if its folder holds speech made with others.
+    """
     items, digest = 0, hashlib.sha256()
-    for items, item in enumerate(task.items(), 1):
+    for item in task.items():
+        items += 1
         digest.update(json.dumps(item).encode())
     if not items:
         raise InputError(f'{text}: no text in it for task {task.kind}')
     settings = dict(text=digest.hexdigest(), tts=tts, tts_model=tts_model, voices=task.voices)
     settings |= dict(speed=speed, pitch=pitch, pause=pause, seed=seed, val_share=val_share)
+    folder = os.path.join(out, task.name)
+    if glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
+        old = read_json(os.path.join(folder, 'parts', 'settings.json'))
+        changed = ', '.join(key for key in settings if settings[key] != old.get(key))
+        if changed:
+            hint = 'choose another --out, or remove it'
+            raise InputError(f'{folder} holds speech made with other {changed}: {hint}')
     return math.ceil(items / PART), settings
 
 
 def run_task(task, parts, settings, speaker):
     """Make the missing parts of this shard, and merge all parts if none is missing then."""
-    began, spoken, folder = time.time(), 0.0, os.path.join(out, task.name)
+    began, folder = time.time(), os.path.join(out, task.name)
     with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
         file.write(to_json(settings))
     first, step = map(int, shard.split('/')) if shard else (0, 1)
     missing = [n for n in range(first, parts, step) if not os.path.exists(part_path(task, n))]
-    with tqdm(total=len(missing), desc=task.name, unit=' parts') as bar:
-        for seconds in do_parts(task, speaker, missing):
-            spoken += seconds
-            rate = spoken / (time.time() - began)
-            bar.set_postfix_str(f'{spoken / 3600:.2f} h, {rate:.0f} x real time', refresh=False)
-            bar.update()
-
+    share_parts(task, speaker, missing)
     left = sum(not os.path.exists(part_path(task, number)) for number in range(parts))
     if left:
-        log(f'{task.name}: shard {shard} is done; {left} of {parts} parts are missing')
-        return
+        return log(f'{task.name}: shard {shard} is done; {left} of {parts} parts are missing')
+
     total, spent = merge_parts(task, parts), time.time() - began
-    made = dict(total, hours=total.pop('seconds') / 3600, seconds=spent, x_real_time=spoken / spent)
+    reasons, seconds = total.pop('reasons'), total.pop('seconds')
+    rate = seconds * len(missing) / parts / spent
+    made = dict(total, hours=seconds / 3600, seconds=spent, x_real_time=rate, reasons=reasons)
     with write_atomic(os.path.join(folder, 'summary.json')) as file:
         file.write(to_json(dict(made, settings=settings)))
-    reasons = ', '.join(f'{number:,} {reason}' for reason, number in made['reasons'].items())
+    why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items())
     log(
-        f'{task.name}: {made["items"]:,} items, {made["hours"]:.2f} h, {made["skipped"]} skipped'
-        f'{f" ({reasons})" if reasons else ""} in {spent:.1f} s, {made["x_real_time"]:.0f} x real time'
+        f'{task.name}: {made["items"]:,} items, {made["hours"]:.2f} h, {made["skipped"]:,} skipped '
+        f'({why or "none"}) in {spent:.1f} s, {rate:.0f} x real time'
     )
 
 
@@ -1295,15 +1181,14 @@ if __name__ == '__main__':
     todo = []
     for wanted in find_tasks():
         parts, settings = plan_task(wanted)
-        check_folder(wanted, settings)
         if os.path.exists(os.path.join(out, wanted.name, 'summary.json')):
             log(f'{wanted.name}: already in {out}/{wanted.name}, nothing to do')
         else:
             todo.append((wanted, parts, settings))
 
     # Load the voices once; worker processes share them
-    speaker = BACKENDS[tts].speaker() if todo else None
-    check_voices(speaker, {voice for wanted, _, _ in todo for voice in wanted.voices})
+    if todo:
+        speaker = load_speaker({voice for wanted, _, _ in todo for voice in wanted.voices})
 
     # One task after the other
     for wanted, parts, settings in todo:
