@@ -52,9 +52,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import SAMPLE_RATE, InputError, auto_bleu, log, pick_device, read_json, read_jsonl
-from model import read_parquet, reading, resample, save_audio, split_documents, start_worker
-from model import tokenize_words, write_atomic
+from model import (
+    SAMPLE_RATE,
+    InputError,
+    auto_bleu,
+    log,
+    pick_device,
+    read_json,
+    read_jsonl,
+    read_parquet,
+    reading,
+    resample,
+    save_audio,
+    split_documents,
+    start_worker,
+    tokenize_words,
+    write_atomic,
+)
 
 # -----------------------------------------------------------------------------
 out = 'out/synthetic'  # output folder; each task has a folder in it
@@ -91,18 +105,16 @@ LONGEST = 100_000  # characters of the longest item that is spoken, about two ho
 MARK = '<|endoftext|>'
 
 # Columns that a task expects
-PAIR = ('prompt', 'chosen', 'rejected')
-SWAG = ('sent1', 'sent2', 'gold-source', 'label', 'ending0', 'ending1', 'ending2', 'ending3')
-HELLASWAG = ('ctx_a', 'ctx_b', 'endings', 'label')
-BLIMP = ('sentence_good', 'sentence_bad', 'linguistics_term', 'UID', 'pairID')
-CLOZE = (
-    *('InputSentence1', 'InputSentence2', 'InputSentence3', 'InputSentence4'),
-    *('RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2', 'AnswerRightEnding'),
-)
+PAIR = 'prompt chosen rejected'.split()
+SWAG = 'sent1 sent2 gold-source label ending0 ending1 ending2 ending3'.split()
+HELLASWAG = 'ctx_a ctx_b endings label'.split()
+BLIMP = 'sentence_good sentence_bad linguistics_term UID pairID'.split()
+CLOZE = [*(f'InputSentence{i}' for i in (1, 2, 3, 4)), 'AnswerRightEnding']
+CLOZE += ['RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2']
 
 # ZeroSpeech 2021: the folder of audio and gold.csv, and the columns of gold.csv
 GOLD_FOLDER = 'syntactic/dev'
-GOLD = ('id', 'filename', 'voice', 'type', 'subtype', 'correct', 'transcription')
+GOLD = 'id filename voice type subtype correct transcription'.split()
 
 
 # -----------------------------------------------------------------------------
@@ -122,26 +134,20 @@ HEROES = dict(
     'nurse nurses',
 )
 NAMES = dict(
-    he='Tom Ben Max Jack Peter David Simon Oscar',
-    she='Anna Lucy Mary Emma Kate Susan Laura Nina',
+    he='Tom Ben Max Jack Peter David Simon Oscar', she='Anna Lucy Mary Emma Kate Susan Laura Nina'
 )
 HIS = dict(he='his', she='her', they='their')
-ADJECTIVES = (
-    'old young small tall little big kind clever funny brave quiet busy shy proud polite famous '
-    'lazy hungry sleepy noisy gentle rich poor strong careful friendly curious thin quick slow '
-    'calm tired lucky wise bold honest cheerful lonely elegant'
-)
-COLOURS = (
-    'red blue green yellow white black brown purple orange silver golden grey pink heavy tiny huge'
-)
+ADJECTIVES = """old young small tall little big kind clever funny brave quiet busy shy proud polite
+    famous lazy hungry sleepy noisy gentle rich poor strong careful friendly curious thin quick slow
+    calm tired lucky wise bold honest cheerful lonely elegant"""
+COLOURS = """red blue green yellow white black brown purple orange silver golden grey pink heavy
+    tiny huge"""
 NUMBERS = 'two three four five six seven eight nine'
-TIMES = (
-    'today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|before dinner|'
-    'in winter|in summer|every spring'
-)
+TIMES = """today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|before dinner|\
+in winter|in summer|every spring"""
 MOODS = dict(good=('happy', 'glad'), bad=('sad', 'angry'))
 QUALITIES = dict(
-    good=('new', 'clean', 'lovely', 'perfect'), bad=('broken', 'dirty', 'ruined', 'horrible')
+    good='new clean lovely perfect'.split(), bad='broken dirty ruined horrible'.split()
 )
 
 # A topic: places; things (one and many); qualities and actions of a good outcome; of a bad one
@@ -163,13 +169,10 @@ doctor:   in the hospital|beside the doctor|at the clinic; pill pills|bandage ba
 music:    on the stage|at the concert|in the choir; song songs|drum drums|violin violins;
           loud|famous; play|practise; silent|false; stop|ignore
 """
-COLUMNS = ('places', 'things', 'good', 'good_actions', 'bad', 'bad_actions')
+COLUMNS = 'places things good good_actions bad bad_actions'.split()
 TOPICS = {
-    name: {
-        column: [word.strip() for word in cell.split('|')]
-        for column, cell in zip(COLUMNS, row.split(';'), strict=True)
-    }
-    for name, row in re.findall(r'^(\w+):((?:.|\n(?= ))+)', TOPICS, re.M)
+    name: dict(zip(COLUMNS, (re.split(r' *\| *', cell.strip()) for cell in row), strict=True))
+    for name, *row in re.findall(r'^(\w+):' + r'([^;]+);' * 5 + r'(.+)', TOPICS, re.M)
 }
 
 # First sentences
@@ -333,39 +336,37 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
 
 
 def text_files():
-    """The files that the knob `text` names; [] for toy and hub."""
-    if text == 'toy' or text.startswith('hub:'):
-        return []
+    """The files that the knob `text` names: a file, those in a folder, or those of a glob."""
     pattern = text
     if os.path.exists(text):
         pattern = glob.escape(text) + '/**' * os.path.isdir(text)
     found = sorted(glob.glob(pattern, recursive=True))
-    return [path for path in found if path.endswith(('.txt', '.jsonl', '.csv', '.parquet'))]
+    found = [path for path in found if path.endswith(('.txt', '.jsonl', '.csv', '.parquet'))]
+    if not found:
+        raise InputError(f'{text}: no .txt, .jsonl, .csv or .parquet file there')
+    return found
 
 
 def read_lines(path):
     """Yield the lines of a text file in UTF-8, or in UTF-16 if it begins with a byte order mark.
 
-    Raises InputError naming the line and the byte of anything else, and of NUL characters, which
-    UTF-16 without a mark is full of.
+    Raises InputError naming the line and the byte of anything else.
     """
     with open(path, 'rb') as file:
-        lines, utf16 = file, file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         file.seek(0)
-        number = 1
+        number, lines = 1, file
         try:
             if utf16:
                 lines = io.StringIO(file.read().decode('utf-16'), newline='')
             for number, line in enumerate(lines, 1):
-                if not utf16:
-                    line = line.decode('utf-8-sig' if number == 1 else 'utf-8')
-                if '\0' in line:
+                line = line if utf16 else line.decode('utf-8-sig' if number == 1 else 'utf-8')
+                if '\0' in line:  # as in UTF-16 without a mark
                     raise InputError(f'{path}, line {number}: byte 0x00: save it as UTF-8')
                 yield line
         except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            where = f'{path}, line {number}: byte 0x{byte:02x} at {error.start}'
-            raise InputError(f'{where} is not {error.encoding}: save it as UTF-8') from None
+            byte = f'byte 0x{error.object[error.start]:02x} at {error.start}'
+            raise InputError(f'{path}, line {number}: {byte}: save it as UTF-8') from None
 
 
 def split_stories(lines, between):
@@ -385,19 +386,13 @@ def read_file(path):
         yield from read_parquet(path)
     elif path.endswith('.jsonl'):
         for number, line in enumerate(read_lines(path), 1):
-            with reading(f'{path}, line {number}'):
-                row = json.loads(line) if line.strip() else {}
-            if not isinstance(row, dict):
-                raise InputError(f'{path}, line {number}: expected a JSON object {{...}}')
             if line.strip():
-                yield row
+                with reading(f'{path}, line {number}'):
+                    yield dict(json.loads(line))
     elif path.endswith('.csv'):
         csv.field_size_limit(1 << 30)
         with reading(path):
-            for number, row in enumerate(csv.DictReader(read_lines(path)), 1):
-                if None in row:
-                    raise InputError(f'{path} row {number}: more cells than columns')
-                yield row
+            yield from csv.DictReader(read_lines(path), restkey='more cells than columns')
     else:
         between = separator.replace('\\n', '\n').replace('\\t', '\t')
         if not between and any(MARK in line for line in read_lines(path)):
@@ -406,10 +401,10 @@ def read_file(path):
 
 
 def read_rows(kind, *expected):
-    """Yield the rows of the knob `text`, dicts of strings ('' for null). HellaSwag's endings stay
-    a list.
+    """Yield the rows of the knob `text`, dicts of strings ('' for null). HellaSwag's endings are a
+    list.
 
-    expected: sets of columns, one of which each row must have. Raises InputError naming the row.
+    expected: lists of columns, one of which each row must have. Raises InputError naming the row.
     """
     if text == 'toy':
         yield from toy_rows(kind, seed, n_stories, n_pairs, n_suite)
@@ -418,28 +413,18 @@ def read_rows(kind, *expected):
         sources = {text: read_parquet(text if text.count(':') > 1 else text + ':train')}
     else:
         sources = {path: read_file(path) for path in text_files()}
-    if not sources:
-        kinds = 'a .txt, .jsonl, .csv or .parquet file, a folder or glob of such, hub:NAME, toy'
-        raise InputError(f'{text}: no text there; expected {kinds}')
     for name, rows in sources.items():
         for number, row in enumerate(rows, 1):
-            row = {
-                key: ''
-                if value is None
-                else str(value)
-                if isinstance(value, int | float)
-                else value
-                for key, value in row.items()
-            }
-            usable = {
-                key for key, value in row.items() if isinstance(value, str) or key == 'endings'
-            }
+            for key, value in row.items():
+                if value is None or isinstance(value, int | float):
+                    row[key] = '' if value is None else str(value)
+            usable = {key for key in row if isinstance(row[key], str) or key == 'endings'}
             if not any(usable.issuperset(columns) for columns in expected):
                 wanted = '; or '.join(map(', '.join, expected))
                 there = ', '.join(f'{key} ({type(value).__name__})' for key, value in row.items())
-                raise InputError(
-                    f'{name} row {number}: task {kind} expects {wanted}; there are {there}'
-                )
+                raise InputError(f'{name} row {number}: expected columns {wanted}; found {there}')
+            if 'more cells than columns' in row:
+                raise InputError(f'{name} row {number}: more cells than columns')
             yield row
 
 
@@ -464,33 +449,32 @@ def minimal_items(task):
 
 
 def swag_pair(row, draw):
-    """(pair, reason to skip it or '') of a row of SWAG (section 4 of the paper) or HellaSwag: the
+    """(texts, reason to skip them) of a row of SWAG (section 4 of the paper) or HellaSwag: the
     right ending, and a wrong one drawn by the seed `draw`."""
     hella = 'ctx_a' in row
     prompt, start = (row['ctx_a'], row['ctx_b']) if hella else (row['sent1'], row['sent2'])
     endings = row['endings'] if hella else [row[f'ending{i}'] for i in range(4)]
     labels = [str(i) for i in range(len(endings))]
-    if row['label'] not in labels or not hella and row['gold-source'] != 'gold':
-        return dict(prompt=prompt), 'no gold label'
+    if row['label'] not in labels or row.get('gold-source', 'gold') != 'gold':
+        return dict(prompt=prompt), 'without a gold label'
     wrong = random.Random(draw).choice([label for label in labels if label != row['label']])
-    pair = dict(prompt=prompt)
-    for role, label in (('chosen', row['label']), ('rejected', wrong)):
-        pair[role] = f'{start} {endings[int(label)]}'.strip()
-    odd = hella and re.search(r'[][()/{}]|www\.', ' '.join(pair.values()))
-    return pair, 'brackets, slashes or links' if odd else ''
+    chosen, rejected = (f'{start} {endings[int(n)]}'.strip() for n in (row['label'], wrong))
+    odd = hella and re.search(r'[][()/{}]|www\.', f'{prompt} {chosen} {rejected}')
+    skip = 'with brackets, slashes or links' if odd else ''
+    return dict(prompt=prompt, chosen=chosen, rejected=rejected), skip
 
 
 def pair_items(task):
     """Preference pairs; those whose text repeats itself are skipped."""
     for number, row in enumerate(read_rows(task.kind, PAIR, SWAG, HELLASWAG)):
-        pair, skip = row, ''
-        if 'prompt' not in row:
-            pair, skip = swag_pair(row, f'{seed}/{task.kind}/{number}')
-        item = dict(texts={role: pair[role] for role in PAIR if role in pair}, split=True)
-        if not skip:
-            share = auto_bleu(tokenize_words(f'{pair["prompt"]} {pair["chosen"]}'))
-            skip = f'auto-BLEU of {max_auto_bleu} or more' if share >= max_auto_bleu else ''
-        yield item | (dict(skip=skip) if skip else {})
+        if 'prompt' in row:
+            texts, skip = {role: row[role] for role in PAIR}, ''
+        else:
+            texts, skip = swag_pair(row, f'{seed}/{task.kind}/{number}')
+        words = tokenize_words(f'{texts["prompt"]} {texts.get("chosen", "")}')
+        if not skip and auto_bleu(words) >= max_auto_bleu:
+            skip = f'with auto-BLEU of {max_auto_bleu} or more'
+        yield dict(texts=texts, split=True, skip=skip)
 
 
 def blimp_items(task):
@@ -507,19 +491,16 @@ def cloze_items(task):
     rows = list(read_rows(task.kind, CLOZE))
     for number, row in enumerate(rows, 1):
         if row['AnswerRightEnding'] not in ('1', '2'):
-            found = f'AnswerRightEnding is {row["AnswerRightEnding"]!r}'
-            hint = 'expected 1 or 2 (the test set without answers makes no pairs)'
-            raise InputError(f'{text} row {number}: {found}, {hint}')
+            hint = 'AnswerRightEnding must be 1 or 2 (the test set without answers makes no pairs)'
+            raise InputError(f'{text} row {number}: {hint}')
     endings = [row['RandomFifthSentenceQuiz' + row['AnswerRightEnding']] for row in rows]
     for number, (row, right) in enumerate(zip(rows, endings, strict=True)):
-        other = {'1': '2', '2': '1'}[row['AnswerRightEnding']]
-        wrong = row['RandomFifthSentenceQuiz' + other]
+        wrong = row['RandomFifthSentenceQuiz' + {'1': '2', '2': '1'}[row['AnswerRightEnding']]]
         if task.kind == 'tstorycloze':
-            drawn = random.Random(f'{seed}/{task.kind}/{number}').choices(endings, k=20)
-            others = [ending for ending in drawn if ending not in (right, wrong)]
+            others = [ending for ending in endings if ending not in (right, wrong)]
             if not others:
                 raise InputError(f'{text}: too few stories to draw endings from')
-            wrong = others[0]
+            wrong = random.Random(f'{seed}/{task.kind}/{number}').choice(others)
         prompt = ' '.join(row[key] for key in CLOZE[:4])
         yield dict(texts=dict(correct=f'{prompt} {right}', incorrect=f'{prompt} {wrong}'))
 
@@ -528,8 +509,7 @@ def cloze_items(task):
 MAKERS = dict(
     stories=story_items,
     pairs=pair_items,
-    minimal=minimal_items,
-    **dict.fromkeys(('grammar', 'sstory', 'tstory'), minimal_items),
+    **dict.fromkeys(('minimal', 'grammar', 'sstory', 'tstory'), minimal_items),
     blimp=blimp_items,
     **dict.fromkeys(('sstorycloze', 'tstorycloze'), cloze_items),
 )
@@ -542,27 +522,19 @@ class Task(NamedTuple):
 
     def items(self):
         """Yield the items, at most `limit`."""
-        most = [limit] if limit else []
-        if text == 'toy' and self.name.endswith('_unseen'):
-            most.append(n_unseen)
-        return islice(MAKERS[self.kind](self), min(most, default=None))
+        unseen = n_unseen if text == 'toy' and self.name.endswith('_unseen') else 0
+        return islice(MAKERS[self.kind](self), min(filter(None, (limit, unseen)), default=None))
 
 
 def find_tasks():
     """The tasks that the knob `task` names; suites also in unseen voices, after the seen ones."""
-    speakers = {'': (voices or BACKENDS[tts][1]).split(',')}  # {suffix of the folder: voices}
-    if test_voices:
-        speakers['_unseen'] = test_voices.split(',')
-    tasks = []
-    both = 'sstorycloze,tstorycloze'
-    for name in ','.join(both if name == 'storycloze' else name for name in task.split(',')).split(
-        ','
-    ):
+    tasks, seen = [], voices or BACKENDS[tts][1]
+    for name in re.sub(r'\bstorycloze\b', 'sstorycloze,tstorycloze', task).split(','):
         if name not in MAKERS:
             raise InputError(f'no task {name!r}; there are {", ".join(MAKERS)}, storycloze')
-        for suffix, spoken_by in speakers.items():
-            if not suffix or name not in ('stories', 'pairs'):
-                tasks.append(Task(name, name + suffix, spoken_by))
+        tasks.append(Task(name, name, seen.split(',')))
+        if test_voices and name not in ('stories', 'pairs'):
+            tasks.append(Task(name, f'{name}_unseen', test_voices.split(',')))
     return tasks
 
 
@@ -676,9 +648,8 @@ def sentences(document, english=True, longest=300):
 
 
 # -----------------------------------------------------------------------------
-# Voices: __init__ loads; english(voice) is True for voices of English; speak(sentence, voice,
-# speed, pitch) returns a Speech and raises an error if there is no such voice. A new one is such a
-# class and an entry in BACKENDS
+# Voices: __init__ loads the network; speak(sentence, voice, speed, pitch) returns a Speech and raises
+# an error if there is no such voice. A new one is such a class and an entry in BACKENDS
 
 
 class Speech(NamedTuple):
@@ -740,9 +711,6 @@ class Espeak:
                 named = [line.split()[1:] for line in file if line.startswith('language')]
             ranked += [(-int([*rest, 5][0]), path, name) for name, *rest in named]
         self.files = {name: os.path.relpath(path, lang) for _, path, name in sorted(ranked)}
-
-    def english(self, voice):
-        return bool(re.match(r'(gmw/)?en\b', voice))
 
     @contextmanager
     def load(self, voice):
@@ -823,9 +791,6 @@ class Kokoro:
         # one network for all languages; a pipeline for each: af_heart, a, American English
         self.pipeline = cache(lambda language: KPipeline(language, name, model=model))
 
-    def english(self, voice):
-        return voice[0] in 'ab'
-
     def speak(self, sentence, voice, speed, pitch):
         waves, marks, at, end = [np.zeros(0, np.float32)], [], 0, 0
         fix_noise(voice, sentence)
@@ -848,12 +813,9 @@ class Vits:
     def __init__(self, name):
         from transformers import VitsModel, VitsTokenizer
 
-        self.name, self.device = name.rstrip('/'), pick_device(device)
+        self.device = pick_device(device)
         self.model = VitsModel.from_pretrained(name).to(self.device).eval()
         self.tokenizer = VitsTokenizer.from_pretrained(name)
-
-    def english(self, voice):
-        return self.name.endswith('eng')
 
     @torch.inference_mode()
     def speak(self, sentence, voice, speed, pitch):
@@ -879,9 +841,6 @@ class Piper:
         self.model = PiperVoice.load(name, use_cuda=cuda, include_alignments=True)
         self.options = SynthesisConfig
 
-    def english(self, voice):
-        return self.model.config.espeak_voice.startswith('en')
-
     def speak(self, sentence, voice, speed, pitch):
         config = self.model.config
         options = self.options(
@@ -906,19 +865,19 @@ class Piper:
         return Speech(wave, config.sample_rate, times)
 
 
-# The values of --tts: class, default voices, default network. espeak: a path below its lang/ loads
-# ten times as fast as a name (en-us). kokoro: SpokenSwag's voices
+# The values of --tts: class, default voices, default network, and which networks and voices speak
+# English. espeak: a path below its lang/ loads ten times as fast as a name (en-us)
 BACKENDS = dict(
-    espeak=(Espeak, 'gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph', ''),
-    kokoro=(Kokoro, 'af_heart,am_fenrir,bf_emma,bm_george', 'hexgrad/Kokoro-82M'),
-    vits=(Vits, '0', 'facebook/mms-tts-eng'),
-    piper=(Piper, '0', 'en_US-joe-medium.onnx'),
+    espeak=(Espeak, 'gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph', '', r' (gmw/)?en\b'),
+    kokoro=(Kokoro, 'af_heart,am_fenrir,bf_emma,bm_george', 'hexgrad/Kokoro-82M', r'.* [ab]'),
+    vits=(Vits, '0', 'facebook/mms-tts-eng', r'.*eng/? '),
+    piper=(Piper, '0', 'en_US-joe-medium.onnx', r'(.*/)?en[_-]'),
 )
 
 
 def load_speaker(wanted):
     """An object of the class that --tts names, which speaks with the wanted voices."""
-    kind, _, network = BACKENDS[tts]
+    kind, _, network, _ = BACKENDS[tts]
     name = tts_model or network
     with reading(f'--tts={tts} --tts_model={name}'):
         speaker = kind(name) if network else kind()
@@ -975,34 +934,36 @@ def speak_sentence(sentence, voice, speaker):
 
 def speak_text(document, voice, speaker):
     """(text as spoken, Speech). Raises Skip."""
-    spoken = []
-    for sentence in sentences(document, speaker.english(voice)):
+    _, _, network, english = BACKENDS[tts]
+    english = bool(re.match(english, f'{tts_model or network} {voice}'))
+    spoken = {}
+    for i, sentence in enumerate(sentences(document, english)):
         speech = speak_sentence(sentence, voice, speaker)
         if speech:
-            spoken.append((sentence, speech))
+            spoken[i] = sentence, speech
     if not spoken:
-        raise Skip('nothing to say')
-    said, speeches = zip(*spoken, strict=True)
+        raise Skip('with nothing to say')
+    said, speeches = zip(*spoken.values(), strict=True)
     return ' '.join(said), join(speeches)
 
 
 def speak_item(item, voice, speaker):
     """{role: (text, Speech)} of an item. Raises Skip."""
-    if 'skip' in item:
+    if item.get('skip'):
         raise Skip(item['skip'])
     if sum(map(len, item['texts'].values())) > LONGEST:
-        raise Skip(f'longer than {LONGEST:,} letters')
+        raise Skip(f'longer than {LONGEST:,} characters')
     spoken = {role: speak_text(text, voice, speaker) for role, text in item['texts'].items()}
     waves = [speech.wave for _, speech in spoken.values()]
     if len(waves) == 2 and np.array_equal(*waves):
-        raise Skip('both sound the same')
+        raise Skip('whose two texts sound the same')
     return spoken
 
 
 def make_rows(n, item, task, speaker):
     """Speak item n and save its audio -> (rows of the manifest, seconds). Raises Skip."""
     # the voice and the split depend on the seed and the item only
-    about = {key: item[key] for key in item if key not in ('texts', 'alike')}
+    about = {key: item[key] for key in item if key not in ('texts', 'alike', 'skip')}
     drawn = random.Random(f'{seed}/{task.name}/{item.get("alike", n)}').choice(task.voices)
     about.setdefault('voice', drawn)
     if about.pop('split', False):
