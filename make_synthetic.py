@@ -35,7 +35,7 @@ import html
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
@@ -44,7 +44,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -101,7 +101,7 @@ device = 'auto'  # of a network: cuda, mps, cpu
 GRID = 640  # samples in a 40 ms frame of a 25 Hz encoder
 SILENCE = 0.002  # amplitudes below this share of full scale count as silence
 PART = 40  # items in a part
-LONGEST = 100_000  # characters of the longest item that is spoken, about two hours
+LONGEST = 100_000  # characters of the longest text that is spoken, about two hours
 MARK = '<|endoftext|>'
 
 # Columns that a task expects
@@ -133,22 +133,22 @@ HEROES = dict(
     she='girl girls|woman women|queen queens|sister sisters|aunt aunts|lady ladies|mother mothers|'
     'nurse nurses',
 )
+SLOTS = dict(
+    adjective='old young small tall little big kind clever funny brave quiet busy shy proud polite '
+    'famous lazy hungry sleepy noisy gentle rich poor strong careful friendly curious thin quick '
+    'slow calm tired lucky wise bold honest cheerful lonely elegant'.split(),
+    colour='red blue green yellow white black brown purple orange silver golden grey pink heavy '
+    'tiny huge'.split(),
+    number='two three four five six seven eight nine'.split(),
+    time='today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|'
+    'before dinner|in winter|in summer|every spring'.split('|'),
+)
 NAMES = dict(
     he='Tom Ben Max Jack Peter David Simon Oscar', she='Anna Lucy Mary Emma Kate Susan Laura Nina'
 )
 HIS = dict(he='his', she='her', they='their')
-ADJECTIVES = """old young small tall little big kind clever funny brave quiet busy shy proud polite
-    famous lazy hungry sleepy noisy gentle rich poor strong careful friendly curious thin quick slow
-    calm tired lucky wise bold honest cheerful lonely elegant"""
-COLOURS = """red blue green yellow white black brown purple orange silver golden grey pink heavy
-    tiny huge"""
-NUMBERS = 'two three four five six seven eight nine'
-TIMES = """today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|before dinner|\
-in winter|in summer|every spring"""
-MOODS = dict(good=('happy', 'glad'), bad=('sad', 'angry'))
-QUALITIES = dict(
-    good='new clean lovely perfect'.split(), bad='broken dirty ruined horrible'.split()
-)
+MOODS = dict(good='happy glad', bad='sad angry')
+QUALITIES = dict(good='new clean lovely perfect', bad='broken dirty ruined horrible')
 
 # A topic: places; things (one and many); qualities and actions of a good outcome; of a bad one
 TOPICS = """
@@ -221,17 +221,13 @@ def toy_sentence(words):
 
 def toy_words(rng, topic, he):
     """Random words for the slots of first sentences and minimal pairs, {slot: word}."""
-    one, many = rng.choice(HEROES[he].split('|')).split()
-    thing = rng.choice(TOPICS[topic]['things']).split()[0]
-    name, other = rng.sample(NAMES[he].split(), 2)
-    words = dict(one=one, many=many, thing=thing, name=name, other=other, his=HIS[he])
+    words = {slot: rng.choice(options) for slot, options in SLOTS.items()}
+    words['one'], words['many'] = rng.choice(HEROES[he].split('|')).split()
+    words['name'], words['other'] = rng.sample(NAMES[he].split(), 2)
+    words['thing'] = rng.choice(TOPICS[topic]['things']).split()[0]
     words['place'] = rng.choice(TOPICS[topic]['places'])
-    words['adjective'] = rng.choice(ADJECTIVES.split())
-    words['time'] = rng.choice(TIMES.split('|'))
-    words['colour'] = rng.choice(COLOURS.split())
-    words['number'] = rng.choice(NUMBERS.split())
     words['man'], words['woman'] = (rng.choice(HEROES[who].split('|')).split()[0] for who in HEROES)
-    return words
+    return words | dict(his=HIS[he])
 
 
 def toy_story(rng, topic, outcome, who, mood):
@@ -245,9 +241,9 @@ def toy_story(rng, topic, outcome, who, mood):
     if who != 'they':
         verb += 'es' if re.search('(s|sh|ch)$', verb) else 's'
         verb = re.sub('([^aeiou])ys$', r'\1ies', verb)
-    quality = f'{rng.choice(QUALITIES[outcome])} and {rng.choice(TOPICS[topic][outcome])}'
+    quality = f'{rng.choice(QUALITIES[outcome].split())} and {rng.choice(TOPICS[topic][outcome])}'
     second = f'the {words["thing"]} is {quality}'
-    feels = f'{who} {"are" if who == "they" else "is"} {MOODS[outcome][mood]}'
+    feels = f'{who} {"are" if who == "they" else "is"} {MOODS[outcome].split()[mood]}'
     ending = toy_sentence(f'{feels} and {verb}{space}{particle} the {words["thing"]}')
     return dict(prompt=f'{toy_sentence(first)} {toy_sentence(second)}', ending=ending, topic=topic)
 
@@ -552,7 +548,7 @@ WORDS = {
     **{'$': 'dollars', '€': 'euros', '£': 'pounds', '¥': 'yen', '₹': 'rupees'},
 }
 SIGNS = ''.join(WORDS) + '.,!?;:\'"()-/。！？،؟।'
-KEPT = re.compile('([½¼¾⅓⅔²³№]+)')  # NFKC would turn 3½ into 31⁄2 and 10² into 102
+KEPT = re.compile('([½¼¾⅐-⅞¹²³⁰-⁻№]+)')  # NFKC would turn 3½ into 31⁄2 and 10² into 102
 QUOTES = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', '})
 
 # Markup begins with a tag name; '<b and c>' is none. <, > and = without a word on both sides are
@@ -562,7 +558,9 @@ TAG = re.compile(
 )
 LINK = re.compile(r'https?://\S+|www\.\S+')
 STRAY = re.compile(r'(?<!\w)(?<!\w )[<>=]|[<>=](?! ?[\w−-])|#(?!\d)')
-POWER = re.compile(r'(?:(?<=[\d)])|(?<=\b\w)|(?<=\b\w\w))[⁺⁻]?[¹²³⁰-⁹]+')
+POWER = re.compile(
+    '(?:(?<=\\d)|(?<=\\b\\w))(?![²³](?![¹²³⁰-⁹]))[⁺⁻]?[¹²³⁰-⁹]+'
+)  # not ² and ³ alone
 MONEY = re.compile(r'([$€£¥₹]) ?(\d[\d,]*(?:\.\d+)?)( (?:hundred|thousand|million|billion)\b)?')
 
 # Where a stop has no space after it: The end.Next | What?yes | "Go!"he
@@ -575,6 +573,9 @@ SHORT = ''.join(rf'(?<!\b{name}\.)' for name in ('Mr', 'Mrs', 'Ms', 'Dr', 'St', 
 ENDS = re.compile(rf"""(?:(?<=[.!?।؟])|(?<=[.!?।؟]["')])){SHORT}\s+|(?<=[。！？])""")
 
 
+nfkc = partial(unicodedata.normalize, 'NFKC')
+
+
 @cache
 def plain(sign):
     """A character as it is spoken: letters, digits and SIGNS stay, invisible characters go, all
@@ -583,23 +584,16 @@ def plain(sign):
     return sign if kind[0] in 'LNM' or sign in SIGNS else '' if kind == 'Cf' else ' '
 
 
-def say_power(match):
-    """'²' stays, '⁻³' -> ' to the power of −3'."""
-    power = unicodedata.normalize('NFKC', match[0])
-    return match[0] if match[0] in '²³' else f' to the power of {power}'
-
-
-def say_money(match):
-    """'$5 million' -> '5 million dollars'."""
-    word = WORDS[match[1]]
-    return f'{match[2]}{match[3] or ""} {word.rstrip("s") if match[2] == "1" else word}'
-
-
-def normalize(document):
-    """Unicode's NFKC, but for the signs that it would join with the digits before them."""
-    parts = KEPT.split(document)
-    parts[::2] = (unicodedata.normalize('NFKC', part) for part in parts[::2])
-    return ''.join(parts).replace('⁄', '/')
+def say_signs(document):
+    """A text with English words for its signs: $5 -> 5 dollars, 3½ -> 3 and one half."""
+    power = POWER.sub(lambda match: f' to the power of {nfkc(match[0])}', document)
+    document = MONEY.sub(lambda match: f'{match[2]}{match[3] or ""} {WORDS[match[1]]}', power)
+    document = re.sub(r'\b1 (dollar|euro|pound|rupee)s', r'1 \1', document)
+    document = re.sub(r'(?<=\d) ?(?=[½¼¾⅓⅔])', ' and ', document)
+    document = re.sub(r'(?<=\d) ?– ?(?=\d)', ' to ', document)
+    for sign, word in WORDS.items():
+        document = document.replace(sign, f' {word} ')
+    return document
 
 
 def clean(document, english=True):
@@ -612,17 +606,11 @@ def clean(document, english=True):
     document = LINK.sub(' ', TAG.sub(' ', document))
     document = re.sub(r'&#?\w+;', lambda match: html.unescape(match[0]), document)
     # one form of each character, and words for signs
-    if english:
-        document = POWER.sub(say_power, document)
-    document = re.sub(r'(?<=\d)(?=[⅐-⅞])', ' ', document)
-    document = STRAY.sub(' ', normalize(document))
-    if english:
-        document = MONEY.sub(say_money, document)
-        document = re.sub(r'(?<=\d) ?(?=[½¼¾⅓⅔])', ' and ', document)
-        document = re.sub(r'(?<=\d) ?– ?(?=\d)', ' to ', document)
-        for sign, word in WORDS.items():
-            document = document.replace(sign, f' {word} ')
-    document = ''.join(map(plain, document.translate(QUOTES)))
+    parts = KEPT.split(document)
+    parts[::2] = map(nfkc, parts[::2])
+    document = STRAY.sub(' ', ''.join(parts))
+    document = (say_signs(document) if english else document).translate(QUOTES)
+    document = ''.join(map(plain, document))
     # an ellipsis ends a sentence; no space before a stop, one stop of several, a space after it
     document = re.sub(r'\.(\s*\.)+', '. ', document)
     document = re.sub(r'\s+([.,!?;:])', r'\1', document)
@@ -703,14 +691,12 @@ class Espeak:
         import espeakng_loader
 
         self.path, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-        # {language: file}, since en-gb and fr-fr are not names of files; the lowest number wins
-        ranked = []
-        lang = os.path.join(self.data, 'lang')
-        for path in filter(os.path.isfile, glob.glob(f'{glob.escape(lang)}/**', recursive=True)):
-            with open(path, encoding='utf-8') as file:
-                named = [line.split()[1:] for line in file if line.startswith('language')]
-            ranked += [(-int([*rest, 5][0]), path, name) for name, *rest in named]
-        self.files = {name: os.path.relpath(path, lang) for _, path, name in sorted(ranked)}
+        # {language: file}, since en-gb and fr-fr are not names of files
+        self.files, lang = {}, os.path.join(self.data, 'lang')
+        for path in sorted(glob.glob(f'{glob.escape(lang)}/**/*', recursive=True)):
+            with open(path if os.path.isfile(path) else os.devnull, encoding='utf-8') as file:
+                for name in re.findall(r'^language (\S+)', file.read(), re.M):
+                    self.files.setdefault(name, os.path.relpath(path, lang))
 
     @contextmanager
     def load(self, voice):
@@ -934,6 +920,8 @@ def speak_sentence(sentence, voice, speaker):
 
 def speak_text(document, voice, speaker):
     """(text as spoken, Speech). Raises Skip."""
+    if len(document) > LONGEST:
+        raise Skip(f'longer than {LONGEST:,} characters')
     _, _, network, english = BACKENDS[tts]
     english = bool(re.match(english, f'{tts_model or network} {voice}'))
     spoken = {}
@@ -947,21 +935,10 @@ def speak_text(document, voice, speaker):
     return ' '.join(said), join(speeches)
 
 
-def speak_item(item, voice, speaker):
-    """{role: (text, Speech)} of an item. Raises Skip."""
-    if item.get('skip'):
-        raise Skip(item['skip'])
-    if sum(map(len, item['texts'].values())) > LONGEST:
-        raise Skip(f'longer than {LONGEST:,} characters')
-    spoken = {role: speak_text(text, voice, speaker) for role, text in item['texts'].items()}
-    waves = [speech.wave for _, speech in spoken.values()]
-    if len(waves) == 2 and np.array_equal(*waves):
-        raise Skip('whose two texts sound the same')
-    return spoken
-
-
 def make_rows(n, item, task, speaker):
     """Speak item n and save its audio -> (rows of the manifest, seconds). Raises Skip."""
+    if item.get('skip'):
+        raise Skip(item['skip'])
     # the voice and the split depend on the seed and the item only
     about = {key: item[key] for key in item if key not in ('texts', 'alike', 'skip')}
     drawn = random.Random(f'{seed}/{task.name}/{item.get("alike", n)}').choice(task.voices)
@@ -970,9 +947,15 @@ def make_rows(n, item, task, speaker):
         held_out = random.Random(f'{seed}/{task.name}/{n}/split').random() < val_share
         about['split'] = 'val' if held_out else 'train'
 
-    # a file for each role; only ZeroSpeech's layout has all files in one folder
+    # a file for each role, spoken before any is written; only ZeroSpeech's layout has all files in one folder
+    spoken = {
+        role: speak_text(text, about['voice'], speaker) for role, text in item['texts'].items()
+    }
+    waves = [speech.wave for _, speech in spoken.values()]
+    if len(waves) == 2 and np.array_equal(*waves):
+        raise Skip('whose two texts sound the same')
     rows, seconds = {}, 0.0
-    for role, (said, speech) in speak_item(item, about['voice'], speaker).items():
+    for role, (said, speech) in spoken.items():
         name = f'{n:06d}' + f'_{role}' * bool(role)
         blimp = task.kind == 'blimp'
         path = f'{GOLD_FOLDER}/{name}.wav' if blimp else f'{n // 500:03d}/{name}.flac'
@@ -1017,29 +1000,26 @@ def do_part(number, items, task, speaker):
         file.writelines(map(to_json, (total, *lines)))
 
 
-def do_parts(task, speaker, numbers):
-    """Make some parts of a task, in order."""
-    items = enumerate(task.items())
-    for number in range(max(numbers, default=-1) + 1):
-        part = list(islice(items, PART))
-        if number in numbers:
-            do_part(number, part, task, speaker)
-
-
 def work(task, speaker, numbers):
-    """What a worker process does. An error that a user can mend is one line and exit code 2."""
-    start_worker()
+    """Make some parts of a task. In a worker an error that a user can mend is one line, exit 2."""
+    if multiprocessing.parent_process():
+        start_worker()
+    items = enumerate(task.items())
     try:
-        do_parts(task, speaker, numbers)
+        for number in range(max(numbers) + 1):
+            part = list(islice(items, PART))
+            if number in numbers:
+                do_part(number, part, task, speaker)
     except (OSError, InputError) as error:
         report_error(type(error), error, error.__traceback__)
 
 
-def share_parts(task, speaker, missing):
-    """Make parts in worker processes, each every n-th; a network speaks in this process."""
+def share_work(task, speaker, missing):
+    """Make the missing parts in worker processes, each takes every n-th. A network speaks in this
+    process."""
     processes = min(workers or os.cpu_count(), len(missing))
     if BACKENDS[tts][2] or processes < 2:
-        return do_parts(task, speaker, missing)
+        return work(task, speaker, missing) if missing else None
     context = multiprocessing.get_context('fork')  # it shares what is loaded
     group = [
         context.Process(target=work, args=(task, speaker, missing[i::processes]), daemon=True)
@@ -1048,41 +1028,36 @@ def share_parts(task, speaker, missing):
     for process in group:
         process.start()
     with tqdm(total=len(missing), desc=task.name, unit=' parts') as bar:
-        while any(process.is_alive() for process in group):
-            group[0].join(0.2)
+        while alive := [process.sentinel for process in group if process.is_alive()]:
+            multiprocessing.connection.wait(alive, 1)
             bar.update(sum(os.path.exists(part_path(task, n)) for n in missing) - bar.n)
-            if any(process.exitcode for process in group):
-                break
-    for process in group:
-        if process.exitcode:  # the others end with this process
-            if process.exitcode == 2:
-                raise SystemExit(2)
-            fail('a worker ended (no memory left?): run the same command to continue')
+            codes = {process.exitcode for process in group} - {0, None}
+            if codes:  # the other workers end with this process
+                message = 'a worker was killed (no memory left?): run the same command to continue'
+                raise SystemExit(2) if 2 in codes else InputError(message)
 
 
 def merge_parts(task, parts):
     """Merge the parts in order into manifest.jsonl and skipped.jsonl, and gold.csv of blimp ->
-    their counts added up, with the number of items skipped for each reason."""
-    total, reasons, gold, folder = Counter(), Counter(), [], os.path.join(out, task.name)
-    manifest, skipped = (os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped'))
-    with write_atomic(manifest) as manifest_file, write_atomic(skipped) as skipped_file:
+    their counts added up, and the number of items skipped for each reason."""
+    total, reasons, folder = Counter(), Counter(), os.path.join(out, task.name)
+    names = [os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped')]
+    with write_atomic(names[0]) as manifest, write_atomic(names[1]) as skipped:
         for number in range(parts):
             rows = (row for _, row in read_jsonl(part_path(task, number)))
             total.update(next(rows))
             for row in rows:
-                (skipped_file if 'reason' in row else manifest_file).write(to_json(row))
-                if 'reason' in row:
-                    reasons[row['reason']] += 1
-                elif task.kind == 'blimp':
-                    name = os.path.relpath(os.path.splitext(row['path'])[0], GOLD_FOLDER)
-                    row |= dict(filename=name, transcription=row['text'])
-                    gold.append(row | dict(correct=int(row['correct'])))
+                reasons.update([row['reason']] if 'reason' in row else [])
+                (skipped if 'reason' in row else manifest).write(to_json(row))
     if task.kind == 'blimp':
         with write_atomic(os.path.join(folder, GOLD_FOLDER, 'gold.csv')) as file:
             writer = csv.DictWriter(file, GOLD, extrasaction='ignore')
             writer.writeheader()
-            writer.writerows(gold)
-    return dict(total, reasons=dict(reasons))
+            for _, row in read_jsonl(names[0]):
+                more = dict(filename=row['path'].removeprefix(GOLD_FOLDER + '/')[:-4])
+                more |= dict(transcription=row['text'], correct=int(row['correct']))
+                writer.writerow(row | more)
+    return total, reasons
 
 
 def plan_task(task):
@@ -1115,21 +1090,21 @@ def run_task(task, parts, settings, speaker):
         file.write(to_json(settings))
     first, step = map(int, shard.split('/')) if shard else (0, 1)
     missing = [n for n in range(first, parts, step) if not os.path.exists(part_path(task, n))]
-    share_parts(task, speaker, missing)
+    share_work(task, speaker, missing)
     left = sum(not os.path.exists(part_path(task, number)) for number in range(parts))
     if left:
         return log(f'{task.name}: shard {shard} is done; {left} of {parts} parts are missing')
 
-    total, spent = merge_parts(task, parts), time.time() - began
-    reasons, seconds = total.pop('reasons'), total.pop('seconds')
-    rate = seconds * len(missing) / parts / spent
-    made = dict(total, hours=seconds / 3600, seconds=spent, x_real_time=rate, reasons=reasons)
+    total, reasons = merge_parts(task, parts)
+    spent, hours = time.time() - began, total.pop('seconds') / 3600
+    rate = 3600 * hours * len(missing) / parts / spent
+    made = dict(total, hours=hours, seconds=spent, x_real_time=rate, reasons=reasons)
     with write_atomic(os.path.join(folder, 'summary.json')) as file:
         file.write(to_json(dict(made, settings=settings)))
-    why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items())
+    why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none skipped'
     log(
-        f'{task.name}: {made["items"]:,} items, {made["hours"]:.2f} h, {made["skipped"]:,} skipped '
-        f'({why or "none"}) in {spent:.1f} s, {rate:.0f} x real time'
+        f'{task.name}: {total["items"]:,} items, {hours:.2f} h, skipped: {why}; '
+        f'{spent:.1f} s, {rate:.0f} x real time'
     )
 
 
