@@ -26,11 +26,9 @@ ms frames, so the audio of a prompt followed by that of an ending is exactly the
 from config import configure, fail, report_error
 
 import _ctypes
-import codecs
 import csv
 import ctypes
 import glob
-import hashlib
 import html
 import io
 import json
@@ -56,6 +54,7 @@ from model import (
     SAMPLE_RATE,
     InputError,
     auto_bleu,
+    content_hash,
     log,
     pick_device,
     read_json,
@@ -84,7 +83,7 @@ n_pairs = 2000  # preference pairs
 n_suite = 500  # minimal pairs in a suite (even)
 n_unseen = 200  # the first so many of these are also spoken in test_voices
 # the voice
-tts = 'espeak'  # espeak, kokoro, vits, piper
+tts = 'espeak'  # espeak, kokoro, vits
 tts_model = ''  # a network's hub name, folder or file; '': the default in BACKENDS
 voices = ''  # comma-separated, one is drawn for each item (blimp: all are used); '': see BACKENDS
 test_voices = ''  # voices of the suites NAME_unseen; '': no such suites
@@ -331,25 +330,13 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
 # Text: rows of files
 
 
-def text_files():
-    """The files that the knob `text` names: a file, those in a folder, or those of a glob."""
-    pattern = text
-    if os.path.exists(text):
-        pattern = glob.escape(text) + '/**' * os.path.isdir(text)
-    found = sorted(glob.glob(pattern, recursive=True))
-    found = [path for path in found if path.endswith(('.txt', '.jsonl', '.csv', '.parquet'))]
-    if not found:
-        raise InputError(f'{text}: no .txt, .jsonl, .csv or .parquet file there')
-    return found
-
-
 def read_lines(path):
     """Yield the lines of a text file in UTF-8, or in UTF-16 if it begins with a byte order mark.
 
     Raises InputError naming the line and the byte of anything else.
     """
     with open(path, 'rb') as file:
-        utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        utf16 = file.read(2) in (b'\xff\xfe', b'\xfe\xff')
         file.seek(0)
         number, lines = 1, file
         try:
@@ -408,7 +395,12 @@ def read_rows(kind, *expected):
     if text.startswith('hub:'):
         sources = {text: read_parquet(text if text.count(':') > 1 else text + ':train')}
     else:
-        sources = {path: read_file(path) for path in text_files()}
+        pattern = glob.escape(text) + '/**' * os.path.isdir(text) if os.path.exists(text) else text
+        found = sorted(glob.glob(pattern, recursive=True))
+        kinds = ('.txt', '.jsonl', '.csv', '.parquet')
+        sources = {path: read_file(path) for path in found if path.endswith(kinds)}
+        if not sources:
+            raise InputError(f'{text}: no {", ".join(kinds)} file there')
     for name, rows in sources.items():
         for number, row in enumerate(rows, 1):
             for key, value in row.items():
@@ -558,9 +550,7 @@ TAG = re.compile(
 )
 LINK = re.compile(r'https?://\S+|www\.\S+')
 STRAY = re.compile(r'(?<!\w)(?<!\w )[<>=]|[<>=](?! ?[\w−-])|#(?!\d)')
-POWER = re.compile(
-    '(?:(?<=\\d)|(?<=\\b\\w))(?![²³](?![¹²³⁰-⁹]))[⁺⁻]?[¹²³⁰-⁹]+'
-)  # not ² and ³ alone
+POWER = re.compile(r'(?:(?<=\d)|(?<=\b\w))(?![²³](?![¹²³⁰-⁹]))[⁺⁻]?[¹²³⁰-⁹]+')
 MONEY = re.compile(r'([$€£¥₹]) ?(\d[\d,]*(?:\.\d+)?)( (?:hundred|thousand|million|billion)\b)?')
 
 # Where a stop has no space after it: The end.Next | What?yes | "Go!"he
@@ -636,8 +626,8 @@ def sentences(document, english=True, longest=300):
 
 
 # -----------------------------------------------------------------------------
-# Voices: __init__ loads the network; speak(sentence, voice, speed, pitch) returns a Speech and raises
-# an error if there is no such voice. A new one is such a class and an entry in BACKENDS
+# Voices: __init__ loads the network; speak(sentence, voice, speed, pitch) returns a Speech, or
+# raises an error if there is no such voice. A new one is such a class and an entry in BACKENDS
 
 
 class Speech(NamedTuple):
@@ -755,18 +745,6 @@ class Espeak:
         return Speech(wave, rate, dict(words=words, phones=phones))
 
 
-def fix_noise(voice, sentence):
-    """Make a network's noise a function of the seed, the voice and the sentence."""
-    torch.manual_seed(zlib.crc32(f'{seed}/{voice} {sentence}'.encode()))
-
-
-def speaker_id(voice, speakers):
-    """The number of a network's speaker; None if it has only one. Raises InputError."""
-    if voice not in map(str, range(speakers)):
-        raise InputError(f'its voices are 0 to {speakers - 1}')
-    return int(voice) if speakers > 1 else None
-
-
 class Kokoro:
     """The package kokoro and its network of 82 M parameters; 24 kHz; word times for English."""
 
@@ -779,7 +757,6 @@ class Kokoro:
 
     def speak(self, sentence, voice, speed, pitch):
         waves, marks, at, end = [np.zeros(0, np.float32)], [], 0, 0
-        fix_noise(voice, sentence)
         for part in self.pipeline(voice[0])(sentence, voice=voice, speed=speed):
             for token in part.tokens or ():  # punctuation marks are tokens too
                 found = sentence.find(token.text, at)
@@ -806,49 +783,15 @@ class Vits:
     @torch.inference_mode()
     def speak(self, sentence, voice, speed, pitch):
         config = self.model.config
-        speaker = speaker_id(voice, config.num_speakers or 1)
+        speakers = config.num_speakers or 1
+        if voice not in map(str, range(speakers)):
+            raise InputError(f'its voices are 0 to {speakers - 1}')
         self.model.speaking_rate = config.speaking_rate * speed
         inputs = self.tokenizer(sentence, return_tensors='pt').to(self.device)
         if not inputs['attention_mask'].any():  # no letter of its alphabet
             return Speech(np.zeros(0, np.float32), config.sampling_rate, {})
-        fix_noise(voice, sentence)
-        made = self.model(**inputs, speaker_id=speaker)
+        made = self.model(**inputs, speaker_id=int(voice) if speakers > 1 else None)
         return Speech(made.waveform[0].cpu().numpy(), config.sampling_rate, {})
-
-
-class Piper:
-    """The package piper-tts and a voice of it, NAME.onnx beside NAME.onnx.json. A voice is the
-    number of a speaker. Noise is off, so that a sentence always sounds the same."""
-
-    def __init__(self, name):
-        from piper import PiperVoice, SynthesisConfig
-
-        cuda = pick_device(device).type == 'cuda'
-        self.model = PiperVoice.load(name, use_cuda=cuda, include_alignments=True)
-        self.options = SynthesisConfig
-
-    def speak(self, sentence, voice, speed, pitch):
-        config = self.model.config
-        options = self.options(
-            speaker_id=speaker_id(voice, config.num_speakers),
-            length_scale=config.length_scale / speed,
-            noise_scale=0.0,
-            noise_w_scale=0.0,
-        )
-        waves, starts, end = [np.zeros(0, np.float32)], [], 0
-        for chunk in self.model.synthesize(sentence, options, include_alignments=True):
-            at = end
-            for i, phone in enumerate(chunk.phoneme_alignments or ()):  # '^', phones, '$'
-                if i == 1 or phone.phoneme == ' ':  # a word begins here or after the space
-                    starts.append(at + phone.num_samples * (i > 1))
-                at += phone.num_samples
-            waves.append(chunk.audio_float_array)
-            end += len(waves[-1])
-        # words begin with their phones if the text has as many words as them; else interpolated
-        wave, words = np.concatenate(waves), [m.start() for m in re.finditer(r'\S+', sentence)]
-        marks = list(zip(words, starts, strict=True)) if len(words) == len(starts) else []
-        times = dict(words=word_times(sentence, wave, config.sample_rate, marks))
-        return Speech(wave, config.sample_rate, times)
 
 
 # The values of --tts: class, default voices, default network, and which networks and voices speak
@@ -857,7 +800,6 @@ BACKENDS = dict(
     espeak=(Espeak, 'gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph', '', r' (gmw/)?en\b'),
     kokoro=(Kokoro, 'af_heart,am_fenrir,bf_emma,bm_george', 'hexgrad/Kokoro-82M', r'.* [ab]'),
     vits=(Vits, '0', 'facebook/mms-tts-eng', r'.*eng/? '),
-    piper=(Piper, '0', 'en_US-joe-medium.onnx', r'(.*/)?en[_-]'),
 )
 
 
@@ -881,22 +823,6 @@ class Skip(Exception):
     """Why an item is not spoken."""
 
 
-def trim(speech):
-    """A Speech, not silent, at 16 kHz: without silence at its ends, followed by the pause, and
-    padded to whole frames."""
-    sounding = np.flatnonzero(np.abs(speech.wave) > SILENCE)
-    start = float(sounding[0] / speech.rate)
-    wave = torch.from_numpy(speech.wave[sounding[0] : sounding[-1] + 1])
-    wave = resample(wave, speech.rate, SAMPLE_RATE).numpy()
-    seconds = len(wave) / SAMPLE_RATE
-    times = {
-        key: [[name, *(min(max(t - start, 0), seconds) for t in span)] for name, *span in found]
-        for key, found in speech.times.items()
-    }
-    length = math.ceil((len(wave) + round(pause * SAMPLE_RATE)) / GRID) * GRID
-    return Speech(np.pad(wave, (0, length - len(wave))), SAMPLE_RATE, times)
-
-
 def join(speeches):
     """Speeches at 16 kHz, one after the other; with the times that all of them have."""
     times = {key: [] for key in ('words', 'phones') if all(key in s.times for s in speeches)}
@@ -911,11 +837,28 @@ def join(speeches):
 
 @lru_cache(100)  # the files of an item share sentences
 def speak_sentence(sentence, voice, speaker):
-    """A sentence as Speech at 16 kHz; None if it is silent."""
-    own = random.Random(f'{seed}/{voice}')  # each voice has its own speed and pitch
+    """A sentence as Speech at 16 kHz: without silence at its ends, followed by the pause, padded to
+    whole frames. None if it is silent."""
+    # each voice has its own speed and pitch; the noise of a network depends on the sentence only
+    own = random.Random(f'{seed}/{voice}')
     how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
-    speech = speaker.speak(sentence, voice, *how)
-    return trim(speech) if np.abs(speech.wave).max(initial=0) > SILENCE else None
+    torch.manual_seed(zlib.crc32(f'{seed}/{voice} {sentence}'.encode()))
+    wave, rate, times = speaker.speak(sentence, voice, *how)
+    sounding = np.flatnonzero(np.abs(wave) > SILENCE)
+    if not len(sounding):
+        return None
+    wave = torch.from_numpy(wave[sounding[0] : sounding[-1] + 1])
+    wave = resample(wave, rate, SAMPLE_RATE).numpy()
+
+    def inside(t):
+        return min(max(t - float(sounding[0] / rate), 0), len(wave) / SAMPLE_RATE)
+
+    times = {
+        key: [[name, inside(start), inside(end)] for name, start, end in found]
+        for key, found in times.items()
+    }
+    length = math.ceil((len(wave) + round(pause * SAMPLE_RATE)) / GRID) * GRID
+    return Speech(np.pad(wave, (0, length - len(wave))), SAMPLE_RATE, times)
 
 
 def speak_text(document, voice, speaker):
@@ -947,10 +890,9 @@ def make_rows(n, item, task, speaker):
         held_out = random.Random(f'{seed}/{task.name}/{n}/split').random() < val_share
         about['split'] = 'val' if held_out else 'train'
 
-    # a file for each role, spoken before any is written; only ZeroSpeech's layout has all files in one folder
-    spoken = {
-        role: speak_text(text, about['voice'], speaker) for role, text in item['texts'].items()
-    }
+    # a file for each role; only ZeroSpeech's layout has all files in one folder
+    texts, voice = item['texts'], about['voice']
+    spoken = {role: speak_text(text, voice, speaker) for role, text in texts.items()}
     waves = [speech.wave for _, speech in spoken.values()]
     if len(waves) == 2 and np.array_equal(*waves):
         raise Skip('whose two texts sound the same')
@@ -975,41 +917,36 @@ def make_rows(n, item, task, speaker):
 # others are rows of manifest.jsonl or, with a reason, of skipped.jsonl
 
 
-def to_json(row):
-    """A line of JSON; half of a surrogate pair, which UTF-8 does not have, becomes '?'."""
-    return json.dumps(row, ensure_ascii=False).encode(errors='replace').decode() + '\n'
-
-
 def part_path(task, number):
     return os.path.join(out, task.name, 'parts', f'{number:05d}.jsonl')
 
 
-def do_part(number, items, task, speaker):
-    """Speak the items of a part, [(n, item), ...], and write its file."""
-    lines, total = [], dict(items=len(items), skipped=0, seconds=0.0)
-    for n, item in items:
-        try:
-            rows, seconds = make_rows(n, item, task, speaker)
-            lines += rows
-            total['seconds'] += seconds
-        except Skip as reason:
-            unsaid = ' | '.join(item['texts'].values())[:1000]
-            lines.append(dict(n=n, reason=str(reason), text=unsaid))
-            total['skipped'] += 1
-    with write_atomic(part_path(task, number)) as file:
-        file.writelines(map(to_json, (total, *lines)))
-
-
 def work(task, speaker, numbers):
-    """Make some parts of a task. In a worker an error that a user can mend is one line, exit 2."""
-    if multiprocessing.parent_process():
-        start_worker()
+    """Make some parts of a task, each of which is a file of its own."""
     items = enumerate(task.items())
+    for number in range(max(numbers) + 1):
+        part = list(islice(items, PART))
+        if number not in numbers:
+            continue
+        lines, total = [], dict(items=len(part), skipped=0, seconds=0.0)
+        for n, item in part:
+            try:
+                rows, seconds = make_rows(n, item, task, speaker)
+                lines += rows
+                total['seconds'] += seconds
+            except Skip as reason:
+                unsaid = ' | '.join(item['texts'].values())[:1000]
+                lines.append(dict(n=n, reason=str(reason), text=unsaid))
+                total['skipped'] += 1
+        with write_atomic(part_path(task, number)) as file:
+            file.writelines(json.dumps(row) + '\n' for row in (total, *lines))
+
+
+def worker(*what):
+    """A process that works. An error that a user can mend is one line, and exit code 2."""
+    start_worker()
     try:
-        for number in range(max(numbers) + 1):
-            part = list(islice(items, PART))
-            if number in numbers:
-                do_part(number, part, task, speaker)
+        work(*what)
     except (OSError, InputError) as error:
         report_error(type(error), error, error.__traceback__)
 
@@ -1022,7 +959,7 @@ def share_work(task, speaker, missing):
         return work(task, speaker, missing) if missing else None
     context = multiprocessing.get_context('fork')  # it shares what is loaded
     group = [
-        context.Process(target=work, args=(task, speaker, missing[i::processes]), daemon=True)
+        context.Process(target=worker, args=(task, speaker, missing[i::processes]), daemon=True)
         for i in range(processes)
     ]
     for process in group:
@@ -1048,7 +985,7 @@ def merge_parts(task, parts):
             total.update(next(rows))
             for row in rows:
                 reasons.update([row['reason']] if 'reason' in row else [])
-                (skipped if 'reason' in row else manifest).write(to_json(row))
+                (skipped if 'reason' in row else manifest).write(json.dumps(row) + '\n')
     if task.kind == 'blimp':
         with write_atomic(os.path.join(folder, GOLD_FOLDER, 'gold.csv')) as file:
             writer = csv.DictWriter(file, GOLD, extrasaction='ignore')
@@ -1065,13 +1002,12 @@ def plan_task(task):
 
     Raises InputError if its folder holds speech made with others.
     """
-    items, digest = 0, hashlib.sha256()
+    items, digest = 0, ''
     for item in task.items():
-        items += 1
-        digest.update(json.dumps(item).encode())
+        items, digest = items + 1, content_hash(digest, item)
     if not items:
         raise InputError(f'{text}: no text in it for task {task.kind}')
-    settings = dict(text=digest.hexdigest(), tts=tts, tts_model=tts_model, voices=task.voices)
+    settings = dict(text=digest, tts=tts, tts_model=tts_model, voices=task.voices)
     settings |= dict(speed=speed, pitch=pitch, pause=pause, seed=seed, val_share=val_share)
     folder = os.path.join(out, task.name)
     if glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
@@ -1087,7 +1023,7 @@ def run_task(task, parts, settings, speaker):
     """Make the missing parts of this shard, and merge all parts if none is missing then."""
     began, folder = time.time(), os.path.join(out, task.name)
     with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
-        file.write(to_json(settings))
+        json.dump(settings, file)
     first, step = map(int, shard.split('/')) if shard else (0, 1)
     missing = [n for n in range(first, parts, step) if not os.path.exists(part_path(task, n))]
     share_work(task, speaker, missing)
@@ -1100,7 +1036,7 @@ def run_task(task, parts, settings, speaker):
     rate = 3600 * hours * len(missing) / parts / spent
     made = dict(total, hours=hours, seconds=spent, x_real_time=rate, reasons=reasons)
     with write_atomic(os.path.join(folder, 'summary.json')) as file:
-        file.write(to_json(dict(made, settings=settings)))
+        json.dump(dict(made, settings=settings), file)
     why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none skipped'
     log(
         f'{task.name}: {total["items"]:,} items, {hours:.2f} h, skipped: {why}; '
