@@ -7,8 +7,8 @@
 
 --text is a .txt, .jsonl, .csv or .parquet file, a folder or a glob of such, hub:OWNER/NAME[:SPLIT]
 (split train by default), or toy. Text files are UTF-8, or UTF-16 with a byte order mark. The
-documents of a .txt file are separated by <|endoftext|>; where that mark does not occur, by blank
-lines or --separator. The tasks, and the columns they read:
+documents of a .txt file are separated by <|endoftext|> or, where that mark does not occur, by blank
+lines. The tasks, and the columns they read:
 
 stories      text (--text_field); <|endoftext|> separates documents here too
 pairs        prompt, chosen, rejected; or the columns of SWAG or HellaSwag
@@ -37,6 +37,7 @@ import multiprocessing.connection
 import os
 import random
 import re
+import textwrap
 import time
 import unicodedata
 import zlib
@@ -74,7 +75,6 @@ out = 'out/synthetic'  # output folder; each task has a folder in it
 task = 'stories'  # comma-separated, see above; of the toy language also grammar, sstory, tstory
 text = 'toy'  # toy (below), a file, folder or glob, or hub:OWNER/NAME[:SPLIT]
 text_field = 'text'  # the column of .jsonl, .csv, .parquet and hub data that holds a story
-separator = ''  # between stories of a .txt file; '': <|endoftext|> if it occurs, else blank lines
 limit = 0  # use only the first so many items of a task; 0: all
 val_share = 0.03  # share of stories and pairs marked split=val
 max_auto_bleu = 0.3  # pairs whose prompt and chosen text reach this bigram auto-BLEU are skipped
@@ -174,25 +174,24 @@ TOPICS = {
     for name, *row in re.findall(r'^(\w+):' + r'([^;]+);' * 5 + r'(.+)', TOPICS, re.M)
 }
 
-# First sentences
-SINGLE = (
-    'this {one} is {place} with {his} {thing}',
-    'one {one} is {place} with {his} {thing}',
-    'there is one {one} {place} with {his} {thing}',
-    'this {one} has {his} {thing} {place}',
-    '{name} is {place} with {his} {thing}',
-    'the {adjective} {one} is {place} with {his} {colour} {thing}',
-    'this {one} is {place} with one {thing} {time}',
-)
-SEVERAL = (
-    'these {many} are {place} with their {thing}',
-    '{number} {many} are {place} with their {thing}',
-    'there are {number} {many} {place} with their {thing}',
-    'these {many} have their {thing} {place}',
-    '{name} and {other} are {place} with their {thing}',
-    'the {adjective} {many} are {place} with their {colour} {thing}',
-    'these {many} are {place} with one {thing} {time}',
-)
+# First sentences, about one and about several
+FRAMES = """
+    this {one} is {place} with {his} {thing}
+    one {one} is {place} with {his} {thing}
+    there is one {one} {place} with {his} {thing}
+    this {one} has {his} {thing} {place}
+    {name} is {place} with {his} {thing}
+    the {adjective} {one} is {place} with {his} {colour} {thing}
+    this {one} is {place} with one {thing} {time}
+    these {many} are {place} with their {thing}
+    {number} {many} are {place} with their {thing}
+    there are {number} {many} {place} with their {thing}
+    these {many} have their {thing} {place}
+    {name} and {other} are {place} with their {thing}
+    the {adjective} {many} are {place} with their {colour} {thing}
+    these {many} are {place} with one {thing} {time}
+"""
+FRAMES = re.findall(r'\S.*', FRAMES)
 
 # Minimal pairs [right|wrong]. In the second line of a kind the wrong word of the first is right
 MINIMAL = """
@@ -235,7 +234,7 @@ def toy_story(rng, topic, outcome, who, mood):
     outcome: good or bad; who: he, she or they; mood: which of the two moods of the outcome.
     """
     words = toy_words(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
-    first = rng.choice(SEVERAL if who == 'they' else SINGLE).format(**words)
+    first = rng.choice(FRAMES[7:] if who == 'they' else FRAMES[:7]).format(**words)
     verb, space, particle = rng.choice(TOPICS[topic][f'{outcome}_actions']).partition(' ')
     if who != 'they':
         verb += 'es' if re.search('(s|sh|ch)$', verb) else 's'
@@ -313,9 +312,7 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
         for i in range(n_suite // 2):
             for story in toy_couple(rng, suite == 'sstory', fresh):
                 if task == suite:
-                    right, wrong = (
-                        f'{story["prompt"]} {story[end]}' for end in ('ending', 'wrong')
-                    )
+                    right, wrong = (f'{story["prompt"]} {story[k]}' for k in ('ending', 'wrong'))
                     yield dict(right=right, wrong=wrong, type=story['topic'], alike=i)
     for i in range(n_pairs // 2):
         for story in toy_couple(rng, i % 2 == 0, fresh):
@@ -352,17 +349,6 @@ def read_lines(path):
             raise InputError(f'{path}, line {number}: {byte}: save it as UTF-8') from None
 
 
-def split_stories(lines, between):
-    """Yield the stories in an iterator of lines, separated by a string or, if '', by blank lines;
-    a few thousand lines at a time."""
-    pattern, rest = re.escape(between) if between else r'\n\s*\n', ''
-    while block := ''.join(islice(lines, 10_000)):
-        *whole, rest = re.split(pattern, rest + block)
-        yield from filter(str.strip, whole)
-    if rest.strip():
-        yield rest
-
-
 def read_file(path):
     """Yield the rows of a text file as dicts; a story of a .txt file is a row of text_field."""
     if path.endswith('.parquet'):
@@ -377,10 +363,14 @@ def read_file(path):
         with reading(path):
             yield from csv.DictReader(read_lines(path), restkey='more cells than columns')
     else:
-        between = separator.replace('\\n', '\n').replace('\\t', '\t')
-        if not between and any(MARK in line for line in read_lines(path)):
-            between = MARK
-        yield from ({text_field: story} for story in split_stories(read_lines(path), between))
+        # documents end at a mark or, where there is none, at blank lines
+        marked = any(MARK in line for line in read_lines(path))
+        lines, rest = read_lines(path), ''
+        while block := ''.join(islice(lines, 10_000)):
+            *whole, rest = re.split(re.escape(MARK) if marked else r'\n\s*\n', rest + block)
+            yield from ({text_field: story} for story in whole if story.strip())
+        if rest.strip():
+            yield {text_field: rest}
 
 
 def read_rows(kind, *expected):
@@ -436,31 +426,24 @@ def minimal_items(task):
         yield dict(texts=dict(correct=row['right'], incorrect=row['wrong']), **kept)
 
 
-def swag_pair(row, draw):
-    """(texts, reason to skip them) of a row of SWAG (section 4 of the paper) or HellaSwag: the
-    right ending, and a wrong one drawn by the seed `draw`."""
-    hella = 'ctx_a' in row
-    prompt, start = (row['ctx_a'], row['ctx_b']) if hella else (row['sent1'], row['sent2'])
-    endings = row['endings'] if hella else [row[f'ending{i}'] for i in range(4)]
-    labels = [str(i) for i in range(len(endings))]
-    if row['label'] not in labels or row.get('gold-source', 'gold') != 'gold':
-        return dict(prompt=prompt), 'without a gold label'
-    wrong = random.Random(draw).choice([label for label in labels if label != row['label']])
-    chosen, rejected = (f'{start} {endings[int(n)]}'.strip() for n in (row['label'], wrong))
-    odd = hella and re.search(r'[][()/{}]|www\.', f'{prompt} {chosen} {rejected}')
-    skip = 'with brackets, slashes or links' if odd else ''
-    return dict(prompt=prompt, chosen=chosen, rejected=rejected), skip
-
-
 def pair_items(task):
-    """Preference pairs; those whose text repeats itself are skipped."""
+    """Preference pairs: the user's, or those of SWAG (section 4 of the paper) or HellaSwag with the
+    right ending and a random wrong one. Those whose text repeats itself are skipped."""
     for number, row in enumerate(read_rows(task.kind, PAIR, SWAG, HELLASWAG)):
-        if 'prompt' in row:
-            texts, skip = {role: row[role] for role in PAIR}, ''
-        else:
-            texts, skip = swag_pair(row, f'{seed}/{task.kind}/{number}')
-        words = tokenize_words(f'{texts["prompt"]} {texts.get("chosen", "")}')
-        if not skip and auto_bleu(words) >= max_auto_bleu:
+        texts, hella, skip = {role: row.get(role, '') for role in PAIR}, 'ctx_a' in row, ''
+        if hella or 'sent1' in row:
+            prompt, start = (row[key] for key in (HELLASWAG if hella else SWAG)[:2])
+            endings = row['endings'] if hella else [row[f'ending{i}'] for i in range(4)]
+            endings = {str(i): f'{start} {ending}'.strip() for i, ending in enumerate(endings)}
+            right = endings.pop(row['label'], '')
+            wrong = random.Random(f'{seed}/{task.kind}/{number}').choice([*endings.values()])
+            texts = dict(prompt=prompt, chosen=right, rejected=wrong)
+            if not right or row.get('gold-source', 'gold') != 'gold':
+                skip = 'without a gold label'
+            elif hella and re.search(r'[][()/{}]|www\.', ' '.join(texts.values())):
+                skip = 'with brackets, slashes or links'
+        repeats = auto_bleu(tokenize_words(f'{texts["prompt"]} {texts["chosen"]}'))
+        if not skip and repeats >= max_auto_bleu:
             skip = f'with auto-BLEU of {max_auto_bleu} or more'
         yield dict(texts=texts, split=True, skip=skip)
 
@@ -477,13 +460,13 @@ def blimp_items(task):
 def cloze_items(task):
     """Stories with the right ending, and the wrong one or (tstorycloze) that of another story."""
     rows = list(read_rows(task.kind, CLOZE))
-    for number, row in enumerate(rows, 1):
-        if row['AnswerRightEnding'] not in ('1', '2'):
-            hint = 'AnswerRightEnding must be 1 or 2 (the test set without answers makes no pairs)'
-            raise InputError(f'{text} row {number}: {hint}')
-    endings = [row['RandomFifthSentenceQuiz' + row['AnswerRightEnding']] for row in rows]
+    answers = [row['AnswerRightEnding'] for row in rows]
+    if not {*answers} <= {'1', '2'}:
+        hint = 'the test set without answers makes no pairs'
+        raise InputError(f'{text}: every AnswerRightEnding must be 1 or 2 ({hint})')
+    endings = [row[f'RandomFifthSentenceQuiz{n}'] for row, n in zip(rows, answers, strict=True)]
     for number, (row, right) in enumerate(zip(rows, endings, strict=True)):
-        wrong = row['RandomFifthSentenceQuiz' + {'1': '2', '2': '1'}[row['AnswerRightEnding']]]
+        wrong = row[f'RandomFifthSentenceQuiz{3 - int(answers[number])}']
         if task.kind == 'tstorycloze':
             others = [ending for ending in endings if ending not in (right, wrong)]
             if not others:
@@ -532,14 +515,12 @@ def find_tasks():
 # English words for signs. In other languages the signs stay: espeak knows their names
 WORDS = {
     **{'½': 'one half', '¼': 'one quarter', '¾': 'three quarters', '⅓': 'one third'},
-    **{'⅔': 'two thirds', '²': 'squared', '³': 'cubed', '−': 'minus', '±': 'plus or minus'},
-    **{'×': 'times', '÷': 'divided by', '+': 'plus', '=': 'equals', '≠': 'not equal to'},
-    **{'<': 'less than', '>': 'greater than', '≤': 'at most', '≥': 'at least', '≈': 'about'},
-    **{'°C': 'degrees Celsius', '°F': 'degrees Fahrenheit', '°': 'degrees', '%': 'percent'},
-    **{'&': 'and', '@': 'at', '№': 'number', '#': 'number', '§': 'section', '¢': 'cents'},
-    **{'$': 'dollars', '€': 'euros', '£': 'pounds', '¥': 'yen', '₹': 'rupees'},
+    **{'⅔': 'two thirds', '²': 'squared', '³': 'cubed', '−': 'minus', '&': 'and', '%': 'percent'},
+    **{'°C': 'degrees Celsius', '°F': 'degrees Fahrenheit', '°': 'degrees', '+': 'plus'},
+    **{'<': 'less than', '>': 'greater than', '=': 'equals', '×': 'times', '№': 'number'},
+    **{'$': 'dollars', '€': 'euros', '£': 'pounds', '¥': 'yen', '₹': 'rupees', '¢': 'cents'},
 }
-SIGNS = ''.join(WORDS) + '.,!?;:\'"()-/。！？،؟।'
+SIGNS = ''.join(WORDS) + '@#§±÷≠≤≥.,!?;:\'"()-/。！？،؟।'
 KEPT = re.compile('([½¼¾⅐-⅞¹²³⁰-⁻№]+)')  # NFKC would turn 3½ into 31⁄2 and 10² into 102
 QUOTES = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', '})
 
@@ -561,17 +542,7 @@ TIGHT = re.compile(
 # A sentence ends at one of .!? and a closing sign, but not after an abbreviation
 SHORT = ''.join(rf'(?<!\b{name}\.)' for name in ('Mr', 'Mrs', 'Ms', 'Dr', 'St', '[A-Z]'))
 ENDS = re.compile(rf"""(?:(?<=[.!?।؟])|(?<=[.!?।؟]["')])){SHORT}\s+|(?<=[。！？])""")
-
-
 nfkc = partial(unicodedata.normalize, 'NFKC')
-
-
-@cache
-def plain(sign):
-    """A character as it is spoken: letters, digits and SIGNS stay, invisible characters go, all
-    else is a space."""
-    kind = unicodedata.category(sign)
-    return sign if kind[0] in 'LNM' or sign in SIGNS else '' if kind == 'Cf' else ' '
 
 
 def say_signs(document):
@@ -600,7 +571,10 @@ def clean(document, english=True):
     parts[::2] = map(nfkc, parts[::2])
     document = STRAY.sub(' ', ''.join(parts))
     document = (say_signs(document) if english else document).translate(QUOTES)
-    document = ''.join(map(plain, document))
+    # letters, digits and signs stay, invisible characters go, all else is a space
+    kinds = {sign: unicodedata.category(sign) for sign in {*document}}
+    kept = {sign: sign if kinds[sign][0] in 'LNM' or sign in SIGNS else ' ' for sign in kinds}
+    document = ''.join(kept[sign] for sign in document if kinds[sign] != 'Cf')
     # an ellipsis ends a sentence; no space before a stop, one stop of several, a space after it
     document = re.sub(r'\.(\s*\.)+', '. ', document)
     document = re.sub(r'\s+([.,!?;:])', r'\1', document)
@@ -609,19 +583,10 @@ def clean(document, english=True):
 
 
 def sentences(document, english=True, longest=300):
-    """A text, cleaned, as sentences of at most `longest` characters; [] if it has no word.
-
-    Longer ones are cut at a comma or space.
-    """
+    """A text, cleaned, as sentences of at most `longest` characters; [] if it has no word."""
     pieces = []
     for sentence in ENDS.split(clean(document, english)):
-        at = 0
-        while len(sentence) - at > longest:
-            end = at + longest
-            cut = sentence.rfind(', ', at, end) + 1 or sentence.rfind(' ', at, end) + 1 or end
-            pieces.append(sentence[at:cut].strip())
-            at = cut
-        pieces.append(sentence[at:].strip())
+        pieces += textwrap.wrap(sentence, longest, break_on_hyphens=False)
     return [piece for piece in pieces if any(map(str.isalnum, piece))]
 
 
@@ -921,13 +886,13 @@ def part_path(task, number):
     return os.path.join(out, task.name, 'parts', f'{number:05d}.jsonl')
 
 
-def work(task, speaker, numbers):
+def work(task, speaker, numbers, quiet=False):
     """Make some parts of a task, each of which is a file of its own."""
     items = enumerate(task.items())
-    for number in range(max(numbers) + 1):
-        part = list(islice(items, PART))
-        if number not in numbers:
-            continue
+    at = 0
+    for number in tqdm(numbers, desc=task.name, unit=' parts', disable=quiet):
+        part = list(islice(items, PART * (number - at), PART * (number - at + 1)))
+        at = number + 1
         lines, total = [], dict(items=len(part), skipped=0, seconds=0.0)
         for n, item in part:
             try:
@@ -942,36 +907,30 @@ def work(task, speaker, numbers):
             file.writelines(json.dumps(row) + '\n' for row in (total, *lines))
 
 
-def worker(*what):
-    """A process that works. An error that a user can mend is one line, and exit code 2."""
-    start_worker()
-    try:
-        work(*what)
-    except (OSError, InputError) as error:
-        report_error(type(error), error, error.__traceback__)
-
-
 def share_work(task, speaker, missing):
     """Make the missing parts in worker processes, each takes every n-th. A network speaks in this
     process."""
     processes = min(workers or os.cpu_count(), len(missing))
     if BACKENDS[tts][2] or processes < 2:
         return work(task, speaker, missing) if missing else None
+
+    def worker(number):
+        start_worker()
+        try:
+            work(task, speaker, missing[number::processes], quiet=number > 0)
+        except (OSError, InputError) as error:  # one line, and exit code 2
+            report_error(type(error), error, error.__traceback__)
+
     context = multiprocessing.get_context('fork')  # it shares what is loaded
-    group = [
-        context.Process(target=worker, args=(task, speaker, missing[i::processes]), daemon=True)
-        for i in range(processes)
-    ]
+    group = [context.Process(target=worker, args=(n,), daemon=True) for n in range(processes)]
     for process in group:
         process.start()
-    with tqdm(total=len(missing), desc=task.name, unit=' parts') as bar:
-        while alive := [process.sentinel for process in group if process.is_alive()]:
-            multiprocessing.connection.wait(alive, 1)
-            bar.update(sum(os.path.exists(part_path(task, n)) for n in missing) - bar.n)
-            codes = {process.exitcode for process in group} - {0, None}
-            if codes:  # the other workers end with this process
-                message = 'a worker was killed (no memory left?): run the same command to continue'
-                raise SystemExit(2) if 2 in codes else InputError(message)
+    while alive := [process.sentinel for process in group if process.is_alive()]:
+        multiprocessing.connection.wait(alive)
+        codes = {process.exitcode for process in group} - {0, None}
+        if codes:  # the other workers end with this process
+            message = 'a worker was killed (no memory left?): run the same command to continue'
+            raise SystemExit(2) if 2 in codes else InputError(message)
 
 
 def merge_parts(task, parts):
