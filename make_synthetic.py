@@ -3,139 +3,128 @@
     python make_synthetic.py config/demo_synthetic.py                the demo's own toy language
     python make_synthetic.py --text=TinyStoriesV2-GPT4-train.txt --out=data/audio
     python make_synthetic.py --task=pairs --text=swag/train.csv --tts=kokoro --out=data/spokenswag
-    python make_synthetic.py --task=blimp --text=blimp/data --out=data
     python make_synthetic.py --task=minimal --text=mine.csv --test_voices=en-us+f4 --out=data
-    python make_synthetic.py --task=wuggy,salmon --text=stories.txt --out=data
 
 --text is a .txt, .jsonl, .csv or .parquet file, a folder or a glob of such, hub:OWNER/NAME[:SPLIT]
-(its split train if none is named), or toy. A .txt file holds stories: what stands between
-<|endoftext|> marks if the file has them, else between blank lines, or between what --separator
-says. The tasks, and the columns they read:
+(split train by default), or toy. Text files are UTF-8, or UTF-16 with a byte order mark. The
+documents of a .txt file are separated by <|endoftext|> or, where that mark does not occur, by blank
+lines. The tasks, and the columns they read:
 
-stories, prompts   text (--text_field): whole stories, or the first --prompt_seconds of each
-pairs              prompt, chosen, rejected; or the columns of SWAG:
-                       prompt,chosen,rejected
-                       A dog barks at the gate.,It wants to come in.,It wants to be a gate.
-                       Anna has lost her key.,She cannot open the door.,She cannot open the sea.
-                       "Rain fell, and fell.",The river rose.,The river sang.
-minimal            right, wrong and, if you like, type: your own suite, <n>_correct, <n>_incorrect
-blimp              BLiMP's columns -> the layout of ZeroSpeech 2021 (sBLIMP), with gold.csv
-storycloze         StoryCloze's columns -> sstorycloze and tstorycloze, <n>_correct, <n>_incorrect
-wuggy              text: its words against pseudo-words made of them -> sWUGGY's layout
-salmon             text: a second half in another voice, gender, noise or room -> SALMon's layout
+stories      text (--text_field); <|endoftext|> separates documents here too
+pairs        prompt, chosen, rejected; or the columns of SWAG or HellaSwag
+minimal      right, wrong and optionally type: your own suite, <n>_correct and <n>_incorrect
+blimp        BLiMP's columns -> the layout of ZeroSpeech 2021 (sBLIMP) with gold.csv
+storycloze   StoryCloze's columns -> sstorycloze and tstorycloze, <n>_correct and <n>_incorrect
 
-Suites, which are all but the first three, are made a second time in --test_voices, beside the
-first: minimal_unseen. A file is spoken sentence by sentence; every sentence is trimmed, followed by
-a pause and rounded up to whole 40 ms frames, so that a prompt's file and an ending's file laid end
-to end are the file of the whole. With espeak a sentence's sound depends on its text and voice
-alone. Work is done in parts of 40 items: a killed run makes those that are not there.
+All but stories and pairs are suites, which are spoken a second time in --test_voices, into folders
+such as minimal_unseen. A folder holds the audio, manifest.jsonl, skipped.jsonl and summary.json.
+
+A text is spoken sentence by sentence. Each is trimmed, followed by a pause and padded to whole 40
+ms frames, so the audio of a prompt followed by that of an ending is exactly the audio of the whole.
 """
 
-from config import configure, fail
+from config import configure, fail, report_error
 
 import _ctypes
 import csv
 import ctypes
 import glob
+import html
 import io
 import json
 import math
+import multiprocessing.connection
 import os
 import random
 import re
+import textwrap
 import time
 import unicodedata
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter
 from contextlib import contextmanager
-from functools import cache, lru_cache
-from itertools import combinations, count, islice
+from functools import cache, lru_cache, partial
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from model import (
     SAMPLE_RATE,
     InputError,
     auto_bleu,
+    content_hash,
+    log,
     pick_device,
+    read_json,
     read_jsonl,
     read_parquet,
+    reading,
     resample,
+    save_audio,
+    split_documents,
     start_worker,
     tokenize_words,
     write_atomic,
 )
 
 # -----------------------------------------------------------------------------
-out = 'out/synthetic'  # a folder for each task: audio, manifest.jsonl, skipped.jsonl, summary.json
+out = 'out/synthetic'  # output folder; each task has a folder in it
 task = 'stories'  # comma-separated, see above; of the toy language also grammar, sstory, tstory
 text = 'toy'  # toy (below), a file, folder or glob, or hub:OWNER/NAME[:SPLIT]
-text_field = 'text'  # where rows of .jsonl, .csv, .parquet and hub data keep a story
-separator = ''  # of stories in a .txt file; '': <|endoftext|> if it has that, or blank lines
-limit = 0  # at most so many items of a task; 0: all
-val_share = 0.03  # of stories and pairs, marked split=val
-max_auto_bleu = 0.3  # pairs whose prompt and chosen repeat this share of their bigrams are dropped
-prompt_seconds = 3.0  # what is kept of a story by task prompts
-n_stories = 6000  # how much of the toy language: stories
+text_field = 'text'  # the column of .jsonl, .csv, .parquet and hub data that holds a story
+limit = 0  # use only the first so many items of a task; 0: all
+val_share = 0.03  # share of stories and pairs marked split=val
+max_auto_bleu = 0.3  # pairs whose prompt and chosen text reach this bigram auto-BLEU are skipped
+n_stories = 6000  # size of the toy language: stories
 n_pairs = 2000  # preference pairs
-n_suite = 500  # minimal pairs in a suite; also of wuggy, and of each part of salmon (even)
-n_unseen = 200  # of these the first so many are spoken in test_voices too
+n_suite = 500  # minimal pairs in a suite (even)
+n_unseen = 200  # the first so many of these are also spoken in test_voices
 # the voice
-tts = 'espeak'  # espeak, kokoro, vits, fastspeech2
-tts_model = ''  # a network's folder or hub name; '': that of BACKENDS, below
-voices = ''  # comma-separated, one drawn for each item (blimp: each says all); '': BACKENDS
-test_voices = ''  # voices for the suites NAME_unseen; '': no such suites
-speed = '1.0-1.0'  # 1 is the voice's usual pace; every voice has its own, drawn from this range
-pitch = '50-50'  # espeak: 0 to 99; likewise
+tts = 'espeak'  # espeak, kokoro, vits
+tts_model = ''  # a network's hub name, folder or file; '': the default in BACKENDS
+voices = ''  # comma-separated, one is drawn for each item (blimp: all are used); '': see BACKENDS
+test_voices = ''  # voices of the suites NAME_unseen; '': no such suites
+speed = '1.0-1.0'  # 1 is a voice's usual speed; each voice has its own, drawn from this range
+pitch = '50-50'  # espeak: 0 to 99; drawn in the same way
 pause = 0.2  # seconds of silence after each sentence
 # the machine
-workers = 0  # processes that speak; 0: one a core. A network speaks in one
+workers = 0  # processes that speak; 0: one for each core. A network uses one process
+shard = ''  # i/n: make only parts i, i + n, ... (i from 0); the last shard to finish merges them
 seed = 1234
-device = 'auto'  # of a network: cuda, mps, cpu. It computes in float32 (TF32 on cuda)
+device = 'auto'  # of a network: cuda, mps, cpu
 # -----------------------------------------------------------------------------
 
 GRID = 640  # samples in a 40 ms frame of a 25 Hz encoder
-SILENCE = 0.002  # of full scale; what stays below it is pause
+SILENCE = 0.002  # amplitudes below this share of full scale count as silence
 PART = 40  # items in a part
-LONGEST = 100_000  # letters of an item that is still spoken, about two hours
+LONGEST = 100_000  # characters of the longest text that is spoken, about two hours
 MARK = '<|endoftext|>'
 
-# Columns that a task expects; of pairs one of the sets
-PAIR = ('prompt', 'chosen', 'rejected')
-SWAG = ('sent1', 'sent2', 'gold-source', 'label', 'ending0', 'ending1', 'ending2', 'ending3')
-BLIMP = ('sentence_good', 'sentence_bad', 'linguistics_term', 'UID', 'pairID')
-CLOZE = (
-    *('InputSentence1', 'InputSentence2', 'InputSentence3', 'InputSentence4'),
-    *('RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2', 'AnswerRightEnding'),
-)
+# Columns that a task expects
+PAIR = 'prompt chosen rejected'.split()
+SWAG = 'sent1 sent2 gold-source label ending0 ending1 ending2 ending3'.split()
+HELLASWAG = 'ctx_a ctx_b endings label'.split()
+BLIMP = 'sentence_good sentence_bad linguistics_term UID pairID'.split()
+CLOZE = [*(f'InputSentence{i}' for i in (1, 2, 3, 4)), 'AnswerRightEnding']
+CLOZE += ['RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2']
 
-# ZeroSpeech 2021: where its audio and gold.csv lie, and the columns of gold.csv
-LAYOUT = dict(blimp='syntactic/dev', wuggy='lexical/dev')
-GOLD = dict(
-    blimp=('id', 'filename', 'voice', 'type', 'subtype', 'correct', 'transcription'),
-    wuggy=('id', 'filename', 'voice', 'frequency', 'word', 'phones', 'length', 'correct'),
-)
-
-# Noise by the exponent of its amplitude over frequency; rooms by the seconds in which sound falls
-# by 60 dB, and the energy of the reverberation beside that of the direct sound
-NOISES = dict(white=0.0, pink=-0.5, brown=-1.0, blue=0.5)
-ROOMS = dict(booth=(0.1, 0.05), office=(0.4, 0.5), hall=(1.0, 1.0), church=(2.0, 3.0))
+# ZeroSpeech 2021: the folder of audio and gold.csv, and the columns of gold.csv
+GOLD_FOLDER = 'syntactic/dev'
+GOLD = 'id filename voice type subtype correct transcription'.split()
 
 
 # -----------------------------------------------------------------------------
-# The toy language: stories of three short sentences, whose ending follows from the first two.
+# The toy language: stories of three short sentences. The ending follows from the first two.
 #
 #     This king is in the kitchen with his cake.   who (number, gender), where, with what: the topic
-#     The cake is lovely and warm.                 what it is like: the outcome
+#     The cake is lovely and warm.                 a good or a bad quality: the outcome
 #     He is happy and eats the cake.               the ending
 #
-# All endings have one frame: what a model must know to prefer the right one is in the words, not in
-# how long or how usual an ending is. Edit these tables to make another toy language.
+# All endings have the same form, so length and frequency do not tell the right one. Edit these
+# tables to make another toy language.
 
 HEROES = dict(
     he='boy boys|man men|king kings|brother brothers|uncle uncles|farmer farmers|father fathers|'
@@ -143,29 +132,24 @@ HEROES = dict(
     she='girl girls|woman women|queen queens|sister sisters|aunt aunts|lady ladies|mother mothers|'
     'nurse nurses',
 )
+SLOTS = dict(
+    adjective='old young small tall little big kind clever funny brave quiet busy shy proud polite '
+    'famous lazy hungry sleepy noisy gentle rich poor strong careful friendly curious thin quick '
+    'slow calm tired lucky wise bold honest cheerful lonely elegant'.split(),
+    colour='red blue green yellow white black brown purple orange silver golden grey pink heavy '
+    'tiny huge'.split(),
+    number='two three four five six seven eight nine'.split(),
+    time='today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|'
+    'before dinner|in winter|in summer|every spring'.split('|'),
+)
 NAMES = dict(
-    he='Tom Ben Max Jack Peter David Simon Oscar',
-    she='Anna Lucy Mary Emma Kate Susan Laura Nina',
+    he='Tom Ben Max Jack Peter David Simon Oscar', she='Anna Lucy Mary Emma Kate Susan Laura Nina'
 )
 HIS = dict(he='his', she='her', they='their')
-ADJECTIVES = (
-    'old young small tall little big kind clever funny brave quiet busy shy proud polite famous '
-    'lazy hungry sleepy noisy gentle rich poor strong careful friendly curious thin quick slow '
-    'calm tired lucky wise bold honest cheerful lonely elegant'
-)
-COLOURS = (
-    'red blue green yellow white black brown purple orange silver golden grey pink heavy tiny huge'
-)
-NUMBERS = 'two three four five six seven eight nine'
-TIMES = (
-    'today|tonight|again|on monday|on friday|on sunday|this morning|after lunch|before dinner|'
-    'in winter|in summer|every spring'
-)
-MOODS = ('happy', 'glad'), ('sad', 'angry')  # of a good outcome, of a bad one
-QUALITIES = ('new', 'clean', 'lovely', 'perfect'), ('broken', 'dirty', 'ruined', 'horrible')
+MOODS = dict(good='happy glad', bad='sad angry')
+QUALITIES = dict(good='new clean lovely perfect', bad='broken dirty ruined horrible')
 
-# A topic: where; with what (one and many); then what it is like and what the hero does, if all is
-# well, and the same if not
+# A topic: places; things (one and many); qualities and actions of a good outcome; of a bad one
 TOPICS = """
 kitchen:  in the kitchen|at the oven|in the bakery; cake cakes|soup soups|pie pies;
           warm|sweet; eat|taste; burnt|sour; throw away|spill
@@ -184,42 +168,32 @@ doctor:   in the hospital|beside the doctor|at the clinic; pill pills|bandage ba
 music:    on the stage|at the concert|in the choir; song songs|drum drums|violin violins;
           loud|famous; play|practise; silent|false; stop|ignore
 """
+COLUMNS = 'places things good good_actions bad bad_actions'.split()
+TOPICS = {
+    name: dict(zip(COLUMNS, (re.split(r' *\| *', cell.strip()) for cell in row), strict=True))
+    for name, *row in re.findall(r'^(\w+):' + r'([^;]+);' * 5 + r'(.+)', TOPICS, re.M)
+}
 
+# First sentences, about one and about several
+FRAMES = """
+    this {one} is {place} with {his} {thing}
+    one {one} is {place} with {his} {thing}
+    there is one {one} {place} with {his} {thing}
+    this {one} has {his} {thing} {place}
+    {name} is {place} with {his} {thing}
+    the {adjective} {one} is {place} with {his} {colour} {thing}
+    this {one} is {place} with one {thing} {time}
+    these {many} are {place} with their {thing}
+    {number} {many} are {place} with their {thing}
+    there are {number} {many} {place} with their {thing}
+    these {many} have their {thing} {place}
+    {name} and {other} are {place} with their {thing}
+    the {adjective} {many} are {place} with their {colour} {thing}
+    these {many} are {place} with one {thing} {time}
+"""
+FRAMES = re.findall(r'\S.*', FRAMES)
 
-def read_topics(table):
-    """{topic: dict(places, things, qualities, actions)}; the last two by outcome, [good, bad]."""
-    topics = {}
-    for name, row in re.findall(r'^(\w+):((?:.|\n(?= ))+)', table, re.M):
-        cells = [[word.strip() for word in cell.split('|')] for cell in row.split(';')]
-        places, things, good, good_actions, bad, bad_actions = cells
-        topics[name] = dict(places=places, things=things)
-        topics[name] |= dict(qualities=[good, bad], actions=[good_actions, bad_actions])
-    return topics
-
-
-TOPICS = read_topics(TOPICS)
-
-# Frames of a first sentence
-SINGLE = (
-    'this {one} is {place} with {his} {thing}',
-    'one {one} is {place} with {his} {thing}',
-    'there is one {one} {place} with {his} {thing}',
-    'this {one} has {his} {thing} {place}',
-    '{name} is {place} with {his} {thing}',
-    'the {adjective} {one} is {place} with {his} {colour} {thing}',
-    'this {one} is {place} with one {thing} {time}',
-)
-SEVERAL = (
-    'these {many} are {place} with their {thing}',
-    '{number} {many} are {place} with their {thing}',
-    'there are {number} {many} {place} with their {thing}',
-    'these {many} have their {thing} {place}',
-    '{name} and {other} are {place} with their {thing}',
-    'the {adjective} {many} are {place} with their {colour} {thing}',
-    'these {many} are {place} with one {thing} {time}',
-)
-
-# Minimal pairs, [right|wrong], and below each its mirror image, where what was right is wrong
+# Minimal pairs [right|wrong]. In the second line of a kind the wrong word of the first is right
 MINIMAL = """
 this:   [this|these] {one} is {place} with {his} {thing}
         [these|this] {many} are {place} with their {thing}
@@ -236,201 +210,174 @@ have:   this {one} [has|have] {his} {thing} {place}
 gender: this {man} has [his|her] {thing} {place}
         this {woman} has [her|his] {thing} {place}
 """
-MINIMAL = {
-    kind: [frame.strip() for frame in frames]
-    for kind, *frames in re.findall(r'(\w+): +(.+)\n +(.+)', MINIMAL)
-}
+MINIMAL = {kind: frames for kind, *frames in re.findall(r'(\w+): +(.+)\n +(.+)', MINIMAL)}
 
 
-def finish(sentence):
-    return sentence[0].upper() + sentence[1:] + '.'
+def toy_sentence(words):
+    return words[0].upper() + words[1:] + '.'
 
 
-def fill_words(rng, topic, he):
-    """What the frames of first sentences are filled with: {slot: word}."""
-    one, many = rng.choice(HEROES[he].split('|')).split()
-    thing, _ = rng.choice(TOPICS[topic]['things']).split()
-    name, other = rng.sample(NAMES[he].split(), 2)
-    return dict(
-        one=one,
-        many=many,
-        thing=thing,
-        name=name,
-        other=other,
-        his=HIS[he],
-        place=rng.choice(TOPICS[topic]['places']),
-        adjective=rng.choice(ADJECTIVES.split()),
-        time=rng.choice(TIMES.split('|')),
-        colour=rng.choice(COLOURS.split()),
-        number=rng.choice(NUMBERS.split()),
-        man=rng.choice(HEROES['he'].split('|')).split()[0],
-        woman=rng.choice(HEROES['she'].split('|')).split()[0],
-    )
+def toy_words(rng, topic, he):
+    """Random words for the slots of first sentences and minimal pairs, {slot: word}."""
+    words = {slot: rng.choice(options) for slot, options in SLOTS.items()}
+    words['one'], words['many'] = rng.choice(HEROES[he].split('|')).split()
+    words['name'], words['other'] = rng.sample(NAMES[he].split(), 2)
+    words['thing'] = rng.choice(TOPICS[topic]['things']).split()[0]
+    words['place'] = rng.choice(TOPICS[topic]['places'])
+    words['man'], words['woman'] = (rng.choice(HEROES[who].split('|')).split()[0] for who in HEROES)
+    return words | dict(his=HIS[he])
 
 
 def toy_story(rng, topic, outcome, who, mood):
     """A story as dict: prompt (two sentences), the ending that follows, topic.
 
-    outcome: 0 good, 1 bad; who: he, she or they; mood: which of the outcome's two.
+    outcome: good or bad; who: he, she or they; mood: which of the two moods of the outcome.
     """
-    words = fill_words(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
-    first = rng.choice(SEVERAL if who == 'they' else SINGLE).format(**words)
-    verb, space, particle = rng.choice(TOPICS[topic]['actions'][outcome]).partition(' ')
+    words = toy_words(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
+    first = rng.choice(FRAMES[7:] if who == 'they' else FRAMES[:7]).format(**words)
+    verb, space, particle = rng.choice(TOPICS[topic][f'{outcome}_actions']).partition(' ')
     if who != 'they':
         verb += 'es' if re.search('(s|sh|ch)$', verb) else 's'
         verb = re.sub('([^aeiou])ys$', r'\1ies', verb)
-    own = TOPICS[topic]['qualities'][outcome]
-    quality = f'{rng.choice(QUALITIES[outcome])} and {rng.choice(own)}'
+    quality = f'{rng.choice(QUALITIES[outcome].split())} and {rng.choice(TOPICS[topic][outcome])}'
     second = f'the {words["thing"]} is {quality}'
-    feels = f'{who} {"are" if who == "they" else "is"} {MOODS[outcome][mood]}'
-    ending = f'{feels} and {verb}{space}{particle} the {words["thing"]}'
-    return dict(prompt=f'{finish(first)} {finish(second)}', ending=finish(ending), topic=topic)
+    feels = f'{who} {"are" if who == "they" else "is"} {MOODS[outcome].split()[mood]}'
+    ending = toy_sentence(f'{feels} and {verb}{space}{particle} the {words["thing"]}')
+    return dict(prompt=f'{toy_sentence(first)} {toy_sentence(second)}', ending=ending, topic=topic)
 
 
 def toy_couple(rng, contradict, fresh):
-    """Two stories with their endings exchanged, so that preferring an ending as such gains nothing.
+    """Two stories with exchanged wrong endings: an ending is right as often as it is wrong.
 
-    contradict: the same thing, well and badly; else two topics.
+    contradict: the two are about the same thing with opposite outcomes; else about two topics.
     """
     who = rng.choice(('he', 'she', 'they'))
-    mood, outcome = rng.randrange(2), rng.randrange(2)
+    mood, outcome = rng.randrange(2), rng.choice(('good', 'bad'))
     topics = rng.sample(list(TOPICS), 2)
     if not contradict:
         one, two = (fresh(topic, outcome, who, mood) for topic in topics)
     else:
-        one, two = fresh(topics[0], 0, who, mood), fresh(topics[0], 1, who, mood)
+        one, two = fresh(topics[0], 'good', who, mood), fresh(topics[0], 'bad', who, mood)
         while one['ending'].split()[-1] != two['ending'].split()[-1]:
-            two = fresh(topics[0], 1, who, mood)
+            two = fresh(topics[0], 'bad', who, mood)
     return dict(one, wrong=two['ending']), dict(two, wrong=one['ending'])
 
 
-def toy_minimal(rng, kind, fresh, anything):
-    """A minimal pair and its mirror image, [(right, wrong), (right, wrong)], of a kind of MINIMAL
-    or of `pronoun`, in the ending of a story: he is, he are; they are, they is."""
-    couple = []
-    if kind == 'pronoun':
-        topic, outcome, _, mood = anything()
-        for who in (rng.choice(('he', 'she')), 'they'):
-            story = fresh(topic, outcome, who, mood)
-            right = story['ending']
-            swap = (' are ', ' is ') if who == 'they' else (' is ', ' are ')
-            wrong = right.replace(*swap)
-            couple.append((f'{story["prompt"]} {right}', f'{story["prompt"]} {wrong}'))
-        return couple
-    words = fill_words(rng, rng.choice(list(TOPICS)), rng.choice(('he', 'she')))
-    for frame in MINIMAL[kind]:
-        right, wrong = (re.sub(r'\[(.*?)\|(.*?)\]', side, frame) for side in (r'\1', r'\2'))
-        couple.append((finish(right.format(**words)), finish(wrong.format(**words))))
-    return couple
+def toy_minimal(rng, kind, fresh):
+    """Two minimal pairs [(right, wrong), (right, wrong)] of a kind of MINIMAL, or of `pronoun`:
+    is and are are exchanged in the endings of two stories."""
+    frames, words = MINIMAL.get(kind, []), {}
+    if frames:
+        words = toy_words(rng, rng.choice(list(TOPICS)), rng.choice(('he', 'she')))
+    else:
+        for who, be in ((rng.choice(('he', 'she')), '[is|are]'), ('they', '[are|is]')):
+            story = fresh(who=who)
+            ending = re.sub(' (is|are) ', f' {be} ', story['ending'].strip('.'))
+            frames = [*frames, f'{story["prompt"]} {ending}']
+    sides = [[re.sub(r'\[(.*?)\|(.*?)\]', side, f) for side in (r'\1', r'\2')] for f in frames]
+    return [tuple(toy_sentence(side.format(**words)) for side in pair) for pair in sides]
 
 
 def toy_rows(task, seed, n_stories, n_pairs, n_suite):
-    """Yields the rows of a task: stories (text), pairs (prompt, chosen, rejected), and the suites
-    grammar, sstory, tstory (right, wrong, type, alike: which pairs have one voice).
+    """Yield the rows of a task: stories (text), pairs (prompt, chosen, rejected), and the suites
+    grammar, sstory, tstory (right, wrong, type, alike: pairs with the same number share a voice).
 
-    Whatever is asked for is drawn in the same order and nothing is drawn twice, neither a sentence
-    of grammar's nor a story's prompt: training and evaluation share no story, pair or context.
+    All tasks are drawn in one order, and no sentence of grammar and no prompt is drawn twice: the
+    training data and the suites have no story, pair or prompt in common.
     """
     rng, used = random.Random(f'{seed}/toy'), set()
 
-    def fresh(*what):
+    def fresh(topic=None, outcome=None, who=None, mood=None):
+        """A story that was not drawn before; what is None is drawn too."""
+        topic, outcome = topic or rng.choice(list(TOPICS)), outcome or rng.choice(('good', 'bad'))
+        who = who or rng.choice(('he', 'she', 'they'))
+        mood = rng.randrange(2) if mood is None else mood
         while True:
-            story = toy_story(rng, *what)
+            story = toy_story(rng, topic, outcome, who, mood)
             if not used & {story['prompt'], story['prompt'].partition('.')[0] + '.'}:
                 used.add(story['prompt'])
                 return story
 
-    def anything():
-        topic, outcome = rng.choice(list(TOPICS)), rng.randrange(2)
-        return topic, outcome, rng.choice(('he', 'she', 'they')), rng.randrange(2)
-
     n = 0
     while n < n_suite:
         kind = rng.choice([*MINIMAL, 'pronoun'])
-        couple = toy_minimal(rng, kind, fresh, anything)
+        couple = toy_minimal(rng, kind, fresh)
         rights = {right for right, _ in couple}
         if not used & rights:
             used |= rights
-            if task == 'grammar':
-                for right, wrong in couple:
-                    yield dict(right=right, wrong=wrong, type=kind, alike=n // 2)
             n += 2
+            for right, wrong in couple if task == 'grammar' else ():
+                yield dict(right=right, wrong=wrong, type=kind, alike=n // 2)
     for suite in ('sstory', 'tstory'):
         for i in range(n_suite // 2):
             for story in toy_couple(rng, suite == 'sstory', fresh):
                 if task == suite:
-                    prompt, topic = story['prompt'], story['topic']
-                    right, wrong = (f'{prompt} {story[end]}' for end in ('ending', 'wrong'))
-                    yield dict(right=right, wrong=wrong, type=topic, alike=i)
+                    right, wrong = (f'{story["prompt"]} {story[k]}' for k in ('ending', 'wrong'))
+                    yield dict(right=right, wrong=wrong, type=story['topic'], alike=i)
     for i in range(n_pairs // 2):
         for story in toy_couple(rng, i % 2 == 0, fresh):
             if task == 'pairs':
                 yield dict(prompt=story['prompt'], chosen=story['ending'], rejected=story['wrong'])
-    if task in ('stories', 'prompts'):
-        for _ in range(n_stories):
-            story = fresh(*anything())
-            yield dict(text=f'{story["prompt"]} {story["ending"]}')
+    for _ in range(n_stories if task == 'stories' else 0):
+        story = fresh()
+        yield dict(text=f'{story["prompt"]} {story["ending"]}')
 
 
 # -----------------------------------------------------------------------------
 # Text: rows of files
 
 
-def text_files():
-    """The files that the knob `text` names; [] for toy and hub."""
-    if text == 'toy' or text.startswith('hub:'):
-        return []
-    pattern = text
-    if os.path.exists(text):
-        pattern = glob.escape(text) + '/**' * os.path.isdir(text)
-    found = sorted(glob.glob(pattern, recursive=True))
-    return [path for path in found if path.endswith(('.txt', '.jsonl', '.csv', '.parquet'))]
+def read_lines(path):
+    """Yield the lines of a text file in UTF-8, or in UTF-16 if it begins with a byte order mark.
 
-
-def separator_of(path):
-    """What stands between the stories of a .txt file; '' for blank lines.
-
-    A few wrong bytes, as in TinyStories, do no harm; a file in another encoding ends the run.
+    Raises InputError naming the line and the byte of anything else.
     """
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        head = file.read(1 << 20)
-    if head.count('\0') > len(head) / 10 or head.count('\ufffd') > len(head) / 1000:
-        fail(f'{path}: not text in UTF-8; convert it (iconv -t utf-8)')
-    written = separator.replace('\\n', '\n').replace('\\t', '\t')
-    return written or (MARK if MARK in head else '')
-
-
-def split_stories(file, between):
-    """Yields what stands between separators in a file, or between blank lines; none is empty."""
-    pattern = re.escape(between) if between else r'\n\s*\n'
-    rest = ''
-    while block := file.read(1 << 20):
-        *whole, rest = re.split(pattern, rest + block)
-        yield from (story for story in whole if story.strip())
-    if rest.strip():
-        yield rest
+    with open(path, 'rb') as file:
+        utf16 = file.read(2) in (b'\xff\xfe', b'\xfe\xff')
+        file.seek(0)
+        number, lines = 1, file
+        try:
+            if utf16:
+                lines = io.StringIO(file.read().decode('utf-16'), newline='')
+            for number, line in enumerate(lines, 1):
+                line = line if utf16 else line.decode('utf-8-sig' if number == 1 else 'utf-8')
+                if '\0' in line:  # as in UTF-16 without a mark
+                    raise InputError(f'{path}, line {number}: byte 0x00: save it as UTF-8')
+                yield line
+        except UnicodeDecodeError as error:
+            byte = f'byte 0x{error.object[error.start]:02x} at {error.start}'
+            raise InputError(f'{path}, line {number}: {byte}: save it as UTF-8') from None
 
 
 def read_file(path):
-    """Yields the rows of a text file as dicts; a story of a .txt file is a row of text_field."""
+    """Yield the rows of a text file as dicts; a story of a .txt file is a row of text_field."""
     if path.endswith('.parquet'):
         yield from read_parquet(path)
     elif path.endswith('.jsonl'):
-        yield from (row for _, row in read_jsonl(path))
+        for number, line in enumerate(read_lines(path), 1):
+            if line.strip():
+                with reading(f'{path}, line {number}'):
+                    yield dict(json.loads(line))
     elif path.endswith('.csv'):
         csv.field_size_limit(1 << 30)
-        with open(path, encoding='utf-8-sig', errors='replace', newline='') as file:
-            yield from csv.DictReader(file)
+        with reading(path):
+            yield from csv.DictReader(read_lines(path), restkey='more cells than columns')
     else:
-        between = separator_of(path)
-        with open(path, encoding='utf-8-sig', errors='replace') as file:
-            yield from ({text_field: story} for story in split_stories(file, between))
+        # documents end at a mark or, where there is none, at blank lines
+        marked = any(MARK in line for line in read_lines(path))
+        lines, rest = read_lines(path), ''
+        while block := ''.join(islice(lines, 10_000)):
+            *whole, rest = re.split(re.escape(MARK) if marked else r'\n\s*\n', rest + block)
+            yield from ({text_field: story} for story in whole if story.strip())
+        if rest.strip():
+            yield {text_field: rest}
 
 
 def read_rows(kind, *expected):
-    """Yields the rows of the knob `text`, dicts of strings; what is empty is ''.
+    """Yield the rows of the knob `text`, dicts of strings ('' for null). HellaSwag's endings are a
+    list.
 
-    expected: sets of columns, one of which each row must have as text; ends the run otherwise.
+    expected: lists of columns, one of which each row must have. Raises InputError naming the row.
     """
     if text == 'toy':
         yield from toy_rows(kind, seed, n_stories, n_pairs, n_suite)
@@ -438,331 +385,238 @@ def read_rows(kind, *expected):
     if text.startswith('hub:'):
         sources = {text: read_parquet(text if text.count(':') > 1 else text + ':train')}
     else:
-        sources = {path: read_file(path) for path in text_files()}
-    if not sources:
-        kinds = 'a .txt, .jsonl, .csv or .parquet file, a folder or glob of such, hub:NAME, toy'
-        fail(f'{text}: no text there; expected {kinds}')
+        pattern = glob.escape(text) + '/**' * os.path.isdir(text) if os.path.exists(text) else text
+        found = sorted(glob.glob(pattern, recursive=True))
+        kinds = ('.txt', '.jsonl', '.csv', '.parquet')
+        sources = {path: read_file(path) for path in found if path.endswith(kinds)}
+        if not sources:
+            raise InputError(f'{text}: no {", ".join(kinds)} file there')
     for name, rows in sources.items():
         for number, row in enumerate(rows, 1):
             for key, value in row.items():
-                if value is None or isinstance(value, (int, float)):
+                if value is None or isinstance(value, int | float):
                     row[key] = '' if value is None else str(value)
-            texts = {key for key, value in row.items() if isinstance(value, str)}
-            if not any(texts.issuperset(columns) for columns in expected):
+            usable = {key for key in row if isinstance(row[key], str) or key == 'endings'}
+            if not any(usable.issuperset(columns) for columns in expected):
                 wanted = '; or '.join(map(', '.join, expected))
                 there = ', '.join(f'{key} ({type(value).__name__})' for key, value in row.items())
-                fail(f'{name} row {number}: task {kind} expects {wanted}; there are {there}')
+                raise InputError(f'{name} row {number}: expected columns {wanted}; found {there}')
+            if 'more cells than columns' in row:
+                raise InputError(f'{name} row {number}: more cells than columns')
             yield row
 
 
 # -----------------------------------------------------------------------------
-# Items: what a task says, made of rows. An item is dict(files={role: [piece, ...]}), a file for
-# each role, and a piece is dict(text), perhaps with a voice, noise or room of its own. Other keys:
-# voice; alike (items that have this number in common have one voice); split (into train and val);
-# skip (a reason); and what is to stand in the manifest. Each function below yields a task's items
+# Items: what a task speaks. An item is dict(texts={role: text}) with one audio file for each role.
+# Other keys: voice; alike (items with the same number share a voice); split (into train and val);
+# skip (the reason to skip it); all others go to the manifest. Each function yields a task's items
 
 
-def files_of(**texts):
-    """The files of an item that are spoken plainly, {role: text}."""
-    return {role: [dict(text=text)] for role, text in texts.items()}
-
-
-def item_texts(item):
-    return [piece['text'] for pieces in item['files'].values() for piece in pieces]
-
-
-def story_items(task, speaker):
-    """Each row's text; the role of its only file is none."""
+def story_items(task):
+    """The documents of each row; the role of the only file is ''."""
     for row in read_rows(task.kind, (text_field,)):
-        yield dict(files=files_of(**{'': row[text_field]}), split=task.kind == 'stories')
+        for document in split_documents(row[text_field]) or ['']:
+            yield dict(texts={'': document}, split=True)
 
 
-def minimal_items(task, speaker):
-    """The user's own pairs, and those of the toy language."""
+def minimal_items(task):
+    """The pairs of a user's table and those of the toy language."""
     for row in read_rows(task.kind, ('right', 'wrong')):
         kept = {key: row[key] for key in ('type', 'alike') if row.get(key, '') != ''}
-        yield dict(files=files_of(correct=row['right'], incorrect=row['wrong']), **kept)
+        yield dict(texts=dict(correct=row['right'], incorrect=row['wrong']), **kept)
 
 
-def swag_pair(row, draw):
-    """A pair of a row of SWAG as SpokenSwag has it (section 4 of the paper): the right ending, and
-    a wrong one drawn by the seed `draw`. None if the row has no gold label."""
-    labels = ['0', '1', '2', '3']
-    right = row['label']
-    if row['gold-source'] != 'gold' or right not in labels:
-        return None
-    wrong = random.Random(draw).choice([label for label in labels if label != right])
-    endings = [f'{row["sent2"]} {row["ending" + label]}'.strip() for label in (right, wrong)]
-    return dict(prompt=row['sent1'], chosen=endings[0], rejected=endings[1])
+def pair_items(task):
+    """Preference pairs: the user's, or those of SWAG (section 4 of the paper) or HellaSwag with the
+    right ending and a random wrong one. Those whose text repeats itself are skipped."""
+    for number, row in enumerate(read_rows(task.kind, PAIR, SWAG, HELLASWAG)):
+        texts, hella, skip = {role: row.get(role, '') for role in PAIR}, 'ctx_a' in row, ''
+        if hella or 'sent1' in row:
+            prompt, start = (row[key] for key in (HELLASWAG if hella else SWAG)[:2])
+            endings = row['endings'] if hella else [row[f'ending{i}'] for i in range(4)]
+            endings = {str(i): f'{start} {ending}'.strip() for i, ending in enumerate(endings)}
+            right = endings.pop(row['label'], '')
+            wrong = random.Random(f'{seed}/{task.kind}/{number}').choice([*endings.values()])
+            texts = dict(prompt=prompt, chosen=right, rejected=wrong)
+            if not right or row.get('gold-source', 'gold') != 'gold':
+                skip = 'without a gold label'
+            elif hella and re.search(r'[][()/{}]|www\.', ' '.join(texts.values())):
+                skip = 'with brackets, slashes or links'
+        repeats = auto_bleu(tokenize_words(f'{texts["prompt"]} {texts["chosen"]}'))
+        if not skip and repeats >= max_auto_bleu:
+            skip = f'with auto-BLEU of {max_auto_bleu} or more'
+        yield dict(texts=texts, split=True, skip=skip)
 
 
-def pair_items(task, speaker):
-    """Preference pairs, without those whose text repeats itself."""
-    for number, row in enumerate(read_rows(task.kind, PAIR, SWAG)):
-        pair = swag_pair(row, f'{seed}/{task.kind}/{number}') if 'sent1' in row else row
-        if not pair:
-            continue
-        item = dict(files=files_of(**{role: pair[role] for role in PAIR}), split=True)
-        share = auto_bleu(tokenize_words(f'{pair["prompt"]} {pair["chosen"]}'))
-        if share >= max_auto_bleu:
-            item['skip'] = f'auto-BLEU {share:.2f}'
-        yield item
-
-
-def blimp_items(task, speaker):
+def blimp_items(task):
+    """Each pair of BLiMP in each voice."""
     for row in read_rows(task.kind, BLIMP):
         about = dict(type=row['linguistics_term'], subtype=row['UID'], id=row['pairID'])
-        files = files_of(correct=row['sentence_good'], incorrect=row['sentence_bad'])
+        texts = dict(correct=row['sentence_good'], incorrect=row['sentence_bad'])
         for voice in task.voices:
-            yield dict(files=files, voice=voice, **about)
+            yield dict(texts=texts, voice=voice, **about)
 
 
-def cloze_items(task, speaker):
-    """Stories with their right ending and the wrong one, or another story's (tstorycloze)."""
+def cloze_items(task):
+    """Stories with the right ending, and the wrong one or (tstorycloze) that of another story."""
     rows = list(read_rows(task.kind, CLOZE))
-    for row in rows:
-        if row['AnswerRightEnding'] not in ('1', '2'):
-            hint = 'expected 1 or 2 (the test set without answers makes no pairs)'
-            fail(f'{text}: an AnswerRightEnding is {row["AnswerRightEnding"]!r}, {hint}')
-    endings = [row['RandomFifthSentenceQuiz' + row['AnswerRightEnding']] for row in rows]
+    answers = [row['AnswerRightEnding'] for row in rows]
+    if not {*answers} <= {'1', '2'}:
+        hint = 'the test set without answers makes no pairs'
+        raise InputError(f'{text}: every AnswerRightEnding must be 1 or 2 ({hint})')
+    endings = [row[f'RandomFifthSentenceQuiz{n}'] for row, n in zip(rows, answers, strict=True)]
     for number, (row, right) in enumerate(zip(rows, endings, strict=True)):
-        other = {'1': '2', '2': '1'}[row['AnswerRightEnding']]
-        wrong = row['RandomFifthSentenceQuiz' + other]
+        wrong = row[f'RandomFifthSentenceQuiz{3 - int(answers[number])}']
         if task.kind == 'tstorycloze':
-            drawn = random.Random(f'{seed}/{task.kind}/{number}').choices(endings, k=20)
-            others = [ending for ending in drawn if ending not in (right, wrong)]
+            others = [ending for ending in endings if ending not in (right, wrong)]
             if not others:
-                fail(f'{text}: too few stories to draw endings from')
-            wrong = others[0]
+                raise InputError(f'{text}: too few stories to draw endings from')
+            wrong = random.Random(f'{seed}/{task.kind}/{number}').choice(others)
         prompt = ' '.join(row[key] for key in CLOZE[:4])
-        yield dict(files=files_of(correct=f'{prompt} {right}', incorrect=f'{prompt} {wrong}'))
+        yield dict(texts=dict(correct=f'{prompt} {right}', incorrect=f'{prompt} {wrong}'))
 
 
-def pseudo_words(word, pairs, alphabet):
-    """What a word becomes if one letter is changed, vowel for vowel and consonant for consonant,
-    so that any two letters side by side are so in a word. pairs: the set of these, edges ^ $."""
-
-    def is_vowel(letter):
-        return unicodedata.normalize('NFD', letter)[0] in 'aeiouy'
-
-    for i, letter in enumerate(word):
-        for other in alphabet:
-            changed = f'^{word[:i]}{other}{word[i + 1 :]}$'
-            around = {changed[i : i + 2], changed[i + 1 : i + 3]}
-            if is_vowel(other) == is_vowel(letter) and around <= pairs:
-                yield changed[1:-1]
-
-
-def wuggy_items(task, speaker):
-    """Words of the text, and pseudo-words made of them that it does not have (as Wuggy's: Keuleers
-    and Brysbaert 2010). frequency: how often the text has the word."""
-    counts = Counter()
-    for row in read_rows('stories', (text_field,)):
-        counts.update(re.findall(r'[^\W\d_]+', row[text_field].lower()))
-    edged = [f'^{word}$' for word in counts]
-    pairs = {word[i : i + 2] for word in edged for i in range(len(word) - 1)}
-    alphabet = sorted({letter for word in counts for letter in word})
-    words = sorted(word for word in counts if len(word) > 2)
-
-    # each word once in random order, then again as long as pseudo-words are left
-    rng, used = random.Random(f'{seed}/wuggy'), set(counts)
-    rng.shuffle(words)
-    for word in words * 20:
-        free = sorted({*pseudo_words(word, pairs, alphabet)} - used)
-        if free:
-            other = rng.choice(free)
-            used.add(other)
-            about = dict(id=f'{len(used) - len(counts)}', word=word, frequency=counts[word])
-            yield dict(files=files_of(correct=word, incorrect=other), **about)
-
-
-def swap_choices(task, speaker):
-    """What the second half of a recording differs in: (key of a half, [(one, other), ...])."""
-    if task.kind == 'bg_all_consistency':
-        return 'noise', list(combinations(NOISES, 2))
-    if task.kind == 'rir_consistency':
-        return 'room', list(combinations(ROOMS, 2))
-    couples = list(combinations(task.voices, 2))
-    alike = [(one, two) for one, two in couples if speaker.gender(one) == speaker.gender(two)]
-    choices = alike or couples
-    if task.kind == 'gender_consistency':
-        choices = [couple for couple in couples if couple not in alike]
-        if not choices:
-            fail('gender_consistency needs two voices of two genders')
-    if not choices:
-        fail('speaker_consistency needs two voices')
-    return 'voice', choices
-
-
-def consistency_items(task, speaker):
-    """A recording, and one whose second half is in another voice, of another gender, with other
-    noise or in another room, as SALMon asks it (Maimon et al. 2024). Of each text there are two
-    pairs with the two exchanged: preferring a voice, noise or room gains nothing."""
-    key, choices = swap_choices(task, speaker)
-    if text == 'toy':  # held-out stories
-        texts = (row['right'] for row in read_rows('sstory'))
-    else:
-        texts = (row[text_field] for row in read_rows(task.kind, (text_field,)))
-    for number, document in enumerate(texts):
-        found = sentences(document[:LONGEST])[:4]
-        if len(found) < 2:
-            yield dict(files=files_of(consistent=document), skip='fewer than two sentences')
-            continue
-        half = len(found) // 2
-        first, second = ' '.join(found[:half]), ' '.join(found[half : 2 * half])
-        couple = random.Random(f'{seed}/{task.kind}/{number}').choice(choices)
-        for one, two in (couple, couple[::-1]):
-            files = dict(
-                consistent=[{'text': first, key: one}, {'text': second, key: one}],
-                inconsistent=[{'text': first, key: one}, {'text': second, key: two}],
-            )
-            item = dict(files=files, alike=number)
-            if key == 'voice':
-                item['voice'] = one
-            yield item
-
-
-# -----------------------------------------------------------------------------
-# Tasks: a new one is a function like those above and an entry here
-
-CONSISTENCY = (
-    *('speaker_consistency', 'gender_consistency'),
-    *('bg_all_consistency', 'rir_consistency'),
-)
+# Tasks: a new one is a function as above and an entry here
 MAKERS = dict(
     stories=story_items,
-    prompts=story_items,
     pairs=pair_items,
-    minimal=minimal_items,
-    grammar=minimal_items,
-    sstory=minimal_items,
-    tstory=minimal_items,
+    **dict.fromkeys(('minimal', 'grammar', 'sstory', 'tstory'), minimal_items),
     blimp=blimp_items,
-    sstorycloze=cloze_items,
-    tstorycloze=cloze_items,
-    wuggy=wuggy_items,
-    **dict.fromkeys(CONSISTENCY, consistency_items),
+    **dict.fromkeys(('sstorycloze', 'tstorycloze'), cloze_items),
 )
 
 
 class Task(NamedTuple):
     kind: str  # a key of MAKERS
-    name: str  # its folder in `out`, such as grammar_unseen or salmon/rir_consistency
+    name: str  # its folder in `out`, such as grammar_unseen
     voices: list
 
-    def items(self, speaker):
-        """Yields what is to be spoken, at most `limit` items, and what is skipped."""
-        most = [limit] if limit else []
-        unseen = '_unseen' in self.name
-        if self.kind in ('wuggy', *CONSISTENCY) or text == 'toy' and unseen:
-            most += [n_suite, n_unseen] if unseen else [n_suite]
-        return islice(MAKERS[self.kind](self, speaker), min(most, default=None))
+    def items(self):
+        """Yield the items, at most `limit`."""
+        unseen = n_unseen if text == 'toy' and self.name.endswith('_unseen') else 0
+        return islice(MAKERS[self.kind](self), min(filter(None, (limit, unseen)), default=None))
 
 
 def find_tasks():
-    """The tasks that the knob `task` names; suites also in unseen voices, behind the seen ones."""
-    groups = dict(storycloze=('sstorycloze', 'tstorycloze'), salmon=CONSISTENCY)
-    speakers = {'': (voices or BACKENDS[tts].voices).split(',')}  # {end of a folder's name: voices}
-    if test_voices:
-        speakers['_unseen'] = test_voices.split(',')
-    tasks = []
-    for name in task.split(','):
-        kinds = groups.get(name, (name,))
-        if not MAKERS.keys() >= {*kinds}:
-            fail(f'no task {name!r}; there are {", ".join([*MAKERS, *groups])}')
-        for end, spoken_by in speakers.items():
-            if end and name in ('stories', 'prompts', 'pairs'):
-                continue
-            for kind in kinds:
-                folder = f'salmon{end}/{kind}' if kind in CONSISTENCY else kind + end
-                tasks.append(Task(kind, folder, spoken_by))
+    """The tasks that the knob `task` names; suites also in unseen voices, after the seen ones."""
+    tasks, seen = [], voices or BACKENDS[tts][1]
+    for name in re.sub(r'\bstorycloze\b', 'sstorycloze,tstorycloze', task).split(','):
+        if name not in MAKERS:
+            raise InputError(f'no task {name!r}; there are {", ".join(MAKERS)}, storycloze')
+        tasks.append(Task(name, name, seen.split(',')))
+        if test_voices and name not in ('stories', 'pairs'):
+            tasks.append(Task(name, f'{name}_unseen', test_voices.split(',')))
     return tasks
 
 
 # -----------------------------------------------------------------------------
-# What a voice can say
+# Text as a voice can say it
 
+# English words for signs. In other languages the signs stay: espeak knows their names
+WORDS = {
+    **{'½': 'one half', '¼': 'one quarter', '¾': 'three quarters', '⅓': 'one third'},
+    **{'⅔': 'two thirds', '²': 'squared', '³': 'cubed', '−': 'minus', '&': 'and', '%': 'percent'},
+    **{'°C': 'degrees Celsius', '°F': 'degrees Fahrenheit', '°': 'degrees', '+': 'plus'},
+    **{'<': 'less than', '>': 'greater than', '=': 'equals', '×': 'times', '№': 'number'},
+    **{'$': 'dollars', '€': 'euros', '£': 'pounds', '¥': 'yen', '₹': 'rupees', '¢': 'cents'},
+}
+SIGNS = ''.join(WORDS) + '@#§±÷≠≤≥.,!?;:\'"()-/。！？،؟।'
+KEPT = re.compile('([½¼¾⅐-⅞¹²³⁰-⁻№]+)')  # NFKC would turn 3½ into 31⁄2 and 10² into 102
+QUOTES = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', '})
 
-class Plain(dict):
-    """A table for str.translate: letters, digits and plain punctuation stay, typographic signs
-    become plain ones, what is invisible goes, everything else (brackets, markup) is a space."""
+# Markup begins with a tag name; '<b and c>' is none. <, > and = without a word on both sides are
+# quotations, arrows or lines; # without a digit is a heading
+TAG = re.compile(
+    r'<!--.*?-->|</?[a-zA-Z][\w:-]*(\s+[\w:-]+\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]+))*\s*/?>'
+)
+LINK = re.compile(r'https?://\S+|www\.\S+')
+STRAY = re.compile(r'(?<!\w)(?<!\w )[<>=]|[<>=](?! ?[\w−-])|#(?!\d)')
+POWER = re.compile(r'(?:(?<=\d)|(?<=\b\w))(?![²³](?![¹²³⁰-⁹]))[⁺⁻]?[¹²³⁰-⁹]+')
+MONEY = re.compile(r'([$€£¥₹]) ?(\d[\d,]*(?:\.\d+)?)( (?:hundred|thousand|million|billion)\b)?')
 
-    def __missing__(self, code):
-        sign = chr(code)
-        kind = unicodedata.category(sign)
-        if kind[0] in 'LNM' or sign in '.,!?;:\'"()-%&$€£+@/。！？،؟।':
-            self[code] = sign
-        else:
-            self[code] = '' if kind == 'Cf' else ' '
-        return self[code]
-
-
-PLAIN = Plain(str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', '}))
-# a full stop, question or exclamation mark and what may close after it; not that of a short form
+# Where a stop has no space after it: The end.Next | What?yes | "Go!"he
+TIGHT = re.compile(
+    r'(?<=[^\W\d_]{2}\.)(?=[A-ZÀ-ÖØ-ÞΑ-ΩА-Я](?:[^\W\d_]| ))'
+    r'|(?<=[^\W\d_][!?])(?=[^\W\d_])|(?<=[.!?]["\')])(?=\w)'
+)
+# A sentence ends at one of .!? and a closing sign, but not after an abbreviation
 SHORT = ''.join(rf'(?<!\b{name}\.)' for name in ('Mr', 'Mrs', 'Ms', 'Dr', 'St', '[A-Z]'))
 ENDS = re.compile(rf"""(?:(?<=[.!?।؟])|(?<=[.!?।؟]["')])){SHORT}\s+|(?<=[。！？])""")
+nfkc = partial(unicodedata.normalize, 'NFKC')
 
 
-def clean(document):
-    """Only what a voice can say, spaces single: no markup, links, control characters."""
-    # quotes that were read in a wrong encoding, as in TinyStories
-    document = re.sub('â€[˜™]', "'", document)
-    document = re.sub('â€[œ\x9d]?', '"', document)
-    document = unicodedata.normalize('NFKC', document)
-    document = re.sub(r'https?://\S+|www\.\S+|<[^<>]*>', ' ', document).translate(PLAIN)
-    # no space before a stop, and one stop of several
+def say_signs(document):
+    """A text with English words for its signs: $5 -> 5 dollars, 3½ -> 3 and one half."""
+    power = POWER.sub(lambda match: f' to the power of {nfkc(match[0])}', document)
+    document = MONEY.sub(lambda match: f'{match[2]}{match[3] or ""} {WORDS[match[1]]}', power)
+    document = re.sub(r'\b1 (dollar|euro|pound|rupee)s', r'1 \1', document)
+    document = re.sub(r'(?<=\d) ?(?=[½¼¾⅓⅔])', ' and ', document)
+    document = re.sub(r'(?<=\d) ?– ?(?=\d)', ' to ', document)
+    for sign, word in WORDS.items():
+        document = document.replace(sign, f' {word} ')
+    return document
+
+
+def clean(document, english=True):
+    """Only what a voice can say, with single spaces: without markup, links, control characters.
+
+    english: signs become English words.
+    """
+    # quotation marks decoded wrongly, as in TinyStories; markup, and entities such as &amp;
+    document = re.sub('â€[œ\x9d]?', '"', re.sub('â€[˜™]', "'", document))
+    document = LINK.sub(' ', TAG.sub(' ', document))
+    document = re.sub(r'&#?\w+;', lambda match: html.unescape(match[0]), document)
+    # one form of each character, and words for signs
+    parts = KEPT.split(document)
+    parts[::2] = map(nfkc, parts[::2])
+    document = STRAY.sub(' ', ''.join(parts))
+    document = (say_signs(document) if english else document).translate(QUOTES)
+    # letters, digits and signs stay, invisible characters go, all else is a space
+    kinds = {sign: unicodedata.category(sign) for sign in {*document}}
+    kept = {sign: sign if kinds[sign][0] in 'LNM' or sign in SIGNS else ' ' for sign in kinds}
+    document = ''.join(kept[sign] for sign in document if kinds[sign] != 'Cf')
+    # an ellipsis ends a sentence; no space before a stop, one stop of several, a space after it
+    document = re.sub(r'\.(\s*\.)+', '. ', document)
     document = re.sub(r'\s+([.,!?;:])', r'\1', document)
     document = re.sub(r'([.,!?;:])[.,!?;:]+', r'\1', document)
-    return ' '.join(document.split())
+    return ' '.join(TIGHT.sub(' ', document).split())
 
 
-def sentences(document, longest=300):
-    """A text, cleaned, as sentences of at most `longest` letters; [] if there is no word in it.
-
-    Longer ones are cut at a comma or space.
-    """
+def sentences(document, english=True, longest=300):
+    """A text, cleaned, as sentences of at most `longest` characters; [] if it has no word."""
     pieces = []
-    for sentence in ENDS.split(clean(document)):
-        at = 0
-        while len(sentence) - at > longest:
-            end = at + longest
-            cut = sentence.rfind(', ', at, end) + 1 or sentence.rfind(' ', at, end) + 1 or end
-            pieces.append(sentence[at:cut].strip())
-            at = cut
-        pieces.append(sentence[at:].strip())
+    for sentence in ENDS.split(clean(document, english)):
+        pieces += textwrap.wrap(sentence, longest, break_on_hyphens=False)
     return [piece for piece in pieces if any(map(str.isalnum, piece))]
 
 
 # -----------------------------------------------------------------------------
-# Voices: __init__ loads; gender(voice) is '' if not known; speak(sentence, voice, speed, pitch)
-# gives a Speech, and raises where there is no such voice. A new one is such a class and an entry in
-# BACKENDS
+# Voices: __init__ loads the network; speak(sentence, voice, speed, pitch) returns a Speech, or
+# raises an error if there is no such voice. A new one is such a class and an entry in BACKENDS
 
 
 class Speech(NamedTuple):
     wave: np.ndarray  # (samples,) float32
     rate: int  # Hz
-    times: dict  # words and phones, [[word, start s, end s], ...], if the voice tells them
+    times: dict  # words and phones, [[word, start s, end s], ...], where they are known
 
 
 def word_times(sentence, wave, rate, marks):
     """[[word, start s, end s], ...] from marks, [(character, sample), ...], where words begin.
 
-    Words without a mark share the time since the last one by letters. A word ends where its sound
-    does, not after the pause of a comma.
+    Words without a mark are interpolated by their position in the sentence. A word ends with its
+    sound, before the pause of a comma.
     """
     spans = [(match[0], *match.span()) for match in re.finditer(r'\S+', sentence)]
-    starts = []
+    known = {0: 0}
     for _, begin, end in spans:
-        starts.append(next((sample for at, sample in marks if begin <= at < end), None))
-    starts[0] = starts[0] or 0
-    starts.append(len(wave))
-    for i in range(1, len(spans)):
-        if starts[i] is None or starts[i] < starts[i - 1]:
-            later = range(i + 1, len(starts))
-            j = next(j for j in later if starts[j] is not None and starts[j] >= starts[i - 1])
-            share = len(spans[i - 1][0]) / sum(len(word) for word, _, _ in spans[i - 1 : j])
-            starts[i] = starts[i - 1] + round(share * (starts[j] - starts[i - 1]))
+        for at, sample in marks:
+            if begin <= at < end and sample >= max(known.values()):
+                known[begin] = sample
+                break
+    known[len(sentence)] = len(wave)
+    starts = np.interp([begin for _, begin, _ in spans], list(known), list(known.values()))
+    starts = [*starts.round().astype(int).tolist(), len(wave)]
 
     loud, words = np.abs(wave) > SILENCE, []
     for (word, _, _), begin, end in zip(spans, starts[:-1], starts[1:], strict=True):
@@ -786,25 +640,23 @@ RECEIVE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.P
 
 
 class Espeak:
-    """espeak-ng in this process; the library and its data come with the package espeakng-loader."""
+    """espeak-ng in this process; the package espeakng-loader brings the library and its data."""
 
     def __init__(self):
         import espeakng_loader
 
         self.path, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-        # en-gb and fr-fr are names of no file: {name: file}, that of the lowest number wins
-        ranked = []
-        lang = os.path.join(self.data, 'lang')
-        for path in filter(os.path.isfile, glob.glob(f'{glob.escape(lang)}/**', recursive=True)):
-            with open(path, encoding='utf-8') as file:
-                named = [line.split()[1:] for line in file if line.startswith('language')]
-            ranked += [(-int([*rest, 5][0]), path, name) for name, *rest in named]
-        self.files = {name: os.path.relpath(path, lang) for _, path, name in sorted(ranked)}
+        # {language: file}, since en-gb and fr-fr are not names of files
+        self.files, lang = {}, os.path.join(self.data, 'lang')
+        for path in sorted(glob.glob(f'{glob.escape(lang)}/**/*', recursive=True)):
+            with open(path if os.path.isfile(path) else os.devnull, encoding='utf-8') as file:
+                for name in re.findall(r'^language (\S+)', file.read(), re.M):
+                    self.files.setdefault(name, os.path.relpath(path, lang))
 
     @contextmanager
     def load(self, voice):
-        """Gives the library, set to a voice, and its rate in Hz; for one sentence alone, since
-        flutter and noise go on where the last one left them, even through espeak_Terminate."""
+        """The library set to a voice, and its rate in Hz. It is loaded anew for each sentence: its
+        random numbers continue from the sentence before, even through espeak_Terminate."""
         library = ctypes.CDLL(self.path)
         try:
             # 2: synchronous, buffers of 10 s; phoneme events (1) in IPA (2); never exit() (0x8000)
@@ -814,20 +666,14 @@ class Espeak:
             there = os.path.exists(os.path.join(self.data, 'voices', '!v', variant))
             set_voice = library.espeak_ng_SetVoiceByName
             if rate <= 0 or not there or all(set_voice(name.encode()) for name in names):
-                hint = 'name a language (en-us, de, fr-fr), with a variant if you like (en-us+f2)'
-                fail(f'espeak-ng has no voice {voice!r}: {hint}')
+                hint = 'name a language (en-us, de, fr-fr), optionally with a variant (en-us+f2)'
+                raise InputError(f'espeak-ng has no voice {voice!r}: {hint}')
             library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
+            library.espeak_SetPunctuationList(ctypes.c_wchar_p('<>'))  # see parameter 5 below
             yield library, rate
         finally:
             library.espeak_Terminate()
             _ctypes.dlclose(library._handle)
-
-    def gender(self, voice):
-        variant = voice.partition('+')[2]
-        if not variant:
-            return 'male'
-        with open(os.path.join(self.data, 'voices', '!v', variant), encoding='utf-8') as file:
-            return 'female' if 'gender female' in file.read() else 'male'
 
     def speak(self, sentence, voice, speed, pitch):
         chunks, events = [], []
@@ -845,8 +691,8 @@ class Espeak:
         encoded = sentence.encode() + b'\0'
         with self.load(voice) as (library, rate):
             library.espeak_SetSynthCallback(receive)
-            # words per minute, volume (at 100 some voices clip), pitch
-            for parameter, value in ((1, 175 * speed), (2, 60), (3, pitch)):
+            # words per minute; volume (at 100 some voices clip); pitch; names of < and >
+            for parameter, value in ((1, 175 * speed), (2, 60), (3, pitch), (5, 2)):
                 library.espeak_SetParameter(parameter, round(value), 0)
             # flags 1: UTF-8, and neither SSML (0x10) nor [[phonemes]] (0x100)
             library.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)
@@ -864,48 +710,20 @@ class Espeak:
         return Speech(wave, rate, dict(words=words, phones=phones))
 
 
-def fix_noise(voice, sentence):
-    """A network's noise becomes a function of the seed and of what it says alone."""
-    torch.manual_seed(zlib.crc32(f'{seed}/{voice} {sentence}'.encode()))
-
-
-def first_line(error):
-    return str(error).strip('* \n').partition('\n')[0]
-
-
 class Kokoro:
-    """The package kokoro, its 82 M parameter model; 24 kHz; word times for English.
+    """The package kokoro and its network of 82 M parameters; 24 kHz; word times for English."""
 
-    --tts_model: a hub name, or a folder of its layout (config.json, *.pth, voices/*.pt).
-    """
+    def __init__(self, name):
+        from kokoro import KModel, KPipeline
 
-    def __init__(self):
-        try:
-            from kokoro import KModel, KPipeline
-        except ImportError:
-            fail('--tts=kokoro needs its package: pip install "kokoro>=0.9"')
-        name = tts_model or BACKENDS['kokoro'].model
-        self.folder = f'{name}/voices' if os.path.isdir(name) else ''
-        files = {}
-        if self.folder:
-            weights = sorted(glob.glob(f'{glob.escape(name)}/*.pth')) or [f'{name}/*.pth']
-            files = dict(config=f'{name}/config.json', model=weights[-1])
-        try:
-            model = KModel(name, **files).to(pick_device(device)).eval()
-        except Exception as error:  # of many kinds: no such name or file, no network
-            fail(f'--tts_model={name} --device={device}: {first_line(error)}')
-        # one model for all languages; a pipeline by a voice's first letter: af_heart, a, American
+        model = KModel(name).to(pick_device(device)).eval()
+        # one network for all languages; a pipeline for each: af_heart, a, American English
         self.pipeline = cache(lambda language: KPipeline(language, name, model=model))
-
-    def gender(self, voice):
-        return dict(f='female', m='male').get(voice[1:2], '')
 
     def speak(self, sentence, voice, speed, pitch):
         waves, marks, at, end = [np.zeros(0, np.float32)], [], 0, 0
-        fix_noise(voice, sentence)
-        file = f'{self.folder}/{voice}.pt' if self.folder else voice
-        for part in self.pipeline(voice[0])(sentence, voice=file, speed=speed):
-            for token in part.tokens or ():  # punctuation is a token of its own
+        for part in self.pipeline(voice[0])(sentence, voice=voice, speed=speed):
+            for token in part.tokens or ():  # punctuation marks are tokens too
                 found = sentence.find(token.text, at)
                 if found >= 0 and token.start_ts is not None:
                     marks.append((found, end + round(24000 * token.start_ts)))
@@ -917,118 +735,61 @@ class Kokoro:
         return Speech(wave, 24000, times)
 
 
-class Transformers:
-    """transformers' VITS (facebook/mms-tts-*; no times), and FastSpeech 2 Conformer with HiFi-GAN
-    (words and phones timed by its durations). A voice is the number of a speaker."""
+class Vits:
+    """VITS of transformers (facebook/mms-tts-*); no times. A voice is the number of a speaker."""
 
-    def __init__(self):
-        import transformers
+    def __init__(self, name):
+        from transformers import VitsModel, VitsTokenizer
 
-        vits = tts == 'vits'
-        names = ('VitsModel', 'VitsTokenizer')
-        if not vits:
-            names = ('FastSpeech2ConformerWithHifiGan', 'FastSpeech2ConformerTokenizer')
-        name = tts_model or BACKENDS[tts].model
-        torch.set_float32_matmul_precision('high')  # TF32 on cuda
-        try:
-            self.device = pick_device(device)
-            model, tokenizer = (getattr(transformers, part).from_pretrained(name) for part in names)
-            self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
-        except ImportError:
-            fail('--tts=fastspeech2 needs a package for its phones: pip install g2p-en')
-        except Exception as error:  # of many kinds: no such name, file or device, no network
-            fail(f'--tts_model={name} --device={device}: {first_line(error)}')
-        config = model.config if vits else model.config.model_config
-        self.speakers = config.num_speakers or 1
-        self.speak = self.speak_vits if vits else self.speak_fastspeech2
-
-    def gender(self, voice):
-        return ''
-
-    def speaker_id(self, voice):
-        """The number of a speaker; None for a network of one. Raises InputError."""
-        if voice not in map(str, range(self.speakers)):
-            raise InputError(f'it speaks with voices 0 to {self.speakers - 1}')
-        return int(voice) if self.speakers > 1 else None
+        self.device = pick_device(device)
+        self.model = VitsModel.from_pretrained(name).to(self.device).eval()
+        self.tokenizer = VitsTokenizer.from_pretrained(name)
 
     @torch.inference_mode()
-    def speak_vits(self, sentence, voice, speed, pitch):
-        self.model.speaking_rate = self.model.config.speaking_rate * speed
-        rate = self.model.config.sampling_rate
+    def speak(self, sentence, voice, speed, pitch):
+        config = self.model.config
+        speakers = config.num_speakers or 1
+        if voice not in map(str, range(speakers)):
+            raise InputError(f'its voices are 0 to {speakers - 1}')
+        self.model.speaking_rate = config.speaking_rate * speed
         inputs = self.tokenizer(sentence, return_tensors='pt').to(self.device)
-        if not inputs['attention_mask'].any():  # not a letter of its alphabet
-            return Speech(np.zeros(0, np.float32), rate, {})
-        fix_noise(voice, sentence)
-        made = self.model(**inputs, speaker_id=self.speaker_id(voice))
-        return Speech(made.waveform[0].cpu().numpy(), rate, {})
-
-    @torch.inference_mode()
-    def speak_fastspeech2(self, sentence, voice, speed, pitch):
-        """The phones are found a word at a time, so that words have times."""
-        config = self.model.config.vocoder_config
-        hop, rate = math.prod(config.upsample_rates), getattr(config, 'sampling_rate', 22050)
-        self.model.model.config.speaking_speed = 1 / speed  # it multiplies durations
-        speaker = self.speaker_id(voice)
-        if speaker is not None:
-            speaker = torch.tensor([[speaker]], device=self.device)
-
-        phones, ends = [], [0]  # of each word
-        end = self.tokenizer.eos_token
-        for word in sentence.split():
-            found = self.tokenizer.tokenize(word)
-            phones += [phone for phone in found if phone.strip() and phone != end]
-            ends.append(len(phones))
-        tokens = self.tokenizer.convert_tokens_to_ids([*phones, end])
-        fix_noise(voice, sentence)
-        tokens = torch.tensor([tokens], device=self.device)
-        made = self.model(input_ids=tokens, speaker_ids=speaker, return_dict=True)
-
-        durations = made.duration_outputs[0].float().cpu().numpy()  # frames
-        if speed != 1:
-            durations = np.round(durations / speed)
-        seconds = [0.0, *(np.cumsum(durations) * hop / rate).tolist()]
-        spans = zip(sentence.split(), ends, ends[1:], strict=False)
-        times = dict(
-            words=[[word, seconds[first], seconds[last]] for word, first, last in spans],
-            phones=[[p, *seconds[i : i + 2]] for i, p in enumerate(phones) if p.isalnum()],
-        )
-        return Speech(made.waveform[0].cpu().numpy(), rate, times)
+        if not inputs['attention_mask'].any():  # no letter of its alphabet
+            return Speech(np.zeros(0, np.float32), config.sampling_rate, {})
+        made = self.model(**inputs, speaker_id=int(voice) if speakers > 1 else None)
+        return Speech(made.waveform[0].cpu().numpy(), config.sampling_rate, {})
 
 
-# What --tts names: the class, its usual voices, and its network, which runs in one process; what
-# has none runs in all `workers`. espeak: a path below its lang/ loads ten times as fast as a name
-# (en-us). kokoro: SpokenSwag's voices
-Backend = namedtuple('Backend', 'speaker voices model', defaults=('',))
+# The values of --tts: class, default voices, default network, and which networks and voices speak
+# English. espeak: a path below its lang/ loads ten times as fast as a name (en-us)
 BACKENDS = dict(
-    espeak=Backend(Espeak, 'gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph'),
-    kokoro=Backend(Kokoro, 'af_heart,am_fenrir,bf_emma,bm_george', 'hexgrad/Kokoro-82M'),
-    vits=Backend(Transformers, '0', 'facebook/mms-tts-eng'),
-    fastspeech2=Backend(Transformers, '0', 'espnet/fastspeech2_conformer_with_hifigan'),
+    espeak=(Espeak, 'gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph', '', r' (gmw/)?en\b'),
+    kokoro=(Kokoro, 'af_heart,am_fenrir,bf_emma,bm_george', 'hexgrad/Kokoro-82M', r'.* [ab]'),
+    vits=(Vits, '0', 'facebook/mms-tts-eng', r'.*eng/? '),
 )
 
 
+def load_speaker(wanted):
+    """An object of the class that --tts names, which speaks with the wanted voices."""
+    kind, _, network, _ = BACKENDS[tts]
+    name = tts_model or network
+    with reading(f'--tts={tts} --tts_model={name}'):
+        speaker = kind(name) if network else kind()
+    for voice in sorted(wanted):
+        with reading(f'--voices={voice} of {tts}'):
+            speaker.speak('a', voice, 1.0, 50)
+    return speaker
+
+
 # -----------------------------------------------------------------------------
-# Waves
+# Speaking an item
 
 
-def trim(speech):
-    """A Speech, not silent, at 16 kHz without silence at its ends, followed by the pause and in
-    whole frames."""
-    sounding = np.flatnonzero(np.abs(speech.wave) > SILENCE)
-    start = float(sounding[0] / speech.rate)
-    wave = speech.wave[sounding[0] : sounding[-1] + 1]
-    wave = resample(wave, speech.rate, SAMPLE_RATE).numpy()
-    seconds = len(wave) / SAMPLE_RATE
-    times = {
-        key: [[name, *(min(max(t - start, 0), seconds) for t in span)] for name, *span in found]
-        for key, found in speech.times.items()
-    }
-    length = math.ceil((len(wave) + round(pause * SAMPLE_RATE)) / GRID) * GRID
-    return Speech(np.pad(wave, (0, length - len(wave))), SAMPLE_RATE, times)
+class Skip(Exception):
+    """Why an item is not spoken."""
 
 
 def join(speeches):
-    """Speeches at 16 kHz, one after the other; times only of what all of them tell."""
+    """Speeches at 16 kHz, one after the other; with the times that all of them have."""
     times = {key: [] for key in ('words', 'phones') if all(key in s.times for s in speeches)}
     at = 0.0
     for speech in speeches:
@@ -1039,368 +800,227 @@ def join(speeches):
     return Speech(np.concatenate([speech.wave for speech in speeches]), SAMPLE_RATE, times)
 
 
-@cache
-def room_response(room):
-    """(samples,): the direct sound, and noise that decays by 60 dB in the room's seconds."""
-    seconds, energy = ROOMS[room]
-    t = np.arange(1, int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-    tail = np.random.default_rng(zlib.crc32(room.encode())).standard_normal(len(t))
-    tail *= 10 ** (-3 * t / seconds)
-    tail *= math.sqrt(energy / np.sum(tail**2))
-    return np.concatenate([[1.0], tail])
-
-
-def add_room(wave, room):
-    """(samples,) as it sounds in a room, cut to its length, as loud as before."""
-    response = room_response(room)
-    size = 1 << (len(wave) + len(response)).bit_length()
-    heard = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(response, size), size)[: len(wave)]
-    return (heard * math.sqrt(np.mean(wave**2) / np.mean(heard**2))).astype(np.float32)
-
-
-def add_noise(wave, noise, what):
-    """(samples,) with noise 10 dB below it, whose draw is a function of the seed and of `what`."""
-    draw = np.random.default_rng(zlib.crc32(f'{seed}/{what}/{noise}'.encode()))
-    spectrum = np.fft.rfft(draw.standard_normal(len(wave)))
-    spectrum[1:] *= np.arange(1.0, len(spectrum)) ** NOISES[noise]
-    spectrum[0] = 0
-    sound = np.fft.irfft(spectrum, len(wave))
-    level = math.sqrt(np.mean(wave**2) / np.mean(sound**2)) * 10 ** (-10 / 20)
-    return (wave + level * sound).astype(np.float32)
-
-
-def save_wave(path, wave):
-    """16-bit audio, whole or not at all. Louder than full scale is scaled down, never clipped."""
-    samples = np.round(wave * (32767 / max(1.0, float(np.abs(wave).max())))).astype(np.int16)
-    kind = path.rpartition('.')[2]
-    options = dict(compression_level=0.0) if kind == 'flac' else {}
-    buffer = io.BytesIO()  # soundfile names no full disk
-    soundfile.write(buffer, samples, SAMPLE_RATE, format=kind, subtype='PCM_16', **options)
-    with write_atomic(path, 'wb') as file:
-        file.write(buffer.getbuffer())
-
-
-# -----------------------------------------------------------------------------
-# An item spoken
-
-
-class Skip(Exception):
-    """Why an item is not spoken."""
-
-
 @lru_cache(100)  # the files of an item share sentences
 def speak_sentence(sentence, voice, speaker):
-    """A sentence as Speech at 16 kHz; None if there is nothing to hear."""
-    own = random.Random(f'{seed}/{voice}')  # a voice has a pace and a pitch of its own
+    """A sentence as Speech at 16 kHz: without silence at its ends, followed by the pause, padded to
+    whole frames. None if it is silent."""
+    # each voice has its own speed and pitch; the noise of a network depends on the sentence only
+    own = random.Random(f'{seed}/{voice}')
     how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
-    speech = speaker.speak(sentence, voice, *how)
-    return trim(speech) if np.abs(speech.wave).max(initial=0) > SILENCE else None
+    torch.manual_seed(zlib.crc32(f'{seed}/{voice} {sentence}'.encode()))
+    wave, rate, times = speaker.speak(sentence, voice, *how)
+    sounding = np.flatnonzero(np.abs(wave) > SILENCE)
+    if not len(sounding):
+        return None
+    wave = torch.from_numpy(wave[sounding[0] : sounding[-1] + 1])
+    wave = resample(wave, rate, SAMPLE_RATE).numpy()
 
+    def inside(t):
+        return min(max(t - float(sounding[0] / rate), 0), len(wave) / SAMPLE_RATE)
 
-def speak_piece(piece, voice, draw, speaker):
-    """(text, Speech) of a piece, in its room and noise. Raises Skip."""
-    heard = []
-    for sentence in sentences(piece['text']):
-        speech = speak_sentence(sentence, piece.get('voice', voice), speaker)
-        if speech:
-            heard.append((sentence, speech))
-    if not heard:
-        raise Skip('nothing to say')
-    speech = join([speech for _, speech in heard])
-    wave = speech.wave
-    if 'room' in piece:
-        wave = add_room(wave, piece['room'])
-    if 'noise' in piece:
-        wave = add_noise(wave, piece['noise'], draw)
-    return ' '.join(sentence for sentence, _ in heard), speech._replace(wave=wave)
-
-
-def first_seconds(said, speech):
-    """(text, Speech): the beginning of one, with the words that are whole in it, if known."""
     times = {
-        key: [span for span in found if span[2] <= prompt_seconds]
-        for key, found in speech.times.items()
+        key: [[name, inside(start), inside(end)] for name, start, end in found]
+        for key, found in times.items()
     }
-    if 'words' in times:
-        said = ' '.join(word for word, _, _ in times['words'])
-    return said, Speech(speech.wave[: round(prompt_seconds * SAMPLE_RATE)], SAMPLE_RATE, times)
+    length = math.ceil((len(wave) + round(pause * SAMPLE_RATE)) / GRID) * GRID
+    return Speech(np.pad(wave, (0, length - len(wave))), SAMPLE_RATE, times)
 
 
-def speak_item(n, item, voice, speaker):
-    """{role: (text, Speech)} of an item. Raises Skip."""
-    if 'skip' in item:
-        raise Skip(item['skip'])
-    if sum(map(len, item_texts(item))) > LONGEST:
-        raise Skip(f'longer than {LONGEST:,} letters')
+def speak_text(document, voice, speaker):
+    """(text as spoken, Speech). Raises Skip."""
+    if len(document) > LONGEST:
+        raise Skip(f'longer than {LONGEST:,} characters')
+    _, _, network, english = BACKENDS[tts]
+    english = bool(re.match(english, f'{tts_model or network} {voice}'))
     spoken = {}
-    for role, pieces in item['files'].items():
-        made = [speak_piece(piece, voice, f'{n}/{i}', speaker) for i, piece in enumerate(pieces)]
-        texts, speeches = zip(*made, strict=True)
-        spoken[role] = ' '.join(texts), join(speeches)
-    waves = [speech.wave for _, speech in spoken.values()]
-    if len(waves) == 2 and np.array_equal(*waves):
-        raise Skip('both sound the same')
-    return spoken
-
-
-def place_of(kind, n, role, count):
-    """Where in the task's folder a file of item n lies, at most 1,000 a folder, gold.csv among
-    them. ZeroSpeech and SALMon have no sub-folders: as many as may stand there without."""
-    files = 999 if kind in LAYOUT else 1000  # the other is gold.csv
-    folder = f'{n // (files // count):03d}'
-    if kind in CONSISTENCY:
-        name = f'sample_{n}_{role}.wav'
-    elif kind in LAYOUT:
-        name = f'{n:06d}_{role}.wav'
-    else:
-        name = f'{n:06d}_{role}.flac' if role else f'{n:06d}.flac'
-    if folder == '000' and name.endswith('.wav'):
-        folder = ''
-    return os.path.join(LAYOUT.get(kind, ''), folder, name)
+    for i, sentence in enumerate(sentences(document, english)):
+        speech = speak_sentence(sentence, voice, speaker)
+        if speech:
+            spoken[i] = sentence, speech
+    if not spoken:
+        raise Skip('with nothing to say')
+    said, speeches = zip(*spoken.values(), strict=True)
+    return ' '.join(said), join(speeches)
 
 
 def make_rows(n, item, task, speaker):
-    """Speaks an item and saves its audio -> (rows of the manifest, seconds). Raises Skip."""
-    about = {key: item[key] for key in item if key not in ('files', 'alike')}
+    """Speak item n and save its audio -> (rows of the manifest, seconds). Raises Skip."""
+    if item.get('skip'):
+        raise Skip(item['skip'])
+    # the voice and the split depend on the seed and the item only
+    about = {key: item[key] for key in item if key not in ('texts', 'alike', 'skip')}
     drawn = random.Random(f'{seed}/{task.name}/{item.get("alike", n)}').choice(task.voices)
     about.setdefault('voice', drawn)
     if about.pop('split', False):
         held_out = random.Random(f'{seed}/{task.name}/{n}/split').random() < val_share
         about['split'] = 'val' if held_out else 'train'
 
+    # a file for each role; only ZeroSpeech's layout has all files in one folder
+    texts, voice = item['texts'], about['voice']
+    spoken = {role: speak_text(text, voice, speaker) for role, text in texts.items()}
+    waves = [speech.wave for _, speech in spoken.values()]
+    if len(waves) == 2 and np.array_equal(*waves):
+        raise Skip('whose two texts sound the same')
     rows, seconds = {}, 0.0
-    for role, (said, speech) in speak_item(n, item, about['voice'], speaker).items():
-        if task.kind == 'prompts':
-            said, speech = first_seconds(said, speech)
-        path = place_of(task.kind, n, role, len(item['files']))
-        save_wave(os.path.join(out, task.name, path), speech.wave)
+    for role, (said, speech) in spoken.items():
+        name = f'{n:06d}' + f'_{role}' * bool(role)
+        blimp = task.kind == 'blimp'
+        path = f'{GOLD_FOLDER}/{name}.wav' if blimp else f'{n // 500:03d}/{name}.flac'
+        save_audio(os.path.join(out, task.name, path), speech.wave)
         length = round(len(speech.wave) / SAMPLE_RATE, 3)
         seconds += length
         rows[role] = dict(path=path, text=said, seconds=length, **speech.times)
         if role and task.kind != 'pairs':
-            rows[role]['correct'] = role in ('correct', 'consistent')
+            rows[role]['correct'] = role == 'correct'
     if task.kind == 'pairs':  # a preference pair is one row
-        rows = [{f'{role}_{key}': row[key] for role, row in rows.items() for key in row}]
-    else:
-        rows = list(rows.values())
-    return [row | about for row in rows], seconds
+        rows = {'': {f'{role}_{key}': row[key] for role, row in rows.items() for key in row}}
+    return [row | about for row in rows.values()], seconds
 
 
 # -----------------------------------------------------------------------------
-# The work: parts of a task, each done when its file parts/00012.jsonl is there. Its first line
-# counts, the others are rows of manifest.jsonl, or of skipped.jsonl: those that have a reason
-
-
-def to_json(row):
-    """A line of JSON; half of a surrogate pair, which no UTF-8 can hold, becomes '?'."""
-    return json.dumps(row, ensure_ascii=False).encode(errors='replace').decode() + '\n'
+# The work: part n of a task is done when parts/0000n.jsonl exists. Its first line counts, the
+# others are rows of manifest.jsonl or, with a reason, of skipped.jsonl
 
 
 def part_path(task, number):
     return os.path.join(out, task.name, 'parts', f'{number:05d}.jsonl')
 
 
-def do_part(number, items, task, speaker):
-    """Speaks the items of a part, [(number, item), ...], and writes its file -> seconds."""
-    lines, total = [], dict(items=len(items), skipped=0, seconds=0.0)
-    for n, item in items:
-        try:
-            rows, seconds = make_rows(n, item, task, speaker)
-            lines += rows
-            total['seconds'] += seconds
-        except Skip as reason:
-            unsaid = ' | '.join(item_texts(item))[:1000]
-            lines.append(dict(n=n, reason=str(reason), text=unsaid))
-            total['skipped'] += 1
-    with write_atomic(part_path(task, number)) as file:
-        for line in (total, *lines):
-            file.write(to_json(line))
-    return total['seconds']
-
-
-class Parts(IterableDataset):
-    """The parts of a task -> the seconds spoken for each, 0 where its file was there. Worker i of n
-    takes parts i, i + n, ...; what ends it is handed to the parent."""
-
-    def __init__(self, task, speaker):
-        self.task, self.speaker = task, speaker
-
-    def __iter__(self):
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        items = enumerate(self.task.items(self.speaker))
-        for number in count():
-            part = list(islice(items, PART))
-            if not part:
-                return
-            if number % step != first:
-                continue
+def work(task, speaker, numbers, quiet=False):
+    """Make some parts of a task, each of which is a file of its own."""
+    items = enumerate(task.items())
+    at = 0
+    for number in tqdm(numbers, desc=task.name, unit=' parts', disable=quiet):
+        part = list(islice(items, PART * (number - at), PART * (number - at + 1)))
+        at = number + 1
+        lines, total = [], dict(items=len(part), skipped=0, seconds=0.0)
+        for n, item in part:
             try:
-                there = os.path.exists(part_path(self.task, number))
-                yield 0.0 if there else do_part(number, part, self.task, self.speaker)
-            except (OSError, InputError) as error:
-                yield error
+                rows, seconds = make_rows(n, item, task, speaker)
+                lines += rows
+                total['seconds'] += seconds
+            except Skip as reason:
+                unsaid = ' | '.join(item['texts'].values())[:1000]
+                lines.append(dict(n=n, reason=str(reason), text=unsaid))
+                total['skipped'] += 1
+        with write_atomic(part_path(task, number)) as file:
+            file.writelines(json.dumps(row) + '\n' for row in (total, *lines))
 
 
-def begin_worker(number):
-    start_worker()
+def share_work(task, speaker, missing):
+    """Make the missing parts in worker processes, each takes every n-th. A network speaks in this
+    process."""
+    processes = min(workers or os.cpu_count(), len(missing))
+    if BACKENDS[tts][2] or processes < 2:
+        return work(task, speaker, missing) if missing else None
+
+    def worker(number):
+        start_worker()
+        try:
+            work(task, speaker, missing[number::processes], quiet=number > 0)
+        except (OSError, InputError) as error:  # one line, and exit code 2
+            report_error(type(error), error, error.__traceback__)
+
+    context = multiprocessing.get_context('fork')  # it shares what is loaded
+    group = [context.Process(target=worker, args=(n,), daemon=True) for n in range(processes)]
+    for process in group:
+        process.start()
+    while alive := [process.sentinel for process in group if process.is_alive()]:
+        multiprocessing.connection.wait(alive)
+        codes = {process.exitcode for process in group} - {0, None}
+        if codes:  # the other workers end with this process
+            message = 'a worker was killed (no memory left?): run the same command to continue'
+            raise SystemExit(2) if 2 in codes else InputError(message)
 
 
-def do_parts(task, speaker, parts):
-    """Yields after each part of a task its seconds; a network speaks here, others in workers."""
-    processes = 0 if BACKENDS[tts].model else min(workers or os.cpu_count(), parts)
-    loader = DataLoader(
-        Parts(task, speaker),
-        batch_size=None,
-        num_workers=processes,
-        worker_init_fn=begin_worker,
-        multiprocessing_context='fork' if processes else None,  # it takes what is loaded along
-        in_order=False,
-    )
-    try:
-        for result in loader:
-            if isinstance(result, Exception):
-                raise result
-            yield result
-    except RuntimeError as error:
-        if 'DataLoader worker' not in str(error):
-            raise
-        hint = 'run the same command to continue, with fewer --workers'
-        fail(f'a worker was killed (no memory left?): {hint}')
-
-
-def join_parts(task, parts):
-    """Joins the parts in order into manifest.jsonl and skipped.jsonl, and gold.csv where the layout
-    has one -> their counts added up."""
-    total, gold, folder = Counter(), [], os.path.join(out, task.name)
-    manifest, skipped = (os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped'))
-    with write_atomic(manifest) as manifest_file, write_atomic(skipped) as skipped_file:
+def merge_parts(task, parts):
+    """Merge the parts in order into manifest.jsonl and skipped.jsonl, and gold.csv of blimp ->
+    their counts added up, and the number of items skipped for each reason."""
+    total, reasons, folder = Counter(), Counter(), os.path.join(out, task.name)
+    names = [os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped')]
+    with write_atomic(names[0]) as manifest, write_atomic(names[1]) as skipped:
         for number in range(parts):
             rows = (row for _, row in read_jsonl(part_path(task, number)))
             total.update(next(rows))
             for row in rows:
-                (skipped_file if 'reason' in row else manifest_file).write(to_json(row))
-                if task.kind in GOLD and 'reason' not in row:
-                    gold.append(gold_row(row, LAYOUT[task.kind]))
-    if task.kind in GOLD:
-        with write_atomic(os.path.join(folder, LAYOUT[task.kind], 'gold.csv')) as file:
-            writer = csv.DictWriter(file, GOLD[task.kind], extrasaction='ignore')
+                reasons.update([row['reason']] if 'reason' in row else [])
+                (skipped if 'reason' in row else manifest).write(json.dumps(row) + '\n')
+    if task.kind == 'blimp':
+        with write_atomic(os.path.join(folder, GOLD_FOLDER, 'gold.csv')) as file:
+            writer = csv.DictWriter(file, GOLD, extrasaction='ignore')
             writer.writeheader()
-            writer.writerows(gold)
-    return total
+            for _, row in read_jsonl(names[0]):
+                more = dict(filename=row['path'].removeprefix(GOLD_FOLDER + '/')[:-4])
+                more |= dict(transcription=row['text'], correct=int(row['correct']))
+                writer.writerow(row | more)
+    return total, reasons
 
 
-def gold_row(row, layout):
-    """A manifest row as gold.csv has it."""
-    phones = [phone for phone, _, _ in row.get('phones', ())]
-    name = os.path.relpath(os.path.splitext(row['path'])[0], layout)
-    more = dict(phones=' '.join(phones), length=len(phones) or len(row['text']))
-    return row | more | dict(filename=name, correct=int(row['correct']), transcription=row['text'])
+def plan_task(task):
+    """(parts, settings) of a task: what its audio depends on, with a hash of all its text.
 
-
-# -----------------------------------------------------------------------------
-# What the user asks for
-
-
-def check_knobs(config):
-    """Ends the run at a knob that is out of its range."""
-    if tts not in BACKENDS:
-        fail(f'--tts={tts}: expected {", ".join(BACKENDS)}')
-    for knob, least in (('limit', 0), ('pause', 0), ('workers', 0), ('prompt_seconds', 0.1)):
-        if not least <= config[knob] < math.inf:
-            fail(f'--{knob}={config[knob]}: expected {least} or more')
-    for knob, low, high, example in (('speed', 0.1, 10, '0.9-1.1'), ('pitch', 0, 99, '40-60')):
-        found = re.fullmatch(r'(\d+\.?\d*)-(\d+\.?\d*)', config[knob])
-        if not found or not all(low <= float(end) <= high for end in found.groups()):
-            expected = f'expected a range within {low} and {high}, such as {example}'
-            fail(f'--{knob}={config[knob]}: {expected}')
-
-
-def check_settings(task, settings):
-    """Ends the run if a task's folder holds speech made with other settings."""
+    Raises InputError if its folder holds speech made with others.
+    """
+    items, digest = 0, ''
+    for item in task.items():
+        items, digest = items + 1, content_hash(digest, item)
+    if not items:
+        raise InputError(f'{text}: no text in it for task {task.kind}')
+    settings = dict(text=digest, tts=tts, tts_model=tts_model, voices=task.voices)
+    settings |= dict(speed=speed, pitch=pitch, pause=pause, seed=seed, val_share=val_share)
     folder = os.path.join(out, task.name)
     if glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
-        with open(os.path.join(folder, 'parts', 'settings.json'), encoding='utf-8') as file:
-            old = json.load(file)
-        changed = [key for key in settings if settings[key] != old.get(key)]
+        old = read_json(os.path.join(folder, 'parts', 'settings.json'))
+        changed = ', '.join(key for key in settings if settings[key] != old.get(key))
         if changed:
-            made = f'{folder} holds speech made with other {", ".join(changed)}'
-            fail(f'{made}: choose another --out, or remove it')
+            hint = 'choose another --out, or remove it'
+            raise InputError(f'{folder} holds speech made with other {changed}: {hint}')
+    return math.ceil(items / PART), settings
 
 
-def check_voices(speaker, wanted):
-    """Ends the run at a voice that is not there; loads a network's, before it is needed."""
-    for voice in sorted(wanted):
-        try:
-            speaker.speak('a', voice, 1.0, 50)
-        except Exception as error:  # of many kinds
-            fail(f'--voices={voice}: {tts} does not speak with it: {first_line(error)}')
+def run_task(task, parts, settings, speaker):
+    """Make the missing parts of this shard, and merge all parts if none is missing then."""
+    began, folder = time.time(), os.path.join(out, task.name)
+    with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
+        json.dump(settings, file)
+    first, step = map(int, shard.split('/')) if shard else (0, 1)
+    missing = [n for n in range(first, parts, step) if not os.path.exists(part_path(task, n))]
+    share_work(task, speaker, missing)
+    left = sum(not os.path.exists(part_path(task, number)) for number in range(parts))
+    if left:
+        return log(f'{task.name}: shard {shard} is done; {left} of {parts} parts are missing')
 
-
-def count_parts(task, speaker):
-    """How many parts a task has; ends the run if there is nothing to say."""
-    parts = math.ceil(sum(1 for _ in task.items(speaker)) / PART)
-    if not parts:
-        fail(f'{text}: no text in it for task {task.kind}')
-    return parts
-
-
-def run_task(task, parts, speaker):
-    """Makes a task's speech, what is not there of it -> what summary.json says."""
-    began, spoken = time.time(), 0.0
-    with tqdm(total=parts, desc=task.name, unit=' parts') as bar:
-        for seconds in do_parts(task, speaker, parts):
-            spoken += seconds
-            rate = spoken / (time.time() - began)
-            bar.set_postfix_str(f'{spoken / 3600:.2f} h, {rate:.0f} x real time', refresh=False)
-            bar.update()
-
-    total = join_parts(task, parts)
-    hours, spent = total.pop('seconds') / 3600, time.time() - began
-    return dict(total, hours=hours, seconds=spent, x_real_time=spoken / spent)
-
-
-def print_summary(task, made):
-    """The last line of a task."""
-    line = (
-        f'{task.name}: {made["items"]:,} items, {made["hours"]:.2f} h, {made["skipped"]} skipped '
+    total, reasons = merge_parts(task, parts)
+    spent, hours = time.time() - began, total.pop('seconds') / 3600
+    rate = 3600 * hours * len(missing) / parts / spent
+    made = dict(total, hours=hours, seconds=spent, x_real_time=rate, reasons=reasons)
+    with write_atomic(os.path.join(folder, 'summary.json')) as file:
+        json.dump(dict(made, settings=settings), file)
+    why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none skipped'
+    log(
+        f'{task.name}: {total["items"]:,} items, {hours:.2f} h, skipped: {why}; '
+        f'{spent:.1f} s, {rate:.0f} x real time'
     )
-    line += f'in {made["seconds"]:.1f} s, {made["x_real_time"]:.0f} x real time'
-    written = [path for path in text_files() if path.endswith('.txt')]
-    if written and task.kind in ('stories', 'prompts'):
-        between = separator_of(written[0])
-        separates = f'{between!r} separates' if between else 'blank lines separate'
-        line += f'; {made["items"]:,} stories: {separates} them, --separator changes that'
-    print(line, flush=True)
 
 
 if __name__ == '__main__':
     config = configure(globals())
-    check_knobs(config)
+    if tts not in BACKENDS:
+        fail(f'--tts={tts}: expected {", ".join(BACKENDS)}')
 
-    # what the speech depends on: it may not change in a folder that holds some
-    free = ('out', 'task', 'workers', 'device', 'voices', 'test_voices')
-    settings = {key: value for key, value in config.items() if key not in free}
-    settings['text_bytes'] = sum(map(os.path.getsize, text_files()))
-
-    # what is there already, and what cannot be made, is said before anything is spoken
+    # Read all text first, and compare it with what is there: mistakes end the run before it speaks
     todo = []
     for wanted in find_tasks():
-        check_settings(wanted, settings | dict(voices=wanted.voices))
+        parts, settings = plan_task(wanted)
         if os.path.exists(os.path.join(out, wanted.name, 'summary.json')):
-            print(f'{wanted.name}: already in {out}/{wanted.name}, nothing to do')
+            log(f'{wanted.name}: already in {out}/{wanted.name}, nothing to do')
         else:
-            todo.append(wanted)
-    speaker = BACKENDS[tts].speaker() if todo else None
-    check_voices(speaker, {voice for wanted in todo for voice in wanted.voices})
-    counts = [count_parts(wanted, speaker) for wanted in todo]
+            todo.append((wanted, parts, settings))
 
-    # one task after the other; its folder tells what the speech was made with
-    for wanted, parts in zip(todo, counts, strict=True):
-        made_with = settings | dict(voices=wanted.voices)
-        with write_atomic(os.path.join(out, wanted.name, 'parts', 'settings.json')) as file:
-            file.write(to_json(made_with))
-        made = run_task(wanted, parts, speaker) | dict(settings=made_with)
-        with write_atomic(os.path.join(out, wanted.name, 'summary.json')) as file:
-            file.write(to_json(made))
-        print_summary(wanted, made)
+    # Load the voices once; worker processes share them
+    if todo:
+        speaker = load_speaker({voice for wanted, _, _ in todo for voice in wanted.voices})
+
+    # One task after the other
+    for wanted, parts, settings in todo:
+        run_task(wanted, parts, settings, speaker)
