@@ -24,28 +24,25 @@ A suite NAME_unseen beside NAME is scored too. For interleaved models NAME_to_te
 NAME_from_text score the endings of stories in the other modality than their beginnings; these need
 the words and their times in manifest.jsonl.
 
-A task that cannot run is reported as 'not run' with the reason, and the exit code is 2.
+All that is asked for is looked for before anything is computed; what is missing ends the run.
 """
 
-from config import configure, fail
+from config import configure
 
-import base64
 import csv
 import glob
-import io
 import json
 import os
 import re
-import sys
 import time
 import urllib.request
-from bisect import bisect_right
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import combinations, product
 
 import numpy as np
+import soundfile
 import torch
 from tqdm import tqdm
 
@@ -103,7 +100,7 @@ judge = ''  # gptscore's: an OpenAI-compatible URL, such as http://localhost:800
 judge_model = 'gpt-4o'  # the judge's name there; the key is read from $OPENAI_API_KEY
 # what is written
 out = 'out/eval.json'  # beside it NAME.pairs.jsonl, every pair's scores, and eval_cache/, the units
-html = ''  # a self-contained page: table, figures, prompts to listen to
+html = ''  # a self-contained page: table and figures
 paper = (
     'results'  # rows of config/paper.csv: results, peers, data, context (comma-separated) or all
 )
@@ -118,22 +115,15 @@ SALMON = (
     *('bg_alignment', 'bg_all_consistency', 'bg_domain_consistency', 'gender_consistency'),
     *('rir_consistency', 'sentiment_alignment', 'sentiment_consistency', 'speaker_consistency'),
 )
-LABELS = dict(  # of columns, where they differ from the task's name
-    sblimp='sBLIMP',
-    swuggy='sWUGGY, all',
-    swuggy_in_vocabulary='sWUGGY, in vocabulary',
-    sstorycloze='sSC',
-    tstorycloze='tSC',
-)
+# titles of columns, where they differ from the task's name
+LABELS = dict(sblimp='sBLIMP', swuggy='sWUGGY, all', sstorycloze='sSC', tstorycloze='tSC')
+LABELS['swuggy_in_vocabulary'] = 'sWUGGY, in vocabulary'
 # suffixes of a task's name for endings in the other modality than the beginnings
 CROSSINGS = {'_to_text': ', speech → text', '_from_text': ', text → speech'}
-# what GenPPL and auto-BLEU of the paper were measured with (section 4 and Table 6)
-PAPER_SAMPLING = dict(
-    prompt_seconds=3.0, max_new_tokens=150, temperature=0.8, top_k=25, top_p=1.0, n_prompts=1000
-)
-SMALL = 50  # a score of fewer pairs is marked as such
+# GenPPL and auto-BLEU of the paper were measured with these defaults (section 4 and Table 6)
+PROTOCOL = ('prompts', 'n_prompts', 'prompt_seconds', 'max_new_tokens', 'temperature', 'top_k')
+PROTOCOL = {name: globals()[name] for name in (*PROTOCOL, 'top_p', 'repetition_penalty', 'asr')}
 MUCH_CUT, MUCH_BROKEN = 0.01, 0.05  # shares of cut pairs, and of short or looping transcripts
-BANDS = ('oov', '1-5', '6-20', '21-100', '>100')  # how often a word occurs in LibriSpeech
 JUDGE = r"""A speech model heard the beginning of a recording and went on speaking. Below are the
 transcripts of both. Judge how relevant the continuation is to the beginning and how likely it is to
 follow it, on a scale from 1 (very unlikely and irrelevant) to 5 (very likely and highly relevant).
@@ -219,40 +209,36 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def list_table(path):
-    """Pairs of a .csv or .jsonl: the columns correct and incorrect (paths, from the file's folder),
-    type and voice. Raises InputError naming the line."""
-    pairs = []
-    for line, row in enumerate(read_csv(path), 2) if path.endswith('.csv') else read_jsonl(path):
-        names = row.get('correct'), row.get('incorrect')
-        if not all(isinstance(name, str) for name in names):
-            raise InputError(f'{path}, line {line}: expected correct and incorrect, paths of audio')
-        pos, neg = (Clip((os.path.join(os.path.dirname(path), name),)) for name in names)
-        pairs.append(make_pair(row.get('id', line), pos, neg, row))
-    return pairs
+def list_table(where, cache):
+    """Pairs of a table: .csv or .jsonl with the columns correct and incorrect (paths, from the
+    file's folder), or parquet with positive_audio and negative_audio (bytes); type and voice.
 
-
-def list_parquet(where, cache):
-    """Pairs of rows with positive_audio and negative_audio, dict(bytes, path) each.
-
-    The audio is unpacked in the folder `cache` under the hash of its content, so that a corrected
-    file at the same path is never scored from an old copy. Raises InputError naming the row.
+    Audio in bytes is unpacked in the folder `cache` under the hash of its content, so that a
+    corrected file at the same path is never scored from an old copy. Raises InputError for a row
+    without both sides.
     """
+    if where.endswith('.csv'):
+        rows = enumerate(read_csv(where), 2)
+    else:
+        rows = read_jsonl(where) if where.endswith('.jsonl') else enumerate(read_parquet(where), 1)
     pairs = []
-    for i, row in enumerate(read_parquet(where)):
+    for line, row in rows:
         clips = []
-        for side in ('positive_audio', 'negative_audio'):
-            audio = (row.get(side) or {}).get('bytes')
-            if not audio:
-                wanted = 'expected bytes in positive_audio and negative_audio'
-                raise InputError(f'{where}, row {i}: {wanted}')
-            file = os.path.join(cache, 'audio', content_hash(audio) + '.wav')
-            if not os.path.exists(file):
-                with write_atomic(file, 'wb') as unpacked:
-                    unpacked.write(audio)
-            clips.append(Clip((file,)))
-        about = dict(voice=row.get('speaker') or row.get('voice'), type=row.get('type'))
-        pairs.append(make_pair(row.get('id', i), *clips, about | dict(text=row.get('text'))))
+        for side in (('correct', 'positive_audio'), ('incorrect', 'negative_audio')):
+            path, audio = (row.get(name) for name in side)
+            if audio and audio.get('bytes'):
+                path = os.path.join(cache, 'audio', content_hash(audio['bytes']) + '.wav')
+                if not os.path.exists(path):
+                    with write_atomic(path, 'wb') as file:
+                        file.write(audio['bytes'])
+            elif isinstance(path, str):
+                path = os.path.join(os.path.dirname(where), path)
+            else:
+                wanted = 'a path in {} or bytes in {}'.format(*side)
+                raise InputError(f'{where}, line {line}: expected {wanted}')
+            clips.append(Clip((path,)))
+        about = row | dict(voice=row.get('voice') or row.get('speaker'))
+        pairs.append(make_pair(row.get('id', line), *clips, about))
     return pairs
 
 
@@ -268,34 +254,30 @@ def list_zerospeech(root, kind, split):
     if not os.path.exists(gold):
         wanted = f'the data as unpacked, {kind}/{split}/gold.csv with its .wav files'
         raise InputError(f'{gold} is missing; expected {wanted}')
-    columns = ['id', 'filename', 'voice', 'correct']
-    columns += ['frequency', 'length'] if lexical else ['type', 'subtype']
-    paths = {os.path.splitext(os.path.relpath(f, folder))[0]: f for f in find_audio(folder)}
-    paths = {os.path.basename(stem): path for stem, path in paths.items()} | paths
+    clips = {os.path.basename(os.path.splitext(f)[0]): Clip((f,)) for f in find_audio(folder)}
 
     # {(id, voice): (correct rows, wrong rows)}; a word has several non-words
-    groups = defaultdict(lambda: ([], []))
+    groups, pairs = defaultdict(lambda: ([], [])), []
+    columns = ['id', 'filename', 'voice', 'correct', *(['frequency'] if lexical else ['type'])]
     for line, row in enumerate(read_csv(gold), 2):
         if any(row.get(name) is None for name in columns):
             wanted = f'expected the columns {", ".join(columns)}'
             raise InputError(f'{gold}, line {line}: not that of the {kind} task; {wanted}')
-        if row['filename'] not in paths:
-            missing = os.path.join(folder, row['filename']) + '.wav'
-            raise InputError(f'{missing} is missing: gold.csv names it')
+        if row['filename'] not in clips:
+            raise InputError(f'{folder}/{row["filename"]}.wav is missing: gold.csv names it')
         key = row['id'] if lexical else '/'.join((row['type'], row['subtype'], row['id']))
         groups[key, row['voice']][row['correct'].strip() != '1'].append(row)
 
-    pairs = []
     for (key, voice), (correct, wrong) in groups.items():
         if not (correct and wrong):
             name = (correct or wrong)[0]['filename']
             raise InputError(f'{gold}: {name} has no counterpart of the same id and voice')
         types = [correct[0].get('type')]
         if lexical:
-            band = bisect_right((1, 5, 20, 100), float(correct[0]['frequency'] or 0))
-            types = [BANDS[band], f'length {correct[0]["length"]}'] + ['in vocabulary'] * (band > 0)
+            known = float(correct[0]['frequency'] or 0) >= 1  # how often LibriSpeech has the word
+            types = ['in vocabulary' if known else 'out of vocabulary']
         for sides in product(correct, wrong):
-            pos, neg = (Clip((paths[row['filename']],)) for row in sides)
+            pos, neg = (clips[row['filename']] for row in sides)
             pairs.append(make_pair(key, pos, neg, dict(voice=voice), types=types))
     return pairs
 
@@ -309,9 +291,8 @@ def find_task(name, path, data_dir):
     if name in (*ZEROSPEECH, 'salmon'):
         found.append(data_dir)  # their parts may lie in data_dir itself
     if not (path or found):
-        has, known = ', '.join(there[:9]) or 'nothing', ', '.join([*ZEROSPEECH, 'salmon', *METRICS])
-        remedy = f'give --tasks={name}=PATH, or one of {known}'
-        raise InputError(f'no {name!r} in {data_dir} (it has {has}): {remedy}')
+        has = ', '.join(there[:9]) or 'nothing'
+        raise InputError(f'no {name!r} in {data_dir} (it has {has}): give --tasks={name}=PATH')
     path = path or found[0]
     if any(os.path.isdir(os.path.join(path, part)) for part in SALMON):
         return [(f'{name}_{part}', os.path.join(path, part)) for part in SALMON]
@@ -330,10 +311,7 @@ def list_suite(name, path, split, cache):
     if kind and not path.endswith(('.csv', '.jsonl', '.parquet')):
         return Suite(list_zerospeech(path, kind, split), split, official)
     shards = glob.glob(os.path.join(glob.escape(path), '**', '*.parquet'), recursive=True)
-    if path.startswith('hub:') or path.endswith('.parquet') or shards:
-        pairs = list_parquet(path, cache)
-    else:
-        pairs = list_folder(path) if os.path.isdir(path) else list_table(path)
+    pairs = list_folder(path) if os.path.isdir(path) and not shards else list_table(path, cache)
     if not pairs:
         raise InputError(f'{path} holds no pairs')
     return Suite(pairs, official=official)
@@ -629,19 +607,17 @@ def load_hf(model_class, processor_class, where):
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     folder = find_checkpoint(where, tensors=False)  # fails at once without a network
-    about, files = os.path.join(folder, 'config.json'), os.listdir(folder)
+    about, files = os.path.join(folder, 'config.json'), ' '.join(os.listdir(folder))
     if not os.path.exists(about) or 'model_type' not in read_json(about):
-        is_gguf = any(name.endswith('.gguf') for name in files)
-        kind = 'GGUF' if is_gguf else 'CTranslate2' if 'model.bin' in files else 'unknown'
-        wanted = 'expected a folder of transformers, whose config.json has a model_type'
-        raise InputError(f'{where} has the format {kind}: {wanted}')
+        kind = 'GGUF' if '.gguf' in files else 'CTranslate2' if 'model.bin' in files else 'unknown'
+        raise InputError(f'{where} has the format {kind}: expected a folder of transformers')
     place = pick_device(device)
     with reading(where):
         processor = getattr(transformers, processor_class).from_pretrained(where)
-        model = getattr(transformers, model_class).from_pretrained(
-            where, dtype=pick_dtype('auto', place)
-        )
+        model_class = getattr(transformers, model_class)
+        model = model_class.from_pretrained(where, dtype=pick_dtype('auto', place))
     return model.eval().to(place), processor
 
 
@@ -653,8 +629,6 @@ def open_listener(name):
     if name == 'text_lm':
         return load_hf('AutoModelForCausalLM', 'AutoTokenizer', text_lm)
     if name == 'judge':
-        if not judge:
-            raise InputError('no judge: give --judge=URL')
         return ask_judge('Reply with the word ready.')
     try:
         from speechmos import dnsmos  # has its weights in the package
@@ -697,10 +671,12 @@ def text_nll(text):
 def ask_judge(question, retries=3):
     """The answer of an OpenAI-compatible endpoint; errors that may pass are tried again. Raises
     InputError."""
+    if not judge:
+        raise InputError('no judge: give --judge=URL')
     message = dict(role='user', content=question)
     body = json.dumps(dict(model=judge_model, temperature=0, messages=[message])).encode()
-    key = os.environ.get('OPENAI_API_KEY', '')
-    headers = {'Content-Type': 'application/json', 'Authorization': f'Bearer {key}'}
+    headers = {'Authorization': f'Bearer {os.environ.get("OPENAI_API_KEY", "")}'}
+    headers |= {'Content-Type': 'application/json'}
     request = urllib.request.Request(judge.rstrip('/') + '/chat/completions', body, headers)
     try:
         with urllib.request.urlopen(request, timeout=120) as reply:
@@ -711,12 +687,6 @@ def ask_judge(question, retries=3):
             return ask_judge(question, retries - 1)
         remedy = 'check the URL, judge_model and $OPENAI_API_KEY'
         raise InputError(f'the judge at {judge} does not answer ({error}): {remedy}') from None
-
-
-def read_rating(answer):
-    """A judge's rating, 1 to 5: the last boxed number of its answer; None if there is none."""
-    boxed = re.findall(r'\\boxed\{\D{0,8}?([1-5](?:\.\d+)?)\D{0,2}\}', answer)
-    return float(boxed[-1]) if boxed and float(boxed[-1]) <= 5 else None
 
 
 # -----------------------------------------------------------------------------
@@ -749,13 +719,18 @@ def rate_repetition(items):
 
 
 def rate_sense(items):
-    """GPTScore: a judge's rating of each continuation, given the text of its prompt."""
+    """GPTScore: a judge's rating, 1 to 5, of each continuation, given the text of its prompt: the
+    last boxed number of the answer."""
     unknown = [item for item in items if item['known'] is None]
-    beginnings = transcribe([load_clip(item['clip']) for item in unknown])
+    beginnings = transcribe([load_clip(Clip((i['id'],), i['seconds'])) for i in unknown])
     for item, text in zip(unknown, beginnings, strict=True):
         item['known'] = text
-    questions = [JUDGE % (item['known'], item['text']) for item in items]
-    return [read_rating(ask_judge(question)) for question in tqdm(questions, leave=False)]
+    ratings = []
+    for item in tqdm(items, 'judging', leave=False):
+        answer = ask_judge(JUDGE % (item['known'], item['text']))
+        boxed = re.findall(r'\\boxed\{\D{0,8}?([1-5](?:\.\d+)?)\D{0,2}\}', answer)
+        ratings.append(float(boxed[-1]) if boxed and float(boxed[-1]) <= 5 else None)
+    return ratings
 
 
 def rate_sound(items):
@@ -804,15 +779,13 @@ def load_model(where):
                 weight.data.normal_(0, 0.02, generator=generator)
             else:
                 weight.data.fill_(0 if name.endswith('bias') else 1)
-        model.slam = {
-            k: v for k, v in model.slam.items() if k not in ('compute', 'scores', 'stage')
-        }
+        model.slam = model.slam | dict(compute=None, scores=None, stage=None)
     return model
 
 
 @lru_cache(maxsize=4)
-def load_encoder(where, device):
-    return UnitEncoder.from_pretrained(where, device=device)
+def load_encoder(where, place):
+    return UnitEncoder.from_pretrained(where, device=place)
 
 
 class Speaker:
@@ -821,20 +794,19 @@ class Speaker:
     Raises InputError if the encoder is not known, or if it makes other units than the model's.
     """
 
-    def __init__(self, name, where):
-        place = pick_device(device)
-        self.name, self.model = name, load_model(where).to(place, pick_dtype(dtype, place))
+    def __init__(self, where):
+        self.place = pick_device(device)
+        self.model = load_model(where).to(self.place, pick_dtype(dtype, self.place))
         slam = self.model.slam
         known, self.voice = encoder or slam.get('encoder'), vocoder or slam.get('vocoder') or ''
         if not known:
             raise InputError(f'{where} names no encoder (a text LM?): give --encoder and --vocoder')
-        self.encoder = load_encoder(known, place)
+        self.encoder = load_encoder(known, self.place)
         self.ids = {where: slam.get('encoder_id'), known: self.encoder.encoder_id}
         check_encoder_ids(self.ids)
-        penalty = 1.1 if slam.get('stage') == 'dpo' else 1.0
-        penalty = penalty if repetition_penalty is None else float(repetition_penalty)
+        penalty = repetition_penalty or (1.1 if slam.get('stage') == 'dpo' else 1.0)
         self.sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-        self.sampling |= dict(top_p=top_p, repetition_penalty=penalty)
+        self.sampling |= dict(top_p=top_p, repetition_penalty=float(penalty))
         self.said = {}  # {what: items}
 
     def units(self, clips):
@@ -842,9 +814,8 @@ class Speaker:
         return encode_clips(clips, self.encoder, os.path.join(os.path.dirname(out), 'eval_cache'))
 
     def continue_prompts(self, clips):
-        """(units of the prompts, units of their continuations) of a list of clips."""
-        units, tails = self.units(clips), []
-        heads = [torch.as_tensor(units[clip]) for clip in clips]
+        """(units of the prompts, units of their continuations), lists of tensors."""
+        heads, tails = [torch.as_tensor(units) for units in self.units(clips).values()], []
         starts = range(0, len(heads), 32)
         for start in tqdm(starts, 'continuing', leave=False, disable=len(heads) < 64):
             part = [self.model.tokens_of([('speech', head)]) for head in heads[start:][:32]]
@@ -852,28 +823,26 @@ class Speaker:
             tails += [tail - self.model.offset for tail in new]
         return heads, tails
 
-    def speak(self, units):
-        """Waves (samples,) at 16 kHz of a list of units."""
-        voice = UnitVocoder.from_pretrained(self.voice, device=pick_device(device))
-        check_encoder_ids(self.ids | {self.voice: getattr(voice, 'encoder_id', None)})
-        waves = [voice.decode(u) for u in tqdm(units, 'speaking', leave=False)]
-        return [resample(wave.cpu(), voice.sample_rate, SAMPLE_RATE) for wave in waves]
-
     def listen(self, metric, listing):
-        """Items that a metric rates, dict(clip, known: its text or None, wave, and text: the
-        transcript). listing: of find_prompts."""
-        what = metric.what
-        if what not in self.said:
-            clips = cut_prompts(what, listing)
-            if what == AGAIN:
-                units = [torch.as_tensor(u) for u in self.units(clips).values()]
+        """Items that a metric rates, dict(id, seconds, known: the prompt's text or None, wave at
+        16 kHz, and text: the transcript). listing: of find_prompts."""
+        if metric.what not in self.said:
+            clips = cut_prompts(metric.what, listing)
+            if metric.what == AGAIN:
+                units = [torch.as_tensor(units) for units in self.units(clips).values()]
             else:
-                heads, units = self.continue_prompts(list(clips))
-            if what == BOTH:
+                heads, units = self.continue_prompts(clips)
+            if metric.what == BOTH:
                 units = [torch.cat(both) for both in zip(heads, units, strict=True)]
-            spoken = zip(clips.items(), self.speak(units), strict=True)
-            self.said[what] = [dict(clip=clip, known=text, wave=w) for (clip, text), w in spoken]
-        items = self.said[what]
+            voice, items = UnitVocoder.from_pretrained(self.voice, device=self.place), []
+            check_encoder_ids(self.ids | {self.voice: getattr(voice, 'encoder_id', None)})
+            for (clip, text), u in zip(
+                clips.items(), tqdm(units, 'speaking', leave=False), strict=True
+            ):
+                wave = resample(voice.decode(u).cpu(), voice.sample_rate, SAMPLE_RATE)
+                items.append(dict(id=clip.files[0], seconds=clip.seconds, known=text, wave=wave))
+            self.said[metric.what] = items
+        items = self.said[metric.what]
         if 'asr' in metric.needs and 'text' not in items[0]:
             for item, text in zip(items, transcribe([i['wave'] for i in items]), strict=True):
                 item['text'] = text
@@ -915,19 +884,17 @@ def cut_prompts(what, listing):
     text, no longer than the 30 s that Whisper hears."""
     clips = {}
     for prompt in listing:
-        path, length = prompt['path'], 0
-        if what != BOTH:
-            length = len(load_audio(path)) / SAMPLE_RATE
+        path, seconds = prompt['path'], soundfile.info(prompt['path']).duration
         if what == BOTH:
             clips[Clip((path,), prompt_seconds)] = None
-        elif what == AGAIN and prompt['text'] and length <= 30:
+        elif what == AGAIN and prompt['text'] and seconds <= 30:
             clips[Clip((path,))] = prompt['text']
-        elif what == AFTER and length >= 2 * prompt_seconds:
-            seconds, text = cut_at_word(prompt, prompt_seconds)
-            clips[Clip((path,), seconds)] = text
+        elif what == AFTER and seconds >= 2 * prompt_seconds:
+            end, text = cut_at_word(prompt, prompt_seconds)
+            clips[Clip((path,), end)] = text
     if not clips:
-        wanted = {AGAIN: ' of known text and at most 30 s', BOTH: ': give --prompts=FOLDER'}
-        raise InputError(f'no prompts{wanted.get(what, f" of {2 * prompt_seconds:g} s or more")}')
+        wanted = {AFTER: f'{2 * prompt_seconds:g} s or more', AGAIN: 'known text and at most 30 s'}
+        raise InputError(f'no prompts of {wanted.get(what, "audio: give --prompts=FOLDER")}')
     return clips
 
 
@@ -935,25 +902,14 @@ def cut_prompts(what, listing):
 # The scores of one checkpoint
 
 
-def attempt(results, name, function, *arguments):
-    """function(*arguments); None where a file, a model or memory is missing: then results[name]
-    has the reason."""
-    try:
-        return function(*arguments)
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        reason = ' '.join(str(error).split()) or 'out of memory'
-        print(f'eval_slm.py: {name} not run: {reason}', file=sys.stderr)
-        results[name] = dict(not_run=reason)
-        return None
-
-
-def score_suite(speaker, task, suite):
+def score_suite(speaker, suite):
     """Result, {pair id: score in 0 .. 1} and rows for the pairs file, of one suite."""
     model, pairs = speaker.model, suite.pairs
     sides = [pair[side] for side in ('pos', 'neg') for pair in pairs]
-    clips = [side.speech if isinstance(side, Crossing) else side for side in sides]
-    units, utterances, names = speaker.units(clips), [], []
-    for side, clip in zip(sides, clips, strict=True):
+    units = speaker.units([getattr(side, 'speech', side) for side in sides])
+    utterances, names = [], []
+    for side in sides:
+        clip = getattr(side, 'speech', side)
         utterance, name = units[clip], '+'.join(clip.files)
         if isinstance(side, Crossing):
             utterance = utterance, model.encode_text(side.text, inside=side.to == 'text'), side.to
@@ -961,7 +917,7 @@ def score_suite(speaker, task, suite):
         utterances.append(utterance)
         names.append(name)
 
-    # likelihoods; a pair of which a side does not fit the context is counted
+    # likelihoods; pairs of which a side does not fit the model's context are counted
     sums, counts = log_likelihoods(model, utterances)
     lengths = np.array([len(to_tokens(model, utterance)[0]) for utterance in utterances])
     pos, neg = np.split(sums / counts, 2)
@@ -971,38 +927,26 @@ def score_suite(speaker, task, suite):
     result |= dict(pairs=len(pairs), cut=int(cut.sum()), cut_equal=int((cut & (pos == neg)).sum()))
     result['context'] = model.config.context
 
-    rows = []
+    numbers, rows = dict(score_pos=pos, score_neg=neg, win=wins, cut=cut), []
     for i, pair in enumerate(pairs):
         about = {key: pair[key] for key in ('id', 'voice', 'types', 'text')}
-        about |= dict(pos=names[i], neg=names[len(pairs) + i], cut=bool(cut[i]), win=wins[i])
-        rows.append(about | dict(score_pos=pos[i], score_neg=neg[i]))
+        about |= dict(pos=names[i], neg=names[len(pairs) + i])
+        rows.append(about | {name: column[i].item() for name, column in numbers.items()})
     return result, items, rows
 
 
-def only_in_vocabulary(pairs, items):
-    """sWUGGY's second column, result and items: the words that LibriSpeech has."""
-    inside = {pair['id'] for pair in pairs if 'in vocabulary' in pair['types']}
-    kept = {key: value for key, value in items.items() if key in inside}
-    if not kept:
-        raise InputError('no word of the suite is in the vocabulary of LibriSpeech')
-    return interval([*kept.values()], seed=seed), kept, []
-
-
 def score_generated(speaker, task, listing):
-    """Result, {prompt: value} and rows for the pairs file, of one task that continues prompts.
-
-    The result has what a reader must know beside the value: n, how many have none, and the shares
-    of transcripts that are short or loop.
-    """
-    metric, rows = METRICS[task], []
+    """Result, {prompt: value} and rows for the pairs file, of one task that continues prompts. The
+    result counts prompts without a value, and the shares of transcripts that are short or loop."""
+    metric = METRICS[task]
     heard = speaker.listen(metric, listing)
-    for item, value in zip(heard, metric.rate(heard), strict=True):
-        clip, text = item['clip'], item.get('text')
-        rows.append(dict(id=clip.files[0], seconds=clip.seconds, value=value, text=text))
+    rows = [{key: item.get(key) for key in ('id', 'seconds', 'text')} for item in heard]
+    for row, value in zip(rows, metric.rate(heard), strict=True):
+        row['value'] = value
     items = {row['id']: row['value'] for row in rows if row['value'] is not None}
-    if not items:
-        raise InputError(f'none of {len(rows)} continuations could be rated')
-    result = interval([*items.values()], transform=metric.transform, seed=seed)
+    result = dict(score=None, low=None, high=None, n=0)
+    if items:
+        result = interval([*items.values()], transform=metric.transform, seed=seed)
     result['left_out'] = len(rows) - len(items)
     if 'asr' in metric.needs:
         result['short'] = float(np.mean([is_short(row['text']) for row in rows]))
@@ -1010,27 +954,21 @@ def score_generated(speaker, task, listing):
     return result, items, rows
 
 
-def evaluate(name, where, suites, generated, listing, players):
-    """(results, items, rows, sampling) of one checkpoint, of all its tasks: {task: result, or
-    dict(not_run=reason)}, {task: {pair or prompt: value}}. players: as of record_clips."""
-    results, items, rows = {}, {}, []
-    speaker = attempt(results, name, Speaker, name, where)
-    if not speaker:
-        return dict.fromkeys((*suites, *generated), results[name]), {}, [], {}
-
-    def score(task, function, *arguments):
-        if found := attempt(results, task, function, *arguments):
-            results[task], items[task], new = found
-            rows.extend(dict(model=name, task=task) | row for row in new)
-
-    for task, suite in suites.items():
-        score(task, score_suite, speaker, task, suite)
-        if task == 'swuggy' and task in items:
-            score('swuggy_in_vocabulary', only_in_vocabulary, suite.pairs, items[task])
-    for task in generated:
-        score(task, score_generated, speaker, task, listing)
-    if html and listing:
-        attempt({}, f'the players of {name}', record_clips, speaker, listing, players)
+def evaluate(name, where, suites, generated, listing):
+    """(results, items, rows, sampling) of one checkpoint: {task: result}, {task: {pair or prompt:
+    value}}, rows of the pairs file, and how it was sampled."""
+    results, items, rows, speaker = {}, {}, [], Speaker(where)
+    for task in (*suites, *generated):
+        if task in suites:
+            results[task], items[task], new = score_suite(speaker, suites[task])
+        else:
+            results[task], items[task], new = score_generated(speaker, task, listing)
+        rows += [dict(model=name, task=task) | row for row in new]
+        if task == 'swuggy':  # its second column: the words that LibriSpeech has
+            inside = {p['id'] for p in suites[task].pairs if 'in vocabulary' in p['types']}
+            if known := {key: value for key, value in items[task].items() if key in inside}:
+                items['swuggy_in_vocabulary'] = known
+                results['swuggy_in_vocabulary'] = interval([*known.values()], seed=seed)
     return results, items, rows, speaker.sampling
 
 
@@ -1048,35 +986,25 @@ def format_count(number):
 
 def describe(where):
     """What stands beside a checkpoint's scores: GPUs, GPU-days, parameters, tokens (as text), and
-    FLOPs of its training, 6 x parameters x tokens (Kaplan et al. 2020), None where not known."""
+    FLOPs of its training, 6 x parameters x tokens (Kaplan et al. 2020), 0 where not known."""
     model = load_model(where)
     last = model.slam.get('compute') or {}
     runs = [run for run in (last.get('pretraining') or {}, last) if run.get('tokens')]
-    tokens = [run['tokens'] for run in runs]
-    tokens = tokens or [(model.slam.get('scores') or {}).get('tokens') or 0]
-    days = sum(run.get('devices', 1) * run.get('hours', 0) for run in runs) / 24
-    parameters = model.num_params()
-    return dict(
-        where=where,
-        gpus=f'{runs[-1].get("devices", 1)} {runs[-1].get("device", "")}'.strip() if runs else '',
-        gpu_days=f'{days:.2g}' if days else '',
-        parameters=format_count(parameters),
-        tokens=' + '.join(format_count(count) for count in tokens if count),
-        flops=6 * parameters * sum(tokens) or None,
-        n_parameters=parameters,
-    )
+    days = sum(run['devices'] * run['hours'] for run in runs) / 24
+    n, tokens = model.num_params(), [run['tokens'] for run in runs]
+    about = dict(where=where, n_parameters=n, flops=6 * n * sum(tokens))
+    about |= dict(gpus=f'{last["devices"]} {last["device"]}' if runs else '')
+    about |= dict(gpu_days=f'{days:.2g}' if days else '', parameters=format_count(n))
+    return about | dict(tokens=' + '.join(map(format_count, tokens)))
 
 
 def read_paper(suites):
-    """Rows of config/paper.csv that the knob `paper` asks for, with the numbers that compare: of
-    the published audio and split, and continuations under the paper's protocol."""
+    """Rows of config/paper.csv that the knob `paper` asks for, with `scores`, the numbers that
+    compare: of the published audio and split, of continuations under the paper's protocol."""
     official = {task for task in suites if suites[task].official}
     tasks = official & {'sblimp', 'sstorycloze', 'tstorycloze'}
-    as_paper = all(globals()[name] == value for name, value in PAPER_SAMPLING.items())
-    if as_paper and repetition_penalty is None and not prompts and 'sstorycloze' in official:
-        if asr.rstrip('/').endswith('whisper-large-v3-turbo'):
-            tasks |= {'autobleu', 'gptscore'}
-            tasks |= {'genppl'} if text_lm.rstrip('/').endswith('Llama-3.2-1B') else set()
+    if 'sstorycloze' in official and all(globals()[k] == v for k, v in PROTOCOL.items()):
+        tasks |= {'genppl', 'autobleu', 'gptscore'}
     kinds, rows = split_list(paper), []
     for row in read_csv(os.path.join(ROOT, 'config', 'paper.csv')):
         scores = {task: row[task] for task in tasks if row[task]}
@@ -1087,69 +1015,60 @@ def read_paper(suites):
     return rows
 
 
-def find_marks(task, result):
-    """What makes a result doubtful, as text; '' for nothing: more than 1 % of the pairs cut, more
-    than 5 % of the transcripts short or looping."""
-    marks = []
+def find_doubts(result):
+    """Why a result is marked: more than 1 % of the pairs cut, more than 5 % of the transcripts
+    short or looping. '' if it is not."""
+    doubts = []
     if result.get('cut', 0) > MUCH_CUT * result.get('pairs', 0):
-        marks.append(f'{result["cut"]:,} of {result["pairs"]:,} pairs are cut')
-    for part, what in (('short', 'have under two tokens'), ('loops', 'loop')):
-        if result.get(part, 0) > MUCH_BROKEN:
-            marks.append(f'{100 * result[part]:.0f} % of the transcripts {what}')
-    return ' and '.join(marks)
+        equal = f', {result["cut_equal"]} of them to equal tokens' * bool(result['cut_equal'])
+        doubts.append(f'{result["cut"]:,} of {result["pairs"]:,} pairs are cut{equal}')
+    for key, what in (('short', 'have under two tokens'), ('loops', 'loop')):
+        if result.get(key, 0) > MUCH_BROKEN:
+            doubts.append(f'{100 * result[key]:.0f} % of the transcripts {what}')
+    return ' and '.join(doubts)
 
 
-def format_cell(task, result, sign=''):
-    """A result as text: the score with its spread over seeds, marked * where find_marks has a
-    reason; on a second line interval, n, and what was cut, short or looping."""
-    if result is None:
+def format_cell(column, result, sign=''):
+    """A result as text: the score with its spread over seeds, * where find_doubts has a reason; on
+    a second line the interval, n, and what was cut, short or looping."""
+    if not result:
         return ''
-    if 'not_run' in result:
-        return 'not run'
-    digits = sign + ('.2f' if task in ('autobleu', 'gptscore', 'dnsmos') else '.1f')
-    cell, more = f'{result["score"]:{digits}}', []
+    digits = f'{sign}.{column["digits"]}f'
+    cell, more = 'none' if result['score'] is None else f'{result["score"]:{digits}}', []
     if 'spread' in result:
         cell += f' ± {result["spread"]:{digits.strip("+")}}'
-    cell += '*' * bool(find_marks(task, result))
+    cell += '*' * bool(find_doubts(result))
     if result['low'] is not None:
         more.append(f'[{result["low"]:{digits}}, {result["high"]:{digits}}]')
-    if task in METRICS:
+    if column['task'] in METRICS:
         more.append(f'on {result["n"]} common prompts' if sign else f'n = {result["n"]}')
     if 'short' in result:
         more.append(f'{100 * result["short"]:.0f} % short, {100 * result["loops"]:.0f} % loop')
     if result.get('cut'):
         more.append(f'{result["cut"]:,} of {result["pairs"]:,} cut at {result["context"]:,} tokens')
-    if result['n'] < SMALL:
-        more.append('(n small)')
     return '\n'.join(filter(None, (cell, ' '.join(more))))
 
 
-def name_column(task):
-    """(title, measure) of a task."""
-    if task in METRICS:
-        return METRICS[task].label, f'{METRICS[task].measure}, {METRICS[task].what}'
-    crossing = find_crossing(task)
-    base = task.removesuffix(crossing)
-    seen = base.removesuffix('_unseen')
-    title = LABELS.get(seen, seen) + ', unseen voices' * (seen != base)
-    measure = '% of pairs, by mean log-likelihood' + ' of the ending' * bool(crossing)
-    return title + CROSSINGS.get(crossing, ''), measure
-
-
 def make_columns(metrics, suites, others):
-    """A column for each task: dict(task, title, what: split, n and measure, percent, paper: the
-    numbers of others, [[model, number], ...])."""
+    """A column for each task: dict(task, title, what: split, n and measure, digits, percent, paper:
+    the numbers of others, [[model, number], ...])."""
     columns = []
     for task in dict.fromkeys(task for results in metrics.values() for task in results):
-        title, measure = name_column(task)
+        crossing = find_crossing(task)
+        base = task.removesuffix(crossing).removesuffix('_unseen')
+        title, measure = LABELS.get(base, base), '% of pairs, by mean log-likelihood'
+        title += ', unseen voices' * ('_unseen' in task) + CROSSINGS.get(crossing, '')
+        if task in METRICS:
+            title, measure = METRICS[task].label, f'{METRICS[task].measure}, {METRICS[task].what}'
         n = max(results.get(task, {}).get('n', 0) for results in metrics.values())
-        suite = suites.get(task.removesuffix('_in_vocabulary'))
-        what = (suite.split if suite else '', f'n = {n:,}' if n else '', measure)
-        column = dict(task=task, title=title, what='; '.join(filter(None, what)))
-        column['percent'] = task not in METRICS
-        rows = [row for row in others if task in row['scores']]
-        column['paper'] = [[row['model'], float(row['scores'][task])] for row in rows]
-        columns.append(column)
+        suite = suites.get(task.removesuffix('_in_vocabulary'), Suite([]))
+        what = '; '.join(filter(None, (suite.split, f'n = {n:,}' * bool(n), measure)))
+        numbers = [
+            [row['model'], float(row['scores'][task])] for row in others if task in row['scores']
+        ]
+        digits = 2 if task in ('autobleu', 'gptscore', 'dnsmos') else 1
+        column = dict(task=task, title=title, what=what, digits=digits, paper=numbers)
+        columns.append(column | dict(percent=task not in METRICS))
     return columns
 
 
@@ -1160,29 +1079,26 @@ def make_tables(columns, record, about, others):
     """
 
     def cells(results, sign=''):
-        return [format_cell(c['task'], results.get(c['task']), sign) for c in columns]
+        return [format_cell(column, results.get(column['task']), sign) for column in columns]
 
-    def beside(row):
-        return [row[key] for key in ('gpus', 'gpu_days', 'parameters', 'tokens')]
-
+    beside = ('gpus', 'gpu_days', 'parameters', 'tokens')
     titles = [column['title'] for column in columns]
     table = [['model', *titles, 'GPUs', 'GPU-days', 'parameters', 'tokens']]
     table.append(['', *(column['what'] for column in columns), '', '', '', ''])
     for name, results in record['metrics'].items():
-        table.append([name, *cells(results), *beside(about[name])])
+        table.append([name, *cells(results), *(about[name][key] for key in beside)])
     for name, arm in record['arms'].items():
         title = f'{name}: mean of {len(arm["seeds"])} seeds'
         table.append([title, *cells(arm['metrics']), '', '', '', ''])
     for row in others:
         numbers = [row['scores'].get(column['task'], '') for column in columns]
-        if any(numbers):
-            table.append([row['model'], *numbers, *beside(row)])
+        table.append([row['model'], *numbers, *(row[key] for key in beside)])
     changes = [['difference', *titles]]
     changes += [[name, *cells(results, '+')] for name, results in record['differences'].items()]
     return table, changes
 
 
-def make_notes(record, suites, others):
+def make_notes(columns, record, suites, others):
     """Lines under the table: what the intervals are, the sampling, and what a * stands for."""
     notes = ['Intervals: 95 %, bootstrap over pairs; exact where all or none are right.']
     if record['arms']:
@@ -1191,19 +1107,17 @@ def make_notes(record, suites, others):
         which = 'Differences are of these checkpoints'
         notes.append(f'{which}: other seeds may differ by more (--init="a-s*").')
     for name, results in record['metrics'].items():
-        if any(task in METRICS for task in results) and name in record['sampling']:
+        if any(column['task'] in METRICS for column in columns):
             knobs = record['sampling'][name].items()
             how = ', '.join(f'{key.replace("_", " ")} {value:g}' for key, value in knobs)
             notes.append(f'{name}: sampled with {how}, prompts of {prompt_seconds:g} s.')
-        for task, result in results.items():
-            label = name_column(task)[0].strip(' ↓')
-            if reason := find_marks(task, result):
-                after = 'compare on common prompts' if task in METRICS else 'endings are missing'
-                notes.append(f'* {name}, {label}: {reason}; {after}.')
-            if result.get('cut_equal'):
-                notes.append(f'{name}, {label}: {result["cut_equal"]} pairs cut to equal tokens.')
+        for column in columns:
+            result, title = results.get(column['task'], {}), column['title'].strip(' ↓')
+            if doubts := find_doubts(result):
+                after = 'endings are not scored' if 'cut' in result else 'compare the differences'
+                notes.append(f'* {name}, {title}: {doubts}; {after}.')
             if result.get('left_out'):
-                notes.append(f'{name}: {result["left_out"]} without a value left out of {label}.')
+                notes.append(f'{name}: {result["left_out"]} without a value left out of {title}.')
     notes += [f'{row["model"]}: {row["note"]}.' for row in others if row['note']]
     own = [task for task, suite in suites.items() if not suite.official]
     if {*own} & {'sblimp', 'sstorycloze', 'tstorycloze'}:
@@ -1213,39 +1127,13 @@ def make_notes(record, suites, others):
 
 def print_table(rows):
     """A list of lists of cells as a table of Markdown, the head first; nothing if it is alone."""
-    if len(rows) < 2:
-        return
-    rows = [[cell.replace('\n', ' ') for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ['-' * width for width in widths])
-    print()
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print('| ' + ' | '.join(cells) + ' |')
-
-
-def to_uri(wave):
-    """A wave as a data: URI of 16-bit sound; '' for an empty one."""
-    import soundfile
-
-    sound = io.BytesIO()
-    soundfile.write(sound, wave.numpy(), SAMPLE_RATE, format='WAV', subtype='PCM_16')
-    data = base64.b64encode(sound.getvalue()).decode()
-    return 'data:audio/wav;base64,' + data if len(wave) else ''
-
-
-def record_clips(speaker, listing, players):
-    """Adds to players, {path: dict(title, clips={label: URI})}, how a checkpoint continues the
-    first three prompts: the prompt, its resynthesis, the continuation."""
-    clips = [Clip((prompt['path'],), prompt_seconds) for prompt in listing[:3]]
-    heads, tails = speaker.continue_prompts(clips)
-    waves = speaker.speak([*heads, *tails])
-    for i, (prompt, clip) in enumerate(zip(listing, clips, strict=False)):
-        title = prompt['text'] or os.path.basename(prompt['path'])
-        entry = players.setdefault(prompt['path'], dict(title=title, clips={}))
-        entry['clips'].setdefault('prompt', to_uri(load_clip(clip)))
-        entry['clips'].setdefault('resynthesis', to_uri(waves[i]))
-        entry['clips'][f'continuation, {speaker.name}'] = to_uri(waves[len(clips) + i])
+    if len(rows) > 1:
+        rows = [[cell.replace('\n', ' ') for cell in row] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, ['-' * width for width in widths])
+        print()
+        for row in rows:
+            print('|', *(f'{cell:<{w}} |' for cell, w in zip(row, widths, strict=True)))
 
 
 def read_log(folder):
@@ -1277,17 +1165,6 @@ def find_checkpoints(text):
     """({name: folder}, {arm: [names]}) of the knob init: NAME=A+B and patterns of several folders
     are arms. Raises InputError for a pattern without a match."""
     models, arms = {}, {}
-
-    def add(where):
-        where = where.rstrip('/')
-        name = 'untrained' if where.startswith('untrained:') else os.path.basename(where)
-        if where in models.values():
-            name = f'{name} ({len(models) + 1})'
-        elif name in models:
-            name = where
-        models[name] = where
-        return name
-
     for part in split_list(text):
         arm, _, members = part.rpartition('=')
         found = []
@@ -1295,55 +1172,50 @@ def find_checkpoints(text):
             matches = sorted(filter(os.path.isdir, glob.glob(folder))) or [folder]
             if glob.has_magic(folder) and matches == [folder]:
                 raise InputError(f'--init={folder}: no folder has such a name')
-            found += [add(match) for match in matches]
+            for where in (match.rstrip('/') for match in matches):
+                name = 'untrained' if where.startswith('untrained:') else os.path.basename(where)
+                name = where if models.get(name, where) != where else name
+                models[name] = where
+                found.append(name)
         if arm or len(found) > 1:
             arms[arm or os.path.basename(members)] = found
     return models, arms
 
 
 def find_suites(names):
-    """({task: Suite}, {task: dict(not_run=reason)}) of tasks as the user names them: NAME=PATH."""
-    cache, suites, not_run = os.path.join(os.path.dirname(out), 'eval_cache'), {}, {}
+    """{task: Suite} of tasks as the user names them: NAME or NAME=PATH. Raises InputError."""
+    cache, suites = os.path.join(os.path.dirname(out), 'eval_cache'), {}
     fold = 'test' if split_of(split) == 'test' else 'dev'
     for name, _, path in (text.partition('=') for text in names):
         crossing = find_crossing(name)
-        base = name.removesuffix(crossing)
-        for task, place in attempt(not_run, name, find_task, base, path, data_dir) or ():
-            suite = attempt(not_run, task + crossing, list_suite, task, place, fold, cache)
-            if suite and crossing:
-                to = 'text' if crossing == '_to_text' else 'speech'
-                suite = attempt(not_run, task + crossing, cross, suite, place, to)
-            if suite:
-                suites[task + crossing] = suite
-    return suites, not_run
+        for task, place in find_task(name.removesuffix(crossing), path, data_dir):
+            suite = list_suite(task, place, fold, cache)
+            if crossing:
+                suite = cross(suite, place, 'text' if crossing == '_to_text' else 'speech')
+            suites[task + crossing] = suite
+    return suites
 
 
 if __name__ == '__main__':
     config = configure(globals())
     began = time.time()
 
-    # checkpoints first: what cannot be read ends the run before anything is computed
+    # what cannot be found, read or opened ends the run before anything is computed
     models, arms = find_checkpoints(init)
     about = {name: describe(where) for name, where in models.items()}
-
-    # the suites and the models that listen; a task that lacks something is named, the rest goes on
     wanted = dict.fromkeys(split_list(tasks) + ['wer'] * wer)
-    suites, not_run = find_suites([task for task in wanted if task not in METRICS])
+    generated = [task for task in wanted if task in METRICS]
+    suites = find_suites([task for task in wanted if task not in METRICS])
     listing = find_prompts(suites)
-    for task in METRICS:
-        for part in METRICS[task].needs if task in wanted else ():
-            if task not in not_run:
-                attempt(not_run, task, open_listener, part)
-    generated = [task for task in wanted if task in METRICS and task not in not_run]
-    if not suites and not generated:
-        fail('nothing can run')
+    for part in dict.fromkeys(part for task in generated for part in METRICS[task].needs):
+        open_listener(part)
 
     # one checkpoint after the other, each with all its tasks; then their seeds and differences
-    metrics, items, rows, sampling, players = {}, {}, [], {}, {}
+    metrics, items, rows, sampling = {}, {}, [], {}
     for name, where in models.items():
-        found = evaluate(name, where, suites, generated, listing, players)
-        metrics[name], items[name], sampling[name] = not_run | found[0], found[1], found[3]
-        rows += found[2]
+        found = evaluate(name, where, suites, generated, listing)
+        metrics[name], items[name], new, sampling[name] = found
+        rows += new
     means, differences = compare(models, arms, items)
 
     # the files: every pair's scores, and all results
@@ -1357,22 +1229,17 @@ if __name__ == '__main__':
     # what a person reads: the page, the tables and notes, and one line of summary last
     others = read_paper(suites)
     columns = make_columns(metrics, suites, others)
-    tables, notes = make_tables(columns, record, about, others), make_notes(record, suites, others)
-    results = [(task, found) for all_of in metrics.values() for task, found in all_of.items()]
-    failed = sorted(
-        {f'{task} ({found["not_run"]})' for task, found in results if 'not_run' in found}
-    )
+    tables = make_tables(columns, record, about, others)
+    notes = make_notes(columns, record, suites, others)
     summary = f'{len(models)} models, {len(columns)} tasks, {len(rows)} scores'
     if html:
         page = dict(made=time.strftime('%d %B %Y, %H:%M'), commit=(git_commit() or '')[:7])
         page |= dict(data=data_dir, summary=summary, table=tables[0], changes=tables[1])
         page |= dict(scores=metrics | {f'{arm} (mean)': means[arm]['metrics'] for arm in means})
-        page |= dict(about=about, columns=columns, paper=others, players=list(players.values()))
+        page |= dict(about=about, columns=columns, paper=others)
         page |= dict(logs={name: read_log(where) for name, where in models.items()})
-        write_report(html, page | dict(notes=notes + [f'Not run: {reason}' for reason in failed]))
+        write_report(html, page | dict(notes=notes))
     for table in tables:
         print_table(table)
     print('\n' + '\n'.join(notes))
-    summary += f' in {time.time() - began:.0f} s -> {out}' + f', {html}' * bool(html)
-    print(summary + f'; {len(failed)} not run' * bool(failed))
-    raise SystemExit(2 if failed else 0)
+    print(f'{summary} in {time.time() - began:.0f} s -> {out}' + f', {html}' * bool(html))
