@@ -835,7 +835,7 @@ class Speaker:
             if metric.what == BOTH:
                 units = [torch.cat(both) for both in zip(heads, units, strict=True)]
             voice, items = UnitVocoder.from_pretrained(self.voice, device=self.place), []
-            check_encoder_ids(self.ids | {self.voice: getattr(voice, 'encoder_id', None)})
+            check_encoder_ids(self.ids | {self.voice: voice.encoder_id})
             for (clip, text), u in zip(
                 clips.items(), tqdm(units, 'speaking', leave=False), strict=True
             ):
