@@ -1,12 +1,13 @@
-"""The three networks and how they load and save.
+"""The three networks, and how they are loaded and saved.
 
-SLM           units -> next unit   a transformer over speech units; it computes what transformers'
-                                   model of the same family computes (FAMILIES)
+SLM           units -> next unit   a transformer over speech units; transformers reads and writes
+                                   its checkpoints (load_slm, SLM.save_pretrained)
 UnitEncoder   wave  -> units       HuBERT-like features, or MFCC offline, and k-means
-UnitVocoder   units -> wave        the unit HiFi-GAN, a small net to train, or a table of spectra
+UnitVocoder   units -> wave        the unit HiFi-GAN, or a table of spectra
 """
 
 import contextlib
+import copy
 import hashlib
 import importlib
 import io
@@ -27,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,10 @@ from torch.utils.checkpoint import checkpoint
 
 PAD, BOS, EOS, OFFSET = 0, 1, 1, 2  # <S> is both ends of an utterance; unit u is token u + OFFSET
 SAMPLE_RATE = 16000
+PARTS = ('encoder', 'vocoder', 'tokenizer')  # folders that a checkpoint may contain
+ROPE_POSITIONS = 1 << 15  # rows of RoPE's tables: no utterance is longer than 32,768 tokens
+POSITION_OFFSET = 2  # OPT's learned positions begin at row 2
+LOGITS_AT_ONCE = 1 << 28  # numbers; a larger product of the head is computed in pieces
 
 
 class InputError(ValueError):
@@ -48,13 +52,13 @@ class InputError(ValueError):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension, computed in fp32."""
+    """RMSNorm, or LayerNorm where it has a bias, over the last dimension, computed in fp32."""
 
     def __init__(self, config, size):
         super().__init__()
         self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if config.norm == 'layer' else None
+        self.bias = nn.Parameter(torch.zeros(size)) if config.norm_bias else None
 
     def forward(self, x):
         weight = self.weight.float()
@@ -66,17 +70,17 @@ class Norm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE. x: (B, T, H, D); cos, sin: (B, T, 1, R), as of rope_tables. Of the D features the first
-    R turn, feature i together with i + R / 2."""
+    """RoPE. x: (B, T, H, D); cos, sin: (B, T, 1, R), the first half of sin negative. Feature i < R
+    is rotated together with i + R / 2."""
     R = cos.shape[-1]
-    turning = x[..., :R]
-    # roll, not cat: then the compiler makes one backward kernel for q and k, joined with v
-    turned = turning * cos + turning.roll(R // 2, -1) * sin
-    return turned if R == x.shape[-1] else torch.cat((turned, x[..., R:]), dim=-1)
+    part = x[..., :R]
+    # roll, not cat: the compiler then makes one backward kernel for q and k, joined with v
+    rotated = part * cos + part.roll(R // 2, -1) * sin
+    return rotated if R == x.shape[-1] else torch.cat((rotated, x[..., R:]), dim=-1)
 
 
 class Block(nn.Module):
-    """One transformer layer of any family; its SLMConfig says which (FAMILIES)."""
+    """One transformer layer, in the variant that its Config describes."""
 
     def __init__(self, config):
         super().__init__()
@@ -88,7 +92,7 @@ class Block(nn.Module):
             self.norm_q = Norm(c, c.head_dim)
             self.norm_k = Norm(c, c.head_dim)
         self.norm2 = Norm(c, c.n_embd)
-        # gated: gate and up in one product
+        # gated (SwiGLU): gate and up in one product
         self.up = nn.Linear(c.n_embd, c.n_ffn * (1 + c.gated), bias=c.mlp_bias)
         self.down = nn.Linear(c.n_ffn, c.n_embd, bias=c.mlp_bias)
         self.act = ACTIVATIONS[c.act]
@@ -111,10 +115,10 @@ class Block(nn.Module):
             return self.down(self.act(gate) * x)
         return self.down(self.act(x))
 
-    def forward(self, x, rope, attend):  # x (B, T, C)
+    def forward(self, x, rope, attend):  # x: (B, T, n_embd)
         c = self.config
         drop = partial(F.dropout, p=c.dropout, training=self.training)
-        if c.parallel:
+        if c.parallel:  # attention and MLP read the same input
             attended = drop(self.attention(self.norm1(x), rope, attend))
             return x + attended + drop(self.mlp(self.norm2(x)))
         if c.pre_norm:
@@ -125,32 +129,33 @@ class Block(nn.Module):
 
 
 class SLM(nn.Module):
-    """A decoder-only transformer over speech units.
+    """A decoder-only transformer over speech units; load_slm makes one.
 
     Tokens: PAD 0, `<S>` 1 (both ends of an utterance), unit u at u + OFFSET, the convention of
     slprl/slam. An interleaved model has a text LM's tokens first, unit u at u + offset, then the
     switches `<speech>` and `<text>`, each before what it names; `end`, the text LM's own token,
-    closes a document.
+    ends a document.
 
-    slam: the content of slam.json: encoder, vocoder, n_units, frame_rate, dedup, recipe, scores;
-    of an interleaved model also tokenizer (a folder), offset and end; scoring='units' where the
-    model was trained without `<S>` at the front, so that an utterance is scored as its units alone,
-    the first of which nothing predicts.
+    hf_config: transformers' config of the same model; config: the numbers of it that Block needs.
+    slam: the content of slam.json: encoder, encoder_id, vocoder, n_units, frame_rate, dedup,
+    recipe, scores; of an interleaved model also tokenizer (a folder), offset and end;
+    scoring='units' where the model was trained without `<S>` at the front, so that an utterance is
+    scored as its units alone, the first of which nothing predicts.
     """
 
-    def __init__(self, config, seed=0):
+    def __init__(self, hf_config, dropout=0.0, seed=0):
         super().__init__()
-        c = self.config = config
-        self.slam = {}
+        self.hf_config, self.slam = hf_config, {}
+        c = self.config = read_config(hf_config, dropout)
         self.compiled_step = self.static_cache = None  # of generate
-        # _weight: nn.Embedding's own initialisation would import the whole compiler on meta
+        # _weight: nn.Embedding's own initialisation imports the whole compiler on meta
         self.embed = nn.Embedding(
             c.vocab_size, c.embed_dim, _weight=torch.empty(c.vocab_size, c.embed_dim)
         )
-        if c.positions == 'learned':
-            rows = c.context + POSITION_OFFSET
+        if not c.rope_freqs:
+            rows = c.max_positions + POSITION_OFFSET
             self.embed_positions = nn.Embedding(rows, c.n_embd, _weight=torch.empty(rows, c.n_embd))
-        if c.embed_dim != c.n_embd:
+        if c.embed_dim != c.n_embd:  # OPT-350M projects 512 -> 1024 -> 512
             self.project_in = nn.Linear(c.embed_dim, c.n_embd, bias=False)
             self.project_out = nn.Linear(c.n_embd, c.embed_dim, bias=False)
         self.blocks = nn.ModuleList([Block(c) for _ in range(c.n_layer)])
@@ -175,10 +180,15 @@ class SLM(nn.Module):
         return self
 
     def make_rope(self):
-        """RoPE's tables, computed in fp32 and rounded once to the weights' dtype."""
-        weight = self.embed.weight
-        if self.config.positions == 'rope' and not weight.is_meta:
-            self.rope = [table.to(weight) for table in rope_tables(self.config)]
+        """RoPE's cos and sin by position as rotate takes them, (ROPE_POSITIONS, R) each, computed
+        in fp32 and rounded once to the weights' dtype."""
+        weight, c = self.embed.weight, self.config
+        if c.rope_freqs and not weight.is_meta:
+            positions = torch.arange(ROPE_POSITIONS, dtype=torch.float32)
+            angles = torch.outer(positions, torch.tensor(c.rope_freqs))
+            cos, sin = angles.cos() * c.rope_scale, angles.sin() * c.rope_scale
+            tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+            self.rope = [table.to(weight) for table in tables]
 
     def hidden(self, tokens, doc=None, positions=None, branch=None, attend=None):
         """The last hidden states (B, T, embed_dim), ready for the head.
@@ -187,8 +197,8 @@ class SLM(nn.Module):
         border; a token sees its own utterance alone, with positions from 0. None: each row is one
         utterance. positions: (B, T), in place of those. branch: (B, T), 0 for a shared prompt, 1,
         2, ... for its alternatives, which see the prompt and themselves. attend: a function of q, k
-        and v, in place of attention within documents (generation's).
-        Raises: InputError if the model's positions do not reach that far.
+        and v, in place of attention within documents (for generation).
+        Raises: InputError if the model has no position that large.
         """
         c, (B, T) = self.config, tokens.shape
         if positions is None:
@@ -197,35 +207,45 @@ class SLM(nn.Module):
                 # restart at each utterance: subtract the index at which the present one began
                 first = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True)
                 positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
-        limit = position_limit(c)
-        if T > limit and not torch.compiler.is_compiling() and positions.max() >= limit:
-            raise InputError(
-                f'{int(positions.max()) + 1} tokens are more than the {limit} '
-                f'{c.positions} positions of this {c.family} model'
-            )
+        if T > c.max_positions and not torch.compiler.is_compiling():
+            self.check_positions(int(positions.max()) + 1)
 
         x = self.embed(tokens)  # (B, T, embed_dim)
         if torch.is_autocast_enabled(x.device.type):
-            # the residual stream in bf16, as a bf16 model has it
+            # the residual stream in bf16, as in a bf16 model
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if c.embed_dim != c.n_embd:
             x = self.project_in(x)
         rope = None
-        if c.positions == 'learned':
-            x = x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
+        if c.rope_freqs:
+            rope = [table[positions][:, :, None].to(x.dtype) for table in self.rope]  # (B, T, 1, R)
         else:
-            rope = [table[positions][:, :, None].to(x.dtype) for table in self.rope]  # (B,T,1,R)
+            x = x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
 
         if attend is None:
-            attend = attention_within(doc, branch, tokens.device, min(T, c.context))
-        for block in self.blocks:
-            x = block(x, rope, attend)
+            attend = attention_within(doc, branch, tokens.device)
+        for block, has_rope in zip(self.blocks, c.rope_layers, strict=True):
+            x = block(x, rope if has_rope else None, attend)
         if c.pre_norm:
             x = self.norm(x)
         return self.project_out(x) if c.embed_dim != c.n_embd else x
 
+    def forward(self, tokens, targets=None, doc=None, positions=None, branch=None):
+        """Next-token logits, or the loss where targets are given.
+
+        tokens, doc, positions, branch: (B, T), as in hidden. targets: (B, T) int64, the token after
+        each, -100 where none is to be predicted.
+        Returns: logits (B, T, vocab_size); with targets the mean cross-entropy over those that are
+        not -100, in nats, a scalar computed in fp32.
+        """
+        x = self.hidden(tokens, doc, positions, branch)
+        if targets is None:
+            return self.logits(x)
+        losses = self.cross_entropy(x.flatten(0, 1), targets.flatten())
+        return losses.sum() / (targets != -100).sum()
+
     def head_weight(self, x, precise=False):
-        """The head's weight as its product with x takes it, (vocab_size or more, embed_dim)."""
+        """The head's weight in the dtype of its product with x, (vocab_size or more, embed_dim)."""
         weight = self.head.weight.to(torch.float32 if precise else x.dtype)
         if x.is_cuda:  # 502 columns are unaligned and slow, 512 are not
             weight = F.pad(weight, (0, 0, 0, -len(weight) % 128))
@@ -255,20 +275,6 @@ class SLM(nn.Module):
         pieces = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.cat([checkpoint(losses_of, *piece, **keep) for piece in pieces])
 
-    def forward(self, tokens, targets=None, doc=None, positions=None, branch=None):
-        """Next-token logits, or the loss where targets are given.
-
-        tokens, doc, positions, branch: (B, T), as in hidden. targets: (B, T) int64, the token after
-        each, -100 where none is to be predicted.
-        Returns: logits (B, T, vocab_size); with targets the mean cross-entropy over those that are
-        not -100, in nats, a scalar computed in fp32.
-        """
-        x = self.hidden(tokens, doc, positions, branch)
-        if targets is None:
-            return self.logits(x)
-        losses = self.cross_entropy(x.flatten(0, 1), targets.flatten())
-        return losses.sum() / (targets != -100).sum()
-
     def logps(self, tokens, mask, doc=None, positions=None, branch=None, segments=None, n=None):
         """Log-probabilities in nats of the tokens where mask is 1, each given what it may see
         before it; differentiable; the head's product in fp32 (bf16 logits above 8 are 1/16 apart).
@@ -295,13 +301,21 @@ class SLM(nn.Module):
         zeros = torch.zeros(n, dtype=token_logps.dtype, device=tokens.device)
         return zeros.index_add(0, segments.flatten(), token_logps * mask)
 
+    def check_positions(self, length):
+        """Raise InputError where `length` tokens are more than the model has positions."""
+        limit, name = self.config.max_positions, self.hf_config.model_type
+        if length > limit:
+            raise InputError(
+                f'{length} tokens: this {name} model has no more than {limit} positions'
+            )
+
     def num_params(self):
         """Parameters, tied ones once: what Table 7 counts."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, span):
         """Floating-point operations of one token, forward and backward: 6 a weight that multiplies,
-        and causal attention. span: mean tokens of an utterance; attention reaches half of it."""
+        and causal attention. span: mean tokens of an utterance; attention covers half of it."""
         c = self.config
         weights = c.vocab_size * c.embed_dim  # the head
         for name, parameter in self.named_parameters():
@@ -327,32 +341,27 @@ class SLM(nn.Module):
         parts: list of ('speech', units) and ('text', ids), in their order; an interleaved model
         puts its switches before each, a unit LM `<S>` before the units, its one part. alone:
         nothing is put before the units, as models with slam['scoring'] 'units' were trained.
-        Raises: InputError for text where the model knows none.
+        Raises: InputError for text where the model has no text tokens.
         """
         tokens = list(self.slam.get('prefix', ()))
         for kind, ids in parts:
-            if self.slam.get('tokenizer'):
-                before = self.config.vocab_size - (2 if kind == 'speech' else 1)
-            elif kind == 'text':
-                raise InputError('the model knows no text: train one on interleaved data')
-            else:
-                before = BOS
-            if not alone:
-                tokens.append(before)
+            interleaved = self.tokenizer if kind == 'text' else self.slam.get('tokenizer')
+            switch = self.config.vocab_size - (2 if kind == 'speech' else 1)
+            tokens += [] if alone else [switch if interleaved else BOS]
             shift = self.offset if kind == 'speech' else 0
             tokens += (torch.as_tensor(ids) + shift).tolist()
         return torch.tensor(tokens, dtype=torch.long)
 
     @cached_property
     def tokenizer(self):
-        """The text LM's. Raises InputError where the model knows no text."""
+        """The text LM's. Raises InputError where the model has no text tokens."""
         if not self.slam.get('tokenizer'):
-            raise InputError('the model knows no text: train one on interleaved data')
+            raise InputError('the model has no text tokens: train one on interleaved data')
         return read_tokenizer(self.slam['tokenizer'])[0]
 
     def encode_text(self, text, inside=False):
-        """The text LM's tokens of a text, list of int; inside: it goes on after other words, with a
-        space before it. Raises InputError where the model knows no text."""
+        """The text LM's tokens of a text, list of int; inside: it continues other words, with a
+        space before it. Raises InputError where the model has no text tokens."""
         return self.tokenizer.encode(' ' * inside + text, add_special_tokens=False).ids
 
     def allowed_tokens(self, kind='speech'):
@@ -369,20 +378,8 @@ class SLM(nn.Module):
 
     # ------------------------------------------------------------------ generation
 
-    def generate(self, prompts, *args, **kwargs):
-        """Continue prompts; arguments as in generate_steps.
-
-        Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
-        """
-        steps = list(self.generate_steps(prompts, *args, **kwargs))
-        if not steps:
-            return [torch.empty(0, dtype=torch.long) for _ in prompts]
-        rows = torch.stack(steps, dim=1).cpu()  # (B, steps)
-        lengths = (rows != self.end).long().cumprod(dim=1).sum(dim=1)
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
-
     @torch.inference_mode()
-    def generate_steps(
+    def generate(
         self,
         prompts,
         max_new_tokens=150,
@@ -395,77 +392,79 @@ class SLM(nn.Module):
         ban_repeats=None,
         kind='speech',
     ):
-        """Continue prompts token by token (defaults: Table 6 of the paper).
+        """Continue prompts (defaults: Table 6 of the paper).
 
         prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1.
-        temperature: 0 takes the likeliest. top_k: 0 is off. repetition_penalty: over prompt and
-        continuation, as transformers defines it. seed: of a generator of its own, None: torch's.
-        ban_repeats: no unit directly after itself, which de-duplicated units never show; None:
-        where slam says dedup. compile: torch.compile the step of one token; half a minute the first
-        time, then faster where launching small operations is what costs. kind: 'speech' or 'text',
-        what an interleaved model is to go on with, after that switch.
+        temperature: 0 takes the most likely token. top_k: 0 is off. repetition_penalty: over prompt
+        and continuation, as transformers defines it. seed: of a generator of its own; None:
+        torch's. ban_repeats: no unit directly after itself, which de-duplicated units never show;
+        None: where slam says dedup. compile: torch.compile the step of one token; half a minute the
+        first time. kind: 'speech' or 'text', what an interleaved model continues with, after that
+        switch.
 
-        Yields: (B,) int64, the new tokens as they are made, on the model's device; self.end where a
-        row ends, PAD after that. Stops when all rows have ended.
-        Raises: InputError if the model's positions do not reach prompt + continuation.
+        Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
+        Raises: InputError if the model has fewer positions than prompt + continuation.
         """
         c, device = self.config, self.embed.weight.device
         longest = max(len(prompt) for prompt in prompts)
-        if longest + max_new_tokens > position_limit(c):
-            raise InputError(
-                f'{longest} prompt + {max_new_tokens} new tokens are more than the '
-                f'{position_limit(c)} {c.positions} positions of this model'
-            )
+        self.check_positions(longest + max_new_tokens)
 
-        # the prompts side by side; `columns` are the places that their tokens take in the cache
-        tokens, seen, padding = (x.to(device) for x in pad_left(prompts, c.vocab_size))
+        # padded on the left, so that all continue at the same column of the cache, which has room
+        # for all of them in steps of 128: few shapes, so little to compile
+        tokens = torch.full((len(prompts), longest), PAD)
+        seen = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt) :] = prompt
+            seen[row, prompt] = True
+        padding = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)
+        tokens, seen = tokens.to(device), seen.to(device)
         columns = torch.arange(longest, device=device)
-        positions = (columns - padding[:, None]).clamp(min=0)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-
-        # the cache has room for all columns, in steps of 128: few shapes, so little to compile
+        positions = (columns - padding).clamp(min=0)
         width = -(-(longest + max_new_tokens) // 128) * 128
-        real = torch.arange(width, device=device) >= padding[:, None]
-        cache = self._cache(len(prompts), width, compile)
+        real = torch.arange(width, device=device) >= padding
+        cache = self.make_cache(len(prompts), width, compile)
 
-        # what chance decides, for all tokens at once, and what the knobs say of each choice
+        # all random numbers at once, and the options as tensors: new values compile nothing
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         top_k = min(top_k or c.vocab_size, c.vocab_size)
         noise = torch.empty(max_new_tokens, len(prompts), top_k, device=device)
         noise.exponential_(generator=generator)
-        if ban_repeats is None:
-            ban_repeats = self.slam.get('dedup')
         is_unit = torch.arange(c.vocab_size, device=device) >= self.offset
+        ban_repeats = self.slam.get('dedup') if ban_repeats is None else ban_repeats
         number = partial(torch.tensor, dtype=torch.float32, device=device)
-        sampling = Sampling(
+        options = dict(
             temperature=number(temperature or 1.0),
             top_p=number(top_p),
-            repetition_penalty=number(repetition_penalty),
+            penalty=number(repetition_penalty),
             allowed=self.allowed_tokens(kind).to(device),
             may_repeat=~is_unit if ban_repeats else torch.ones_like(is_unit),
             greedy=temperature == 0,
         )
 
-        # the first round takes the prompts whole, each further one the token before
+        # the first round takes the whole prompts, each further one the token before
+        rows = [tokens[:, :0]]
+        ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=device)
         for i in range(max_new_tokens):
-            step = self._compiled(device) if compile and i > 0 else self._next
-            new = step(tokens, positions, columns, real, cache, seen, noise[i], sampling)
-            tokens = torch.where(ended, PAD, new)[:, None]
+            step = self.compile_step(device) if compile and i > 0 else self.next_tokens
+            new = step(tokens, positions, columns, real, cache, seen, noise[i], options)
+            tokens = torch.where(ended, PAD, new[:, None])
             seen.scatter_(1, tokens, True)
-            ended = ended | (tokens[:, 0] == self.end)
-            yield tokens[:, 0]
+            ended = ended | (tokens == self.end)
+            rows.append(tokens)
             # reading the flag waits for a GPU: not every token
             if (device.type == 'cpu' or i % 16 == 15) and ended.all():
-                return
+                break
             positions, columns = positions[:, -1:] + 1, columns[-1:] + 1
+        rows = torch.cat(rows, dim=1).cpu()  # (B, steps)
+        lengths = (rows != self.end).long().cumprod(dim=1).sum(dim=1)
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
-    def _cache(self, B, width, compile):
+    def make_cache(self, B, width, compile):
         """Keys and values of each layer in turn, a list of (B, n_kv_head, width, head_dim). For a
-        compiled step they stay at one address, as CUDA graphs want it, from call to call."""
-        c, weight = self.config, self.embed.weight
+        compiled step they keep their addresses from call to call, as CUDA graphs need it."""
+        c, weight, old = self.config, self.embed.weight, self.static_cache
         shape = (B, c.n_kv_head, width, c.head_dim)
         static = compile and weight.is_cuda
-        old = self.static_cache
         if static and old and old[0].shape == shape and old[0].dtype == weight.dtype:
             return old
         cache = [weight.new_zeros(shape) for _ in range(2 * c.n_layer)]
@@ -475,21 +474,22 @@ class SLM(nn.Module):
                 torch._dynamo.mark_static_address(tensor, guard=False)
         return cache
 
-    def _compiled(self, device):
-        """The compiled step: CUDA graphs on a GPU, on a CPU no Python between the kernels."""
+    def compile_step(self, device):
+        """next_tokens compiled: CUDA graphs on a GPU, on a CPU no Python between the kernels."""
         if self.compiled_step is None:
             how = dict(mode='reduce-overhead')
             if device.type == 'cpu':  # small kernels in one thread
                 how = dict(options={'cpp_wrapper': True, 'cpp.min_chunk_size': 8192})
-            self.compiled_step = torch.compile(self._next, fullgraph=True, dynamic=True, **how)
+            how |= dict(fullgraph=True, dynamic=True)
+            self.compiled_step = torch.compile(self.next_tokens, **how)
         return self.compiled_step
 
-    def _next(self, tokens, positions, columns, real, cache, seen, noise, sampling):
+    def next_tokens(self, tokens, positions, columns, real, cache, seen, noise, options):
         """One round of generation: tokens (B, T) enter the cache at `columns` (T,), and the tokens
         that follow them, (B,), are chosen.
 
-        positions: (B, T). real: (B, width of the cache) bool, False on padding. cache: of _cache.
-        seen, noise, sampling: as in choose.
+        positions: (B, T). real: (B, width of the cache) bool, False on padding. cache: of
+        make_cache. seen, noise, options: as in choose.
         """
         T = tokens.shape[1]
         places = torch.arange(real.shape[1], device=real.device)
@@ -510,91 +510,16 @@ class SLM(nn.Module):
             return out.reshape(q.shape)
 
         x = self.hidden(tokens, positions=positions, attend=attend)
-        return choose(self.logits(x[:, -1]).float(), tokens[:, -1:], seen, noise, sampling)
+        return choose(self.logits(x[:, -1]).float(), tokens[:, -1:], seen, noise, options)
 
-    # ------------------------------------------------------------------ loading and saving
-
-    @classmethod
-    def from_preset(cls, name, vocab_size=502, context=None, rope_theta=None, dropout=0.0, seed=0):
-        """A freshly initialised model of one of the paper's shapes (Table 7), no download: the cold
-        start of Figure 2. Raises InputError naming the shapes there are."""
-        if name.lower() not in PRESETS:
-            raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
-        config = SLMConfig(**PRESETS[name.lower()], vocab_size=vocab_size, dropout=dropout)
-        set_positions(config, context, rope_theta)
-        return cls(config, seed)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        where,
-        vocab_size=None,
-        embed_init='first_rows',
-        context=None,
-        rope_theta=None,
-        dropout=0.0,
-        seed=0,
-        dtype=torch.float32,
-        text=None,
-    ):
-        """Load a folder or a hub name; no code of the checkpoint is ever run.
-
-        (a) A text LM of a family in FAMILIES: TWIST, everything but the embedding (and head) stays;
-        the new vocabulary of vocab_size (None: 502) rows begins as `embed_init`: 'first_rows' of
-        the old one (what resizing leaves; Hassid et al. 2023), 'random', or 'mean', its mean row.
-        With `text`, meta.json of data of text and units (offset, tokenizer_sha256), all rows stay
-        and those of units and switches are added, out of the old ones likewise.
-        (b) A checkpoint of ours, (c) a public SLM (`lm.` prefix: slprl/slam; slprl/SIMS-7B, which
-        needs the tokenizer of its text LM, in its folder or from the hub), (d) a TWIST checkpoint
-        (`offset` in its config), (e) one of tiagoCuervo/slm_scaling (slam['scoring'] is 'units').
-        Their vocabulary stays, in our order, and vocab_size, if given, must fit in it.
-        context: tokens to note in the config (learned positions stay as many as they are).
-        rope_theta: in place of the checkpoint's.
-
-        Raises: InputError when there is no such folder or hub name, the family or a feature is not
-        supported, config.json and the tensors do not fit (named), the vocabulary cannot hold the
-        units, data and model differ in their text, or context is longer than the model's positions.
-        """
-        folder = find_checkpoint(where)
-        hf, prefix, slam = read_description(folder, where)
-        config = from_hf_config(hf)
-        config.dropout = dropout
-        set_positions(config, context, rope_theta)
-        check_data_fit(config.vocab_size, vocab_size, slam, folder, where, text)
-        state = load_state(folder, config, FAMILIES[hf['model_type']], prefix)
-
-        embeddings = ['embed.weight'] if config.tied else ['embed.weight', 'head.weight']
-        order = token_order(hf, config.vocab_size)
-        for name in embeddings:
-            old = state[name]
-            if slam is None and text:  # a text LM that is to learn units, too: rows are added
-                new = twist_rows(old, vocab_size - len(old), embed_init, seed, where)
-                state[name] = torch.cat((old, new.to(old)))
-            elif slam is None:  # a text LM that becomes a unit LM
-                state[name] = twist_rows(old, vocab_size or 502, embed_init, seed, where)
-            elif order is not None:  # an SLM whose tokens are in another order
-                state[name] = old[order]
-        config.vocab_size = len(state['embed.weight'])
-        if config.tied:
-            state['head.weight'] = state['embed.weight']
-
-        with torch.device('meta'):
-            model = cls(config)
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
-        model.load_state_dict(state, assign=True)
-        if config.tied:
-            model.head.weight = model.embed.weight
-        model.make_rope()
-        if slam is not None:
-            model.slam = dict(n_units=config.vocab_size - OFFSET) | slam
-        return model
+    # ------------------------------------------------------------------ saving
 
     def save_pretrained(self, folder, slam=None):
-        """Write config.json, model.safetensors (both as transformers reads them) and slam.json,
-        each whole or not at all.
+        """Write a checkpoint that transformers and load_slm open: config.json, model.safetensors
+        and slam.json. A write that fails leaves the files that were there.
 
         slam: dict for slam.json; None: self.slam. Where PARTS of it name folders, these are copied
-        in, so that the checkpoint is complete by itself. Raises OSError naming the folder where it
+        in, so that the checkpoint is complete by itself. Raises: OSError naming the folder where it
         cannot be written.
         """
         slam = dict(self.slam if slam is None else slam)
@@ -603,68 +528,31 @@ class SLM(nn.Module):
             if os.path.isdir(str(slam.get(part) or '')):
                 copy_part(slam[part], folder, part)
                 slam[part] = part
-        tensors = to_hf_tensors(self.state_dict(), self.config)
-        config_file = os.path.join(folder, 'config.json')
-        slam_file = os.path.join(folder, 'slam.json')
-        # the three appear one right after the other, the large one first
-        with write_atomic(config_file) as about_model, write_atomic(slam_file) as about_units:
-            hf = to_hf_config(self.config)
-            if slam.get('tokenizer'):
-                hf |= dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'), slam['end'])
-            json.dump(hf, about_model, indent=2)
-            json.dump(slam, about_units, indent=2)
-            write_tensors(os.path.join(folder, 'model.safetensors'), tensors)
+        hf, end = copy.deepcopy(self.hf_config), slam.get('end')
+        if end is not None:  # an interleaved model
+            hf.bos_token_id = hf.eos_token_id = hf.pad_token_id = end
 
-
-def load_slm(where, sizes=None, seed=0, **options):
-    if where == 'scratch':
-        options.pop('text', None), options.pop('embed_init', None)
-        options.setdefault('rope_theta', 10000.0)
-        return SLM(SLMConfig('llama', **sizes, **options), seed)
-    if where.startswith('preset:'):
-        options.pop('text', None), options.pop('embed_init', None)
-        return SLM.from_preset(where.removeprefix('preset:'), seed=seed, **options)
-    return SLM.from_pretrained(where, seed=seed, **options)
-
-
-PARTS = ('encoder', 'vocoder', 'tokenizer')  # folders that a checkpoint may have
-ROPE_POSITIONS = 1 << 15  # rows of RoPE's tables: no utterance is longer than 32,768 tokens
-LOGITS_AT_ONCE = 1 << 28  # numbers; a vocabulary of units never comes near
-
-
-def position_limit(config):
-    """Tokens of the longest utterance that the model can take."""
-    return config.context if config.positions == 'learned' else ROPE_POSITIONS
-
-
-def rope_tables(config):
-    """cos and sin of RoPE's angles by position, as rotate wants them: (ROPE_POSITIONS, R) each, the
-    first half of sin negative, fp32; scaled as in Llama 3 or linearly if the config says so."""
-    R = int(config.head_dim * config.rotary_share)
-    turning = torch.arange(0, R, 2, dtype=torch.float32, device='cpu')
-    frequency = config.rope_theta ** (-turning / R)  # radians a token
-    scaling = config.rope_scaling or {}
-    if rope_kind(scaling) == 'linear':
-        frequency = frequency / scaling['factor']
-    elif rope_kind(scaling) == 'llama3':
-        # full turns within the original context; 0: slow enough to be stretched, 1: kept
-        turns = scaling['original_max_position_embeddings'] * frequency / (2 * math.pi)
-        low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (kept + (1 - kept) / scaling['factor'])
-    positions = torch.arange(ROPE_POSITIONS, dtype=torch.float32, device='cpu')
-    angles = torch.outer(positions, frequency)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        theirs = empty_model(hf).to(self.embed.weight.dtype)
+        tensors = to_theirs(self, theirs)
+        new = os.path.join(folder, 'saving.tmp')  # its files are then renamed into place
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            theirs.save_pretrained(new, state_dict=tensors)
+            with open(os.path.join(new, 'slam.json'), 'w', encoding='utf-8') as file:
+                json.dump(slam, file, indent=2)
+            for name in os.listdir(new):
+                os.replace(os.path.join(new, name), os.path.join(folder, name))
+        except Exception as error:  # safetensors has an error of its own for a full disk
+            code = re.search(r'\(os error (\d+)\)', str(error))
+            if not code:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------
 # Attention within documents
-
-# On CUDA, of documents without branches in training: 'flex' (flex_attention, block-masked) or
-# 'varlen' (flash attention by cumulative lengths). Everything else takes flex.
-ATTENTION = 'flex'
-VARLEN_TOKENS = 64  # varlen: tokens of a document on average, at least; its lists have fixed length
 
 # flex_attention's blocks by the card's compute capability, so that ptxas spills no register; heads
 # of 128 features take 8 warps in backward. Every token sees itself: no row is empty.
@@ -682,7 +570,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 def sdpa(q, k, v, mask=None, causal=False):
     """Scaled dot-product attention; q (B, H, T, D), k and v (B, H_kv, S, D)."""
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and not q.is_cuda:  # the CPU's fused kernel wants equal heads
+    if groups > 1 and not q.is_cuda:  # the CPU's fused kernel needs equal heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1 and q.is_cuda
@@ -690,7 +578,7 @@ def sdpa(q, k, v, mask=None, causal=False):
 
 
 def visibility(doc, branch):
-    """Whether token i sees token j: its own document's, from the prompt or its own branch, before
+    """Whether token i sees token j: of its own document, from the prompt or its own branch, before
     it. A function of indices (row, head, i, j), as flex_attention takes it."""
 
     def visible(b, h, i, j):
@@ -702,25 +590,20 @@ def visibility(doc, branch):
     return visible
 
 
-def attention_within(doc, branch, device, longest):
-    """How every layer attends: a function of q, k, v made once a forward.
-
-    doc, branch: (B, T) or None, as in SLM.hidden. longest: tokens of the longest document that is
-    to be expected (varlen).
-    """
+def attention_within(doc, branch, device):
+    """How every layer attends: a function of q, k, v made once a forward. doc, branch: (B, T) or
+    None, as in SLM.hidden."""
     if doc is None:
         return partial(sdpa, causal=True)
-    B, T = doc.shape
     visible = visibility(doc, branch)
     if device.type == 'cuda':
-        if ATTENTION == 'varlen' and branch is None and torch.is_grad_enabled():
-            return attend_varlen(doc, longest)
-        return attend_flex(visible, B, T, device)
+        return attend_flex(visible, *doc.shape, device)
     if device.type == 'cpu' and not torch.compiler.is_compiling():
         return partial(attend_pieces, pieces=find_pieces(doc, branch))
     # elsewhere the mask is an ordinary tensor, (B, 1, T, T)
-    rows, i = torch.arange(B, device=device)[:, None, None], torch.arange(T, device=device)
-    return partial(sdpa, mask=visible(rows, None, i[:, None], i[None, :])[:, None])
+    row = torch.arange(len(doc), device=device)[:, None, None]
+    i = torch.arange(doc.shape[1], device=device)
+    return partial(sdpa, mask=visible(row, None, i[:, None], i[None, :])[:, None])
 
 
 @lru_cache(maxsize=1)
@@ -747,28 +630,6 @@ def attend_flex(visible, B, T, device):
         grouped, wide = q.shape[1] != k.shape[1], q.shape[-1] > 64
         blocks = options | dict(bwd_num_warps=8) if options and wide else options or None
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=blocks)
-
-    return attend
-
-
-def attend_varlen(doc, longest):
-    """Flash attention by the documents' cumulative lengths, of rows laid end to end."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    B, T = doc.shape
-    first = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
-    number = first.cumsum(0) - 1  # (B * T,): which document a token is of
-    most = max(B, B * T // VARLEN_TOKENS)
-    torch._assert_async(number[-1] < most, f'documents shorter than {VARLEN_TOKENS} on average')
-    starts = torch.full((most + 1,), B * T, dtype=torch.int32, device=doc.device)
-    starts = starts.scatter_reduce(
-        0, number, torch.arange(B * T, dtype=torch.int32, device=doc.device), 'amin'
-    )
-
-    def attend(q, k, v):
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
-        out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))
-        return out.unflatten(0, (B, T)).transpose(1, 2)
 
     return attend
 
@@ -820,53 +681,28 @@ def find_pieces(doc, branch):
 # Generation: how the next token is chosen
 
 
-class Sampling(NamedTuple):
-    """What the options of generate_steps say of each token. Numbers are tensors of shape (): other
-    values need no other compilation."""
-
-    temperature: torch.Tensor
-    top_p: torch.Tensor  # 1 is off
-    repetition_penalty: torch.Tensor
-    allowed: torch.Tensor  # (V,) bool: the tokens that may be chosen at all
-    may_repeat: torch.Tensor  # (V,) bool: those that may come directly after themselves
-    greedy: bool  # the likeliest, whatever the temperature
-
-
-def pad_left(prompts, vocab_size):
-    """Prompts of any lengths side by side, so that all continue at the same column.
-
-    Returns: tokens (B, longest), which tokens a row has seen (B, vocab_size), and how many of its
-    columns are padding (B,).
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.full((len(prompts), longest), PAD)
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = prompt
-        seen[row, prompt] = True
-    return tokens, seen, torch.tensor([longest - len(prompt) for prompt in prompts])
-
-
-def choose(logits, last, seen, noise, sampling):
+def choose(logits, last, seen, noise, options):
     """The next token of each row, (B,).
 
     logits: (B, V) fp32. last: (B, 1), the tokens before. seen: (B, V) bool, the tokens that the
-    repetition penalty is for. noise: as in draw. sampling: Sampling.
+    repetition penalty is for. noise: as in draw. options: temperature, top_p (1 is off) and
+    penalty, tensors of shape (); allowed, the tokens that may be chosen at all, and may_repeat,
+    those that may come directly after themselves, (V,) bool; greedy, the most likely token.
     """
-    penalty = sampling.repetition_penalty
+    penalty = options['penalty']
     penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
     logits = torch.where(seen, penalised, logits)
     repeats = torch.arange(logits.shape[1], device=logits.device) == last  # (B, V)
-    banned = ~sampling.allowed | (repeats & ~sampling.may_repeat)
+    banned = ~options['allowed'] | (repeats & ~options['may_repeat'])
     logits = logits.masked_fill(banned, -torch.inf)
-    if sampling.greedy:
+    if options['greedy']:
         return logits.argmax(-1)
-    return draw(logits / sampling.temperature, noise, sampling.top_p)
+    return draw(logits / options['temperature'], noise, options['top_p'])
 
 
 def draw(logits, noise, top_p):
-    """One token a row from softmax(logits) cut to the likeliest and to the smallest set of them
-    that holds top_p.
+    """One token a row from softmax(logits) cut to the top k and to the smallest set of them that
+    holds top_p.
 
     logits: (B, V). noise: (B, top_k) of Exp(1): argmax(p / noise) falls on each token with its
     probability p. top_p: a number, 1 is off. Returns: (B,)
@@ -879,391 +715,407 @@ def draw(logits, noise, top_p):
 
 
 # -----------------------------------------------------------------------------
-# Families, and the files of an SLM
+# Kinds of models: how transformers names and computes what Block has
 
 
 @dataclass
-class SLMConfig:
-    """The dimensions of an SLM. A field left at None takes its family's value from FAMILIES."""
+class Config:
+    """What Block and SLM need to know of transformers' config; read_config fills it."""
 
-    family: str = 'qwen2'  # a name of FAMILIES
-    vocab_size: int = 502  # n_units + OFFSET
-    n_layer: int = 24
-    n_embd: int = 896
-    n_head: int = 14
-    n_kv_head: int = 2  # grouped-query attention; opt and gpt_neox have none: n_head
-    head_dim: int | None = None  # None: n_embd / n_head
-    n_ffn: int = 4864
-    embed_dim: int | None = None  # None: n_embd; OPT-350M projects 512 -> 1024 -> 512
-    context: int = 1024  # tokens; with learned positions a hard limit
-    dropout: float = 0.0  # on the residual branches, as OPT has it
-    norm: str | None = None  # 'rms' or 'layer'
-    norm_eps: float | None = None
-    pre_norm: bool | None = None  # False: OPT-350M, norms after each residual and none at the end
-    parallel: bool | None = None  # attention and MLP read the same input
-    positions: str | None = None  # 'rope' or 'learned'
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's, or linear, as in its config.json
-    rotary_share: float | None = None  # of each head's features, what RoPE turns
-    qk_norm: bool | None = None  # RMSNorm of each head's query and key
-    qkv_bias: bool | None = None
-    out_bias: bool | None = None
-    mlp_bias: bool | None = None
-    act: str | None = None  # a name of ACTIVATIONS
-    gated: bool | None = None  # SwiGLU
-    tied: bool | None = None  # the head is the embedding
-
-    def __post_init__(self):
-        complete_config(self)
+    kind: str  # of KINDS
+    vocab_size: int
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_kv_head: int  # grouped-query attention
+    head_dim: int
+    n_ffn: int
+    embed_dim: int  # width of the embedding and the head
+    context: int  # tokens of a training row
+    dropout: float  # on the residual branches
+    norm_eps: float
+    norm_bias: bool  # LayerNorm
+    qk_norm: bool  # RMSNorm of each head's query and key
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    gated: bool  # SwiGLU
+    act: str  # of ACTIVATIONS
+    tied: bool  # the head is the embedding
+    rope_layers: tuple  # whether a layer rotates its queries and keys
+    rope_freqs: tuple = ()  # radians a token of each pair of features; empty: learned positions
+    rope_scale: float = 1.0  # of cos and sin, for YaRN
+    max_positions: int = ROPE_POSITIONS  # tokens of the longest utterance
+    pre_norm: bool = True  # False: OPT-350M, norms after each residual and none at the end
+    parallel: bool = False  # GPT-NeoX: attention and MLP read the same input
 
 
-POSITION_OFFSET = 2  # OPT's learned positions begin at row 2
-ACTIVATIONS = dict(
-    relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=partial(F.gelu, approximate='tanh')
-)
+tanh_gelu = partial(F.gelu, approximate='tanh')
+ACTIVATIONS = dict(relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=tanh_gelu)
 
-# All that differs between families, one entry each; most say how they differ from Llama. To add a
-# family, add an entry; what it alone computes becomes a field of SLMConfig, with the others' value
-# in LLAMA, and a line of Block.
-KEYS = dict(  # config.json's names of our fields, where most families agree
-    vocab_size='vocab_size',
-    n_layer='num_hidden_layers',
-    n_embd='hidden_size',
-    n_head='num_attention_heads',
-    n_ffn='intermediate_size',
-    context='max_position_embeddings',
-    act='hidden_act',
-    tied='tie_word_embeddings',
-)
+# transformers' names of our modules; tuples are joined, so that one product computes them
 LLAMA = dict(
-    architecture='LlamaForCausalLM',  # the class of transformers
-    becomes=None,  # a family that is only read: the one that it is saved as
-    # fields of SLMConfig: what a new model of the family has
-    norm='rms',
-    norm_eps=1e-6,
-    pre_norm=True,
-    parallel=False,
-    positions='rope',
-    rotary_share=1.0,
-    qk_norm=False,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    act='silu',
-    gated=True,
-    tied=True,
-    # config.json: its names of our fields, what leaving one out means, and what else is written
-    keys=KEYS
-    | dict(
-        n_kv_head='num_key_value_heads',
-        head_dim='head_dim',
-        norm_eps='rms_norm_eps',
-        qkv_bias='attention_bias',
-        out_bias='attention_bias',
-        mlp_bias='mlp_bias',
-    ),
-    absent=dict(tied=False),
-    constant={},
-    # the checkpoint's names of our modules; several are joined, so that one product computes them
-    prefix='model.',
-    layer='layers',
-    tensors=dict(
-        embed='embed_tokens',
-        norm='norm',
+    embed='model.embed_tokens',
+    norm='model.norm',
+    head='lm_head',
+    blocks='model.layers',
+    norm1='input_layernorm',
+    norm2='post_attention_layernorm',
+    qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+    out='self_attn.o_proj',
+    norm_q='self_attn.q_norm',
+    norm_k='self_attn.k_norm',
+    up=('mlp.gate_proj', 'mlp.up_proj'),
+    down='mlp.down_proj',
+)
+KINDS = dict(
+    llama=LLAMA,
+    phi3=LLAMA | dict(qkv='self_attn.qkv_proj', up='mlp.gate_up_proj'),
+    opt=dict(
+        embed='model.decoder.embed_tokens',
+        embed_positions='model.decoder.embed_positions',
+        project_in='model.decoder.project_in',
+        project_out='model.decoder.project_out',
+        norm='model.decoder.final_layer_norm',
         head='lm_head',
+        blocks='model.decoder.layers',
+        norm1='self_attn_layer_norm',
+        norm2='final_layer_norm',
+        qkv=LLAMA['qkv'],
+        out='self_attn.out_proj',
+        up='fc1',
+        down='fc2',
+    ),
+    gpt_neox=dict(
+        embed='gpt_neox.embed_in',
+        norm='gpt_neox.final_layer_norm',
+        head='lm_head',
+        blocks='gpt_neox.layers',
         norm1='input_layernorm',
         norm2='post_attention_layernorm',
-        qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
-        out='self_attn.o_proj',
-        norm_q='self_attn.q_norm',
-        norm_k='self_attn.k_norm',
-        up=('mlp.gate_proj', 'mlp.up_proj'),
-        down='mlp.down_proj',
-    ),
-    other_names={},  # beginnings of names in some files
-    qkv_by_head=False,  # rows of q, k and v lie head by head
-    rope_pairs=False,  # RoPE turns features 2 i and 2 i + 1 together
-    units=None,  # what slam.json would say where the family is of unit LMs
-)
-
-
-def without(mapping, *names):
-    """A copy of a dict that lacks these keys."""
-    return {name: value for name, value in mapping.items() if name not in names}
-
-
-FAMILIES = dict(
-    llama=LLAMA,
-    qwen2=LLAMA
-    | dict(
-        architecture='Qwen2ForCausalLM',
-        qkv_bias=True,
-        keys=without(LLAMA['keys'], 'head_dim', 'qkv_bias', 'out_bias', 'mlp_bias'),
-    ),
-    qwen3=LLAMA
-    | dict(
-        architecture='Qwen3ForCausalLM',
-        qk_norm=True,
-        keys=without(LLAMA['keys'], 'mlp_bias'),
-        absent=dict(tied=False, head_dim=128),
-    ),
-    # facebook/MobileLLM-125M names a model type and code of its own
-    mobilellm=LLAMA | dict(becomes='llama', keys=LLAMA['keys'] | dict(tied='share_embedding')),
-    # tiagoCuervo/slm_scaling: unit u is token u, then <S>, then padding
-    slm=LLAMA
-    | dict(
-        becomes='llama',
-        keys=dict(
-            vocab_size='vocab_size',
-            n_layer='n_layers',
-            n_embd='dim',
-            n_head='n_heads',
-            n_kv_head='n_kv_heads',
-            n_ffn='hidden_dim',
-            context='block_size',
-            norm_eps='norm_eps',
-        ),
-        absent=dict(norm_eps=1e-5),
-        prefix='',
-        tensors=dict(
-            embed='tok_embeddings',
-            norm='norm',
-            head='output',
-            norm1='attention_norm',
-            norm2='ffn_norm',
-            qkv=('attention.wq', 'attention.wk', 'attention.wv'),
-            out='attention.wo',
-            up=('feed_forward.w1', 'feed_forward.w3'),
-            down='feed_forward.w2',
-        ),
-        rope_pairs=True,
-        units=dict(scoring='units'),
-    ),
-    opt=LLAMA
-    | dict(
-        architecture='OPTForCausalLM',
-        norm='layer',
-        norm_eps=1e-5,
-        positions='learned',
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        act='relu',
-        gated=False,
-        keys=KEYS
-        | dict(
-            n_ffn='ffn_dim',
-            embed_dim='word_embed_proj_dim',
-            dropout='dropout',
-            pre_norm='do_layer_norm_before',
-            act='activation_function',
-        ),
-        absent=dict(tied=True),
-        constant=dict(attention_dropout=0.0, enable_bias=True, _remove_final_layer_norm=False),
-        prefix='model.decoder.',
-        tensors=dict(
-            embed='embed_tokens',
-            embed_positions='embed_positions',
-            project_in='project_in',
-            project_out='project_out',
-            norm='final_layer_norm',
-            head='lm_head',
-            norm1='self_attn_layer_norm',
-            norm2='final_layer_norm',
-            qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
-            out='self_attn.out_proj',
-            up='fc1',
-            down='fc2',
-        ),
-        other_names={'decoder.': 'model.decoder.'},
-    ),
-    gpt_neox=LLAMA
-    | dict(
-        architecture='GPTNeoXForCausalLM',
-        norm='layer',
-        norm_eps=1e-5,
-        parallel=True,
-        rotary_share=0.25,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        act='gelu',
-        gated=False,
-        tied=False,
-        keys=KEYS
-        | dict(
-            norm_eps='layer_norm_eps',
-            parallel='use_parallel_residual',
-            rope_theta='rotary_emb_base',
-            rotary_share='rotary_pct',
-        ),
-        prefix='gpt_neox.',
-        tensors=dict(
-            embed='embed_in',
-            norm='final_layer_norm',
-            head='embed_out',
-            norm1='input_layernorm',
-            norm2='post_attention_layernorm',
-            qkv='attention.query_key_value',
-            out='attention.dense',
-            up='mlp.dense_h_to_4h',
-            down='mlp.dense_4h_to_h',
-        ),
-        other_names={'lm_head.': 'embed_out.'},  # transformers 5's name for it
-        qkv_by_head=True,
+        qkv='attention.query_key_value',  # its rows lie head by head
+        out='attention.dense',
+        up='mlp.dense_h_to_4h',
+        down='mlp.dense_4h_to_h',
     ),
 )
 
 
-def preset(family, n_layer, n_embd, n_head, n_kv_head, n_ffn, context, **more):
-    """The arguments as a dict: fields of SLMConfig."""
-    sizes = dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, n_ffn=n_ffn)
-    return dict(family=family, context=context, **sizes, **more)
+def read_llama(hf):
+    norm_eps = getattr(hf, 'rms_norm_eps', None) or hf.layer_norm_eps
+    heads = dict(n_kv_head=hf.num_key_value_heads, head_dim=getattr(hf, 'head_dim', None))
+    return dict(n_ffn=hf.intermediate_size, norm_eps=norm_eps, act=hf.hidden_act, **heads)
 
 
-SMOL = dict(norm_eps=1e-5, rope_theta=1e5)
+def read_opt(hf):
+    widths = dict(n_ffn=hf.ffn_dim, embed_dim=hf.word_embed_proj_dim)
+    act, pre_norm = hf.activation_function, hf.do_layer_norm_before
+    return dict(norm_eps=1e-5, act=act, pre_norm=pre_norm, **widths)
+
+
+def read_gpt_neox(hf):
+    more = dict(act=hf.hidden_act, parallel=hf.use_parallel_residual)
+    return dict(n_ffn=hf.intermediate_size, norm_eps=hf.layer_norm_eps, **more)
+
+
+READERS = dict(llama=read_llama, phi3=read_llama, opt=read_opt, gpt_neox=read_gpt_neox)
+
+
+def import_transformers():
+    """transformers, which takes seconds to import, without its progress bars and warnings."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+def empty_model(hf):
+    """transformers' model of a config, without memory for its tensors (meta device)."""
+    transformers = import_transformers()
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf), None)
+    if model_class is None:
+        raise InputError(f'model type {hf.model_type!r} is not supported')
+    with torch.device('meta'):
+        return model_class(hf)
+
+
+def their_names(name, kind):
+    """The tensors of transformers that are joined in one of ours: 'blocks.3.up.weight' ->
+    ['model.layers.3.mlp.gate_proj.weight', 'model.layers.3.mlp.up_proj.weight']."""
+    *path, module, what = name.split('.')
+    theirs = KINDS[kind].get(module, module)
+    prefix = f'{KINDS[kind]["blocks"]}.{path[1]}.' if path else ''
+    return [f'{prefix}{one}.{what}' for one in ((theirs,) if isinstance(theirs, str) else theirs)]
+
+
+def read_config(hf, dropout=0.0):
+    """Config of transformers' config object. What a config only implies, such as biases, comes
+    from the names of the tensors, and RoPE from the rotary module, so that every variant is right.
+    Raises: InputError naming the model type where no kind of Block computes it."""
+    theirs = empty_model(hf)
+    names = set(theirs.state_dict())
+
+    def has(kind, module, what='weight'):
+        return their_names(f'blocks.0.{module}.{what}', kind)[0] in names
+
+    kind = next((kind for kind in KINDS if has(kind, 'qkv') and has(kind, 'up')), None)
+    if kind is None:
+        raise InputError(f'model type {hf.model_type!r} is not supported: no kind of Block fits')
+    c = dict(n_kv_head=hf.num_attention_heads, head_dim=None, embed_dim=hf.hidden_size)
+    try:
+        c |= READERS[kind](hf)
+    except AttributeError as error:
+        raise InputError(f'model type {hf.model_type!r} is not supported: {error}') from None
+    if c['act'] not in ACTIVATIONS:
+        raise InputError(f'{hf.model_type}: activation {c["act"]!r} is not supported')
+    c['head_dim'] = c['head_dim'] or hf.hidden_size // hf.num_attention_heads
+
+    rotary = next((module for module in theirs.modules() if hasattr(module, 'inv_freq')), None)
+    c |= dict(context=hf.max_position_embeddings, max_positions=hf.max_position_embeddings)
+    if rotary:
+        with torch.device('cpu'):
+            rotary = type(rotary)(hf)  # again, with numbers
+        c |= dict(rope_freqs=tuple(rotary.inv_freq.tolist()), rope_scale=rotary.attention_scaling)
+        # these two change their frequencies where a text is longer than that
+        longest = dict(dynamic=hf.max_position_embeddings)
+        longest |= dict(longrope=hf.rope_parameters.get('original_max_position_embeddings'))
+        c['max_positions'] = longest.get(rotary.rope_type) or ROPE_POSITIONS
+    window = getattr(hf, 'sliding_window', None) or c['context']
+    if window < c['context'] and 'sliding_attention' in (
+        getattr(hf, 'layer_types', None) or ['sliding_attention']
+    ):
+        raise InputError(
+            f'{hf.model_type}: a sliding window of {window} tokens is not supported: use a '
+            f'--context that is no longer'
+        )
+    layers = tuple(getattr(hf, 'no_rope_layers', None) or [1] * hf.num_hidden_layers)  # SmolLM3
+    return Config(
+        kind=kind,
+        vocab_size=hf.vocab_size,
+        n_layer=hf.num_hidden_layers,
+        n_embd=hf.hidden_size,
+        n_head=hf.num_attention_heads,
+        dropout=dropout,
+        norm_bias=has(kind, 'norm1', 'bias'),
+        qk_norm=has(kind, 'norm_q'),
+        qkv_bias=has(kind, 'qkv', 'bias'),
+        out_bias=has(kind, 'out', 'bias'),
+        mlp_bias=has(kind, 'down', 'bias'),
+        gated=kind in ('llama', 'phi3'),
+        tied=hf.tie_word_embeddings,
+        rope_layers=tuple(map(bool, layers)),
+        **c,
+    )
+
+
+def by_head(tensor, config, first, second):
+    """Rows in groups (first, second, head_dim) -> (second, first, head_dim)."""
+    return tensor.view(first, second, config.head_dim, -1).transpose(0, 1).reshape(tensor.shape)
+
+
+def from_theirs(tensors, model):
+    """Our state dict out of transformers', which is emptied. Raises InputError for a tensor that
+    only one of the two has."""
+    c, ours = model.config, {}
+    for name, wanted in model.state_dict().items():
+        if c.tied and name == 'head.weight':
+            continue
+        parts = [tensors.pop(theirs, None) for theirs in their_names(name, c.kind)]
+        if any(part is None for part in parts):
+            raise InputError(
+                f'model type {model.hf_config.model_type!r} has no {name}: not supported'
+            )
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if '.qkv.' in name and c.kind == 'gpt_neox':
+            tensor = by_head(tensor, c, c.n_head, 3)
+        if tensor.shape != wanted.shape:
+            raise InputError(f'model type {model.hf_config.model_type!r}: {name} has another shape')
+        ours[name] = tensor
+    if c.tied:
+        ours['head.weight'] = ours['embed.weight']
+        tensors.pop(their_names('head.weight', c.kind)[0], None)
+    if tensors:
+        raise InputError(
+            f'model type {model.hf_config.model_type!r} is not supported: Block has no '
+            f'{min(tensors)}'
+        )
+    return ours
+
+
+def to_theirs(model, theirs):
+    """The tensors of a model on the CPU, by their names in transformers' model `theirs`."""
+    c, tensors = model.config, {}
+    rows = {name: len(tensor) for name, tensor in theirs.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        if c.tied and name == 'head.weight':
+            continue
+        tensor = tensor.detach().cpu()
+        if '.qkv.' in name and c.kind == 'gpt_neox':
+            tensor = by_head(tensor, c, 3, c.n_head)
+        names = their_names(name, c.kind)
+        tensors |= zip(names, tensor.split([rows[one] for one in names]), strict=True)
+    return tensors
+
+
+# -----------------------------------------------------------------------------
+# Loading
+
+
+def shape(model_type, n_layer, n_embd, n_head, n_kv_head, n_ffn, context, **more):
+    """The type and the arguments of a transformers config."""
+    sizes = dict(num_hidden_layers=n_layer, hidden_size=n_embd, num_attention_heads=n_head)
+    if model_type == 'opt':
+        sizes |= dict(ffn_dim=n_ffn, word_embed_proj_dim=n_embd, dropout=0.0)
+    else:
+        sizes |= dict(intermediate_size=n_ffn, tie_word_embeddings=model_type != 'gpt_neox')
+    if n_kv_head:
+        sizes |= dict(num_key_value_heads=n_kv_head)
+    return model_type, sizes | dict(max_position_embeddings=context) | more
+
+
+SMOL = dict(rms_norm_eps=1e-5, rope_theta=1e5)
 PRESETS = {  # Table 7 of the paper, Slam (large)'s base, and a newer one of the first's size
-    'qwen2.5-0.5b': preset('qwen2', 24, 896, 14, 2, 4864, 32768, rope_theta=1e6),
-    'qwen2.5-1.5b': preset('qwen2', 28, 1536, 12, 2, 8960, 32768, rope_theta=1e6),
-    'smollm2-135m': preset('llama', 30, 576, 9, 3, 1536, 8192, **SMOL),
-    'mobilellm-125m': preset('llama', 30, 576, 9, 3, 1536, 2048, norm_eps=1e-5),
-    'smollm2-360m': preset('llama', 32, 960, 15, 5, 2560, 8192, **SMOL),
-    'mobilellm-350m': preset('llama', 32, 960, 15, 5, 2560, 2048, norm_eps=1e-5),
-    'opt-125m': preset('opt', 12, 768, 12, 12, 3072, 2048),
-    'opt-350m': preset('opt', 24, 1024, 16, 16, 4096, 2048, embed_dim=512, pre_norm=False),
-    'pythia-160m': preset('gpt_neox', 12, 768, 12, 12, 3072, 2048),
-    'pythia-410m': preset('gpt_neox', 24, 1024, 16, 16, 4096, 2048),
-    'qwen3-0.6b': preset('qwen3', 28, 1024, 16, 8, 3072, 40960, head_dim=128, rope_theta=1e6),
+    'qwen2.5-0.5b': shape('qwen2', 24, 896, 14, 2, 4864, 32768, rope_theta=1e6),
+    'qwen2.5-1.5b': shape('qwen2', 28, 1536, 12, 2, 8960, 32768, rope_theta=1e6),
+    'smollm2-135m': shape('llama', 30, 576, 9, 3, 1536, 8192, **SMOL),
+    'mobilellm-125m': shape('llama', 30, 576, 9, 3, 1536, 2048, rms_norm_eps=1e-5),
+    'smollm2-360m': shape('llama', 32, 960, 15, 5, 2560, 8192, **SMOL),
+    'mobilellm-350m': shape('llama', 32, 960, 15, 5, 2560, 2048, rms_norm_eps=1e-5),
+    'opt-125m': shape('opt', 12, 768, 12, None, 3072, 2048),
+    'opt-350m': shape(
+        'opt', 24, 1024, 16, None, 4096, 2048, word_embed_proj_dim=512, do_layer_norm_before=False
+    ),
+    'pythia-160m': shape('gpt_neox', 12, 768, 12, None, 3072, 2048),
+    'pythia-410m': shape('gpt_neox', 24, 1024, 16, None, 4096, 2048),
+    'qwen3-0.6b': shape('qwen3', 28, 1024, 16, 8, 3072, 40960, head_dim=128, rope_theta=1e6),
 }
 
 
-def find_family(name):
-    """The entry of a family. Raises InputError naming those there are."""
-    if not isinstance(name, str) or name not in FAMILIES:
-        there = [name for name, entry in FAMILIES.items() if not entry['becomes']]
-        raise InputError(f'model family {name!r} is not supported: use one of {", ".join(there)}')
-    return FAMILIES[name]
+def load_slm(
+    where,
+    vocab_size=None,
+    embed_init='first_rows',
+    context=None,
+    rope_theta=None,
+    dropout=0.0,
+    seed=0,
+    dtype=torch.float32,
+    text=None,
+    sizes=None,
+):
+    """An SLM on the CPU. where: a folder or a hub name, of
+
+    (a) a text LM: TWIST, everything but the embedding (and head) stays; the new vocabulary of
+    vocab_size (None: 502) rows begins as `embed_init`: 'first_rows' of the old one (what resizing
+    leaves; Hassid et al. 2023), 'random', or 'mean', its mean row. With `text`, meta.json of data
+    of text and units (offset, tokenizer_sha256), all rows stay and those of units and switches are
+    added, out of the old ones likewise.
+    (b) a checkpoint of ours, (c) a public SLM (`lm.` prefix: slprl/slam; slprl/SIMS-7B, which
+    needs the tokenizer of its text LM, in its folder or from the hub), (d) a TWIST checkpoint
+    (`offset` in its config), (e) one of tiagoCuervo/slm_scaling (slam['scoring'] is 'units').
+    Their vocabulary stays, in our order, and vocab_size, if given, must fit in it;
+    'preset:NAME' (PRESETS), a cold start; or 'scratch', a Llama of sizes: dict(n_layer, n_embd,
+    n_head, n_kv_head, n_ffn), tied and without biases.
+
+    context: tokens of a training row, noted in the config. rope_theta: in place of the
+    checkpoint's. No code of a checkpoint is run.
+    Raises: InputError when there is no such checkpoint, its model type computes something that
+    Block does not, or data and model do not fit together.
+    """
+    if where == 'scratch' or where.startswith('preset:'):
+        hf = new_config(where, sizes, vocab_size or 502, context)
+        set_positions(hf, context, rope_theta)
+        model = SLM(hf, dropout, seed).to(dtype)
+        model.check_positions(context or 0)
+        return model
+
+    folder = find_checkpoint(where)
+    about, slam, rename, order = read_about(folder, where)
+    transformers = import_transformers()
+    if about.get('model_type') not in transformers.CONFIG_MAPPING:
+        raise InputError(f'{where}: model type {about.get("model_type")!r} is not supported')
+    with reading(os.path.join(folder, 'config.json')):
+        hf = transformers.CONFIG_MAPPING[about['model_type']].from_dict(about)
+    set_positions(hf, context, rope_theta)
+    check_data_fit(hf.vocab_size, vocab_size, slam, folder, where, text)
+    model = convert(rename(read_tensors(folder)), hf, where, dropout)
+
+    def new_rows(old):
+        if slam is not None:  # an SLM, whose tokens may be in another order
+            return old if order is None else old[order]
+        if text:  # a text LM that is to learn units, too
+            return torch.cat((old, twist_rows(old, vocab_size - len(old), embed_init, seed, where)))
+        return twist_rows(old, vocab_size or 502, embed_init, seed, where)
+
+    for module in (model.embed,) if model.config.tied else (model.embed, model.head):
+        module.weight = nn.Parameter(new_rows(module.weight.detach()))
+    if model.config.tied:
+        model.head.weight = model.embed.weight
+    hf.vocab_size = model.config.vocab_size = len(model.embed.weight)
+    hf.bos_token_id, hf.eos_token_id, hf.pad_token_id = BOS, EOS, PAD
+    if slam is not None:
+        model.slam = dict(n_units=hf.vocab_size - OFFSET) | slam
+    model.check_positions(context or 0)
+    return model.to(dtype)
 
 
-def complete_config(config):
-    """Fill in what the family says and check the dimensions. Raises InputError."""
-    entry = find_family(config.family)
-    config.family = entry['becomes'] or config.family
-    for name, field in config.__dataclass_fields__.items():
-        value = getattr(config, name)
-        most = 1000 if name == 'n_layer' else 1 << 24  # what no model exceeds
-        if value is None and name in entry:
-            setattr(config, name, entry[name])
-        elif field.type in (int, int | None) and value is not None and not 1 <= value <= most:
-            raise InputError(f'{name} is {value}: expected 1 to {most:,}')
-    if 'n_kv_head' not in entry['keys']:
-        config.n_kv_head = config.n_head
-    if config.act not in ACTIVATIONS:
+def new_config(where, sizes, vocab_size, context):
+    """transformers' config of a preset, or of a Llama of these sizes. Raises InputError naming the
+    presets there are."""
+    if where == 'scratch':
+        model_type, options = shape('llama', **sizes, context=context or 1024)
+    else:
+        name = where.removeprefix('preset:').lower()
+        if name not in PRESETS:
+            raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
+        model_type, options = PRESETS[name]
+    tokens = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, vocab_size=vocab_size)
+    return import_transformers().CONFIG_MAPPING[model_type](**options, **tokens)
+
+
+def set_positions(hf, context, rope_theta):
+    """Note another context (tokens) and RoPE theta in a config, where given. Learned positions
+    stay as many as they are; some scaled RoPEs depend on their number."""
+    rope = getattr(hf, 'rope_parameters', None)
+    if rope and rope_theta:
+        rope['rope_theta'] = float(rope_theta)
+    if context and rope and rope['rope_type'] in ('default', 'linear', 'llama3'):
+        hf.max_position_embeddings = context
+
+
+def convert(tensors, hf, where, dropout):
+    """An SLM of transformers' tensors. 24 tokens go through both models: a difference means that
+    transformers computes something that Block does not. Raises InputError naming the type."""
+    model_type, tokens = hf.model_type, torch.arange(24)[None] * 7919 % hf.vocab_size
+    model_class = import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf), None)
+    options = dict(config=hf, dtype=torch.float32, output_loading_info=True)
+    options |= dict(ignore_mismatched_sizes=True)  # they are named below
+    with torch.random.fork_rng(devices=[]), reading(where):
+        theirs, found = model_class.from_pretrained(None, state_dict=tensors, **options)
+    tensors.clear()
+    for word in ('missing', 'unexpected', 'mismatched'):
+        if names := sorted(map(str, found[f'{word}_keys'])):
+            raise InputError(f'{where}: {word} {len(names)} tensors of a {model_type}: {names[:4]}')
+    with torch.no_grad():
+        expected = theirs.eval()(tokens, use_cache=False).logits
+    state = theirs.state_dict()
+    del theirs  # our model takes its tensors over, one by one
+
+    with torch.device('meta'):
+        model = SLM(hf, dropout)
+    model.load_state_dict(from_theirs(state, model), assign=True)
+    if model.config.tied:
+        model.head.weight = model.embed.weight
+    model.make_rope()
+    with torch.no_grad():
+        difference = (model.eval()(tokens) - expected).abs().max() / expected.std()
+    if not difference < 1e-3:
         raise InputError(
-            f'activation {config.act!r} is not supported: use one of {", ".join(ACTIVATIONS)}'
+            f'{where}: model type {model_type!r} is not supported: its logits differ from '
+            f'those of Block by {difference:.1g} of their standard deviation'
         )
-    if config.head_dim is None and config.n_embd % config.n_head:
-        raise InputError(f'{config.n_head} heads do not divide width {config.n_embd}')
-    if config.n_head % config.n_kv_head:
-        raise InputError(f'{config.n_head} heads are no multiple of {config.n_kv_head} kv heads')
-    config.head_dim = config.head_dim or config.n_embd // config.n_head
-    config.embed_dim = config.embed_dim or config.n_embd
-    if config.positions == 'rope' and (config.head_dim % 2 or not 0 <= config.rotary_share <= 1):
-        raise InputError(
-            f'RoPE cannot turn {config.rotary_share} of the {config.head_dim} features of a head: '
-            'expected 0 to 1 of an even number'
-        )
-
-
-def set_positions(config, context, rope_theta):
-    """Note another context (tokens) and RoPE theta, where given."""
-    if context is not None:
-        if context > position_limit(config):
-            raise InputError(
-                f'context {context} is longer than the {position_limit(config)} '
-                f'{config.positions} positions of this {config.family} model'
-            )
-        if config.positions != 'learned':
-            config.context = context
-    if rope_theta is not None:
-        config.rope_theta = float(rope_theta)
-
-
-def rope_kind(rope):
-    """The kind of RoPE that the dict rope_scaling of a config.json tells of."""
-    return rope.get('rope_type', rope.get('type', 'default'))
-
-
-LLAMA3 = ('factor', 'original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor')
-ROPE_KINDS = dict(default=(), linear=('factor',), llama3=LLAMA3)  # and the numbers each needs
-
-
-def check_rope(rope):
-    """Raises InputError where the RoPE of a config.json is of a kind that SLM has not, or lacks a
-    number."""
-    kind = rope_kind(rope) if isinstance(rope, dict) else rope
-    if not isinstance(kind, str) or kind not in ROPE_KINDS:
-        raise InputError(f'RoPE scaling {kind!r} is not supported: use {", ".join(ROPE_KINDS)}')
-    optional = [key for key in ('rope_theta', 'partial_rotary_factor') if key in rope]
-    for key in (*ROPE_KINDS[kind], *optional):
-        if not isinstance(rope.get(key), int | float) or not rope[key] > 0:
-            raise InputError(f'config.json: RoPE ({kind}) needs {key} > 0, not {rope.get(key)!r}')
-
-
-def from_hf_config(hf):
-    """SLMConfig from the dict of a transformers config.json. Raises InputError for a family or a
-    feature that SLM does not have, and for values that are none."""
-    entry = find_family(hf.get('model_type'))
-    # transformers 5 writes the former, 4 the latter
-    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
-    check_rope(rope)
-    for key in ('use_sliding_window', 'layer_sharing', '_remove_final_layer_norm'):
-        if hf.get(key):
-            raise InputError(f'{key}={hf[key]} in config.json is not supported')
-    # sliding_window itself says nothing: without one of these transformers, too, attends to all
-    if 'sliding_attention' in (hf.get('layer_types') or ()):
-        raise InputError('config.json has layer_types with a sliding window: not supported')
-
-    fields = dict(entry['absent'])
-    for ours, theirs in entry['keys'].items():
-        kind, value = SLMConfig.__dataclass_fields__[ours].type, hf.get(theirs)
-        if value is None:
-            continue
-        if kind in (float, float | None):
-            kind |= int
-        if not isinstance(value, kind):
-            raise InputError(f'config.json has {theirs}={value!r}, which is no such value')
-        fields[ours] = value
-    missing = {'n_layer', 'n_embd', 'n_head', 'vocab_size'} - set(fields)
-    if missing:
-        raise InputError(f'config.json lacks {entry["keys"][min(missing)]}')
-    fields.setdefault('n_kv_head', fields['n_head'])
-    hidden = -(-int(8 * fields['n_embd'] / 3) // 256) * 256  # Llama's rule, for slm
-    fields.setdefault('n_ffn', hidden)
-    theta = rope.get('rope_theta') or hf.get('rope_theta') or fields.get('rope_theta')
-    fields['rope_theta'] = float(theta or 10000.0)
-    if rope_kind(rope) != 'default':
-        fields['rope_scaling'] = without(rope, 'rope_theta')
-    if 'rotary_share' in entry['keys'] and 'partial_rotary_factor' in rope:
-        fields['rotary_share'] = rope['partial_rotary_factor']
-    return SLMConfig(hf['model_type'], **fields)
-
-
-def to_hf_config(config):
-    """The dict of a config.json that transformers opens (4.x and 5.x read these keys)."""
-    entry = FAMILIES[config.family]
-    ours = [name for name in config.__dataclass_fields__ if name in entry['keys']]
-    hf = {entry['keys'][name]: getattr(config, name) for name in ours}
-    if config.positions == 'rope':
-        hf |= dict(rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)
-    return hf | dict(
-        architectures=[entry['architecture']],
-        model_type=config.family,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        **entry['constant'],
-    )
+    return model.train()
 
 
 def find_checkpoint(where, tensors=True):
@@ -1288,27 +1140,112 @@ def find_checkpoint(where, tensors=True):
         ) from None
 
 
+def read_tensors(folder):
+    """A checkpoint's tensors by name: model.safetensors, pytorch_model.bin (read with weights_only:
+    no code runs), or their shards, in the folder itself."""
+    from safetensors.torch import load_file
+
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        path, tensors = os.path.join(folder, name), {}
+        if os.path.exists(path + '.index.json'):
+            shards = read_json(path + '.index.json').get('weight_map', {}).values()
+            paths = [os.path.join(folder, os.path.basename(shard)) for shard in set(shards)]
+        else:
+            paths = [path] if os.path.exists(path) else []
+        for path in paths:
+            with reading(path):
+                if path.endswith('.safetensors'):
+                    tensors |= load_file(path)
+                else:
+                    tensors |= torch.load(path, map_location='cpu', weights_only=True)
+        if tensors:
+            return tensors
+    raise InputError(f'{folder} has no model.safetensors (or pytorch_model.bin)')
+
+
+def copy_part(source, folder, part):
+    """Copy an encoder, a vocoder or a tokenizer into folder/part: its files and nothing else."""
+    target = os.path.join(folder, part)
+    if os.path.realpath(source) == os.path.realpath(target):
+        return
+    for name in (f'{part}.json', f'{part}.safetensors', f'{part}_config.json'):
+        path = os.path.join(source, name)
+        if os.path.isfile(path):
+            with open(path, 'rb') as old, write_atomic(os.path.join(target, name), 'wb') as new:
+                shutil.copyfileobj(old, new)
+
+
+def twist_rows(old, vocab_size, embed_init, seed, where):
+    """The rows (vocab_size, C) with which a unit embedding begins, out of the text LM's (V, C)."""
+    if embed_init == 'first_rows':
+        if vocab_size > len(old):
+            raise InputError(
+                f'{where} has {len(old)} embedding rows, too few for {vocab_size}: '
+                f'use embed_init=random or mean'
+            )
+        return old[:vocab_size].clone()
+    if embed_init == 'mean':
+        return old.mean(0, keepdim=True).repeat(vocab_size, 1)
+    if embed_init == 'random':
+        generator = torch.Generator().manual_seed(seed)
+        return torch.empty(vocab_size, old.shape[1]).normal_(std=0.02, generator=generator)
+    raise InputError(f'embed_init {embed_init!r} is unknown: use first_rows, random or mean')
+
+
+# -----------------------------------------------------------------------------
+# Layouts of public SLMs, and text LMs beside units
+
 PUBLIC_UNITS = dict(encoder='mhubert25', vocoder='hifigan25', frame_rate=25.0, dedup=True)
+# tiagoCuervo/slm_scaling's names of Llama's tensors
+SLM_SCALING = {
+    'tok_embeddings.': 'model.embed_tokens.',
+    'layers.': 'model.layers.',
+    'attention_norm.': 'input_layernorm.',
+    'ffn_norm.': 'post_attention_layernorm.',
+    'attention.w': 'self_attn.w',
+    'wq.': 'q_proj.',
+    'wk.': 'k_proj.',
+    'wv.': 'v_proj.',
+    'wo.': 'o_proj.',
+    'feed_forward.w1.': 'mlp.gate_proj.',
+    'feed_forward.w3.': 'mlp.up_proj.',
+    'feed_forward.w2.': 'mlp.down_proj.',
+}
 
 
-def read_description(folder, where):
-    """What a checkpoint's json files say: the text LM's own config.json, the prefix of the tensors'
-    names, and slam: None for a text LM. Parts beside slam.json are named by their full path; a path
-    that leads elsewhere is not followed."""
-    hf, prefix = read_json(os.path.join(folder, 'config.json')), ''
-    hf |= hf.get('model_args') or {}  # slm_scaling
-    slam = FAMILIES.get(str(hf.get('model_type')), LLAMA)['units']
-    if hf.get('model_type') == 'speech_language_model':  # slprl/slam and the like
-        if not isinstance(hf.get('base_config'), dict):
+def read_about(folder, where):
+    """What a checkpoint's json files say.
+
+    Returns: the content of config.json as transformers knows it; slam, None for a text LM, with
+    its PARTS as full paths; a function that renames the tensors; and which of the checkpoint's
+    tokens each of ours is (None: they are equal). Parts outside the folder are not followed.
+    """
+    about, slam, order = read_json(os.path.join(folder, 'config.json')), None, None
+    rename = dict  # the tensors as they are
+    about.pop('auto_map', None)
+    if about.get('model_type') == 'slm':  # slm_scaling: unit u is token u, then <S>, then padding
+        about, slam = describe_slm_scaling(about | about.get('model_args', {}))
+        rename, V = partial(rename_slm_scaling, about), about['vocab_size']
+        order = torch.tensor([V - 1, V - 2, *range(V - 2)])
+    elif about.get('model_type') == 'speech_language_model':  # slprl/slam and the like
+        base, size = about.get('base_model_name'), about.get('vocab_size')
+        if not isinstance(about.get('base_config'), dict):
             raise InputError(f"{where}: config.json has no base_config, the text LM's own config")
-        base, size = hf.get('base_model_name'), hf.get('vocab_size')
-        hf, prefix, slam = hf['base_config'] | {'vocab_size': size}, 'lm.', {}
-        if isinstance(size, int) and size > 20_000:  # no vocabulary of units is so large
+        about, slam = about['base_config'] | {'vocab_size': size}, {}
+        rename = rename_public
+        if size > 20_000:  # no vocabulary of units is so large
             slam = describe_sims(folder, where, base, size)
-    if 'offset' in hf:  # TWIST
-        slam = {}
-    if slam is not None:
-        slam = PUBLIC_UNITS | slam
+    elif about.get('model_type') == 'mobilellm':  # facebook/MobileLLM has code of its own
+        if about.get('layer_sharing'):
+            raise InputError(f'{where}: layer_sharing in config.json is not supported')
+        about |= dict(model_type='llama', tie_word_embeddings=about.get('share_embedding', False))
+    elif 'offset' in about:  # TWIST: unit u is token u + offset
+        first, bos, slam = about.pop('offset'), about.get('bos_token_id'), {}
+        pad = min(about.get('pad_token_id') or 0, about['vocab_size'] - 1)
+        bos = bos if isinstance(bos, int) and bos < first else 0
+        order = torch.tensor([pad, bos, *range(first, about['vocab_size'])])
+    slam = None if slam is None else PUBLIC_UNITS | slam
+
     if os.path.exists(os.path.join(folder, 'slam.json')):  # ours
         slam = read_json(os.path.join(folder, 'slam.json'))
         for part in PARTS:
@@ -1317,37 +1254,69 @@ def read_description(folder, where):
                 slam[part] = os.path.abspath(os.path.join(folder, os.path.basename(name)))
             elif os.path.isabs(name) or '..' in name:
                 slam[part] = None
-    return hf, prefix, slam
+    return about, slam, rename, order
+
+
+def rename_public(tensors):
+    return {name.removeprefix('lm.'): tensor for name, tensor in tensors.items()}
+
+
+def describe_slm_scaling(args):
+    """config.json of the Llama that a checkpoint of slm_scaling is, and its slam."""
+    hidden = args.get('hidden_dim') or -(-int(8 * args['dim'] / 3) // 256) * 256  # Llama's rule
+    about = dict(
+        model_type='llama',
+        vocab_size=args['vocab_size'],
+        hidden_size=args['dim'],
+        intermediate_size=hidden,
+        num_hidden_layers=args['n_layers'],
+        num_attention_heads=args['n_heads'],
+        num_key_value_heads=args.get('n_kv_heads') or args['n_heads'],
+        max_position_embeddings=args['block_size'],
+        rms_norm_eps=args.get('norm_eps', 1e-5),
+        tie_word_embeddings=True,
+    )
+    return about, dict(scoring='units')
+
+
+def rename_slm_scaling(about, tensors):
+    """Its tensors under Llama's names; rows of queries and keys for RoPE on features 2 i, 2 i + 1
+    -> on i and i + head_dim / 2."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in SLM_SCALING.items():
+            name = name.replace(theirs, ours)
+        if 'q_proj' in name or 'k_proj' in name:
+            half = about['hidden_size'] // about['num_attention_heads'] // 2
+            tensor = tensor.view(-1, half, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        renamed['model.' + name if name.startswith('norm.') else name] = tensor
+    head = renamed.pop('output.weight', None)  # tied: a file may hold either, or both
+    renamed.setdefault('model.embed_tokens.weight', head)
+    return renamed
 
 
 def read_tokenizer(folder):
     """(tokenizer, end, digest) of a text LM's folder: a tokenizers.Tokenizer to which the names of
-    special tokens are text like any other, the token that ends a document, and the SHA-256 of
+    special tokens are ordinary text, the token that ends a document, and the SHA-256 of
     tokenizer.json. No code of the folder is run. Raises InputError where there is none."""
-    import hashlib
-
     from tokenizers import Tokenizer
 
     path = os.path.join(folder, 'tokenizer.json')
-    read_json(path)
-    with open(path, 'rb') as file:
-        content = file.read()
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:
-        raise InputError(f'{path} cannot be read: {" ".join(str(error).split())[:200]}') from None
+    with reading(path):
+        tokenizer = Tokenizer.from_file(path)
+        digest = file_hash(path)
     tokenizer.encode_special_tokens = True
     eos = read_json(os.path.join(folder, 'tokenizer_config.json')).get('eos_token')
     end = tokenizer.token_to_id(eos.get('content') if isinstance(eos, dict) else str(eos))
     if end is None:
         raise InputError(f'{folder}: tokenizer_config.json names no eos_token of tokenizer.json')
-    return tokenizer, end, hashlib.sha256(content).hexdigest()
+    return tokenizer, end, digest
 
 
 def describe_sims(folder, where, base, size):
-    """What slam.json would say of a public interleaved model (slprl/SIMS-7B, ...): after the tokens
-    of its text LM's tokenizer come the units, `<speech>` and `<text>`. An utterance is scored as
-    its units alone, behind what the tokenizer puts before all text (Llama's begin of text)."""
+    """slam of a public interleaved model (slprl/SIMS-7B, ...): after the tokens of its text LM's
+    tokenizer come the units, `<speech>` and `<text>`. An utterance is scored as its units alone,
+    behind what the tokenizer puts before all text (Llama's begin of text)."""
     try:
         if not os.path.exists(os.path.join(folder, 'tokenizer.json')):
             folder = find_checkpoint(str(base), tensors=False)
@@ -1394,189 +1363,6 @@ def check_data_fit(size, wanted, slam, folder, where, text):
             f'{where} and the data have different tokenizers or vocabularies: start from '
             f'{text["text_lm"]}, for which the data were made, or make them for another --text_lm'
         )
-
-
-def token_order(hf, vocab_size):
-    """Which of a checkpoint's tokens each of ours is: PAD, `<S>`, units. None: they are equal."""
-    if 'offset' in hf:  # TWIST: unit u is token u + offset
-        bos, pad = hf.get('bos_token_id'), hf.get('pad_token_id') or 0
-        bos = bos if isinstance(bos, int) and bos < hf['offset'] else 0
-        return torch.tensor([min(pad, vocab_size - 1), bos, *range(hf['offset'], vocab_size)])
-    if FAMILIES[hf['model_type']]['units']:  # slm_scaling: the units, <S>, padding
-        return torch.tensor([vocab_size - 1, vocab_size - 2, *range(vocab_size - 2)])
-    return None
-
-
-def twist_rows(old, vocab_size, embed_init, seed, where):
-    """The rows (vocab_size, C) with which a unit embedding begins, out of the text LM's (V, C)."""
-    if embed_init == 'first_rows':
-        if vocab_size > len(old):
-            raise InputError(
-                f'{where} has {len(old)} embedding rows, too few for {vocab_size}: '
-                f'use embed_init=random or mean'
-            )
-        return old[:vocab_size].clone()
-    if embed_init == 'mean':
-        return old.float().mean(0, keepdim=True).repeat(vocab_size, 1)
-    if embed_init == 'random':
-        generator = torch.Generator().manual_seed(seed)
-        return torch.empty(vocab_size, old.shape[1]).normal_(std=0.02, generator=generator)
-    raise InputError(f'embed_init {embed_init!r} is unknown: use first_rows, random or mean')
-
-
-def tensor_layout(config, entry):
-    """Where our tensors lie in a checkpoint of the family: {our name: [(their name, shape), ...]},
-    to be joined along the first dimension. Biases follow their weights."""
-    with torch.device('meta'):
-        state = SLM(config).state_dict()
-    queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    # rows of the parts, by how many there are: q, k, v; gate, up
-    rows = {3: (queries, keys, keys), 2: (config.n_ffn, config.n_ffn)}
-    layout = {}
-    for name, tensor in state.items():
-        *path, module, kind = name.split('.')
-        theirs = entry['tensors'][module]
-        theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-        prefix = '' if module == 'head' else entry['prefix']
-        if path:
-            prefix += f'{entry["layer"]}.{path[1]}.'
-        layout[name] = [
-            (f'{prefix}{one}.{kind}', (size, *tensor.shape[1:]))
-            for one, size in zip(theirs, rows.get(len(theirs), tensor.shape), strict=False)
-        ]
-    if config.tied:
-        del layout['head.weight']
-    return layout
-
-
-# buffers that old files carry
-OBSOLETE = ('rotary_emb.inv_freq', 'attention.bias', 'attention.masked_bias', 'decoder.version')
-
-
-def proper_names(tensors, config, entry, prefix=''):
-    """A file's tensors that count, under the family's own names."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name.endswith(OBSOLETE):
-            continue
-        name = name.removeprefix(prefix)
-        for other, usual in entry['other_names'].items():
-            if name.startswith(other):
-                name = usual + name.removeprefix(other)
-        found[name] = tensor
-    head = f'{entry["tensors"]["head"]}.weight'
-    if config.tied and head in found:  # it is the embedding; a file may hold either, or both
-        embed = f'{entry["prefix"]}{entry["tensors"]["embed"]}.weight'
-        found.setdefault(embed, found.pop(head))
-    return found
-
-
-def tensor_files(folder):
-    """The paths of a checkpoint's tensors: model.safetensors, pytorch_model.bin, or shards."""
-    for name in ('model.safetensors', 'pytorch_model.bin'):
-        path, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
-        if os.path.exists(index):
-            shards = read_json(index).get('weight_map') or {}
-            names = sorted({os.path.basename(str(shard)) for shard in shards.values()})
-            return [os.path.join(folder, name) for name in names]
-        if os.path.exists(path):
-            return [path]
-    raise InputError(
-        f'{folder} has no model.safetensors (or pytorch_model.bin): is it a checkpoint?'
-    )
-
-
-def read_tensors(path):
-    """The tensors of a file by name. Pickles are read with weights_only: no code runs."""
-    from safetensors.torch import load_file
-
-    try:
-        if path.endswith('.safetensors'):
-            return load_file(path)
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise InputError(f'{path} cannot be read: {reason}') from None
-
-
-def check_shapes(state, layout, config, where):
-    """Hold a file's tensors against the layout. Raises InputError naming those that do not fit."""
-    wanted = dict(part for parts in layout.values() for part in parts)
-    problems = []
-    for word, names in (('misses', wanted.keys() - state), ('has unknown', state.keys() - wanted)):
-        if names:
-            some = ', '.join(sorted(names)[:4]) + (', ...' if len(names) > 4 else '')
-            problems.append(f'{word} {len(names)} ({some})')
-    if problems:
-        raise InputError(
-            f'{where}: the checkpoint {" and ".join(problems)} tensors of a {config.family} model'
-        )
-    for name, shape in wanted.items():
-        if tuple(state[name].shape) != tuple(shape):
-            raise InputError(
-                f'{where}: {name} has shape {tuple(state[name].shape)}, '
-                f'config.json says {tuple(shape)}'
-            )
-
-
-def load_state(folder, config, entry, prefix=''):
-    """The state dict of an SLM out of a checkpoint's files; names and shapes are held against the
-    config before a model is made. Raises InputError naming what does not fit."""
-    tensors = {}
-    for path in tensor_files(folder):
-        tensors |= read_tensors(path)
-    state = proper_names(tensors, config, entry, prefix)
-    check_shapes(state, tensor_layout(config, entry), config, folder)
-    return to_our_tensors(state, config, entry)
-
-
-def regroup(tensor, config, first, second):
-    """Rows in groups (first, second, head_dim) -> (second, first, head_dim)."""
-    return tensor.view(first, second, config.head_dim, -1).transpose(0, 1).reshape(tensor.shape)
-
-
-def pair_to_halves(tensor, config):
-    """Rows of queries or keys for RoPE on features 2 i and 2 i + 1 -> on i and i + head_dim / 2."""
-    pairs = tensor.view(-1, config.head_dim // 2, 2, tensor.shape[-1])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
-
-
-def to_our_tensors(state, config, entry):
-    """Tensors under the family's names -> ours, joined."""
-    ours = {}
-    for name, parts in tensor_layout(config, entry).items():
-        tensors = [state[theirs] for theirs, _ in parts]
-        if '.qkv.' in name and entry['rope_pairs']:
-            tensors[:2] = (pair_to_halves(tensor, config) for tensor in tensors[:2])
-        if '.qkv.' in name and entry['qkv_by_head']:
-            tensors = [regroup(tensors[0], config, config.n_head, 3)]
-        ours[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    return ours
-
-
-def to_hf_tensors(state, config):
-    """Our tensors -> under the family's own names, apart again, contiguous and on the CPU."""
-    entry, out = FAMILIES[config.family], {}
-    for name, parts in tensor_layout(config, entry).items():
-        tensor = state[name].detach().cpu()
-        if '.qkv.' in name and entry['qkv_by_head']:
-            tensor = regroup(tensor, config, 3, config.n_head)
-        pieces = tensor.split([shape[0] for _, shape in parts])
-        for (theirs, _), piece in zip(parts, pieces, strict=True):
-            out[theirs] = piece.contiguous()
-    return out
-
-
-def copy_part(source, folder, part):
-    """Copy an encoder, a vocoder or a tokenizer into folder/part: its files and nothing else."""
-    target = os.path.join(folder, part)
-    if os.path.realpath(source) == os.path.realpath(target):
-        return
-    for name in (f'{part}.json', f'{part}.safetensors', f'{part}_config.json'):
-        path = os.path.join(source, name)
-        if os.path.isfile(path):
-            with open(path, 'rb') as old, write_atomic(os.path.join(target, name), 'wb') as new:
-                shutil.copyfileobj(old, new)
 
 
 # -----------------------------------------------------------------------------
@@ -3552,6 +3338,10 @@ def save_run(folder, model, slam, state):
 # LEGACY: only until the scripts that use it are rewritten
 
 say = log
+
+
+def without(mapping, *names):
+    return {name: value for name, value in mapping.items() if name not in names}
 
 
 def write_tensors(path, tensors):
