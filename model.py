@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -24,11 +23,10 @@ import threading
 import time
 from bisect import bisect_left, insort
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import chain
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -1368,125 +1366,97 @@ def check_data_fit(size, wanted, slam, folder, where, text):
 # -----------------------------------------------------------------------------
 # Audio
 
-HOP, WINDOW, N_FFT = 160, 400, 512  # samples at 16 kHz: 10 ms, 25 ms
-SIDE = (WINDOW - HOP) // 2  # samples of a window on each side of the 10 ms in its middle
-N_MELS = 64  # bands: the most that bins of 31 Hz fill without gaps
+HOP, WINDOW, N_FFT, N_MELS = 160, 400, 512, 64  # at 16 kHz: 10 ms, 25 ms; 64 bands leave no gaps
 
 
-def load_audio(path, sample_rate=SAMPLE_RATE, start=0.0, seconds=None):
-    """Read a sound file, mix it to mono, resample: (samples,) float32, full scale 1.
+def load_audio(
+    path, sample_rate=SAMPLE_RATE, start=0.0, seconds=None, keep_partial=False, notes=None
+):
+    """Read a sound file, mix it to mono and resample it: (samples,) float32, full scale 1.
 
-    path: a name or a binary file object, in a format that libsndfile knows (AUDIO_EXTENSIONS; of
-    .sph what is not compressed by shorten). start, seconds: the part that is wanted; no other is
-    kept in memory. Of a broken file, what decodes. Raises InputError naming the file where there
-    is no sound in it.
+    path: a name or a binary file object. start, seconds: the part that is decoded. notes: a list
+    that receives a line for each doubt: channels that cancel (the louder one is taken), a decoder
+    that stopped early, digital silence. Raises InputError for a missing, unreadable, empty or,
+    without keep_partial, truncated file, and for samples that are not finite.
     """
-    name = getattr(path, 'name', path)
-    opened = hasattr(path, 'read')
-    if not opened and not os.path.isfile(path):
+    import soundfile
+
+    name, notes = getattr(path, 'name', path), [] if notes is None else notes
+    if not hasattr(path, 'read') and not os.path.isfile(path):
         raise InputError(f'{name}: no such audio file')
-    for size in (1 << 20, 1 << 10):  # of a broken flac a large read gives nothing, small ones do
-        if opened:
-            path.seek(0)
-        source = path if opened else os.fsencode(path)  # bytes: names need not be UTF-8
-        rate, samples, error = decode_audio(source, start, seconds, size)
-        if samples or not error:
-            break
+    source = path if hasattr(path, 'read') else os.fsencode(path)  # names need not be UTF-8
+    with reading(name), soundfile.SoundFile(source) as file:
+        rate, total, begin = file.samplerate, file.frames, round(start * file.samplerate)
+        # libsndfile corrects the length of a truncated .wav, .aiff or .au; pipes write 2^31 or more
+        cut = re.search(r'(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)', file.extra_info)
+        if cut and int(cut[1]) < 0x7FFF0000:
+            total = max(total, total * int(cut[1]) // max(1, int(cut[2])))
+        count = min(total - begin, math.inf if seconds is None else round(seconds * rate))
+        samples, energies, error = decode(file, begin, count)
+        # the mix of n unrelated channels has 1/n of their mean energy
+        if energies[-1] < 0.1 * energies[:-1].mean() / file.channels:
+            notes.append('channels cancel: one of them taken')
+            samples, _, error = decode(file, begin, count, int(energies[:-1].argmax()))
     if not samples:
-        reason = f'not readable audio ({error})' if error else 'holds no samples'
-        raise InputError(f'{name}: {reason}' + (f' at {start:g} s' if start and not error else ''))
+        raise InputError(f'{name} holds no samples at {start:g} s' + (error and f' ({error})'))
     wave = torch.frombuffer(samples, dtype=torch.float32)
-    lowest, highest = torch.aminmax(wave)
+    lowest, highest = map(float, torch.aminmax(wave))
     if not (lowest > -1e6 and highest < 1e6):  # NaN fails too
-        raise InputError(f'{name}: holds NaN or infinite samples, or such as are no sound')
+        raise InputError(f'{name} holds NaN, infinite or very large samples')
+    # lossy formats estimate their length, streams do not know it (2^63 - 1)
+    if error or len(wave) < count - 0.1 * rate < 1e14:
+        notes.append(f'stopped early at {len(wave) / rate:.1f} of {count / rate:.1f} s')
+        if not keep_partial:
+            raise InputError(f'{name}: the decoder {notes[-1]}' + (error and f' ({error})'))
+    if highest - lowest < 1e-4:
+        notes.append('digital silence')
     return resample(wave, rate, sample_rate)
 
 
-def decode_audio(source, start, seconds, size):
-    """-> its rate, the samples, float32, read `size` at a time, and what stopped it or None."""
-    import soundfile
+def decode(file, begin, count, channel=None):
+    """`count` frames of an open sound file, in blocks, so that hours of sound are in memory once.
 
-    rate, samples = 0, bytearray()  # which grows in place: hours of sound are there once
+    -> the mix or one channel, a bytearray of float32; the energies of the channels and of that;
+    what stopped the decoder, or ''.
+    """
+    samples, energies = bytearray(), np.zeros(file.channels + 1)
     try:
-        with soundfile.SoundFile(source) as file:
-            rate = file.samplerate
-            if start:
-                file.seek(min(round(start * rate), file.frames))
-            left = math.inf if seconds is None else round(seconds * rate)
-            while left > 0 and len(block := file.read(min(size, left), dtype='float32')):
-                left -= len(block)
-                block = block if block.ndim == 1 else block.mean(axis=1)  # channels to mono
-                samples += block.tobytes()
-    except (RuntimeError, OSError, TypeError) as error:  # TypeError: of .raw it asks for a rate
-        return rate, samples, str(error).rsplit(': ', 1)[-1].rstrip('.')
-    return rate, samples, None
+        file.seek(min(begin, file.frames))
+        while count > 0 and len(block := file.read(4096, dtype='float32', always_2d=True)[:count]):
+            mono = block.mean(axis=1) if channel is None else block[:, channel]
+            energies += *np.square(block).sum(0), np.square(mono).sum()
+            samples += mono.tobytes()
+            count -= len(block)
+    except (RuntimeError, OSError) as error:
+        return samples, energies, ' '.join(str(error).split()) or 'damaged'
+    return samples, energies, ''
 
 
 def save_audio(path, wave, sample_rate=SAMPLE_RATE):
-    """Write (samples,) float as 16-bit wav or flac, whole or not at all.
-
-    A wave that would clip is turned down as a whole.
-    """
+    """Write (samples,) as 16-bit wav or flac, complete or not at all, scaled down if it clips."""
     import soundfile
 
     wave = torch.as_tensor(wave).detach().float().cpu()
-    peak = float(wave.abs().max()) if len(wave) else 0.0
-    wave = wave * (0.99 / peak) if peak > 0.99 else wave
+    wave = wave * min(1, 0.99 / max(float(wave.abs().max()), 0.99)) if len(wave) else wave
+    buffer = io.BytesIO()  # soundfile's own errors do not mention a full disk
     kind = 'FLAC' if str(path).endswith('.flac') else 'WAV'
-    buffer = io.BytesIO()  # written by us: soundfile's own errors do not name a full disk
     soundfile.write(buffer, wave.numpy(), sample_rate, subtype='PCM_16', format=kind)
     with write_atomic(path, 'wb') as file:
         file.write(buffer.getbuffer())
 
 
+@lru_cache(16)
+def transform(name, *args, **options):
+    """A module of torchaudio.transforms, made once for each choice of arguments."""
+    import torchaudio  # a second to import
+
+    return getattr(torchaudio.transforms, name)(*args, **options)
+
+
 def resample(wave, rate, wanted):
-    """(samples,) at `rate` Hz -> (ceil(samples * wanted / rate),) at `wanted` Hz, float32.
-
-    The filter of torchaudio.functional.resample, a sinc under a squared cosine with six zero
-    crossings on each side and its cutoff at 0.99 of the lower Nyquist frequency, exact to 1e-6;
-    but as matrix products of 40 neighbouring outputs, which takes a third to a tenth of the time.
-    """
+    """(samples,) at `rate` Hz -> (ceil(samples * wanted / rate),) at `wanted` Hz, float32."""
     wave = torch.as_tensor(wave, dtype=torch.float32)
-    if rate == wanted or not len(wave):
-        return wave
-    if len(wave) > 62 * rate:  # a minute at a time, with the second before and after it
-        starts = range(0, len(wave), 60 * rate)
-        parts = (resample(wave[max(0, at - rate) : at + 61 * rate], rate, wanted) for at in starts)
-        parts = (part[wanted * (i > 0) :][: 60 * wanted] for i, part in enumerate(parts))
-        return torch.cat(list(parts))
-    (taken, made), reach, kernels = sinc_kernels(rate, wanted)
-    count = -(-len(wave) * wanted // rate)
-    periods = -(-count // made)
-    end = (periods - 1) * taken + kernels[-1][1] + len(kernels[-1][2])
-    wave = F.pad(wave, (reach, max(0, end - reach - len(wave))))
-    out = wave.new_empty(periods, made)
-    for first, start, kernel in kernels:
-        inputs = wave[start:].unfold(0, len(kernel), taken)[:periods]  # (periods, inputs)
-        out[:, first : first + kernel.shape[1]] = inputs @ kernel.to(wave.device)
-    return out.flatten()[:count]
-
-
-@lru_cache(8)
-def sinc_kernels(rate, wanted, group=40):
-    """The filter of `resample`: (inputs, outputs) of a period, reach, [(output, input, kernel)].
-
-    Each kernel (inputs, at most `group` outputs) makes the outputs from `output` on of the inputs
-    from `input` on; a period is a whole number of samples of both rates and at least 320 outputs.
-    """
-    cutoff = 0.99 * min(1, wanted / rate)  # of the Nyquist frequency of the input
-    reach = math.ceil(6 / cutoff)  # inputs on either side: six zero crossings
-    common = math.gcd(rate, wanted)
-    repeat = math.ceil(320 * common / wanted)
-    kernels = []
-    for first in range(0, repeat * wanted // common, group):
-        last = min(first + group, repeat * wanted // common)
-        outputs = torch.arange(first, last, dtype=torch.float64) * rate / wanted  # in inputs
-        start, stop = int(outputs[0]), int(outputs[-1]) + 2 * reach + 1
-        inputs = torch.arange(start - reach, stop - reach, dtype=torch.float64)
-        t = (cutoff * (inputs[:, None] - outputs)).clamp(-6, 6)
-        kernel = cutoff * torch.sinc(t) * torch.cos(t * math.pi / 12).square()
-        kernels.append((first, start, kernel.float()))
-    return (repeat * rate // common, repeat * wanted // common), reach, kernels
+    return wave if rate == wanted or not len(wave) else transform('Resample', rate, wanted)(wave)
 
 
 def dedup(units):
@@ -1494,646 +1464,310 @@ def dedup(units):
     return torch.unique_consecutive(torch.as_tensor(units, dtype=torch.long), return_counts=True)
 
 
-@lru_cache
-@torch.inference_mode(False)
-def mel_filters():
-    """Triangles (N_FFT // 2 + 1, N_MELS) evenly spaced on the mel scale, 0 to 8,000 Hz, peak 1."""
-    top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
-    edges = torch.linspace(0, top, N_MELS + 2, dtype=torch.float64)  # mel
-    low, peak, high = (700 * (10 ** (edges / 2595) - 1)).unfold(0, N_MELS, 1)  # Hz
-    bins = torch.arange(N_FFT // 2 + 1, dtype=torch.float64)[:, None] * SAMPLE_RATE / N_FFT
-    rise, fall = (bins - low) / (peak - low), (high - bins) / (high - peak)
-    return torch.minimum(rise, fall).clamp(min=0).float()
+def mel_spectrogram():
+    return transform('MelSpectrogram', SAMPLE_RATE, N_FFT, WINDOW, HOP, n_mels=N_MELS, center=False)
 
 
 def log_mel(wave):
     """Natural log of mel energies: (samples,) at 16 kHz -> (max(1, samples // 160), N_MELS).
 
-    Frame t covers samples 160 t ... 160 t + 159: its 400-sample Hann window is centred on
-    160 t + 80; outside the wave is silence. Floored at -16.
+    Frame t describes samples 160 t ... 160 t + 159: its 400-sample Hann window is centred on
+    160 t + 80, with zeros outside the wave. Values are at least log(1e-7) = -16.
     """
-    frames = max(1, len(wave) // HOP)
-    hann, filters = torch.hann_window(WINDOW).to(wave.device), mel_filters().to(wave.device)
-    mel = wave.new_empty(frames, N_MELS)
-    for first, out in zip(range(0, frames, 1000), mel.split(1000), strict=True):
-        # some seconds at a time: hours stay small
-        start, stop = first * HOP - SIDE, (first + len(out)) * HOP + SIDE
-        part = F.pad(wave[max(0, start) : stop], (max(0, -start), max(0, stop - len(wave))))
-        windows = part.unfold(0, WINDOW, HOP)  # (at most 1000, WINDOW)
-        spectrum = torch.fft.rfft(F.pad(windows * hann, (0, N_FFT - WINDOW)))  # 3 x as fast padded
-        torch.log((power_of(spectrum) @ filters).clamp(min=1e-7), out=out)
-    return mel
-
-
-def power_of(spectra):
-    """Complex -> real: the squared magnitudes."""
-    return spectra.real.square() + spectra.imag.square()
+    frames, side = max(1, len(wave) // HOP), (N_FFT - HOP) // 2
+    wave, parts = F.pad(wave, (side, side + max(0, HOP - len(wave)))), []
+    for first in range(0, frames, 6000):  # a minute at a time
+        last = min(frames, first + 6000) - 1
+        parts.append(mel_spectrogram()(wave[first * HOP : last * HOP + N_FFT]).T)
+    return torch.cat(parts).clamp_(min=1e-7).log_()
 
 
 # -----------------------------------------------------------------------------
 # UnitEncoder: wave -> units
 
 TWIST = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/'
-ENCODERS = {  # the public ones: net, layer, zeros put at each end of the wave, vocoder, k-means
-    'mhubert25': dict(
-        model='slprl/mhubert-base-25hz',
-        layer=11,
-        pad=40,
-        vocoder='hifigan25',
-        kmeans=TWIST + 'mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
-        sha256='03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad',
+KMEANS = dict(  # published centroids: where, and their sha256 (of hubert50's not known)
+    mhubert25=(
+        TWIST + 'mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
+        '03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad',
     ),
-    'hubert50': dict(
-        model='facebook/hubert-base-ls960',
-        layer=9,
-        pad=0,
-        vocoder=None,
-        kmeans='https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin',
-        sha256=None,  # not known
-    ),
-}
-MFCC = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0)
-MFCC |= dict(switch=1.0, distortion=0.0, vocoder='vocoder')  # the offline encoder
-BLOCK = 1000  # frames whose distances to all centroids are in memory at once
+    hubert50=('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None),
+)
+ENCODERS = dict(  # pad: zeros added at each end of the wave
+    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, vocoder='vocoder'),
+    mhubert25=dict(model='slprl/mhubert-base-25hz', layer=11, pad=40, vocoder='hifigan25'),
+    hubert50=dict(model='facebook/hubert-base-ls960', layer=9, pad=0, vocoder=None),
+)
 SMALL_NET = 100 << 20  # bytes: a local net up to this size is saved with its encoder
 
 
 class UnitEncoder:
     """Speech to units: features at 25 or 50 frames a second, of each the nearest of n centroids.
 
-    `extractor` computes the features, in one of the ways of EXTRACTORS; clusters and files are
-    here. No wave's units depend on the batch it is in.
-
-    With `switch` in its configuration, neighbours share a unit unless a change gains more than
-    `switch` times `distortion`, the mean squared distance of a frame to its centroid (Kamper & van
-    Niekerk 2021, eq. 2): fewer tokens a second.
+    Features are a layer of HuBERT, wav2vec 2 or WavLM (kind 'hubert') or cepstra ('mfcc', offline).
+    With `switch`, neighbours share a unit unless a change gains more than `switch` times
+    `distortion`, the mean squared distance to the centroids (Kamper & van Niekerk 2021, eq. 2).
     """
 
-    def __init__(self, config, centroids=None, device='cpu', dtype='auto', net=None):
-        self.config = dict(config)
-        more = {} if net is None else dict(net=net)
-        self.extractor = EXTRACTORS[config['kind']](self.config, device, dtype, **more)
-        self.config['frame_rate'] = self.frame_rate = self.extractor.frame_rate
-        self.device = self.extractor.device
+    def __init__(self, config, centroids=None, device='cpu', net=None):
+        self.config, self.net, self.device = dict(config), net, torch.device('cpu')
+        self.frame_rate = 25.0
+        if config['kind'] == 'hubert':
+            self.device = pick_device(device)
+            self.net = (net or load_net(config['model'], config['layer'])).to(self.device)
+            strides, kernels = self.net.config.conv_stride, self.net.config.conv_kernel
+            # samples from one frame to the next, samples that one frame covers
+            self.hop = math.prod(strides)
+            self.reach = 1 + sum((k - 1) * math.prod(strides[:i]) for i, k in enumerate(kernels))
+            self.frame_rate = SAMPLE_RATE / self.hop
+            # seconds that are processed at once; WavLM's attention takes memory
+            self.stretch = 100 if self.net.config.model_type == 'wavlm' else 300
+        self.config['frame_rate'] = self.frame_rate
         self.centroids = None if centroids is None else centroids.to(self.device)  # None: to fit
         self.name, self.vocoder = self.config['name'], self.config.get('vocoder')
+
+    @classmethod
+    def from_pretrained(cls, where, layer=None, kmeans=None, device='cpu'):
+        """Load an encoder, with its centroids if it has some.
+
+        where: a folder of save_pretrained; 'mhubert25' or 'hubert50'; a folder or hub name of any
+        HuBERT, wav2vec 2 or WavLM, with `layer`; or 'mfcc'. kmeans: a file of centroids; '': none,
+        they are to be fitted. Raises InputError for what is missing, damaged or does not match.
+        """
+        where, centroids, net = str(where).rstrip('/'), None, None
+        saved = os.path.exists(os.path.join(where, 'encoder.json'))
+        if saved:
+            config, centroids, net = read_encoder(where)
+            if layer not in (None, config.get('layer')):
+                raise InputError(f'{where} uses layer {config.get("layer")}, not {layer}')
+        elif where in ENCODERS:
+            config = dict(kind='hubert', name=where) | ENCODERS[where]
+        elif layer is None:
+            names = ', '.join(ENCODERS)
+            raise InputError(f'no encoder {where!r}: use {names}, a folder of one, or set --layer')
+        else:
+            model = os.path.abspath(where) if os.path.isdir(where) else where
+            config = dict(kind='hubert', name=os.path.basename(model), model=model, pad=0)
+            config['vocoder'] = 'vocoder'
+        public = where in KMEANS and kmeans is None and layer in (None, config['layer'])
+        if layer is not None:
+            config['layer'] = layer
+        if kmeans or public:
+            centroids = read_kmeans(kmeans or fetch(*KMEANS[where]))
+            config |= dict(encoder_id=where if public else None, distortion=0.0)
+        encoder = cls(config, centroids, device, net)
+        if saved and encoder.vocoder == 'vocoder':
+            encoder.vocoder = os.path.join(os.path.dirname(os.path.abspath(where)), 'vocoder')
+        return encoder
+
+    def save_pretrained(self, folder):
+        """Write encoder.json and encoder.safetensors. A net from a local folder is included if it
+        has at most SMALL_NET bytes; any other is kept by name or path."""
+        config = dict(self.config, n_units=self.n_units, encoder_id=self.encoder_id)
+        tensors = dict(centroids=self.centroids)
+        weights = self.net.state_dict() if self.net else {}
+        small = sum(tensor.nbytes for tensor in weights.values()) <= SMALL_NET
+        if weights and ('net' in config or (os.path.isdir(config['model']) and small)):
+            config['net'] = json.loads(self.net.config.to_json_string(use_diff=False))
+            tensors |= {f'net.{name}': tensor for name, tensor in weights.items()}
+        write_part(folder, 'encoder', config, tensors)
 
     @property
     def n_units(self):
         return 0 if self.centroids is None else len(self.centroids)
 
-    @classmethod
-    def from_pretrained(cls, where, layer=None, kmeans=None, device='cpu', dtype='auto'):
-        """Load an encoder, and its clusters as far as there are any.
-
-        where: a folder of save_pretrained; 'mhubert25' or 'hubert50'; a folder or hub name of any
-        HuBERT, wav2vec 2 or WavLM with `layer`; or 'mfcc'. kmeans: a file of clusters; '' for
-        none, to be fitted. Raises InputError naming what is missing.
-        """
-        folder, centroids, net = os.path.abspath(where), None, None
-        saved = os.path.exists(os.path.join(folder, 'encoder.json'))
-        public = None if saved else ENCODERS.get(where)
-        if saved:
-            config, centroids, net = read_encoder(folder)
-            if layer not in (None, config.get('layer')):
-                raise InputError(
-                    f'{where} is an encoder of layer {config.get("layer")}, not {layer}'
-                )
-        elif where == 'mfcc':
-            config = MFCC
-        elif public:
-            config = dict(kind='hubert', name=where) | without(public, 'kmeans', 'sha256')
-            config['layer'] = public['layer'] if layer is None else layer
-        elif layer is not None:
-            model = folder if os.path.isdir(where) else where
-            config = dict(kind='hubert', name=os.path.basename(model), model=model, layer=layer)
-            config |= dict(pad=0, vocoder='vocoder')
-        else:
-            raise InputError(
-                f'no encoder {where!r}: expected {", ".join(ENCODERS)}, mfcc, a folder with '
-                'encoder.json, or a HuBERT, wav2vec 2 or WavLM and --layer'
-            )
-        encoder = cls(config, centroids, device, dtype, net)
-        if public and kmeans is None and config['layer'] == public['layer']:
-            kmeans = fetch(public['kmeans'], public['sha256'])
-        if kmeans:
-            encoder.centroids = KMeansReader.centroids(kmeans).to(encoder.device)
-            encoder.config.pop('distortion', None)  # it was that of other clusters
-        if saved and encoder.vocoder == 'vocoder':
-            encoder.vocoder = os.path.join(os.path.dirname(folder), 'vocoder')
-        return encoder
-
-    def save_pretrained(self, folder):
-        """Write encoder.json and encoder.safetensors, all that an encoder has, whole or not at all.
-
-        A net that lies in a local folder comes along if it has at most SMALL_NET bytes; any other
-        stays where it is, by name or path.
-        """
-        from safetensors.torch import save
-
-        config = dict(self.config, n_units=self.n_units)
-        tensors = dict(centroids=self.centroids)
-        net = getattr(self.extractor, 'net', None)
-        if net is not None:
-            weights = {f'net.{name}': tensor for name, tensor in net.state_dict().items()}
-            size = sum(tensor.nbytes for tensor in weights.values())
-            if 'net' in config or (os.path.isdir(config['model']) and size <= SMALL_NET):
-                config['net'] = json.loads(net.config.to_json_string(use_diff=False))
-                tensors |= weights
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with write_atomic(os.path.join(folder, 'encoder.safetensors'), 'wb') as file:
-            file.write(save(tensors))
-        with write_atomic(os.path.join(folder, 'encoder.json')) as file:
-            json.dump(config, file, indent=2)
-
-    @torch.inference_mode()
-    def features(self, waves):
-        """List of (samples,) at 16 kHz, of any length -> list of (frames, D) float32."""
-        return self.extractor(waves, torch.Tensor.float)
-
-    @torch.inference_mode()
-    def encode(self, waves):
-        if isinstance(waves, torch.Tensor):
-            return self.encode([waves])[0]
-        return self.encode_all(waves)
-
     @property
     def encoder_id(self):
-        return content_hash(self.centroids)[:12]
+        """What the units depend on: the name of a public encoder with its published centroids, else
+        a hash of the settings, the centroids and the net."""
+        config = self.config
+        if config.get('encoder_id') in KMEANS and not config.get('switch'):
+            return config['encoder_id']
+        keys = ['layer', 'pad'] if self.net else ['n_cep', 'lifter', 'c0', 'range']
+        keys += ['switch', 'distortion'] if config.get('switch') else []
+        settings = [float(config.get(key, 0)) for key in keys]
+        # without a mask that is random, and the weight norm, which each machine rounds in its way
+        weights = sorted(self.net.state_dict().items()) if self.net else []
+        unsure = ('masked_spec_embed', 'encoder.pos_conv_embed.conv.weight')
+        weights = [tensor.flatten() for name, tensor in weights if name not in unsure]
+        return f'{config["kind"]}-{content_hash(settings, self.centroids, *weights)[:12]}'
 
     @torch.inference_mode()
-    def encode_all(self, waves):
-        """List of (samples,) at 16 kHz -> list of (frames,) long units on the CPU, one a frame.
+    def features(self, wave):
+        """(samples,) at 16 kHz -> (frames, D) float32, at least one frame."""
+        wave = torch.as_tensor(wave, dtype=torch.float32)
+        return self._hidden_states(wave) if self.net else mfcc(wave, self.config)
 
-        Raises InputError as `assign` does.
-        """
-        if self.config.get('switch'):
-            return self.assign(self.features(waves))
-        self._check_clusters(self.extractor.width)
-        # unit by unit as features come, so that those of hours are never kept
-        return self._to_cpu(self.extractor(waves, self._nearest))
+    def encode(self, wave):
+        """(samples,) at 16 kHz -> (frames,) long units on the CPU. Raises as `assign`."""
+        return self.assign(self.features(wave))
 
     @torch.inference_mode()
     def assign(self, features):
-        """List of (frames, D) -> list of (frames,) long units on the CPU.
+        """(frames, D) -> (frames,) long units on the CPU.
 
-        Raises InputError if there are no clusters, or of another width, or if a change of unit has
-        a price and `distortion`, its unit of measure, is not known.
+        Raises InputError without centroids, for centroids of another width, and for `switch`
+        without `distortion`.
         """
-        if not features:
-            return []
-        self._check_clusters(features[0].shape[1])
-        if not self.config.get('switch'):
-            return self._to_cpu([self._nearest(f) for f in features])
-        price = self.config['switch'] * self.config.get('distortion', 0) / 2
-        if not price:
+        switch, distortion = (self.config.get(key) for key in ('switch', 'distortion'))
+        if self.centroids is None or features.shape[1] != self.centroids.shape[1]:
+            raise InputError(f'{self.name} has no k-means for {features.shape[1]} features')
+        if switch and not distortion:
             raise InputError(f'{self.name}: `switch` needs `distortion`, the mean squared distance')
-        units = [None] * len(features)
-        by_length = sorted(range(len(features)), key=lambda i: len(features[i]))
-        for start in range(0, len(by_length), 32):
-            batch = by_length[start : start + 32]
-            paths = self._cheapest_paths([features[i] for i in batch], price)
-            for i, path in zip(batch, paths, strict=True):
-                units[i] = path
-        return units
+        costs = self._costs(features)
+        if not switch:
+            return costs.argmin(1).cpu()
+        return torch.from_numpy(cheapest_path(costs.cpu().numpy(), switch * distortion / 2))
 
     @torch.inference_mode()
     def distance(self, features):
-        """Mean squared distance of frames to their centroids, for `distortion`; list of (T, D)."""
-        parts = [part for f in features for part in f.split(BLOCK)]
-        nearest = [2 * self._costs(x).min(1).values + x.square().sum(1) for x in parts]
-        return float(torch.cat(nearest).mean())
-
-    def _check_clusters(self, width):
-        """Raises InputError if there are no clusters for features of this width."""
-        if self.centroids is None:
-            raise InputError(f'{self.name} has no k-means')
-        if width != self.centroids.shape[1]:
-            found = f'the k-means is for {self.centroids.shape[1]} features'
-            raise InputError(f'{found}, {self.name} gives {width}')
+        """Mean squared distance of frames (T, D) to their centroids, for `distortion`."""
+        return float((2 * self._costs(features).amin(1) + features.square().sum(1)).mean())
 
     def _costs(self, features):
-        """Half the squared distances (frames, n_units), less what all units of a frame share."""
+        """Half the squared distances (T, n_units), minus what all units of a frame share."""
         return self.centroids.square().sum(1) / 2 - features @ self.centroids.T
 
-    def _nearest(self, features):
-        """(frames, D) -> (frames,) the nearest centroid of each."""
-        return torch.cat([self._costs(part.float()).argmin(1) for part in features.split(BLOCK)])
+    def _hidden_states(self, wave):
+        """transformers' hidden_states[layer] of the raw wave, float32 (on CUDA with TF32 products).
 
-    @staticmethod
-    def _to_cpu(units):
-        """List of (frames,) on any device -> on the CPU, in one copy."""
-        return list(torch.cat(units).cpu().split([len(u) for u in units])) if units else []
-
-    def _cheapest_paths(self, features, price):
-        """Units of the least sum of costs and `price` a change: list of (frames, D) -> (frames,).
-
-        Viterbi, all utterances in step. A path that changes its unit at t comes from the unit that
-        was cheapest at t - 1. So it can be told from its last unit, when that began, and for each t
-        the cheapest unit and when that had begun: two numbers a frame, however many units there
-        are.
+        Longer recordings than `stretch` are cut into parts that see a tenth of it on either side.
         """
-        rows = torch.arange(len(features))
-        total = torch.zeros(len(features), self.n_units)  # the least cost that ends in each unit
-        began = torch.zeros(len(features), self.n_units, dtype=torch.long)
-        longest = max(map(len, features))
-        # for each t, (B,): the cheapest unit at t - 1, and when it began
-        source, before = (torch.zeros(longest, len(rows), dtype=torch.long) for _ in range(2))
-        for start in range(0, longest, BLOCK):
-            # past an utterance's end all costs are 0, and its cheapest unit stays
-            costs = [self._costs(f[start : start + BLOCK]).cpu() for f in features]
-            for t, cost in enumerate(nn.utils.rnn.pad_sequence(costs), start):  # (B, n_units)
-                best, source[t] = total.min(1)
-                total -= best[:, None]
-                before[t] = began[rows, source[t]]
-                began[total > price] = t
-                total = total.clamp(max=price) + cost
+        pad, precision = self.config['pad'], torch.get_float32_matmul_precision()
+        wave = F.pad(wave, (pad, max(pad, self.reach - pad - len(wave)))).to(self.device)
+        frames, parts = (len(wave) - self.reach) // self.hop + 1, []
+        longest = int(self.stretch * self.frame_rate)
+        context = longest // 10 if frames > longest else 0
+        step = longest - 2 * context
+        torch.set_float32_matmul_precision('high' if self.device.type == 'cuda' else precision)
+        for start in range(0, frames, step):
+            first, last = max(0, start - context), min(frames, start + step + context)
+            end = None if last == frames else (last - 1) * self.hop + self.reach
+            hidden = self.net(wave[None, first * self.hop : end]).last_hidden_state[0]
+            parts.append(hidden[start - first :][:step])
+        torch.set_float32_matmul_precision(precision)
+        return torch.cat(parts)
 
-        # each path from its end to its beginning, a run of one unit at a time
-        source, before = source.T.tolist(), before.T.tolist()
-        paths = []
-        for row, f in enumerate(features):
-            unit = int(total[row].argmin())
-            start, stop = int(began[row, unit]), len(f)
-            path = torch.empty(stop, dtype=torch.long)
-            while stop:
-                path[start:stop] = unit
-                unit, start, stop = source[row][start], before[row][start], start
-            paths.append(path)
-        return paths
+
+def mfcc(wave, config):
+    """Two 20 ms cepstra a frame of 40 ms, of the log-mel spectrum relative to the loudness of the
+    utterance: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
+    from torchaudio.functional import create_dct
+
+    mel = log_mel(F.pad(wave, (0, max(0, 4 * HOP - len(wave)))))
+    mel = mel[: len(mel) // 4 * 4]
+    energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
+    loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
+    relative = (mel + (config['range'] - loud)).clamp_(min=0)
+    halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
+    weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
+    weight[0] = config['c0']
+    return (halves @ (create_dct(config['n_cep'], N_MELS, 'ortho') * weight)).flatten(1)
+
+
+def cheapest_path(costs, price):
+    """The units (T,) with the least sum of costs (T, n_units) and `price` a change (Viterbi).
+
+    A path that changes its unit at t comes from the unit that was cheapest at t - 1, so that one
+    number a frame and one bit a unit describe all paths.
+    """
+    total = np.zeros_like(costs[0])  # of the best path that ends in each unit
+    source, changed = np.zeros(len(costs), dtype=int), np.zeros(costs.shape, dtype=bool)
+    for t, cost in enumerate(costs):
+        source[t] = total.argmin()
+        total -= total[source[t]]
+        changed[t] = total > price
+        total = np.minimum(total, total.dtype.type(price)) + cost
+    path, unit = np.zeros(len(costs), dtype=int), total.argmin()
+    for t in reversed(range(len(costs))):
+        path[t] = unit
+        unit = source[t] if changed[t, unit] else unit
+    return path
 
 
 # -----------------------------------------------------------------------------
-# Feature extractors: a new kind of units is a class here and a line in EXTRACTORS
-#
-# One is made of the values of encoder.json (`example` has those that it needs), a device and a
-# dtype, and has `device`, `frame_rate`, `width` (D) and `cheap`: whether whoever reads a file
-# computes its features. Called with a list of (samples,) and a function, it gives
-# function((frames, D)) of each wave.
+# Files of encoders and vocoders; they may come from strangers
 
 
-class MfccExtractor:
-    """Offline: two 20 ms cepstra a frame of 40 ms, of the log-mel spectrum relative to the
-    utterance's loudness. Frame t begins at sample 640 t; n samples have max(1, n // 640)."""
+def write_part(folder, name, config, tensors):
+    """Write name.safetensors and name.json, each complete or not at all."""
+    from safetensors.torch import save
 
-    example = MFCC
-    cheap = True
-
-    def __init__(self, config, device, dtype):
-        self.device, self.frame_rate = torch.device('cpu'), config['frame_rate']
-        self.width, self.range = 2 * config['n_cep'], config['range']
-        # a cosine transform, its rows weighted: (N_MELS, n_cep)
-        order = torch.arange(config['n_cep'])
-        angle = torch.outer(torch.arange(N_MELS) + 0.5, order) * math.pi / N_MELS
-        weight = order.clamp(min=1) ** config['lifter']
-        weight[0] = config['c0']
-        self.basis = angle.cos() * (2 / N_MELS) ** 0.5 * weight / 2**0.5
-
-    def __call__(self, waves, finish):
-        return [finish(self.cepstra(torch.as_tensor(w, dtype=torch.float32))) for w in waves]
-
-    def cepstra(self, wave):
-        """(samples,) -> (max(1, samples // 640), 2 n_cep)."""
-        if len(wave) < 4 * HOP:  # one frame at least; longer waves are not copied
-            wave = F.pad(wave, (0, 4 * HOP - len(wave)))
-        mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4].split(4 * BLOCK)  # hours stay small
-        energy = torch.cat([torch.logsumexp(part, 1) for part in mel]) - math.log(N_MELS)
-        loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
-        cepstra = []
-        for part in mel:
-            relative = (part + (self.range - loud)).clamp_(min=0)
-            halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
-            cepstra.append((halves @ self.basis).flatten(1))
-        return torch.cat(cepstra)
-
-
-STRETCH = 100  # seconds that a net takes at once (WavLM, which keeps its attention, a third)
-BATCH_SECONDS = 300  # of padded audio that a GPU takes at once; a CPU gains nothing from batches
-CONVOLVE = 64  # frames that a CPU convolves at once
-BUCKET = 64  # on a GPU, batches are padded to a multiple of so many frames
-
-
-@dataclass
-class Stretch:
-    """What a net takes at once: an utterance, or a part of a long one with its context."""
-
-    wave: torch.Tensor  # (samples,), as many as its frames need
-    norm: tuple  # scale and shift, (C,) each, of the first layer's group norm; () without one
-    frames: int
-    wanted: slice  # of the frames: those that are no context
-    result: torch.Tensor = None  # features or units, (wanted frames, ...)
-
-
-class HubertExtractor:
-    """A layer of transformers' HuBERT, wav2vec 2 or WavLM, of the raw wave, in float32; on CUDA
-    products are TF32 (10 bits of mantissa) unless dtype='float32' asks for all 24, or 'bfloat16'
-    for fewer. Waves of up to STRETCH seconds are computed whole; longer ones in stretches that see
-    a tenth of that on either side, joined on the net's own frames."""
-
-    example = dict(name='', model='', layer=0, pad=0)
-    cheap = False
-
-    def __init__(self, config, device, dtype, net=None):
-        self.device, self.pad = pick_device(device), config['pad']
-        self.tf32 = dtype == 'auto'
-        self.dtype = torch.float32 if dtype == 'auto' else pick_dtype(dtype, self.device)
-        net = load_net(config) if net is None else net
-        self.net = net.to(self.device, self.dtype).eval().requires_grad_(False)
-        self.width, self.wavlm = net.config.hidden_size, net.config.model_type == 'wavlm'
-
-        # samples from one frame to the next, samples that one frame covers
-        strides, kernels = net.config.conv_stride, net.config.conv_kernel
-        self.hop, self.reach = math.prod(strides), 1
-        for kernel, stride in zip(kernels[::-1], strides[::-1], strict=True):
-            self.reach = (self.reach - 1) * stride + kernel
-        self.frame_rate = SAMPLE_RATE / self.hop
-        self.longest = STRETCH * SAMPLE_RATE // self.hop // (3 if self.wavlm else 1)  # frames
-        self.batch_seconds = BATCH_SECONDS if self.device.type == 'cuda' else 0
-        if self.device.type == 'cuda':  # a layer is compiled once, for all layers and lengths
-            self._convolve = torch.compile(self._convolve, dynamic=True)
-            for layer in self.net.encoder.layers:
-                layer.compile(dynamic=True)
-
-    def __call__(self, waves, finish):
-        """`finish` of the features (frames, D) of each wave, stretch by stretch, joined."""
-        # on a CPU a core an utterance: threads that share one wait for each other, and round by
-        # their number
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-            each = pool.map if self.device.type == 'cpu' else map
-            cut = list(each(self._stretches, waves))
-            list(each(partial(self._compute, finish), self._batches(chain(*cut))))
-        torch.set_num_threads(threads)  # also of the threads to come
-        return [torch.cat([stretch.result for stretch in stretches]) for stretches in cut]
-
-    @torch.inference_mode()
-    def _stretches(self, wave):
-        """The stretches of a wave."""
-        wave = torch.as_tensor(wave, dtype=torch.float32)
-        wave = F.pad(wave, (self.pad, max(self.pad, self.reach - self.pad - len(wave))))
-        wave = wave.pin_memory() if self.device.type == 'cuda' else wave
-        wave = wave.to(self.device, non_blocking=True)
-        norm = self._first_norm(wave)
-        frames = (len(wave) - self.reach) // self.hop + 1
-        context = self.longest // 10 if frames > self.longest else 0
-        count = -(-frames // (self.longest - 2 * context))
-        stretches = []
-        for i in range(count):
-            start, stop = frames * i // count, frames * (i + 1) // count  # the wanted ones
-            first, last = max(0, start - context), min(frames, stop + context)
-            part = wave[first * self.hop : (last - 1) * self.hop + self.reach]
-            wanted = slice(start - first, stop - first)
-            stretches.append(Stretch(part, norm, last - first, wanted))
-        return stretches
-
-    def _first_norm(self, wave):
-        """The first layer's group norm, a channel a group: scale and shift, (C,) each; () if none.
-
-        Its mean and variance are over all of the wave (samples,), whatever stretches it is cut
-        into. The convolution is linear in windows of k samples, so that they follow from the mean
-        and the covariance of the windows.
-        """
-        layer = self.net.feature_extractor.conv_layers[0]
-        conv, norm = layer.conv, getattr(layer, 'layer_norm', None)
-        if not isinstance(norm, nn.GroupNorm):
-            return ()
-        windows = wave.unfold(0, conv.kernel_size[0], conv.stride[0])  # (T, k)
-        mean = windows.mean(0)
-        centred = (part - mean for part in windows.split(1 << 18))
-        covariance = sum(part.T @ part for part in centred) / len(windows)  # (k, k)
-        weight = conv.weight[:, 0].float()  # (C, k)
-        variance = ((weight @ covariance) * weight).sum(1)
-        scale = norm.weight.float() * (variance + norm.eps).rsqrt()
-        mean = weight @ mean + (0 if conv.bias is None else conv.bias.float())
-        return scale, norm.bias.float() - scale * mean
-
-    def _batches(self, stretches):
-        """Stretches of similar lengths, longest first, of batch_seconds at most; at least one."""
-        batches, frames = [], self.batch_seconds * self.frame_rate
-        for stretch in sorted(stretches, key=lambda stretch: -stretch.frames):
-            if not batches or batches[-1][0].frames * (len(batches[-1]) + 1) > frames:
-                batches.append([])
-            batches[-1].append(stretch)
-        return batches
-
-    @torch.inference_mode()
-    def _compute(self, finish, batch):
-        """Fill the results of a batch of stretches; nothing here waits for a GPU."""
-        longest = batch[0].frames
-        if self.device.type == 'cuda':
-            longest = -(-longest // BUCKET) * BUCKET
-        x = torch.zeros(len(batch), (longest - 1) * self.hop + self.reach, device=self.device)
-        for row, stretch in zip(x, batch, strict=True):
-            row[: len(stretch.wave)] = stretch.wave
-        norm = [torch.stack(part) for part in zip(*(s.norm for s in batch), strict=True)]  # (B, C)
-        frames = torch.tensor([stretch.frames for stretch in batch])
-        if self.device.type == 'cuda':
-            frames = frames.pin_memory().to(self.device, non_blocking=True)
-        elif batch[-1].frames == longest:
-            frames = None  # there is no padding
-        with self._precision():
-            x = self._hidden(x, norm, frames)
-        for row, stretch in zip(x, batch, strict=True):
-            stretch.result = finish(row[stretch.wanted])
-
-    @contextlib.contextmanager
-    def _precision(self):
-        """On CUDA: products in TF32, or not, as the dtype says, and afterwards as it was before."""
-        if self.device.type != 'cuda':
-            yield
-            return
-        cudnn = torch.backends.cudnn
-        products, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-        torch.set_float32_matmul_precision('high' if self.tf32 else 'highest')
-        cudnn.allow_tf32 = self.tf32
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(products)
-            cudnn.allow_tf32 = convolutions
-
-    def _hidden(self, x, norm, frames):
-        """The net: waves (B, samples) -> (B, T, D), the output of the last layer that it keeps.
-
-        norm: scale and shift (B, C) of the first layer, or nothing. frames: how many of the T are
-        real, (B,), or None for all. What lies past an utterance's end changes nothing: attention
-        leaves it out, and the position convolution finds zeros there. Of nets with a norm before
-        each layer the last norm is left out, as the public k-means were made.
-        """
-        net, encoder = self.net, self.net.encoder
-        if self.device.type == 'cpu':  # in pieces that stay in the cache
-            step = CONVOLVE * self.hop
-            starts = range(0, x.shape[1] - self.reach + 1, step)
-            pieces = [x[:, start : start + step - self.hop + self.reach] for start in starts]
-            x = torch.cat([self._convolve(piece, norm) for piece in pieces], dim=1)
-        else:
-            x = self._convolve(x, norm)
-        x = first_of(net.feature_projection(x))  # (B, T, D)
-        real = mask = bias = None
-        if frames is not None:
-            real = torch.arange(x.shape[1], device=x.device) < frames[:, None]  # (B, T)
-            mask = real if self.wavlm else real[:, None, None]
-        x = x + self._position(x, real)
-        x = x if net.config.do_stable_layer_norm else encoder.layer_norm(x)
-        for layer in encoder.layers:
-            if self.wavlm:
-                x, bias = layer(x, attention_mask=mask, position_bias=bias)[:2]
-            else:
-                x = first_of(layer(x, attention_mask=mask))
-        return x
-
-    def _convolve(self, x, norm):
-        """The net's convolutions: (B, samples) -> (B, T, C)."""
-        x = x[:, None].to(self.dtype)
-        for layer in self.net.feature_extractor.conv_layers:
-            if norm:  # the first layer's
-                scale, shift = norm
-                x = torch.addcmul(shift[..., None], layer.conv(x), scale[..., None])
-                x, norm = layer.activation(x.to(self.dtype)), None
-            else:
-                x = layer(x)
-        return x.transpose(1, 2)
-
-    def _position(self, x, real):
-        """The position convolution: (B, T, D) -> (B, T, D); real (B, T), or None for all."""
-        position = self.net.encoder.pos_conv_embed
-        x = x.transpose(1, 2)
-        if getattr(position, 'batch_norm', None) is not None:
-            x = position.batch_norm(x)
-        x = x if real is None else x * real[:, None]
-        return position.activation(position.padding(position.conv(x))).transpose(1, 2)
-
-
-EXTRACTORS = dict(mfcc=MfccExtractor, hubert=HubertExtractor)  # by `kind` in encoder.json
-
-
-def first_of(result):
-    """What a module of transformers returns: in some versions the first of a tuple."""
-    return result[0] if isinstance(result, tuple) else result
-
-
-# -----------------------------------------------------------------------------
-# The files of an encoder: a net, clusters, encoder.json; strangers' too
-
-
-def load_net(config):
-    """The net that encoder.json names, without the layers above the encoder's. Raises InputError
-    saying what is missing."""
-    from transformers import AutoModel, logging
-
-    name, where, remedy = config['name'], config['model'], '--encoder names another'
-    if name in ENCODERS:
-        local = cache_path(name)
-        remedy = (
-            f'put config.json and model.safetensors of https://huggingface.co/{where} in {local}, '
-            f'and {ENCODERS[name]["kmeans"]} in {cache_path("")}'
-        )
-        where = local if os.path.isdir(local) else where
-    try:
-        folder = find_checkpoint(where)
-        hf = net_config(read_json(os.path.join(folder, 'config.json')), config['layer'], folder)
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it lists each tensor of the layers above
-        logging.disable_progress_bar()
-        with one_line(f'{folder} cannot be loaded'):
-            net, report = AutoModel.from_pretrained(folder, config=hf, output_loading_info=True)
-        logging.set_verbosity(verbosity)
-        lost = sorted(name for name in report['missing_keys'] if name != 'masked_spec_embed')
-        if lost:
-            raise InputError(f'{folder}: {len(lost)} tensors are missing, such as {lost[0]}')
-    except InputError as error:
-        raise InputError(f'{error}; encoder {name!r} needs this net: {remedy}') from None
-    return fold_weight_norm(net)
-
-
-def net_config(values, layer, where):
-    """transformers' configuration of a net of `layer` layers: what lies above is not computed."""
-    from transformers import AutoConfig
-
-    kind = values.get('model_type')
-    if kind not in ('hubert', 'wav2vec2', 'wavlm'):
-        raise InputError(f'{where}: model_type {kind!r} is no hubert, wav2vec2 or wavlm')
-    with one_line(f'{where}: config.json is of no net'):
-        hf = AutoConfig.for_model(**values)
-    if not 0 <= layer <= min(hf.num_hidden_layers, 1000):
-        raise InputError(f'layer {layer} of {where}: it has {hf.num_hidden_layers}')
-    if min(*hf.conv_stride, *hf.conv_kernel) < 1:
-        raise InputError(f'{where}: convolutions of {hf.conv_kernel}, strides {hf.conv_stride}')
-    hf.num_hidden_layers = layer
-    hf._attn_implementation = 'eager' if kind == 'wavlm' else 'sdpa'
-    return hf
-
-
-def fold_weight_norm(net):
-    """The net with the weight norm of its position convolution folded into the weights."""
-    conv = net.encoder.pos_conv_embed.conv
-    if nn.utils.parametrize.is_parametrized(conv):
-        nn.utils.parametrize.remove_parametrizations(conv, 'weight')
-    return net
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    with write_atomic(os.path.join(folder, name + '.safetensors'), 'wb') as file:
+        file.write(save(tensors))
+    with write_atomic(os.path.join(folder, name + '.json')) as file:
+        json.dump(config, file, indent=2)
 
 
 def read_encoder(folder):
-    """-> configuration, centroids (n_units, D), net or None, of a folder of save_pretrained.
+    """-> configuration, centroids (n_units, D), net or None, of a folder of save_pretrained."""
+    from safetensors.torch import load_file
 
-    Whoever made the folder may be a stranger: raises InputError naming what cannot be right.
+    config, net = read_json(os.path.join(folder, 'encoder.json')), None
+    with reading(folder):
+        tensors = load_file(os.path.join(folder, 'encoder.safetensors'))
+        centroids = check_centroids(tensors.pop('centroids'))
+        if config['kind'] not in ('mfcc', 'hubert') or config['n_units'] != len(centroids):
+            raise ValueError('encoder.json does not fit encoder.safetensors')
+        if config.get('vocoder') not in (None, 'vocoder', 'hifigan25'):  # no path is followed
+            raise ValueError(f'`vocoder` {config["vocoder"]!r} is not allowed')
+        if config.get('net'):
+            weights = {name[4:]: tensor for name, tensor in tensors.items()}
+            net = load_net(config['net'], config['layer'], weights)
+    # folders of earlier versions do not name their encoder
+    known = config['name'] in KMEANS and 'fitted' not in config
+    config.setdefault('encoder_id', config['name'] if known else None)
+    return config, centroids, net
+
+
+def load_net(source, layer, weights=None):
+    """transformers' HuBERT, wav2vec 2 or WavLM up to a layer, without a last norm after it.
+
+    source: a folder or hub name, or, with weights, the values of its config.json. Raises InputError
+    for other nets, missing layers and missing tensors.
     """
-    about = os.path.join(folder, 'encoder.json')
-    path = os.path.join(folder, 'encoder.safetensors')
-    config, tensors = read_json(about), read_tensors(path)
-    check_encoder(config, about)
-    centroids = tensors.pop('centroids', None)
-    check_centroids(centroids, path)
-    if config.get('n_units') not in (None, len(centroids)):
-        raise InputError(
-            f'{path} has {len(centroids)} units, encoder.json says {config["n_units"]}'
+    from transformers import AutoConfig, AutoModel, logging
+
+    if weights is None:
+        local = cache_path(os.path.basename(source))
+        with reading(f'{source} (a copy may be put in {local})'):
+            source = find_checkpoint(local if os.path.isdir(local) else source)
+    with reading(source if weights is None else 'the net of encoder.json'):
+        hf = (
+            AutoConfig.from_pretrained(source)
+            if weights is None
+            else AutoConfig.for_model(**source)
         )
-    if not config.get('net'):
-        return config, centroids.float(), None
-
-    from transformers import AutoModel
-
-    with one_line(f'{path} does not hold the net of encoder.json'):
-        with torch.device('meta'):  # it takes no memory before its tensors fit
-            net = AutoModel.from_config(net_config(config['net'], config['layer'], folder))
-            fold_weight_norm(net)
-        net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items()}, assign=True)
-    return config, centroids.float(), net
-
-
-def check_encoder(config, path):
-    """Raises InputError naming the first value in an encoder.json that cannot be right."""
-    if config.get('kind') not in EXTRACTORS:
-        raise InputError(f'{path}: expected an encoder of `kind` {" or ".join(EXTRACTORS)}')
-    optional = dict(switch=0.0, distortion=0.0, vocoder='', n_units=0, net={})
-    for key, example in (EXTRACTORS[config['kind']].example | optional).items():
-        value = config.get(key)
-        kinds = (int, float) if isinstance(example, float) else (type(example),)
-        if value is None and key in optional:
-            continue
-        if type(value) not in kinds or (isinstance(value, int | float) and not 0 <= value < 1e6):
-            raise InputError(f'{path}: `{key}` cannot be {value!r}')
-    if config['kind'] == 'mfcc' and (config['frame_rate'] != 25 or config['n_cep'] > N_MELS):
-        raise InputError(f'{path}: mfcc has 25 frames a second and at most {N_MELS} cepstra')
-    if config.get('vocoder') not in (None, 'vocoder', *HIFIGAN):  # no path of others
-        raise InputError(f'{path}: `vocoder` cannot be {config["vocoder"]!r}')
+        nets = ('hubert', 'wav2vec2', 'wavlm')
+        if hf.model_type not in nets or not 0 <= layer <= hf.num_hidden_layers:
+            raise ValueError(f'layer {layer} of a {hf.model_type} of {hf.num_hidden_layers} layers')
+        hf.num_hidden_layers, hf.add_adapter = layer, False
+        if weights is None:
+            logging.set_verbosity_error()  # it would list each tensor of the layers above
+            logging.disable_progress_bar()
+            options = dict(dtype=torch.float32, output_loading_info=True)
+            net, report = AutoModel.from_pretrained(source, config=hf, **options)
+            if lost := sorted(set(report['missing_keys']) - {'masked_spec_embed'}):
+                raise ValueError(f'{len(lost)} tensors are missing, such as {lost[0]}')
+        else:
+            with torch.device('meta'):  # no memory before the tensors fit
+                net = AutoModel.from_config(hf)
+        conv = net.encoder.pos_conv_embed.conv
+        if nn.utils.parametrize.is_parametrized(conv):  # fold the weight norm
+            nn.utils.parametrize.remove_parametrizations(conv, 'weight')
+        if weights is not None:
+            net.load_state_dict(weights, assign=True)
+    if hf.do_stable_layer_norm:  # the norm after the last layer is not part of hidden_states
+        net.encoder.layer_norm.register_forward_hook(lambda norm, inputs, output: inputs[0])
+    return net.eval()
 
 
-def check_centroids(centroids, path):
-    """Raises InputError if these are no clusters, (n_units, D) finite numbers."""
-    right = isinstance(centroids, torch.Tensor) and centroids.ndim == 2 and len(centroids)
-    if not right or not centroids.is_floating_point() or not centroids.isfinite().all():
-        raise InputError(f'{path}: no `centroids` (n_units, D) of finite numbers')
-
-
-@contextlib.contextmanager
-def one_line(message):
-    """Whatever libraries raise of a file that is none becomes an InputError of one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f'{message}: {" ".join(str(error).split())[:200]}') from None
+def check_centroids(centroids):
+    """(n_units, D) float32. Raises ValueError if these are not finite numbers of that shape."""
+    if centroids.ndim != 2 or not len(centroids) or not centroids.isfinite().all():
+        raise ValueError('the centroids are not (n_units, D) finite numbers')
+    return centroids.float()
 
 
 def cache_path(name):
@@ -2146,656 +1780,243 @@ def fetch(url, sha256=None):
 
     Raises InputError offline, or if the file is not the published one.
     """
-    import hashlib
-    import urllib.request
-
-    path = cache_path(url.rsplit('/', 1)[-1])
+    path = cache_path(os.path.basename(url))
     if not os.path.exists(path):
-        try:
-            with (
-                write_atomic(path, 'wb') as file,
-                urllib.request.urlopen(url, timeout=60) as remote,
-            ):
-                shutil.copyfileobj(remote, file)
-        except OSError as error:
-            raise InputError(
-                f'{url} cannot be downloaded ({error}): put it at {path} (SLAM_CACHE sets the '
-                'folder)'
-            ) from None
-    with open(path, 'rb') as file:
-        if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
-            raise InputError(f'{path} is not the published file (its sha256 differs): delete it')
+        os.makedirs(cache_path(''), exist_ok=True)
+        with reading(f'{url} (a copy may be put at {path})'):
+            torch.hub.download_url_to_file(url, path, progress=False)
+    if sha256 and file_hash(path) != sha256:
+        raise InputError(f'{path} is not the published file (its sha256 differs): delete it')
     return path
 
 
-class KMeansReader(pickle._Unpickler):
-    """Reads a joblib dump of scikit-learn's KMeans, and can execute nothing.
+def read_kmeans(path):
+    """The centroids (n_units, D) of a .safetensors file with `centroids`, or of a joblib dump of
+    scikit-learn's KMeans, of which nothing is executed. Raises InputError."""
+    from joblib import numpy_pickle
+    from safetensors.torch import load_file
 
-    Each class that such a file names becomes an inert stand-in; any other is refused. joblib
-    writes an array as a wrapper that says dtype, shape and order; the array's bytes follow the
-    BUILD of the wrapper.
-    """
+    class Inert:  # in place of the classes and functions of scikit-learn and numpy
+        def __init__(self, *args, **kwargs):
+            pass
 
-    Inert = type('Inert', (), dict(__init__=lambda self, *args, **kwargs: None))
-    Array = type('Array', (Inert,), {})
-    dispatch = dict(pickle._Unpickler.dispatch)
+    class Array(numpy_pickle.NumpyArrayWrapper):
+        def read(self, *args):
+            if self.dtype.hasobject:  # a pickle inside the pickle
+                raise ValueError('it holds Python objects: refused')
+            return super().read(*args)
 
-    def find_class(self, module, name):
-        import numpy
+    class Reader(numpy_pickle.NumpyUnpickler):
+        def find_class(self, module, name):
+            if (module, name) == ('joblib.numpy_pickle', 'NumpyArrayWrapper'):
+                return Array
+            if module == 'numpy' and name in ('dtype', 'ndarray'):
+                return getattr(np, name)
+            scalar = module.split('.')[0] == 'numpy' and name == 'scalar'
+            if scalar or module.startswith(('sklearn.cluster.', 'numpy.random.')):
+                return Inert
+            raise ValueError(f'it asks to run {module}.{name}: refused')
 
-        if (module, name) == ('numpy', 'dtype'):
-            return numpy.dtype
-        if (module, name) == ('joblib.numpy_pickle', 'NumpyArrayWrapper'):
-            return self.Array
-        plain = (module.split('.')[0], name) in (('numpy', 'ndarray'), ('numpy', 'scalar'))
-        if plain or module.startswith(('sklearn.cluster.', 'numpy.random.')):
-            return self.Inert
-        raise pickle.UnpicklingError(f'it asks to run {module}.{name}; refused')
-
-    def load_build(self):
-        import numpy
-
-        super().load_build()
-        array = self.stack[-1]
-        if not isinstance(array, self.Array):
-            return
-        if array.dtype.hasobject:
-            raise pickle.UnpicklingError('it holds an array of objects; refused')
-        if 'numpy_array_alignment_bytes' in vars(array):
-            self.file.read(self.file.read(1)[0])
-        content = self.file.read(math.prod(array.shape) * array.dtype.itemsize)
-        self.stack[-1] = numpy.frombuffer(content, array.dtype).reshape(
-            array.shape, order=array.order
-        )
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-    @classmethod
-    def centroids(cls, path):
-        """The clusters (n_units, D), float32, of a joblib dump, or of a .safetensors file with a
-        tensor `centroids`. Raises InputError."""
-        from safetensors.torch import load_file
-
-        kinds = '.safetensors with `centroids`, or a plain joblib dump of KMeans'
-        with one_line(f'{path} is no k-means file ({kinds})'):
-            if path.endswith('.safetensors'):
-                centroids = load_file(path)['centroids'].float()
-            else:
-                with open(path, 'rb') as file:
-                    reader = cls(file)
-                    reader.file = file
-                    centres = vars(reader.load())['cluster_centers_']
-                centroids = torch.from_numpy(centres.astype('float32'))
-        check_centroids(centroids, path)
-        return centroids
+    with reading(f'{path} (.safetensors with `centroids`, or a joblib dump of KMeans)'):
+        if path.endswith('.safetensors'):
+            return check_centroids(load_file(path)['centroids'])
+        with open(path, 'rb') as file:
+            kmeans = Reader(path, file, ensure_native_byte_order=True).load()
+        return check_centroids(torch.from_numpy(kmeans.cluster_centers_))
 
 
 # -----------------------------------------------------------------------------
 # UnitVocoder: units -> wave
 
-HIFIGAN = {  # mhubert25's, trained on LJSpeech: generator and config, each with its sha256
-    'hifigan25': (
-        (
-            TWIST + 'hifigan_lj_mhubert_base_25hz.pt',
-            'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79',
-        ),
-        (
-            TWIST + 'hifigan_lj_mhubert_base_25hz_config.json',
-            '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7',
-        ),
-    )
-}
-VOICE_LEVEL = 0.08  # root mean square of the spoken parts of what a vocoder says: -22 dB
-VOICE_PEAK = 0.95  # the highest sample allowed
+HIFIGAN = (  # 'hifigan25', trained on LJSpeech: generator and config, each with its sha256
+    TWIST + 'hifigan_lj_mhubert_base_25hz.pt',
+    'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79',
+    TWIST + 'hifigan_lj_mhubert_base_25hz_config.json',
+    '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7',
+)
+VOICE_LEVEL, VOICE_PEAK = 0.08, 0.95  # of a decoded wave: root mean square of speech; limit
 
 
 def speech_level(wave):
-    """Root mean square of the spoken parts of (samples,): of the 25 ms blocks less than 13 dB below
-    the loud ones."""
-    if len(wave) < WINDOW:
-        return float(wave.square().mean().sqrt())
+    """Root mean square of (samples,) in the 25 ms blocks less than 13 dB below the loud ones."""
     power = wave[: len(wave) // WINDOW * WINDOW].view(-1, WINDOW).square().mean(1)
+    if not len(power):
+        return float(wave.square().mean().sqrt())
     loud = power.sort().values[int(0.95 * (len(power) - 1))]
     return float(power[power >= 0.05 * loud].mean().sqrt())
 
 
 def finish_wave(wave):
-    """(samples,), at least one, without DC, its speech at VOICE_LEVEL, its peaks below VOICE_PEAK,
-    with 5 ms fades so that no end clicks."""
+    """(samples,), at least one, without DC, speech at VOICE_LEVEL, peaks at most VOICE_PEAK, with
+    5 ms fades so that no end clicks."""
     wave = wave - wave.mean()
-    gain = VOICE_LEVEL / max(speech_level(wave), 1e-6)
-    wave = wave * min(gain, VOICE_PEAK / max(float(wave.abs().max()), 1e-6))
-    return fade_ends(wave)
-
-
-def fade_ends(wave, start=True, end=True):
-    """(samples,) with 5 ms fades at its start, its end or both, in place."""
+    peak = max(float(wave.abs().max()), 1e-6)
+    wave = wave * min(VOICE_LEVEL / max(speech_level(wave), 1e-6), VOICE_PEAK / peak)
     ramp = torch.linspace(0, 1, min(80, len(wave)), device=wave.device)
-    if start:
-        wave[: len(ramp)] *= ramp
-    if end and len(ramp):
-        wave[-len(ramp) :] *= ramp.flip(0)
+    wave[: len(ramp)] *= ramp
+    wave[-len(ramp) :] *= ramp.flip(0)
     return wave
 
 
-def limit_peaks(wave, knee=0.7):
-    """Samples above the knee bent so that none passes VOICE_PEAK, each by itself: for a stream,
-    whose loudest moment is not known yet."""
-    room = VOICE_PEAK - knee
-    beyond = (wave.abs() - knee).clamp(min=0)
-    return torch.where(beyond > 0, wave.sign() * (knee + room * torch.tanh(beyond / room)), wave)
+class TableVoice(nn.Module):
+    """The offline voice: the mean log-mel spectra of each unit, made into a wave by Griffin-Lim.
 
-
-def frame_spectra(wave):
-    """(..., samples) -> (..., samples // HOP, bins) complex: the spectra of log_mel's frames."""
-    windows = F.pad(wave, (SIDE, SIDE)).unfold(-1, WINDOW, HOP)
-    return torch.fft.rfft(windows * torch.hann_window(WINDOW, device=wave.device), N_FFT)
-
-
-def overlap_add(spectra):
-    """The inverse of frame_spectra, by least squares: (..., n, bins) -> (..., n * HOP)."""
-    n, window = spectra.shape[-2], torch.hann_window(WINDOW, device=spectra.device)
-
-    def add(parts):  # (rows, n, WINDOW) -> (rows, n * HOP)
-        size = (1, (n - 1) * HOP + WINDOW)
-        whole = F.fold(parts.transpose(1, 2), size, (1, WINDOW), stride=(1, HOP))
-        return whole[:, 0, 0, SIDE : SIDE + n * HOP]
-
-    parts = torch.fft.irfft(spectra, N_FFT)[..., :WINDOW] * window
-    weight = add(window.square().expand(1, n, WINDOW)).clamp(min=0.05)
-    wave = add(parts.reshape(-1, n, WINDOW)) / weight
-    return wave.view(*spectra.shape[:-2], n * HOP)
-
-
-@lru_cache
-@torch.inference_mode(False)
-def mel_spread():
-    """(N_MELS, bins): the log energy of each bin out of those of the mel bands around it."""
-    filters = mel_filters()
-    return (filters / filters.sum(1, keepdim=True).clamp(min=1e-6)).T.contiguous()
-
-
-@lru_cache
-@torch.inference_mode(False)
-def fixed_noise():
-    """4 s of white noise, power 1, that every wave takes from the same place at the same time."""
-    return torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
-
-
-class Source:
-    """The excitation of a voice: pulses at a pitch, and noise, each of power 1.
-
-    In a stream it keeps the phase of the pulses, in cycles, at the sample `at`, where the next
-    stretch goes on; that may begin earlier, so that stretches overlap.
+    Tensors: mel (n_units, 10 ms steps a frame, N_MELS), durations (n_units,) mean frames of a run.
     """
 
-    def __init__(self):
-        self.at, self.phase = 0, 0.0
+    def __init__(self, config, tensors):
+        super().__init__()
+        steps = round(SAMPLE_RATE / HOP / config['frame_rate'])
+        self.register_buffer('mel', torch.zeros(config['n_units'], steps, N_MELS))
+        self.register_buffer('durations', torch.ones(config['n_units']))
 
-    def __call__(self, pitch, first=0, until=None):
-        """pitch: (n,) Hz, one a 10 ms step from sample `first` of the utterance on; (B, n) of
-        stretches that begin at 0. until: the sample from which the next stretch goes on.
-        Returns: pulses (..., n * HOP), noise (n * HOP,), on the device of `pitch`."""
-        device, pitch = pitch.device, pitch.detach().cpu().double().repeat_interleave(HOP, dim=-1)
-        phase = (pitch / SAMPLE_RATE).cumsum(-1)
-        if pitch.ndim == 1:
-            at = self.at - first
-            phase += self.phase - (float(phase[at - 1]) if at else 0.0)
-            if until is not None:
-                self.at, self.phase = until, float(phase[until - first - 1])
-        # a pulse where a cycle ends, shared by the two samples on either side of that moment
-        cycles = phase.floor()
-        ends = cycles > (phase - pitch / SAMPLE_RATE).floor()
-        pulse = ends * (SAMPLE_RATE / pitch).sqrt()
-        early = (phase - cycles) * SAMPLE_RATE / pitch  # samples since that moment
-        pulses = pulse * (1 - early)
-        pulses[..., :-1] += (pulse * early)[..., 1:]
-        places = torch.arange(first, first + phase.shape[-1]) % len(fixed_noise())
-        return pulses.float().to(device), fixed_noise()[places].to(device)
+    def predict_durations(self, units):
+        """Each unit's mean, rounded so that sums stay within half a frame: the tempo is right."""
+        beyond = (self.durations[units].clamp(min=1) - 1).double().cumsum(0).add(0.5).long()
+        return 1 + torch.diff(beyond, prepend=beyond.new_zeros(1))
 
-
-def filter_source(mel, voiced, pulses, noise, rounds=0, basis=None):
-    """A wave of a given envelope: the source of a voice, shaped, by an inverse STFT.
-
-    mel: (..., n, N_MELS) what log_mel of the wave is to be. voiced: (..., n, bins) share of the
-    power that is pulses. pulses, noise: (..., n * HOP) of power 1, see Source. rounds: of Griffin
-    & Lim 1984, changed to keep the fine structure, so that speech stays voiced, while the envelope
-    is corrected by what log_mel misses. basis: (N_MELS, N_MELS) that a correction goes through.
-    """
-    filters, spread = mel_filters().to(mel.device), mel_spread().to(mel.device)
-    hertz = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, device=mel.device)
-    shape = (1 - voiced).clamp(min=1e-4).sqrt() * frame_spectra(noise)
-    shape = shape + voiced.clamp(min=1e-4).sqrt() * frame_spectra(pulses)
-    shape = shape * ((hertz > 50) & (hertz < SAMPLE_RATE / 2)) / (3 * WINDOW / 8) ** 0.5
-    target = mel - filters.sum(0).log()
-    wave = overlap_add(shape * torch.exp(0.5 * target @ spread))
-    for _ in range(rounds):
-        heard = frame_spectra(wave)
-        power = power_of(heard)
-        missed = mel - (power @ filters).clamp(min=1e-7).log()
-        missed = missed.clamp(-3, 3)
-        target = target + (missed if basis is None else missed @ basis)
-        shape = heard * (power_of(shape) / power.clamp(min=1e-18)).sqrt()
-        wave = overlap_add(shape * torch.exp(0.5 * target @ spread))
-    return wave
-
-
-@lru_cache
-@torch.inference_mode(False)
-def envelope_basis():
-    """(N_MELS, N_MELS): keeps the envelope, the lower half of the cepstrum, and drops harmonics."""
-    angles = torch.outer(torch.arange(N_MELS) + 0.5, torch.arange(N_MELS // 2) * math.pi)
-    basis = F.normalize((angles / N_MELS).cos(), dim=0)
-    return basis @ basis.T
-
-
-# -----------------------------------------------------------------------------
-# Voices: a new one is a class here and a line in VOICES
-#
-# One is made of vocoder.json, its tensors and a device. `durations` gives the frames of units (n,),
-# `speak` the samples of units and durations, of an utterance or of a stretch from frame `first` on.
-# A sample depends on `reach` frames on each side, a duration on `unit_reach` units. `level` is the
-# speech_level of what it gives.
-
-ROUNDS = 3  # of filter_source in a vocoder: they bring 98 % of the units back
-# 10 ms steps on each side that a sample depends on: of every round two windows
-ROUNDS_REACH = -(-WINDOW * (ROUNDS + 1) // HOP) + 1
-
-
-class TableVoice:
-    """The offline voice: the mean log-mel spectra of each unit, made into a wave by Griffin-Lim
-    from the phases of a voice-like excitation.
-
-    tensors: mel (n_units, 10 ms steps a unit, N_MELS), durations (n_units,) mean frames of a run.
-    """
-
-    level = 0.065  # speech_level of what `speak` gives: means of logs are below the log of means
-
-    def __init__(self, config, tensors, device):
-        self.device, self.mel = device, tensors['mel']
-        self.mean_durations = tensors['durations'].cpu()
-        self.steps = round(SAMPLE_RATE / HOP / config['frame_rate'])  # of 10 ms in a frame
-        if self.mel.shape != (config['n_units'], self.steps, N_MELS):
-            raise ValueError(f'its table is of shape {tuple(self.mel.shape)}')
-        # frames that a sample depends on, on each side; the pitch follows the loudness of 0.3 s
-        self.reach = math.ceil((ROUNDS_REACH + 15) / self.steps)
-        self.unit_reach = 0
-
-    def durations(self, units):
-        """Each unit's mean; what rounding takes from one the next gains: the tempo is right."""
-        return round_durations(self.mean_durations[units])
-
-    def pitch(self, mel):
-        """100 to 125 Hz, higher where it is louder, as people speak: (n, N_MELS) -> (n,)."""
-        loudness = torch.logsumexp(mel, 1)
-        slow = F.avg_pool1d(loudness[None], 31, 1, 15, count_include_pad=False)[0]  # over 0.3 s
-        loudest = torch.logsumexp(self.mel.mean(1), 1).max()
-        return 125 - 5 * (loudest - slow).clamp(0, 5)
-
-    def voiced(self, mel):
-        """The share of pulses in each bin: a voice falls towards 4 kHz and is a hiss above; speech
-        whose spectrum does not fall is none. (n, N_MELS) -> (n, bins)."""
-        hertz = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
-        peaks = hertz[mel_filters().argmax(0)]
-        tilt = torch.logsumexp(mel[:, peaks < 1000], 1) - torch.logsumexp(mel[:, peaks > 3000], 1)
-        below = torch.sigmoid((4500 - hertz.to(mel.device)) / 400)
-        return torch.sigmoid(2 * tilt - 1)[:, None] * below
-
-    def speak(self, units, durations, first=0, until=None, source=None, **who):
-        """Units (n,) of so many frames -> (frames * hop,) samples whose log_mel is the table's.
-
-        first, until (frames of the utterance), source: for a stretch of one, see Source. It has one
-        speaker and one style.
-        """
-        frames = units.repeat_interleave(durations).to(self.device)
+    def forward(self, frames, speaker=0, style=0):
+        """Units (frames,), one a frame -> (frames * 640,) samples at 25 Hz. It has one voice."""
         mel = self.mel[frames].flatten(0, 1)  # (10 ms steps, N_MELS)
-        hop = self.steps * HOP
-        ends = first * hop, None if until is None else until * hop
-        pulses, noise = (source or Source())(self.pitch(mel), *ends)
-        basis = envelope_basis().to(self.device)
-        return filter_source(mel, self.voiced(mel), pulses, noise, ROUNDS, basis)
+        mel = torch.cat((mel[:1], mel, mel[-1:])).T  # one step more on each side
+        # an FFT bin has the energy of the bands around it, and none at 0 and 8 kHz
+        filters = mel_spectrogram().mel_scale.fb.to(mel.device)  # (bins, N_MELS)
+        spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)
+        magnitude = torch.exp(0.5 * spread @ (mel - filters.sum(0).log()[:, None]))
+        magnitude[[0, 1, -1]] = 0
+        invert = transform('GriffinLim', N_FFT, 32, WINDOW, HOP, power=1, rand_init=False)
+        # our steps are centred on their 10 ms, torchaudio's windows on multiples of 10 ms
+        return invert.to(mel.device)(magnitude)[HOP // 2 :][: (mel.shape[1] - 2) * HOP]
 
 
-def round_durations(mean):
-    """(n,) mean frames -> (n,) long, at least 1, whose sums stay within half a frame of theirs."""
-    beyond = (mean.clamp(min=1) - 1).double().cumsum(0).add(0.5).floor().long()
-    return 1 + torch.diff(beyond, prepend=beyond.new_zeros(1))
+class HifiGan(nn.Module):
+    """The unit HiFi-GAN with its duration predictor (Polyak et al. 2021), tensors named as in
+    fairseq. config: its JSON. tensors: the weights, whose names and shapes say what is optional."""
 
+    def __init__(self, config, tensors):
+        super().__init__()
+        for name in ('dict', 'spkr', 'style'):  # embeddings of unit, speaker and style
+            if name + '.weight' in tensors:
+                self.add_module(name, nn.Embedding(*tensors[name + '.weight'].shape))
+        if 'dur_predictor.proj.weight' in tensors:
+            hidden, width, size = tensors['dur_predictor.conv1.0.weight'].shape
+            self.dur_predictor = nn.ModuleDict(dict(proj=nn.Linear(hidden, 1)))
+            for i, inputs in enumerate((width, hidden), 1):
+                layers = nn.Sequential(convolution(inputs, hidden, size), nn.ReLU())
+                self.dur_predictor.update({f'conv{i}': layers, f'ln{i}': nn.LayerNorm(hidden)})
+        width, inputs, size = tensors['conv_pre.weight'].shape
+        self.conv_pre = convolution(inputs, width, size)
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        sizes, dilations = config['resblock_kernel_sizes'], config['resblock_dilation_sizes']
+        for i, rate in enumerate(config['upsample_rates']):
+            size, width = config['upsample_kernel_sizes'][i], width // 2
+            up = nn.ConvTranspose1d(2 * width, width, size, rate, padding=(size - rate) // 2)
+            self.ups.append(up)
+            for size, wide in zip(sizes, dilations, strict=True):
+                convs1 = nn.ModuleList(convolution(width, width, size, d) for d in wide)
+                convs2 = nn.ModuleList(convolution(width, width, size) for d in wide)
+                self.resblocks.append(nn.ModuleDict(dict(convs1=convs1, convs2=convs2)))
+        self.conv_post = convolution(width, 1, tensors['conv_post.weight'].shape[-1])
 
-class HifiganVoice:
-    """The unit HiFi-GAN with its duration predictor (Polyak et al. 2021, fairseq's code HiFi-GAN).
-
-    config: its JSON. tensors: as published, weight norm folded.
-    """
-
-    level = 0.13  # of its training data: files whose highest sample is 0.95
-
-    def __init__(self, config, tensors, device):
-        self.config, self.tensors, self.device = config, tensors, device
-        self.hop = math.prod(config['upsample_rates'])
-        self.unit_reach, self.reach = 0, self._count_reach()
-        for i in (1, 2):
-            if f'dur_predictor.conv{i}.0.weight' in tensors:
-                self.unit_reach += tensors[f'dur_predictor.conv{i}.0.weight'].shape[-1] // 2
-
-    def _count_reach(self):
-        """Frames on each side that a sample depends on, from the kernels' sizes, last first."""
-        c = self.config
-        kernels = zip(c['resblock_kernel_sizes'], c['resblock_dilation_sizes'], strict=True)
-        block = max(sum(kernel // 2 * (d + 1) for d in dilations) for kernel, dilations in kernels)
-        reach = self.tensors['conv_post.weight'].shape[-1] // 2
-        rates, sizes = c['upsample_rates'][::-1], c['upsample_kernel_sizes'][::-1]
-        for rate, size in zip(rates, sizes, strict=True):
-            reach = -(-(reach + block + size) // rate)
-        return reach + self.tensors['conv_pre.weight'].shape[-1] // 2
-
-    def durations(self, units):
+    def predict_durations(self, units):
         """exp(prediction) - 1 rounded, at least 1; 1 where there is no predictor."""
-        t = self.tensors
-        if 'dur_predictor.proj.weight' not in t or not len(units):
-            return torch.ones(len(units), dtype=torch.long)
-        x = t['dict.weight'][units.to(self.device)][None]  # (1, n, C)
+        if not hasattr(self, 'dur_predictor') or not len(units):
+            return torch.ones_like(units)
+        x, net = self.dict(units), self.dur_predictor  # (n, C)
         for i in (1, 2):
-            norm = t[f'dur_predictor.ln{i}.weight'], t[f'dur_predictor.ln{i}.bias']
-            x = F.relu(self._conv(f'dur_predictor.conv{i}.0', x.transpose(1, 2))).transpose(1, 2)
-            x = F.layer_norm(x, x.shape[-1:], *norm)
-        x = F.linear(x, t['dur_predictor.proj.weight'], t['dur_predictor.proj.bias'])[0, :, 0]
-        return (x.exp() - 1).round().clamp(min=1).long().cpu()
+            x = net[f'ln{i}'](net[f'conv{i}'](x.T).T)
+        return (net['proj'](x)[:, 0].exp() - 1).round().clamp(min=1).long()
 
-    def speak(self, units, durations, speaker=0, style=0, **where):
-        """Units (n,) of so many frames -> (frames * hop,) samples in [-1, 1]."""
-        c = self.config
-        frames = units.repeat_interleave(durations).to(self.device)
-        x = self._conv('conv_pre', self._embed(frames, speaker, style)[None])  # (1, C, frames)
-        for i, rate in enumerate(c['upsample_rates']):
-            weight, bias = (self.tensors[f'ups.{i}.{kind}'] for kind in ('weight', 'bias'))
-            padding = (c['upsample_kernel_sizes'][i] - rate) // 2
-            x = F.leaky_relu(x, 0.1)
-            x = F.conv_transpose1d(x, weight, bias, stride=rate, padding=padding)
-            x = self._residual_blocks(x, i)
-        x = torch.tanh(self._conv('conv_post', F.leaky_relu(x)))[0, 0]  # here the slope is 0.01
-        return x[: len(frames) * self.hop]
-
-    def _embed(self, frames, speaker, style):
-        """(T,) units -> (channels, T): unit, speaker and style, those that there are."""
-        parts = [self.tensors['dict.weight'][frames]]
+    def forward(self, frames, speaker=0, style=0):
+        """Units (frames,), one a frame -> (frames * hop,) samples in [-1, 1]."""
+        parts = [self.dict(frames)]
         for name, row in (('spkr', speaker), ('style', style)):
-            table = self.tensors.get(name + '.weight')
-            if table is None:
-                continue
-            if not 0 <= row < len(table):
-                raise InputError(f'{name} {row} is not among the {len(table)} of this vocoder')
-            parts.append(table[row].expand(len(frames), -1))
-        return torch.cat(parts, dim=-1).T
-
-    def _residual_blocks(self, x, stage):
-        """Multi-receptive field fusion: the mean of the residual blocks of a stage."""
-        dilation_sizes = self.config['resblock_dilation_sizes']
-        total = 0
-        for j, dilations in enumerate(dilation_sizes):
-            y, block = x, f'resblocks.{stage * len(dilation_sizes) + j}'
-            for k, dilation in enumerate(dilations):
-                z = self._conv(f'{block}.convs1.{k}', F.leaky_relu(y, 0.1), dilation)
-                y = y + self._conv(f'{block}.convs2.{k}', F.leaky_relu(z, 0.1))
-            total = total + y
-        return total / len(dilation_sizes)
-
-    def _conv(self, name, x, dilation=1):
-        """The convolution `name` over (B, C, T), padded with zeros to the same length."""
-        weight, bias = self.tensors[name + '.weight'], self.tensors[name + '.bias']
-        padding = (weight.shape[-1] - 1) * dilation // 2
-        return F.conv1d(x, weight, bias, dilation=dilation, padding=padding)
+            if hasattr(self, name):
+                table = getattr(self, name).weight
+                if not 0 <= row < len(table):
+                    raise InputError(f'{name} {row} is not among the {len(table)} of this vocoder')
+                parts.append(table[row].expand(len(frames), -1))
+        x = self.conv_pre(torch.cat(parts, dim=1).T)  # (C, frames)
+        each = len(self.resblocks) // len(self.ups)
+        for i, up in enumerate(self.ups):
+            x, total = up(F.leaky_relu(x, 0.1)), 0
+            for block in self.resblocks[i * each : (i + 1) * each]:
+                y = x
+                for conv1, conv2 in zip(block['convs1'], block['convs2'], strict=True):
+                    y = y + conv2(F.leaky_relu(conv1(F.leaky_relu(y, 0.1)), 0.1))
+                total = total + y
+            x = total / each
+        return torch.tanh(self.conv_post(F.leaky_relu(x)))[0]  # here the slope is 0.01
 
 
-class ConvBlock(nn.Module):
-    """ConvNeXt in one dimension (Liu et al. 2022; Vocos: Siuzdak 2023): (B, T, C) -> (B, T, C)."""
-
-    def __init__(self, width, kernel):
-        super().__init__()
-        self.mix = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
-
-    def forward(self, x):
-        y = self.mix(x.transpose(1, 2)).transpose(1, 2)
-        return x + self.down(F.gelu(self.up(self.norm(y))))
-
-
-class NeuralVoice(nn.Module):
-    """A voice that prepare_units.py trains: convolutions over units and their durations, at the
-    end, as in Vocos, an inverse STFT. Of each 10 ms step they give the log mel energies, the share
-    of pulses in each band and the pitch; filter_source makes the wave.
-
-    config: n_units, frame_rate, voices (their names), width, kernel, blocks.
-    """
-
-    level = VOICE_LEVEL  # of the speech it is trained on
-
-    def __init__(self, config, tensors=None, device='cpu'):
-        super().__init__()
-        self.device, width, kernel = device, config['width'], config['kernel']
-        self.steps = round(SAMPLE_RATE / HOP / config['frame_rate'])  # of 10 ms in a frame
-        if tensors is not None:  # a stranger's sizes, held against the tensors before a net is made
-            shapes = {'unit.weight': (config['n_units'], width)}
-            shapes['base.weight'] = config['n_units'], self.steps * N_MELS
-            shapes[f'blocks.{config["blocks"] - 1}.mix.weight'] = width, 1, kernel
-            for name, shape in shapes.items():
-                if name not in tensors or tensors[name].shape != shape:
-                    raise ValueError(f'{name} is not of shape {shape}')
-        self.unit = nn.Embedding(config['n_units'], width)
-        self.voice = nn.Embedding(max(1, len(config['voices'])), width)
-        self.place = nn.Linear(4, width)
-        self.blocks = nn.Sequential(*(ConvBlock(width, kernel) for _ in range(config['blocks'])))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, self.steps * (2 * N_MELS + 1))
-        self.base = nn.Embedding(config['n_units'], self.steps * N_MELS)  # the table's, fixed
-        self.base.weight.requires_grad = False
-        # the durations' own net: over units, before any frame is known
-        self.tempo = nn.Sequential(
-            nn.Embedding(config['n_units'], 64),
-            ConvBlock(64, 5),
-            nn.LayerNorm(64),
-            nn.Linear(64, 1),
-        )
-        self.unit_reach = 2
-        # frames that a sample depends on, on each side, from the sizes of the kernels
-        self.reach = config['blocks'] * (kernel // 2) + -(-ROUNDS_REACH // self.steps)
-        if tensors is not None:
-            self.load_state_dict(tensors)
-        self.to(device)
-
-    def forward(self, frames, place, voice, share=1.0):
-        """frames (B, T) units, place (B, T, 4) of `places`, voice (B,) -> log mel energies and
-        logits of the pulses' share (B, steps T, N_MELS), log of the pitch in Hz (B, steps T).
-        share: of what the net adds to the table's energies."""
-        x = self.unit(frames) + self.voice(voice)[:, None] + self.place(place)
-        x = self.head(self.norm(self.blocks(x))).unflatten(2, (self.steps, -1)).flatten(1, 2)
-        base = self.base(frames).unflatten(2, (self.steps, -1)).flatten(1, 2)
-        return base + share * x[..., :N_MELS], x[..., N_MELS:-1], x[..., -1]
-
-    @staticmethod
-    def places(durations):
-        """Where each frame is in the run of its unit: (n,) frames -> (sum, 4) float."""
-        length = durations.repeat_interleave(durations).float()
-        start = (durations.cumsum(0) - durations).repeat_interleave(durations)
-        at = torch.arange(len(length)) - start
-        return torch.stack((length.log(), (at + 0.5) / length, 1 / (at + 1), 1 / (length - at)), 1)
-
-    @staticmethod
-    def voiced(logits):
-        """Logits of the pulses' share in mel bands -> the share in bins."""
-        return torch.sigmoid(logits) @ mel_spread().to(logits.device)
-
-    def mean_durations(self, units):
-        """(B, n) units -> (B, n) mean frames of each."""
-        return 1 + F.softplus(self.tempo(units)[..., 0])
-
-    def durations(self, units):
-        """Predicted, rounded so that the tempo stays."""
-        if not len(units):
-            return units
-        return round_durations(self.mean_durations(units[None].to(self.device))[0].cpu())
-
-    def speak(self, units, durations, first=0, until=None, source=None, speaker=0, style=0):
-        """Units (n,) of so many frames -> (frames * hop,) samples; of a stretch: see Source."""
-        voices = self.voice.num_embeddings
-        if not 0 <= speaker < voices:
-            raise InputError(f'speaker {speaker} is not among the {voices} of this vocoder')
-        frames = units.repeat_interleave(durations)[None].to(self.device)
-        place = self.places(durations)[None].to(self.device)
-        which = torch.tensor([speaker], device=self.device)
-        # nearer to the table more units come back, 98.9 % for 98.4 % at 0.95, at the same log-mel
-        mel, logits, pitch = self(frames, place, which, share=0.88)
-        hop = self.steps * HOP
-        ends = first * hop, None if until is None else until * hop
-        pulses, noise = (source or Source())(pitch[0].exp().clamp(40, 600), *ends)
-        return filter_source(mel[0], self.voiced(logits[0]), pulses, noise, ROUNDS)
-
-
-VOICES = dict(table=TableVoice, hifigan=HifiganVoice, neural=NeuralVoice)
+def convolution(inputs, outputs, size, dilation=1):
+    return nn.Conv1d(inputs, outputs, size, dilation=dilation, padding=(size - 1) * dilation // 2)
 
 
 class UnitVocoder:
-    """Units to speech, in one of three ways: a table of spectra (offline, fitted in seconds), a
-    small net that one can train, or the unit HiFi-GAN. Files and the choice among them are here;
-    `voice` computes."""
+    """Units to speech: the unit HiFi-GAN, or a table of spectra that is fitted in seconds."""
 
     def __init__(self, config, tensors, device='cpu'):
         self.config, self.device = config, torch.device(device)
-        self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        self.n_units, self.sample_rate = config['n_units'], config['sample_rate']
-        self.frame_rate = config['frame_rate']
-        self.hop = round(self.sample_rate / self.frame_rate)  # samples a frame
-        self.voice = VOICES[config['kind']](config, self.tensors, self.device)
+        self.n_units, self.frame_rate = config['n_units'], config['frame_rate']
+        self.sample_rate, self.encoder_id = config['sample_rate'], config.get('encoder_id')
+        voices = dict(table=TableVoice, hifigan=HifiGan)
+        if config['kind'] not in voices:
+            raise InputError(f'vocoders of kind {config["kind"]!r} are not supported')
+        with torch.device('meta'):  # no memory before the tensors fit
+            self.voice = voices[config['kind']](config, tensors).eval()
+        self.voice.load_state_dict(tensors, assign=True)
+        self.voice.to(self.device)
 
     @classmethod
     def from_pretrained(cls, where, device='cpu'):
         """Load a folder of save_pretrained, 'hifigan25' (downloaded once, checked), or a HiFi-GAN
-        generator .pt with its .json beside it.
+        generator .pt with its .json beside it. Raises InputError if it is none of these."""
+        from safetensors.torch import load_file
 
-        Raises: InputError if there is none, the download fails or differs, or what is in the files
-        is no vocoder.
-        """
-        if os.path.exists(os.path.join(where, 'vocoder.json')):
-            path = os.path.join(where, 'vocoder.safetensors')
-            about = os.path.join(where, 'vocoder.json')
-        elif where in HIFIGAN:
-            path, about = (fetch(*file) for file in HIFIGAN[where])
-        elif where.endswith('.pt') and os.path.exists(where):
+        path, about = (os.path.join(where, f'vocoder.{end}') for end in ('safetensors', 'json'))
+        if where == 'hifigan25':
+            path, about = fetch(*HIFIGAN[:2]), fetch(*HIFIGAN[2:])
+        elif where.endswith('.pt'):
             path, about = where, where[:-3] + '_config.json'
-            if not os.path.exists(about):
-                about = where[:-3] + '.json'
-        else:
-            raise InputError(
-                f'no vocoder {where!r}: expected a folder with vocoder.json, a HiFi-GAN .pt with '
-                f'its .json, or one of {", ".join(HIFIGAN)}'
-            )
+            about = about if os.path.exists(about) else where[:-3] + '.json'
         config = read_json(about)
-        try:
+        with reading(f'vocoder {path}'):
             if path.endswith('.pt'):
-                config, tensors = read_hifigan(path, config)
-            else:
-                tensors = read_tensors(path)
-            vocoder = cls(config, tensors, device)
-            one = torch.ones(1, dtype=torch.long)
-            with torch.inference_mode():  # nothing is missing, everything fits
-                vocoder.voice.durations(0 * one)
-                vocoder.voice.speak(0 * one, one)
-        except Exception as error:  # files of strangers: unpickling raises anything
-            why = ' '.join(repr(error).split())[:200]
-            raise InputError(f'{path} and its .json are no vocoder: {why}') from None
-        return vocoder
+                config |= dict(encoder_id='mhubert25') if where == 'hifigan25' else {}
+                return cls(*read_hifigan(path, config), device)
+            return cls(config, load_file(path), device)
 
     def save_pretrained(self, folder):
-        """Write vocoder.json and vocoder.safetensors, each whole or not at all."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
-        write_tensors(os.path.join(folder, 'vocoder.safetensors'), tensors)
-        with write_atomic(os.path.join(folder, 'vocoder.json')) as file:
-            json.dump(self.config, file, indent=2)
+        """Write vocoder.json and vocoder.safetensors."""
+        write_part(folder, 'vocoder', self.config, self.voice.state_dict())
 
     def check(self, units):
-        """List of units -> list of (n,) long on the CPU. Raises InputError for unknown ones."""
-        units = [torch.as_tensor(u, dtype=torch.long, device='cpu') for u in units]
-        worst = max((int(u.max()) for u in units if len(u)), default=0)
-        if worst >= self.n_units:
-            raise InputError(
-                f'unit {worst} is not among the {self.n_units} of this vocoder: it belongs to '
-                'another encoder'
-            )
-        return units
+        """(n,) long on the device. Raises InputError for units of another encoder."""
+        units = torch.as_tensor(units, dtype=torch.long)
+        if len(units) and not 0 <= int(units.min()) <= int(units.max()) < self.n_units:
+            raise InputError(f'unit {int(units.max())}: this vocoder has {self.n_units} units')
+        return units.to(self.device)
 
     @torch.inference_mode()
     def durations(self, units):
-        """Frames of each unit, at least 1: list of (n,) de-duplicated units -> list of (n,)."""
-        return [self.voice.durations(u) for u in self.check(units)]
+        """De-duplicated units (n,) -> frames of each (n,), at least 1, on the CPU."""
+        return self.voice.predict_durations(self.check(units)).cpu()
 
     @torch.inference_mode()
     def decode(self, units, durations=None, speaker=0, style=0):
-        """Speak.
+        """De-duplicated units (n,) of one utterance -> (frames * hop,) float32 on the CPU.
 
-        units: list of (n,) long, de-duplicated. durations: list of (n,) frames; None: predicted.
-        speaker: row of the voices of a HiFi-GAN or a trained net; style: of a HiFi-GAN's styles.
-        Returns: list of (frames * hop,) float32 at sample_rate on the CPU: no DC, speech at
-        VOICE_LEVEL, peaks <= VOICE_PEAK. No wave depends on the others.
-        Raises: InputError for units, speakers or styles that this vocoder does not have.
+        durations: (n,) frames; None: predicted. speaker, style: rows of a HiFi-GAN's tables.
+        The wave is at sample_rate, without DC, speech at VOICE_LEVEL, peaks <= VOICE_PEAK.
+        Raises InputError for units, speakers or styles that this vocoder does not have.
         """
-        if isinstance(units, torch.Tensor):
-            return self.decode([units], None if durations is None else [durations], speaker, style)[
-                0
-            ]
-        units = self.check(units)
-        durations = self.durations(units) if durations is None else durations
-        durations = [torch.as_tensor(d, dtype=torch.long, device='cpu') for d in durations]
-        waves = []
-        for u, d in zip(units, durations, strict=True):
-            wave = torch.zeros(0)
-            if int(d.sum()):
-                wave = finish_wave(self.voice.speak(u, d, speaker=speaker, style=style)).cpu()
-            waves.append(wave)
-        return waves
-
-    @torch.inference_mode()
-    def stream(self, pieces, prompt=None, speaker=0, style=0):
-        """Speak while the units are still being made.
-
-        pieces: iterable of (n,) long units, as they come. prompt: (units, durations) said before
-        them. Yields (samples,) float32 on the CPU as soon as no further unit can change them:
-        laid end to end they are the wave of `decode` before its level is set, since a sample
-        depends on `voice.reach` frames on each side and no more. The level is the voice's own,
-        the same from the first piece on; peaks are bent below VOICE_PEAK.
-        """
-        none = torch.zeros(0, dtype=torch.long)
-        units, durations = prompt or (none, none)
-        units, n_given = self.check([units])[0], len(units)
-        spoken, source, reach = 0, Source(), self.voice.reach
-        for piece in chain([none], pieces, [None]):
-            final = piece is None
-            if not final:
-                units = torch.cat((units, *self.check([piece])))
-            # a duration depends on some units to come, and a sample on `reach` frames to come
-            known = len(units) if final else max(n_given, len(units) - self.voice.unit_reach)
-            new = self.voice.durations(units[n_given:])[len(durations) - n_given : known - n_given]
-            durations = torch.cat((durations, new))
-            until = known if final else max(spoken, known - reach)
-            if until == spoken:
-                continue
-
-            # `reach` units are at least as many frames: what is spoken again is thrown away
-            first = max(0, spoken - reach)
-            before, start, stop = (int(durations[:n].sum()) for n in (first, spoken, until))
-            wave = self.voice.speak(
-                units[first:known],
-                durations[first:known],
-                first=before,
-                until=stop,
-                source=source,
-                speaker=speaker,
-                style=style,
-            )
-            wave = wave[(start - before) * self.hop : (stop - before) * self.hop]
-            wave = limit_peaks(wave * (VOICE_LEVEL / self.voice.level))
-            yield fade_ends(wave, start=spoken == 0, end=final).cpu()
-            spoken = until
+        durations = self.durations(units) if durations is None else torch.as_tensor(durations)
+        frames = self.check(units).repeat_interleave(durations.to(self.device))
+        if not len(frames):
+            return torch.zeros(0)
+        wave = self.voice(frames, speaker, style)
+        return finish_wave(wave[: round(len(frames) * self.sample_rate / self.frame_rate)]).cpu()
 
 
 def read_hifigan(path, config):
@@ -2806,17 +2027,12 @@ def read_hifigan(path, config):
         g, v = tensors.pop(name + '_g'), tensors.pop(name + '_v')
         tensors[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))  # w = g v / |v|
     rate = config.get('sampling_rate', SAMPLE_RATE)
-    known = dict(
-        kind='hifigan',
-        n_units=len(tensors['dict.weight']),
-        sample_rate=rate,
-        frame_rate=rate / math.prod(config['upsample_rates']),
-    )
-    return config | known, tensors
+    known = dict(kind='hifigan', n_units=len(tensors['dict.weight']), sample_rate=rate)
+    return config | known | dict(frame_rate=rate / math.prod(config['upsample_rates'])), tensors
 
 
 class UnitTable:
-    """What a table vocoder is made of: per unit the sum of its spectra, its frames and its runs."""
+    """What a TableVoice is made of: per unit the sum of its spectra, its frames and its runs."""
 
     def __init__(self, n_units, frame_rate):
         self.n_units, self.frame_rate = n_units, frame_rate
@@ -2824,65 +2040,61 @@ class UnitTable:
         if abs(self.steps * HOP * frame_rate - SAMPLE_RATE) > 1:
             raise InputError(f'a voice needs frames of whole 10 ms, not {frame_rate:g} a second')
         self.mels = torch.zeros(n_units, self.steps * N_MELS, dtype=torch.float64)
-        self.frames, self.runs = (torch.zeros(n_units, dtype=torch.long) for _ in range(2))
+        self.frames, self.runs = torch.zeros(2, n_units, dtype=torch.long)
 
     def add(self, wave, units):
-        """Count in one utterance: wave (samples,) at 16 kHz, units (frames,), one a frame, not
-        de-duplicated."""
+        """Add one utterance: wave (samples,) at 16 kHz, units (frames,), not de-duplicated."""
         wave, units = torch.as_tensor(wave), torch.as_tensor(units, dtype=torch.long)
         mel = log_mel(wave * (VOICE_LEVEL / max(speech_level(wave), 1e-5)))
-        n = min(len(units), len(mel) // self.steps)  # frames that are whole
-        self.mels.index_add_(
-            0, units[:n], mel[: n * self.steps].view(-1, self.mels.shape[1]).double()
-        )
+        n = min(len(units), len(mel) // self.steps)  # complete frames
+        mel = mel[: n * self.steps].view(n, self.steps * N_MELS).double()
+        self.mels.index_add_(0, units[:n], mel)
         self.frames += torch.bincount(units[:n], minlength=self.n_units)
         self.runs += torch.bincount(dedup(units)[0], minlength=self.n_units)
 
-    def finish(self):
-        """The vocoder of the mean spectra and mean durations; a unit never seen sounds as the mean
-        of all."""
+    def finish(self, encoder_id=None):
+        """The vocoder of the mean spectra and durations; a unit never seen is the mean of all."""
         seen = self.frames[:, None] > 0
         frames = torch.where(seen, self.frames[:, None], self.frames.sum()).clamp(min=1)
         mel = torch.where(seen, self.mels, self.mels.sum(0)) / frames
         durations = (self.frames / self.runs.clamp(min=1)).clamp(min=1)
         config = dict(kind='table', n_units=self.n_units, frame_rate=self.frame_rate)
-        tensors = dict(mel=mel.float().view(self.n_units, self.steps, N_MELS))
-        tensors['durations'] = durations.float()
-        return UnitVocoder(config | dict(sample_rate=SAMPLE_RATE), tensors)
+        config |= dict(sample_rate=SAMPLE_RATE, encoder_id=encoder_id)
+        mel = mel.float().view(self.n_units, self.steps, N_MELS)
+        return UnitVocoder(config, dict(mel=mel, durations=durations))
 
 
 # -----------------------------------------------------------------------------
 # Finding and reading data
 
-AUDIO_EXTENSIONS = (
-    *('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3'),
-    *('.aiff', '.aif', '.aifc', '.au', '.sph', '.caf', '.w64'),
-)
+AUDIO_EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aiff', '.aif', '.aifc')
+AUDIO_EXTENSIONS += ('.au', '.sph', '.caf', '.w64')
+UNREADABLE_EXTENSIONS = ('.m4a', '.mp4', '.aac', '.wma', '.amr', '.webm', '.mka', '.ape', '.wv')
 
 
-def find_audio(path, extensions=AUDIO_EXTENSIONS):
+def find_audio(path, extensions=AUDIO_EXTENSIONS, ignored=None):
     """The sound files below a folder, or [path] for a file: sorted, hidden ones left out.
 
-    Links are followed, each folder once, so that links in a circle end. Raises InputError where
-    there is no such path or no sound in the folder.
+    ignored: a list that receives the files of UNREADABLE_EXTENSIONS, which libsndfile does not
+    read. Links are followed. Raises InputError where there is no such path or no such file in it.
     """
     if os.path.isfile(path):
         return [path]
-    if not os.path.isdir(path):
-        raise InputError(f'{path}: no such file or folder')
-    found, seen = [], set()
+    files, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
-        if os.path.realpath(folder) in seen:
+        if os.path.realpath(folder) in seen:  # links in a circle end here
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        folders.sort()
-        for name in names:
-            if name.lower().endswith(extensions) and not name.startswith('.'):
-                found.append(os.path.join(folder, name))
+        files += [os.path.join(folder, name) for name in names if not name.startswith('.')]
+    found = sorted(file for file in files if file.lower().endswith(extensions))
+    other = sorted(file for file in files if file.lower().endswith(UNREADABLE_EXTENSIONS))
     if not found:
-        raise InputError(f'{path}: no sound in this folder (looked for {" ".join(extensions)})')
-    return sorted(found)
+        kinds = f'no file with {" ".join(extensions)} ({len(other)} that cannot be read)'
+        raise InputError(f'{path}: {kinds if seen else "no such file or folder"}')
+    if ignored is not None:
+        ignored += other
+    return found
 
 
 def check_marks(row, where):
@@ -2897,88 +2109,47 @@ def check_marks(row, where):
                 raise InputError(f'{where}: `{key}` must be [[text, start s, end s], ...]')
 
 
-def parquet_files(where):
-    """The .parquet files that `where` names, sorted: a file, a folder of shards, or one of the hub.
+def open_hub(where):
+    """hub:NAME[:[CONFIG/]SPLIT] -> {its name with a split: streaming rows, audio as bytes}."""
+    with reading(where):
+        from datasets import load_dataset
 
-    `hub:owner/name` is a data set of the Hugging Face hub, `hub:owner/name:split` the part of it
-    whose folder or file is called so (`train`, or `en/train`: a configuration and its split),
-    `hub:owner/name@revision` another revision. Its files stay there, one is named
-    `hub:owner/name@revision:path.parquet`, and read_parquet fetches it. Raises InputError.
+        name, _, part = where.removeprefix('hub:').partition(':')
+        config, slash, split = part.rpartition('/')
+        data = load_dataset(name, config or None, split=split or None, streaming=True)
+    data = {split: data} if split else data
+    return {f'hub:{name}:{config}{slash}{key}': rows.decode(False) for key, rows in data.items()}
+
+
+def parquet_files(where):
+    """The shards that `where` names, sorted, each of which read_parquet takes.
+
+    where: a .parquet file, a folder of them, or hub:NAME[:[config/]split] for a data set of the
+    Hugging Face hub, whose shards are called hub:NAME:split#3/64. Raises InputError.
     """
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise InputError(f'{where}: parquet is read by a package: pip install pyarrow') from None
     if not where.startswith('hub:'):
         return find_audio(where, ('.parquet',))
-
-    repo, _, split = where.removeprefix('hub:').partition(':')
-    if split.endswith('.parquet'):
+    if '#' in where:
         return [where]
-    name, _, revision = repo.partition('@')
-    # a data set in another format has a copy in parquet, made by the hub, in this branch
-    for branch in [revision] if revision else ['main', 'refs/convert/parquet']:
-        names = [path for path in _hub_files(name, branch) if path.endswith('.parquet')]
-        if names:
-            break
-    pattern = ''.join(
-        rf'(.*/)?{re.escape(part)}([-_.][^/]*)?/' for part in split.split('/') if part
-    )
-    found = [path for path in sorted(names) if re.match(pattern, path + '/')]
-    if not found:
-        there = ', '.join(sorted({os.path.dirname(path) or path for path in names})[:8]) or 'none'
-        raise InputError(f'{where}: no .parquet file of that name on the hub (there: {there})')
-    return [f'hub:{name}@{branch}:{path}' for path in found]
-
-
-def _hub_files(name, revision):
-    """The files of a data set of the hub or, where the hub cannot be reached, of its local copy."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import RevisionNotFoundError
-
-    try:
-        return HfApi().list_repo_files(name, repo_type='dataset', revision=revision)
-    except RevisionNotFoundError:
-        return []
-    except Exception as error:
-        reason = ' '.join(str(error).split())[:200]
-    try:
-        folder = snapshot_download(
-            name, repo_type='dataset', revision=revision, local_files_only=True
-        )
-    except Exception:
-        raise InputError(f'hub:{name}: the hub did not give it ({reason})') from None
-    return [os.path.relpath(path, folder) for path in parquet_files(folder)]
+    counts = {name: data.num_shards for name, data in open_hub(where).items()}
+    return [f'{name}#{i}/{counts[name]}' for name in counts for i in range(counts[name])]
 
 
 def read_parquet(where):
-    """Yields the rows of parquet data, dicts of plain Python values, a few at a time in memory.
-
-    where: as of parquet_files. Audio stays a struct dict(bytes=..., path=...): load_audio takes
-    io.BytesIO(row['audio']['bytes']). Raises InputError naming the file.
-    """
-    files = parquet_files(where)  # says what to install
-    import pyarrow
-    import pyarrow.parquet
-
-    for name in files:
-        path = name
+    """Yields the rows of the shards of parquet_files(where), dicts of plain Python values, a few at
+    a time. Audio stays dict(bytes=..., path=...), a null stays None. Raises InputError."""
+    for name in parquet_files(where):
         if name.startswith('hub:'):
-            from huggingface_hub import hf_hub_download
+            base, index, count = re.fullmatch(r'(.*)#(\d+)/(\d+)', name).groups()
+            [data] = open_hub(base).values()
+            with reading(name):
+                yield from data.shard(num_shards=int(count), index=int(index))
+            continue
+        import pyarrow.parquet
 
-            repo, _, file = name.removeprefix('hub:').partition(':')
-            repo, _, revision = repo.partition('@')
-            try:
-                path = hf_hub_download(repo, file, repo_type='dataset', revision=revision or None)
-            except Exception as error:
-                reason = ' '.join(str(error).split())[:200]
-                raise InputError(f'{name}: the hub did not give it ({reason})') from None
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=16):
-                    yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f'{path}: not readable as parquet ({error})') from None
+        with reading(name), pyarrow.parquet.ParquetFile(name) as file:
+            for batch in file.iter_batches(batch_size=16):
+                yield from batch.to_pylist()
 
 
 # -----------------------------------------------------------------------------
