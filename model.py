@@ -18,7 +18,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from bisect import bisect_left, insort
@@ -2314,70 +2313,3 @@ def save_run(folder, model, slam, state):
         if not isinstance(cause, OSError):
             raise
         raise InputError(f'cannot write {folder} ({cause}): the last checkpoint is kept') from None
-
-
-# -----------------------------------------------------------------------------
-# LEGACY: only until the scripts that use it are rewritten
-
-say = log
-
-
-def without(mapping, *names):
-    return {name: value for name, value in mapping.items() if name not in names}
-
-
-def write_tensors(path, tensors):
-    """A .safetensors file that appears whole or not at all."""
-    from safetensors.torch import save
-
-    with write_atomic(path, 'wb') as file:
-        file.write(save(tensors, metadata={'format': 'pt'}))
-
-
-def check_knobs(config, least, below):
-    """Raises InputError where a number is under its `least` (0 if none) or not `below` its limit
-    (dicts by knob), `compile` is neither None nor a truth value, or a run would lose its init."""
-    for knob, value in config.items():
-        if type(value) in (int, float):
-            low, high = least.get(knob, 0), below.get(knob, math.inf)
-            if not low <= value < high:
-                raise InputError(f'--{knob}={value} is out of range: at least {low}, below {high}')
-    if config['compile'] not in (None, True, False):
-        raise InputError(f'--compile={config["compile"]}: use True or False')
-    init, out_dir = config['init'], config['out_dir']
-    if init != 'scratch' and os.path.abspath(init) == os.path.abspath(out_dir):
-        raise InputError(
-            f'init and out_dir are both {init}: choose another --out_dir, this one would be lost'
-        )
-
-
-def explain_memory(remedy):
-    """From now on, running out of memory is an InputError that names the remedy."""
-    before = sys.excepthook
-
-    def hook(kind, error, trace):
-        none_left = issubclass(kind, torch.OutOfMemoryError | MemoryError)
-        if none_left or "can't allocate memory" in str(error):
-            kind, error = InputError, InputError(f'out of memory: {remedy}')
-        before(kind, error, trace)
-
-    sys.excepthook = hook
-
-
-def start_wandb(config):
-    """A run of Weights & Biases; its `log` takes records. Raises InputError if there is none."""
-    try:
-        import wandb
-    except ImportError:
-        raise InputError('wandb is not installed: pip install wandb, or --wandb=False') from None
-    return wandb.init(project='slam', config=config)
-
-
-def add_up(totals, numbers):
-    """totals, (k + 3,) on the device, and a step, without waiting for either: sums of its numbers
-    (k,), the last the gradient norm, over finite steps; how many steps were finite and how many
-    not, and of these how many in a row until now."""
-    none, one = torch.zeros(1, device=totals.device), torch.ones(1, device=totals.device)
-    good = torch.cat((numbers, one, none, -totals[-1:]))  # the row of bad steps ends
-    bad = torch.cat((torch.zeros_like(numbers), none, one, one))
-    return totals + torch.where(numbers[-1].isfinite(), good, bad)

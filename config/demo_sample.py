@@ -1,4 +1,4 @@
-# Hear the demo's model: three held-out stories, continued from their first 3 s.
+# Listen to the demo's model: three held-out stories, continued from their first 3 s.
 #     python sample.py config/demo_sample.py
 init = 'out/demo/dpo'
 prompt = 'out/demo/audio/stories'

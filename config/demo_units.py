@@ -3,6 +3,6 @@
 audio = 'out/demo/audio/stories,out/demo/audio/pairs'
 out = 'out/demo/units'
 encoder = 'mfcc'
-fit_kmeans = 100
+fit_kmeans = 500
 fit_frames = 100_000
 fit_vocoder = True

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole pipeline on one CPU, offline: speech in, speech out. Each line below can be run by hand.
 #     bash runs/demo.sh               about 17 hours of speech, 8 minutes on 2 quiet cores
-#     DEMO=short bash runs/demo.sh    the same path in 3 minutes, too little speech to learn from
-# A killed run goes on where it stopped; rm -r out/demo begins anew.
+#     DEMO=short bash runs/demo.sh    the same stages in 3 minutes, with too little speech to learn from
+# Run it again to continue a run that was stopped; rm -r out/demo to start over.
 set -euo pipefail
 begin=$SECONDS
 source "$(dirname "$0")/setup.sh"
@@ -30,7 +30,7 @@ stage resynth   python sample.py config/demo_sample.py --resynth --max_prompts=2
     --out=out/demo/resynth --html=out/demo/resynth/page.html
 echo "total,$((SECONDS - begin))" >> out/demo/stages.csv
 
-# what came of it: a line a stage, and the same in out/demo/summary.json
+# a line a stage and a line a model; the same in out/demo/summary.json
 python - <<'PYTHON'
 import json
 
@@ -42,27 +42,23 @@ def read(path):
 
 with open('out/demo/stages.csv') as file:
     seconds = {name: int(spent) for name, spent in (line.split(',') for line in file)}
-meta, slam = read('units/meta.json'), read('slm/slam.json')
+meta, loss = read('units/meta.json'), read('slm/slam.json')['scores']['val_loss']
 scores = {
     model: {suite: round(result['score'], 2) for suite, result in suites.items()}
     for model, suites in read('eval.json')['metrics'].items()
 }
-summary = dict(
-    seconds=seconds,
-    hours=sum(meta['hours'].values()),
-    tokens=meta['tokens'],
-    val_loss=slam['scores']['val_loss'],
-    metrics=scores,
-)
+hours, tokens = sum(meta['hours'].values()), meta['tokens']
 with open('out/demo/summary.json', 'w') as file:
+    summary = dict(seconds=seconds, hours=hours, tokens=tokens, val_loss=loss, metrics=scores)
     json.dump(summary, file, indent=2)
 
 results = dict(
-    synthetic=f'{summary["hours"]:.1f} h of speech',
-    units=f'{sum(meta["tokens"].values()):,} tokens of {meta["n_units"]} units',
-    train=f'validation loss {summary["val_loss"]:.3f}',
+    synthetic=f'{hours:.1f} h of speech',
+    units=f'{sum(tokens.values()):,} tokens of {meta["n_units"]} units',
+    train=f'validation loss {loss:.3f}',
     eval='out/demo/report.html',
-    sample='out/demo/sample: prompt, continuation, full; page.html',
+    sample='out/demo/sample/page.html',
+    resynth=f'{read("resynth/sample.json")["frames_unchanged"]:.1f} % of the frames come back',
     total='out/demo/summary.json',
 )
 print(f'\n{"stage":<10} {"seconds":>7}  result')

@@ -66,7 +66,7 @@ PYTHON
 # --- the three token sets, and the three arms of each seed
 [ -e $MIXED/meta.json ] || python prepare_units.py "${UNITS[@]}" --text_lm=$OUT/text_lm
 arm() {  # name, seed, data, steps
-    python train.py config/demo.py --seed="$2" --out_dir="$OUT/$1-s$2" --save_init=False \
+    python train.py config/demo.py --seed="$2" --out_dir="$OUT/$1-s$2" \
         --init=$OUT/text_lm --embed_init=mean --data="$3" --balanced --max_steps="$4" \
         --train_hours=100 --eval_interval=1000 --save_interval=1000
 }

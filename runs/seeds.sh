@@ -18,7 +18,7 @@ if [ "$NAME" = demo ]; then
 fi
 
 seed() {
-    python train.py "$TRAIN" --seed="$1" --out_dir="$OUT/slm-s$1" --save_init=False
+    python train.py "$TRAIN" --seed="$1" --out_dir="$OUT/slm-s$1"
     python dpo.py "$DPO" --seed="$1" --init="$OUT/slm-s$1" --out_dir="$OUT/dpo-s$1"
 }
 mkdir -p "$OUT"

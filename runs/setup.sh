@@ -11,30 +11,38 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
     source .venv/bin/activate
 fi
 
-# has PACKAGE ...: can all of these be imported?
+# has PACKAGE ...: are all of these installed?
 has() {
-    python - "$@" <<'PYTHON'
-import importlib.util, sys
-sys.exit(not all(importlib.util.find_spec(name) for name in sys.argv[1:]))
-PYTHON
+    python -c 'import sys; from importlib.util import find_spec
+sys.exit(not all(find_spec(name) for name in sys.argv[1:]))' "$@"
 }
-
 # --no-compile: Python compiles what is used, not all of it
 install() { python -m pip install --quiet --no-compile --disable-pip-version-check "$@"; }
 
 if has torch; then
-    python - <<'PYTHON' || exit 2
-import sys, torch
-if tuple(map(int, torch.__version__.split('+')[0].split('.')[:2])) < (2, 11):
-    sys.exit(f'torch {torch.__version__} is in {sys.prefix}, 2.11 or newer is needed: '
-             'leave this environment (deactivate), and the script makes one of its own')
-PYTHON
-    has numpy transformers soundfile tqdm espeakng_loader joblib pytest ||
+    has torchaudio || install --no-deps torchaudio
+    has transformers numpy soundfile tqdm sklearn nltk espeakng_loader pytest ||
         install $(grep -v '^torch' requirements.txt)
 else
     install -r requirements.txt
 fi
 
-# threads that wait for each other give way soon: on a busy machine endless spinning costs most
-# of the time
+# torch and torchaudio must come from one index: PyPI's torchaudio, which is built for CUDA, cannot be
+# imported beside a CPU-only torch
+python - <<'PYTHON' || exit 2
+import sys, torch
+
+mend = 'pip install --force-reinstall torch torchaudio'
+if torch.version.cuda is None:
+    mend += ' --index-url https://download.pytorch.org/whl/cpu'
+if tuple(map(int, torch.__version__.split('+')[0].split('.')[:2])) < (2, 11):
+    sys.exit(f'torch {torch.__version__} is too old, 2.11 or newer is needed: {mend}')
+try:
+    import torchaudio
+except (ImportError, OSError, RuntimeError) as error:
+    reason = str(error).splitlines()[0]
+    sys.exit(f'torchaudio cannot be imported beside torch {torch.__version__} ({reason}): {mend}')
+PYTHON
+
+# threads that wait for each other yield soon: on a busy machine spinning costs most of the time
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-100000}

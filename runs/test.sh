@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Set up and pass the tests.
+# Set up and run the tests.
 #     bash runs/test.sh               all, a process a file, as many at once as there are cores
 #     bash runs/test.sh -k packing    pytest's own options, one process
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-# the linter, and what the project can do without but its tests use where it is there: oracles,
-# readers of parquet, two optimizers
+# the linter, and optional packages that some tests use: an optimizer, parquet files
 has ruff || install ruff
-has sklearn pytorch_optimizer nltk pyarrow ||
-    install scikit-learn pytorch-optimizer nltk pyarrow || echo 'tests go on without them' >&2
+has pytorch_optimizer pyarrow datasets ||
+    install pytorch-optimizer pyarrow datasets || echo 'their tests are skipped' >&2
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 
-# what a file prints comes in one piece; the largest files first, so that no core is idle at the end
+# the output of a file is printed in one piece; the largest files run first, so that no core is idle
+# at the end
 test_file() {
     local code=0 printed
     printed=$(python -m pytest "$1" 2>&1) || code=$?

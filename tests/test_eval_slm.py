@@ -449,7 +449,9 @@ def test_an_untrained_model_has_the_shape_and_random_weights(checkpoint):
     ):
         assert old.shape == new.shape and torch.equal(new, same)
         if new.ndim > 1:
-            assert abs(new.mean()) < 0.004 and new.std().item() == pytest.approx(0.02, rel=0.15), name
+            assert abs(new.mean()) < 0.004 and new.std().item() == pytest.approx(0.02, rel=0.15), (
+                name
+            )
         else:
             assert bool((new == (0 if name.endswith('bias') else 1)).all())
     assert fresh.slam['n_units'] == N_UNITS and not fresh.slam['compute']
