@@ -1945,8 +1945,10 @@ def load_net(source, layer, weights=None):
 
     if weights is None:
         local = cache_path(os.path.basename(source))
-        with reading(f'{source} (a copy may be put in {local})'):
+        try:
             source = find_checkpoint(local if os.path.isdir(local) else source)
+        except InputError as error:
+            raise InputError(f'{error} (a copy may be put in {local})') from None
     with reading(source if weights is None else 'the net of encoder.json'):
         hf = (
             AutoConfig.from_pretrained(source)
