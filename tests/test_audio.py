@@ -397,7 +397,7 @@ def test_folders_of_earlier_versions_load(tmp_path):
     save_file(tensors, tmp_path / 'encoder.safetensors')
     (tmp_path / 'encoder.json').write_text(json.dumps(config))
     old = UnitEncoder.from_pretrained(str(tmp_path))
-    assert old.encoder_id == 'mfcc-OLD' and len(old.encode(speech(1.0))) == 25
+    assert old.encoder_id == 'mfcc-XX' and len(old.encode(speech(1.0))) == 25
     old.save_pretrained(tmp_path)
     assert UnitEncoder.from_pretrained(str(tmp_path)).encoder_id == old.encoder_id
 
@@ -534,10 +534,11 @@ def test_what_is_no_kmeans_file_is_one_line(tmp_path):
 # Vocoders
 
 UNITS = torch.tensor([29, 0, 4, 8, 4, 2, 11])
+SCALES = dict(hifi_gan=0.7, dur_predictor=5)  # of random weights: sound that is not clipped
 
 
 def save_hifigan(folder, speakers=0, styles=0):
-    """A random generator of the true layout as .pt and .json; -> transformers' own, and the path."""
+    """A random generator of the true layout as .pt and .json -> transformers' own, the path."""
     config = transformers.SeamlessM4TConfig(
         unit_hifi_gan_vocab_size=30,
         unit_embed_dim=12,
@@ -552,15 +553,14 @@ def save_hifigan(folder, speakers=0, styles=0):
     names |= {'hifi_gan.': '', 'upsampler': 'ups', 'conv1.': 'conv1.0.', 'conv2.': 'conv2.0.'}
     state = {}
     for name, tensor in oracle.state_dict().items():
-        tensor.mul_(40 if 'dur_predictor.proj' in name or 'embedding' in name else 4)
+        tensor.mul_(SCALES.get(name.split('.')[0], 3))
+        normed = name.startswith('hifi_gan.') and name.endswith('.weight')
         for theirs, published in names.items():
             name = name.replace(theirs, published)
-        if 'conv' in name or 'ups' in name and name.endswith('weight') and 'dur_' not in name:
-            if name.endswith('weight') and 'dur_' not in name:
-                norm = tensor.flatten(1).norm(dim=1).view(-1, 1, 1)
-                state |= {name + '_g': norm, name + '_v': 3 * tensor}
-                continue
-        if tensor.numel():
+        if normed:  # published with weight norm: w = g v / |v|
+            norm = tensor.flatten(1).norm(dim=1).view(-1, 1, 1)
+            state |= {name + '_g': norm, name + '_v': 3 * tensor}
+        elif tensor.numel():
             state[name] = tensor
     keys = ('upsample_rates', 'upsample_kernel_sizes', 'resblock_kernel_sizes')
     values = {key: getattr(config, key) for key in (*keys, 'resblock_dilation_sizes')}
@@ -580,7 +580,7 @@ def test_hifigan_is_the_published_function(speakers, styles, tmp_path):
     embedded = oracle.unit_embedding(UNITS)[None]
     expected = (oracle.dur_predictor(embedded)[0].exp() - 1).round().clamp(min=1)
     durations = vocoder.durations(UNITS)
-    assert durations.tolist() == expected.tolist() and durations.max() > 1
+    assert durations.tolist() == expected.tolist() and 1 < durations.max() < 50
     parts = [embedded[0].repeat_interleave(durations, 0)]
     for table, row, count in ((oracle.speaker_embedding, 3, speakers),):
         parts += [table.weight[row].expand(len(parts[0]), -1)] if count else []
