@@ -498,7 +498,7 @@ def test_sharded_and_pickled_checkpoints_load_and_code_does_not(tmp_path):
         (dict(tensors={'model.adapter.weight': torch.zeros(2)}), 'unexpected.*adapter'),
         (dict(tensors={'model.decoder.layers.0.fc1.weight': torch.zeros(3, 32)}), '0.fc1.weight'),
         (dict(tensors=b'garbage'), 'model.safetensors cannot be read'),
-        (dict(config=dict(model_type='speech_language_model')), 'no base_config'),
+        (dict(config=dict(model_type='speech_language_model')), 'base_config'),
         (dict(config=dict(model_type='none_such')), "'none_such' is not supported"),
         (dict(config=dict(num_attention_heads='many')), 'config.json cannot be read'),
     ],
