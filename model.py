@@ -956,7 +956,7 @@ def set_positions(hf, context, rope_theta):
     rope = getattr(hf, 'rope_parameters', None)
     if rope and rope_theta:
         rope['rope_theta'] = float(rope_theta)
-    if context and rope and rope['rope_type'] in ('default', 'linear', 'llama3'):
+    if context and rope and rope.get('rope_type') in ('default', 'linear', 'llama3'):
         hf.max_position_embeddings = context
 
 
