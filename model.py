@@ -385,56 +385,36 @@ class SLM(nn.Module):
     ):
         """Continue prompts (defaults: Table 6 of the paper).
 
-        prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1.
-        temperature: 0 takes the most likely token. top_k: 0 is off. repetition_penalty: over prompt
-        and continuation, as transformers defines it. seed: of a generator of its own; None:
-        torch's. ban_repeats: no unit directly after itself, which de-duplicated units never show;
-        None: where slam says dedup. compile: torch.compile the step of one token; half a minute the
-        first time. kind: 'speech' or 'text', what an interleaved model continues with, after that
-        switch.
-
+        prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. temperature: 0
+        takes the most likely token. top_k: 0 is off. repetition_penalty: over prompt and
+        continuation, as transformers defines it. seed: None draws from torch's own generator.
+        compile: torch.compile the step of one token; half a minute the first time. ban_repeats: no
+        unit directly after itself, as in de-duplicated units; None: where slam says dedup. kind:
+        'speech' or 'text', what an interleaved model continues with, after that switch.
         Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
         Raises: InputError if the model has fewer positions than prompt + continuation.
         """
-        c, device = self.config, self.embed.weight.device
-        longest = max(len(prompt) for prompt in prompts)
+        tokens, seen, padding = self.pad_left(prompts)
+        (B, longest), device = tokens.shape, tokens.device
         self.check_positions(longest + max_new_tokens)
 
-        # padded on the left, so that all continue at the same column of the cache, which has room
-        # for all of them in steps of 128: few shapes, so little to compile
-        tokens = torch.full((len(prompts), longest), PAD)
-        seen = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - len(prompt) :] = prompt
-            seen[row, prompt] = True
-        padding = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)
-        tokens, seen = tokens.to(device), seen.to(device)
+        # `columns` are the places of the tokens in the cache, whose width comes in steps of 128:
+        # few shapes, so little to compile
         columns = torch.arange(longest, device=device)
         positions = (columns - padding).clamp(min=0)
         width = -(-(longest + max_new_tokens) // 128) * 128
         real = torch.arange(width, device=device) >= padding
-        cache = self.make_cache(len(prompts), width, compile)
+        cache = self.make_cache(B, width, compile)
 
-        # all random numbers at once, and the options as tensors: new values compile nothing
+        # all random numbers at once
+        top_k = min(top_k or self.config.vocab_size, self.config.vocab_size)
+        noise = torch.empty(max_new_tokens, B, top_k, device=device)
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        top_k = min(top_k or c.vocab_size, c.vocab_size)
-        noise = torch.empty(max_new_tokens, len(prompts), top_k, device=device)
         noise.exponential_(generator=generator)
-        is_unit = torch.arange(c.vocab_size, device=device) >= self.offset
-        ban_repeats = self.slam.get('dedup') if ban_repeats is None else ban_repeats
-        number = partial(torch.tensor, dtype=torch.float32, device=device)
-        options = dict(
-            temperature=number(temperature or 1.0),
-            top_p=number(top_p),
-            penalty=number(repetition_penalty),
-            allowed=self.allowed_tokens(kind).to(device),
-            may_repeat=~is_unit if ban_repeats else torch.ones_like(is_unit),
-            greedy=temperature == 0,
-        )
+        options = self.sampling(temperature, top_p, repetition_penalty, ban_repeats, kind)
 
         # the first round takes the whole prompts, each further one the token before
-        rows = [tokens[:, :0]]
-        ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=device)
+        rows, ended = [tokens[:, :0]], torch.zeros(B, 1, dtype=torch.bool, device=device)
         for i in range(max_new_tokens):
             step = self.compile_step(device) if compile and i > 0 else self.next_tokens
             new = step(tokens, positions, columns, real, cache, seen, noise[i], options)
@@ -449,6 +429,32 @@ class SLM(nn.Module):
         rows = torch.cat(rows, dim=1).cpu()  # (B, steps)
         lengths = (rows != self.end).long().cumprod(dim=1).sum(dim=1)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def pad_left(self, prompts):
+        """Prompts of any lengths side by side, so that all continue at the same column: tokens
+        (B, longest), which tokens a row has seen (B, vocab_size), and its padding (B, 1)."""
+        longest = max(map(len, prompts))
+        tokens = torch.full((len(prompts), longest), PAD)
+        seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt) :] = prompt
+            seen[row, prompt] = True
+        padding = torch.tensor([[longest - len(prompt)] for prompt in prompts])
+        return [x.to(self.embed.weight.device) for x in (tokens, seen, padding)]
+
+    def sampling(self, temperature, top_p, penalty, ban_repeats, kind):
+        """The options of `choose`, most of them as tensors: other values compile nothing."""
+        device = self.embed.weight.device
+        ban_repeats = self.slam.get('dedup') if ban_repeats is None else ban_repeats
+        is_unit = torch.arange(self.config.vocab_size, device=device) >= self.offset
+        return dict(
+            temperature=torch.tensor(float(temperature or 1), device=device),
+            top_p=torch.tensor(float(top_p), device=device),
+            penalty=torch.tensor(float(penalty), device=device),
+            allowed=self.allowed_tokens(kind).to(device),
+            may_repeat=~is_unit if ban_repeats else torch.ones_like(is_unit),
+            greedy=temperature == 0,
+        )
 
     def make_cache(self, B, width, compile):
         """Keys and values of each layer in turn, a list of (B, n_kv_head, width, head_dim). For a
@@ -903,21 +909,15 @@ def load_slm(
     Block does not, or data and model do not fit together.
     """
     if where == 'scratch' or where.startswith('preset:'):
-        name = where.removeprefix('preset:').lower()
-        if name not in PRESETS and name != 'scratch':
-            raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
-        model_type, arguments = PRESETS.get(name) or shape('llama', **sizes, context=1024)
-        hf = import_transformers().CONFIG_MAPPING[model_type](**arguments)
-        hf.vocab_size = vocab_size or 502
-        hf.bos_token_id, hf.eos_token_id, hf.pad_token_id = BOS, EOS, PAD
+        hf = new_config(where, vocab_size or 502, sizes)
         set_positions(hf, context, rope_theta)
         model = SLM(hf, dropout, seed)
     else:
         folder = find_checkpoint(where)
-        hf, slam, rename, order = read_about(folder, where)
+        hf, slam, order = read_about(folder, where)
         set_positions(hf, context, rope_theta)
         check_data_fit(hf.vocab_size, vocab_size, slam, folder, where, text)
-        model = convert(rename(read_tensors(folder)), hf, where, dropout)
+        model = convert(rename(read_tensors(folder), hf), hf, where, dropout)
         embeddings = [model.embed] if model.config.tied else [model.embed, model.head]
         for module in embeddings:
             rows = old = module.weight.detach()
@@ -931,10 +931,20 @@ def load_slm(
         if model.config.tied:
             model.head.weight = model.embed.weight
         hf.vocab_size = model.config.vocab_size = len(rows)
-        hf.bos_token_id, hf.eos_token_id, hf.pad_token_id = BOS, EOS, PAD
         model.slam = {} if slam is None else dict(n_units=hf.vocab_size - OFFSET) | slam
+    hf.bos_token_id, hf.eos_token_id, hf.pad_token_id = BOS, EOS, PAD
     model.check_positions(context or 0)
     return model.to(dtype)
+
+
+def new_config(where, vocab_size, sizes):
+    """transformers' config of a preset, or of a Llama. Raises InputError naming the presets."""
+    name = where.removeprefix('preset:').lower()
+    if name not in PRESETS and where != 'scratch':
+        raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
+    model_type, arguments = PRESETS.get(name) or shape('llama', **sizes, context=1024)
+    arguments = arguments | dict(vocab_size=vocab_size, pad_token_id=PAD)
+    return import_transformers().CONFIG_MAPPING[model_type](**arguments)
 
 
 def set_positions(hf, context, rope_theta):
@@ -943,7 +953,7 @@ def set_positions(hf, context, rope_theta):
     rope = getattr(hf, 'rope_parameters', None)
     if rope and rope_theta:
         rope['rope_theta'] = float(rope_theta)
-    if context and rope and rope['rope_type'] in ('default', 'linear', 'llama3'):
+    if context and rope and rope.get('rope_type') in ('default', 'linear', 'llama3'):
         hf.max_position_embeddings = context
 
 
@@ -1070,17 +1080,16 @@ def read_about(folder, where):
     """What a checkpoint's json files contain, of ours or in one of the public layouts.
 
     Returns: transformers' config object; slam, None for a text LM, with its PARTS as full paths (of
-    those in the folder: others are not followed); a function that renames the tensors; and which
-    of the checkpoint's tokens each of ours is (None: they are equal).
+    those in the folder: others are not followed); and which of the checkpoint's tokens each of ours
+    is (None: they are equal).
     """
     path = os.path.join(folder, 'config.json')
-    about, slam, rename, order = read_json(path), None, dict, None
+    about, slam, order = read_json(path), None, None
     with reading(path):
         kind, size = about.get('model_type'), about.get('vocab_size')
         if kind == 'speech_language_model':  # slprl/slam, SIMS: the text LM's under `lm.`
             base, slam = about.get('base_model_name'), {}
             about = about['base_config'] | dict(vocab_size=size)
-            rename = partial(strip_names, prefix='lm.')
             if size > 20_000:  # no vocabulary of units is so large
                 slam = describe_sims(folder, where, base, size)
         elif 'offset' in about:  # TWIST: unit u is token u + offset
@@ -1096,7 +1105,6 @@ def read_about(folder, where):
             about = dict(intermediate_size=hidden, rms_norm_eps=1e-5) | about
             about |= dict(model_type='llama', tie_word_embeddings=True)
             about['vocab_size'] = size = args['vocab_size']
-            rename = partial(rename_scaling, half=args['dim'] // args['n_heads'] // 2)
             order = torch.tensor([size - 1, size - 2, *range(size - 2)])
             slam = dict(scoring='units')
         elif kind == 'mobilellm':  # facebook/MobileLLM: Llama, with code of its own
@@ -1118,18 +1126,17 @@ def read_about(folder, where):
                 slam[part] = os.path.abspath(inside)
             elif os.path.isabs(name) or '..' in name:
                 slam[part] = None
-    return hf, slam, rename, order
+    return hf, slam, order
 
 
-def strip_names(tensors, prefix):
-    """The tensors without a prefix of their names."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-
-
-def rename_scaling(tensors, half):
-    """Tensors of slm_scaling under Llama's names. Rows of queries and keys for RoPE on features 2 i
-    and 2 i + 1 become those for i and i + half, half of a head."""
-    renamed = {}
+def rename(tensors, hf):
+    """Tensors of a public layout under transformers' names: slprl's without `lm.`; slm_scaling's
+    with their rows of queries and keys, for RoPE on features 2 i and 2 i + 1, in the order for
+    i and i + half a head."""
+    tensors = {name.removeprefix('lm.'): tensor for name, tensor in tensors.items()}
+    if 'layers.0.attention.wq.weight' not in tensors:
+        return tensors
+    renamed, half = {}, hf.head_dim // 2
     for name, tensor in tensors.items():
         if name.endswith(('wq.weight', 'wk.weight')):
             tensor = tensor.view(-1, half, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
