@@ -214,7 +214,8 @@ def name_below(path, root):
 def split_by_folder(path, root='.'):
     """'test' or 'val' where a folder below root, or the name of a parquet file, says so (dev-clean,
     TEST, test-00000-of-00001.parquet), else ''."""
-    *folders, name = re.split('[/:#]', name_below(path, root))
+    marks = '[/:#]' if path.startswith('hub:') else '/'
+    *folders, name = re.split(marks, name_below(path, root))
     splits = {split_of(part, '') for part in (*folders, *[name] * is_shards(path))}
     return 'test' if 'test' in splits else 'val' if 'val' in splits else ''
 
@@ -232,7 +233,7 @@ def fingerprint(path):
         files = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
         return [[os.path.basename(name), fingerprint(name)] for name in files]
     if not os.path.isfile(path):
-        return os.path.basename(path)
+        return path
     with open(path, 'rb') as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
@@ -247,11 +248,10 @@ def hash_part(items, root):
     found = []
     for item in items:
         row, sounds, _ = read_row(item) if item.path.endswith('.jsonl') else ({}, [item.path], 0)
-        files = [
-            [name_below(sound, root), fingerprint(sound), fingerprint(beside(sound))]
-            for sound in sounds
-        ]
-        found.append([row, files, item.split])
+        for sound in sounds:
+            files = [path for path in (sound, beside(sound)) if os.path.exists(path)]
+            row[name_below(sound, root)] = list(map(fingerprint, files))
+        found.append([row, item.split])
     return content_hash(found)
 
 
@@ -276,7 +276,7 @@ def utterances_of(item):
     sounds: paths or open files, one or three. spans: [(start s, end s), ...] to be joined."""
     if item.path.endswith('.jsonl'):
         row, sounds, span = read_row(item)
-        yield sounds[0], row, sounds, [span]
+        yield sounds[0], row | dict(split=item.split), sounds, [span]
     elif is_shards(item.path):
         yield from utterances_of_shard(item.path)
     else:
@@ -333,7 +333,7 @@ def read_item(item, root, longest=None):
         try:
             path, known, sounds, spans = next(utterances)
             name = name_below(path, root)
-            split = split_of(item.split or known.get('split') or split_by_hash(name))
+            split = split_of(known.get('split') or item.split or split_by_hash(name))
             if split == 'test':
                 yield None, [], [('test', name, '')]
                 continue
@@ -518,6 +518,8 @@ def prepare_encoder(corpus, recipe, part):
         net = load_encoder(corpus)
         net.config['fitted'] = recipe
         net.save_pretrained(folder)
+    if not os.path.exists(made):
+        log('waiting for shard 0 to make the encoder')
     while not os.path.exists(made):
         time.sleep(1)
     net = UnitEncoder.from_pretrained(folder, device=device)
@@ -865,7 +867,7 @@ def settle(recipe):
     """Settings and inputs lie beside the parts: others are refused. A run that made nothing yet
     binds no later one."""
     path = os.path.join(out, 'parts', 'recipe.json')
-    names = ('meta.json', 'encoder/encoder.json', 'parts/00*.jsonl')
+    names = ('meta.json', 'encoder/encoder.json', 'parts/[0-9]*.jsonl')
     if any(glob.glob(os.path.join(glob.escape(out), name)) for name in names):
         before = read_json(path) if os.path.exists(path) else {}
         other = [key for key in recipe if before.get(key) != recipe[key]]
@@ -901,7 +903,7 @@ def make_from_audio():
     with ThreadPoolExecutor(16) as pool:
         inputs = content_hash(list(pool.map(hash_part, parts, [root] * len(parts))))
     recipe = {key: globals()[key] for key in RECIPE} | dict(inputs=inputs)
-    recipe |= dict(encoder=fingerprint(encoder), kmeans=fingerprint(kmeans))
+    recipe |= dict(encoder=fingerprint(encoder or 'mhubert25'), kmeans=fingerprint(kmeans))
     settle(recipe)
     voice = os.path.exists(os.path.join(out, 'vocoder', 'vocoder.json'))
     if os.path.exists(os.path.join(out, 'meta.json')) and (voice or not fit_vocoder):
