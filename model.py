@@ -24,7 +24,6 @@ from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -1581,10 +1580,7 @@ def copy_part(source, folder, part):
 # -----------------------------------------------------------------------------
 # Audio
 
-HOP, WINDOW, N_FFT = 160, 400, 512  # samples at 16 kHz: 10 ms, 25 ms
-SIDE = (N_FFT - HOP) // 2  # samples of an FFT on each side of the 10 ms in its middle
-N_MELS = 64  # the most bands that FFT bins of 31 Hz fill without gaps
-PIECE = 60  # seconds of a long recording that are processed at once
+HOP, WINDOW, N_FFT, N_MELS = 160, 400, 512, 64  # at 16 kHz: 10 ms, 25 ms; 64 bands leave no gaps
 
 
 def load_audio(
@@ -1592,33 +1588,38 @@ def load_audio(
 ):
     """Read a sound file, mix it to mono and resample it: (samples,) float32, full scale 1.
 
-    path: a name (any bytes) or a binary file object, of a format that libsndfile reads.
-    start, seconds: the part to read; nothing else is decoded. keep_partial: keep what was decoded
-    of a damaged or truncated file. notes: a list that receives one line for each doubt: the decoder
-    stopped early, the channels cancel (the louder one is taken), digital silence.
-    Raises InputError for a missing, unreadable, empty or (without keep_partial) truncated file, and
-    for NaN or infinite samples.
+    path: a name or a binary file object. start, seconds: the part that is decoded. notes: a list
+    that receives a line for each doubt: channels that cancel (the louder one is taken), a decoder
+    that stopped early, digital silence. Raises InputError for a missing, unreadable, empty or,
+    without keep_partial, truncated file, and for samples that are not finite.
     """
+    import soundfile
+
     name, notes = getattr(path, 'name', path), [] if notes is None else notes
     if not hasattr(path, 'read') and not os.path.isfile(path):
         raise InputError(f'{name}: no such audio file')
-    with reading(name):
-        samples, rate, energies, expected, error = decode_audio(path, start, seconds)
-        loudest = int(np.argmax(energies[:-1]))
+    source = path if hasattr(path, 'read') else os.fsencode(path)  # names need not be UTF-8
+    with reading(name), soundfile.SoundFile(source) as file:
+        rate, total, begin = file.samplerate, file.frames, round(start * file.samplerate)
+        # libsndfile corrects the length of a truncated .wav, .aiff or .au; pipes write 2^31 or more
+        cut = re.search(r'(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)', file.extra_info)
+        if cut and int(cut[1]) < 0x7FFF0000:
+            total = max(total, total * int(cut[1]) // max(1, int(cut[2])))
+        count = min(total - begin, math.inf if seconds is None else round(seconds * rate))
+        samples, energies, error = decode(file, begin, count)
         # the mix of n unrelated channels has 1/n of their mean energy
-        if energies[-1] < 0.1 * energies[:-1].mean() / len(energies[:-1]):
+        if energies[-1] < 0.1 * energies[:-1].mean() / file.channels:
             notes.append('channels cancel: one of them taken')
-            samples, rate, *_ = decode_audio(path, start, seconds, channel=loudest)
+            samples, _, error = decode(file, begin, count, int(energies[:-1].argmax()))
     if not samples:
         raise InputError(f'{name} holds no samples at {start:g} s' + (error and f' ({error})'))
-
     wave = torch.frombuffer(samples, dtype=torch.float32)
-    lowest, highest = torch.aminmax(wave)
+    lowest, highest = map(float, torch.aminmax(wave))
     if not (lowest > -1e6 and highest < 1e6):  # NaN fails too
         raise InputError(f'{name} holds NaN, infinite or very large samples')
-    # lossy formats estimate their length, so a tenth of a second proves nothing
-    if error or len(wave) < expected - 0.1 * rate:
-        notes.append(f'stopped early at {len(wave) / rate:.1f} of {expected / rate:.1f} s')
+    # lossy formats estimate their length, streams do not know it (2^63 - 1)
+    if error or len(wave) < count - 0.1 * rate < 1e14:
+        notes.append(f'stopped early at {len(wave) / rate:.1f} of {count / rate:.1f} s')
         if not keep_partial:
             raise InputError(f'{name}: the decoder {notes[-1]}' + (error and f' ({error})'))
     if highest - lowest < 1e-4:
@@ -1626,39 +1627,23 @@ def load_audio(
     return resample(wave, rate, sample_rate)
 
 
-def decode_audio(path, start, seconds, channel=None):
-    """Decode with libsndfile in small blocks, so that hours of sound are in memory once.
+def decode(file, begin, count, channel=None):
+    """`count` frames of an open sound file, in blocks, so that hours of sound are in memory once.
 
-    Returns: float32 samples (a bytearray) of the mix or of one channel; the rate; the energy of
-    each channel and, last, of what is returned; the frames that the file promises; '' or an error.
+    -> the mix or one channel, a bytearray of float32; the energies of the channels and of that;
+    what stopped the decoder, or ''.
     """
-    import soundfile
-
-    if hasattr(path, 'read'):
-        path.seek(0)
-    with soundfile.SoundFile(path if hasattr(path, 'read') else os.fsencode(path)) as file:
-        rate, samples, error = file.samplerate, bytearray(), ''
-        energies = np.zeros(file.channels + 1)
-        begin, total = round(start * rate), file.frames
-        # libsndfile corrects the length of a truncated .wav, .aiff or .au; pipes write 2^31 or more
-        cut = re.search(r'(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)', file.extra_info)
-        if cut and int(cut[2]) < int(cut[1]) < 0x7FFF0000:
-            total = total * int(cut[1]) // int(cut[2])
-        left = expected = min(total - begin, math.inf if seconds is None else round(seconds * rate))
-        try:
-            if begin:
-                file.seek(min(begin, file.frames))
-            while left > 0 and len(
-                block := file.read(min(4096, left), dtype='float32', always_2d=True)
-            ):
-                left -= len(block)
-                mono = block.mean(axis=1) if channel is None else block[:, channel]
-                energies += [*np.square(block).sum(0), np.square(mono).sum()]
-                samples += mono.tobytes()
-        except (RuntimeError, OSError) as problem:
-            error = ' '.join(str(problem).split()) or 'damaged'
-    # the length of a stream may be unknown: libsndfile then gives 2^63 - 1
-    return samples, rate, energies, expected if expected < 1 << 48 else 0, error
+    samples, energies = bytearray(), np.zeros(file.channels + 1)
+    try:
+        file.seek(min(begin, file.frames))
+        while count > 0 and len(block := file.read(4096, dtype='float32', always_2d=True)[:count]):
+            mono = block.mean(axis=1) if channel is None else block[:, channel]
+            energies += *np.square(block).sum(0), np.square(mono).sum()
+            samples += mono.tobytes()
+            count -= len(block)
+    except (RuntimeError, OSError) as error:
+        return samples, energies, ' '.join(str(error).split()) or 'damaged'
+    return samples, energies, ''
 
 
 def save_audio(path, wave, sample_rate=SAMPLE_RATE):
@@ -1666,8 +1651,7 @@ def save_audio(path, wave, sample_rate=SAMPLE_RATE):
     import soundfile
 
     wave = torch.as_tensor(wave).detach().float().cpu()
-    peak = float(wave.abs().max()) if len(wave) else 0.0
-    wave = wave * (0.99 / peak) if peak > 0.99 else wave
+    wave = wave * min(1, 0.99 / max(float(wave.abs().max()), 0.99)) if len(wave) else wave
     buffer = io.BytesIO()  # soundfile's own errors do not mention a full disk
     kind = 'FLAC' if str(path).endswith('.flac') else 'WAV'
     soundfile.write(buffer, wave.numpy(), sample_rate, subtype='PCM_16', format=kind)
@@ -1675,25 +1659,18 @@ def save_audio(path, wave, sample_rate=SAMPLE_RATE):
         file.write(buffer.getbuffer())
 
 
-@lru_cache(8)
-def resampler(rate, wanted):
-    from torchaudio.transforms import Resample
+@lru_cache(16)
+def transform(name, *args, **options):
+    """A module of torchaudio.transforms, made once for each choice of arguments."""
+    import torchaudio  # a second to import
 
-    return Resample(rate, wanted, dtype=torch.float64).float()  # filter phases exact to 1e-6
+    return getattr(torchaudio.transforms, name)(*args, **options)
 
 
 def resample(wave, rate, wanted):
     """(samples,) at `rate` Hz -> (ceil(samples * wanted / rate),) at `wanted` Hz, float32."""
     wave = torch.as_tensor(wave, dtype=torch.float32)
-    if rate == wanted or not len(wave):
-        return wave
-    if len(wave) <= 2 * PIECE * rate:
-        return resampler(rate, wanted)(wave)
-    parts = []
-    for at in range(0, len(wave), PIECE * rate):  # with one second of context on each side
-        part = resampler(rate, wanted)(wave[max(0, at - rate) : at + (PIECE + 1) * rate])
-        parts.append(part[wanted if at else 0 :][: PIECE * wanted])
-    return torch.cat(parts)
+    return wave if rate == wanted or not len(wave) else transform('Resample', rate, wanted)(wave)
 
 
 def dedup(units):
@@ -1701,72 +1678,65 @@ def dedup(units):
     return torch.unique_consecutive(torch.as_tensor(units, dtype=torch.long), return_counts=True)
 
 
-@lru_cache(1)
 def mel_spectrogram():
-    from torchaudio.transforms import MelSpectrogram
-
-    return MelSpectrogram(
-        SAMPLE_RATE, N_FFT, WINDOW, HOP, f_max=SAMPLE_RATE / 2, n_mels=N_MELS, center=False
-    )
+    return transform('MelSpectrogram', SAMPLE_RATE, N_FFT, WINDOW, HOP, n_mels=N_MELS, center=False)
 
 
 def log_mel(wave):
     """Natural log of mel energies: (samples,) at 16 kHz -> (max(1, samples // 160), N_MELS).
 
     Frame t describes samples 160 t ... 160 t + 159: its 400-sample Hann window is centred on
-    160 t + 80, with zeros outside the wave. Values are floored at log(1e-7) = -16.
+    160 t + 80, with zeros outside the wave. Values are at least log(1e-7) = -16.
     """
-    frames = max(1, len(wave) // HOP)
-    wave = F.pad(wave, (SIDE, SIDE + max(0, HOP - len(wave))))
-    spectra = []
-    for first in range(0, frames, PIECE * 100):
-        last = min(frames, first + PIECE * 100) - 1
-        spectra.append(mel_spectrogram()(wave[first * HOP : last * HOP + N_FFT]).T)
-    return torch.cat(spectra).clamp_(min=1e-7).log_()
+    frames, side = max(1, len(wave) // HOP), (N_FFT - HOP) // 2
+    wave, parts = F.pad(wave, (side, side + max(0, HOP - len(wave)))), []
+    for first in range(0, frames, 6000):  # a minute at a time
+        last = min(frames, first + 6000) - 1
+        parts.append(mel_spectrogram()(wave[first * HOP : last * HOP + N_FFT]).T)
+    return torch.cat(parts).clamp_(min=1e-7).log_()
 
 
 # -----------------------------------------------------------------------------
 # UnitEncoder: wave -> units
 
 TWIST = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/'
-ENCODERS = {  # the public ones: net, layer, zeros added at each end of the wave, vocoder, k-means
-    'mhubert25': dict(
-        model='slprl/mhubert-base-25hz',
-        layer=11,
-        pad=40,
-        vocoder='hifigan25',
-        kmeans=TWIST + 'mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
-        sha256='03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad',
+KMEANS = dict(  # published centroids: where, and their sha256 (of hubert50's not known)
+    mhubert25=(
+        TWIST + 'mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
+        '03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad',
     ),
-    'hubert50': dict(
-        model='facebook/hubert-base-ls960',
-        layer=9,
-        pad=0,
-        vocoder=None,
-        kmeans='https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin',
-        sha256=None,  # not published
-    ),
-}
-MFCC = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0)
-MFCC |= dict(switch=1.0, distortion=0.0, vocoder='vocoder')  # the offline encoder
-BLOCK = 1000  # frames whose distances to all centroids are in memory at once
-STRETCH = 300  # seconds that a net processes at once (WavLM, whose attention takes memory, a third)
+    hubert50=('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None),
+)
+ENCODERS = dict(  # pad: zeros added at each end of the wave
+    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, vocoder='vocoder'),
+    mhubert25=dict(model='slprl/mhubert-base-25hz', layer=11, pad=40, vocoder='hifigan25'),
+    hubert50=dict(model='facebook/hubert-base-ls960', layer=9, pad=0, vocoder=None),
+)
 SMALL_NET = 100 << 20  # bytes: a local net up to this size is saved with its encoder
 
 
 class UnitEncoder:
-    """Speech to units: features at 25 or 50 frames a second, then the nearest of n centroids.
+    """Speech to units: features at 25 or 50 frames a second, of each the nearest of n centroids.
 
-    With `switch` in its configuration, neighbours share a unit unless a change gains more than
-    `switch` times `distortion`, the mean squared distance of a frame to its centroid: fewer tokens
-    a second (Kamper & van Niekerk 2021, eq. 2).
+    Features are a layer of HuBERT, wav2vec 2 or WavLM (kind 'hubert') or cepstra ('mfcc', offline).
+    With `switch`, neighbours share a unit unless a change gains more than `switch` times
+    `distortion`, the mean squared distance to the centroids (Kamper & van Niekerk 2021, eq. 2).
     """
 
     def __init__(self, config, centroids=None, device='cpu', net=None):
-        self.config = dict(config)
-        self.extractor = EXTRACTORS[config['kind']](self.config, device, net)
-        self.config['frame_rate'] = self.frame_rate = self.extractor.frame_rate
-        self.device = self.extractor.device
+        self.config, self.net, self.device = dict(config), net, torch.device('cpu')
+        self.frame_rate = 25.0
+        if config['kind'] == 'hubert':
+            self.device = pick_device(device)
+            self.net = (net or load_net(config['model'], config['layer'])).to(self.device)
+            strides, kernels = self.net.config.conv_stride, self.net.config.conv_kernel
+            # samples from one frame to the next, samples that one frame covers
+            self.hop = math.prod(strides)
+            self.reach = 1 + sum((k - 1) * math.prod(strides[:i]) for i, k in enumerate(kernels))
+            self.frame_rate = SAMPLE_RATE / self.hop
+            # seconds that are processed at once; WavLM's attention takes memory
+            self.stretch = 100 if self.net.config.model_type == 'wavlm' else 300
+        self.config['frame_rate'] = self.frame_rate
         self.centroids = None if centroids is None else centroids.to(self.device)  # None: to fit
         self.name, self.vocoder = self.config['name'], self.config.get('vocoder')
 
@@ -1778,53 +1748,42 @@ class UnitEncoder:
         HuBERT, wav2vec 2 or WavLM, with `layer`; or 'mfcc'. kmeans: a file of centroids; '': none,
         they are to be fitted. Raises InputError for what is missing, damaged or does not match.
         """
-        folder, centroids, net = os.path.abspath(where), None, None
-        saved, public = os.path.exists(os.path.join(folder, 'encoder.json')), None
+        where, centroids, net = str(where).rstrip('/'), None, None
+        saved = os.path.exists(os.path.join(where, 'encoder.json'))
         if saved:
-            config, centroids, net = read_encoder(folder)
+            config, centroids, net = read_encoder(where)
             if layer not in (None, config.get('layer')):
                 raise InputError(f'{where} uses layer {config.get("layer")}, not {layer}')
-        elif where == 'mfcc':
-            config = MFCC
         elif where in ENCODERS:
-            public = ENCODERS[where]
-            config = dict(public, kind='hubert', name=where)
-            del config['kmeans'], config['sha256']
-            config['layer'] = public['layer'] if layer is None else layer
-        elif layer is not None:
-            model = folder if os.path.isdir(where) else where
-            config = dict(kind='hubert', name=os.path.basename(model), model=model, layer=layer)
-            config |= dict(pad=0, vocoder='vocoder')
-        else:
+            config = dict(kind='hubert', name=where) | ENCODERS[where]
+        elif layer is None:
             names = ', '.join(ENCODERS)
-            raise InputError(
-                f'no encoder {where!r}: use {names}, mfcc, a folder with encoder.json, or a '
-                'HuBERT, wav2vec 2 or WavLM with --layer'
-            )
+            raise InputError(f'no encoder {where!r}: use {names}, a folder of one, or set --layer')
+        else:
+            model = os.path.abspath(where) if os.path.isdir(where) else where
+            config = dict(kind='hubert', name=os.path.basename(model), model=model, pad=0)
+            config['vocoder'] = 'vocoder'
+        public = where in KMEANS and kmeans is None and layer in (None, config['layer'])
+        if layer is not None:
+            config['layer'] = layer
+        if kmeans or public:
+            centroids = read_kmeans(kmeans or fetch(*KMEANS[where]))
+            config |= dict(encoder_id=where if public else None, distortion=0.0)
         encoder = cls(config, centroids, device, net)
-        if public and kmeans is None and config['layer'] == public['layer']:
-            encoder.centroids = read_kmeans(fetch(public['kmeans'], public['sha256']))
-            encoder.config['encoder_id'] = where
-        elif kmeans:
-            encoder.centroids = read_kmeans(kmeans)
-            encoder.config |= dict(encoder_id=None, distortion=0.0)  # those of other centroids
-        if encoder.centroids is not None:
-            encoder.centroids = encoder.centroids.to(encoder.device)
         if saved and encoder.vocoder == 'vocoder':
-            encoder.vocoder = os.path.join(os.path.dirname(folder), 'vocoder')
+            encoder.vocoder = os.path.join(os.path.dirname(os.path.abspath(where)), 'vocoder')
         return encoder
 
     def save_pretrained(self, folder):
         """Write encoder.json and encoder.safetensors. A net from a local folder is included if it
         has at most SMALL_NET bytes; any other is kept by name or path."""
         config = dict(self.config, n_units=self.n_units, encoder_id=self.encoder_id)
-        tensors, net = dict(centroids=self.centroids), self.extractor.net
-        if net is not None:
-            weights = {f'net.{name}': tensor for name, tensor in net.state_dict().items()}
-            size = sum(tensor.nbytes for tensor in weights.values())
-            if 'net' in config or (os.path.isdir(config['model']) and size <= SMALL_NET):
-                config['net'] = json.loads(net.config.to_json_string(use_diff=False))
-                tensors |= weights
+        tensors = dict(centroids=self.centroids)
+        weights = self.net.state_dict() if self.net else {}
+        small = sum(tensor.nbytes for tensor in weights.values()) <= SMALL_NET
+        if weights and ('net' in config or (os.path.isdir(config['model']) and small)):
+            config['net'] = json.loads(self.net.config.to_json_string(use_diff=False))
+            tensors |= {f'net.{name}': tensor for name, tensor in weights.items()}
         write_part(folder, 'encoder', config, tensors)
 
     @property
@@ -1833,161 +1792,111 @@ class UnitEncoder:
 
     @property
     def encoder_id(self):
-        """What the units depend on: the name of a public encoder with its published k-means, else a
-        hash of the settings, the centroids and the net."""
-        switch, known = self.config.get('switch'), self.config.get('encoder_id')
-        if known in ENCODERS and not switch:
-            return known
-        keys = [*self.extractor.settings, *(['switch', 'distortion'] if switch else [])]
-        parts = [[float(self.config[key]) for key in keys], self.centroids]
-        if self.extractor.net is not None:
-            # without the position convolution, which weight norm rounds in its own way
-            weights = sorted(self.extractor.net.state_dict().items())
-            parts += [tensor.flatten() for name, tensor in weights if 'pos_conv' not in name]
-        return f'{self.config["kind"]}-{content_hash(*parts)[:12]}'
+        """What the units depend on: the name of a public encoder with its published centroids, else
+        a hash of the settings, the centroids and the net."""
+        config = self.config
+        if config.get('encoder_id') in KMEANS and not config.get('switch'):
+            return config['encoder_id']
+        keys = ['layer', 'pad'] if self.net else ['n_cep', 'lifter', 'c0', 'range']
+        keys += ['switch', 'distortion'] if config.get('switch') else []
+        settings = [float(config.get(key, 0)) for key in keys]
+        # without a mask that is random, and the weight norm, which each machine rounds in its way
+        weights = sorted(self.net.state_dict().items()) if self.net else []
+        unsure = ('masked_spec_embed', 'encoder.pos_conv_embed.conv.weight')
+        weights = [tensor.flatten() for name, tensor in weights if name not in unsure]
+        return f'{config["kind"]}-{content_hash(settings, self.centroids, *weights)[:12]}'
 
     @torch.inference_mode()
     def features(self, wave):
         """(samples,) at 16 kHz -> (frames, D) float32, at least one frame."""
-        return torch.cat(list(self.extractor(torch.as_tensor(wave, dtype=torch.float32))))
+        wave = torch.as_tensor(wave, dtype=torch.float32)
+        return self._hidden_states(wave) if self.net else mfcc(wave, self.config)
 
-    @torch.inference_mode()
     def encode(self, wave):
         """(samples,) at 16 kHz -> (frames,) long units on the CPU. Raises as `assign`."""
-        if self.config.get('switch'):
-            return self.assign(self.features(wave))
-        parts = self.extractor(torch.as_tensor(wave, dtype=torch.float32))
-        return torch.cat([self.assign(part) for part in parts])  # hours of features are not kept
+        return self.assign(self.features(wave))
 
     @torch.inference_mode()
     def assign(self, features):
         """(frames, D) -> (frames,) long units on the CPU.
 
-        Raises InputError without centroids, for centroids of another width, and if `switch` has no
-        `distortion` as its unit.
+        Raises InputError without centroids, for centroids of another width, and for `switch`
+        without `distortion`.
         """
-        if self.centroids is None:
-            raise InputError(f'{self.name} has no k-means')
-        (frames, width), wanted = features.shape, self.centroids.shape[1]
-        if width != wanted:
-            raise InputError(f'the k-means is for {wanted} features, {self.name} gives {width}')
-        costs = (self._costs(part) for part in features.split(BLOCK))
-        if not self.config.get('switch'):
-            return torch.cat([part.argmin(1) for part in costs]).cpu()
-        price = self.config['switch'] * self.config.get('distortion', 0) / 2
-        if not price:
+        switch, distortion = (self.config.get(key) for key in ('switch', 'distortion'))
+        if self.centroids is None or features.shape[1] != self.centroids.shape[1]:
+            raise InputError(f'{self.name} has no k-means for {features.shape[1]} features')
+        if switch and not distortion:
             raise InputError(f'{self.name}: `switch` needs `distortion`, the mean squared distance')
-        return torch.from_numpy(cheapest_path(costs, frames, self.n_units, price))
+        costs = self._costs(features)
+        if not switch:
+            return costs.argmin(1).cpu()
+        return torch.from_numpy(cheapest_path(costs.cpu().numpy(), switch * distortion / 2))
 
     @torch.inference_mode()
     def distance(self, features):
         """Mean squared distance of frames (T, D) to their centroids, for `distortion`."""
-        parts = [2 * self._costs(x).amin(1) + x.square().sum(1) for x in features.split(BLOCK)]
-        return float(torch.cat(parts).mean())
+        return float((2 * self._costs(features).amin(1) + features.square().sum(1)).mean())
 
     def _costs(self, features):
-        """Half the squared distances (frames, n_units), minus what all units of a frame share."""
+        """Half the squared distances (T, n_units), minus what all units of a frame share."""
         return self.centroids.square().sum(1) / 2 - features @ self.centroids.T
 
+    def _hidden_states(self, wave):
+        """transformers' hidden_states[layer] of the raw wave, float32 (on CUDA with TF32 products).
 
-def cheapest_path(blocks, frames, n_units, price):
-    """The units (frames,) with the least sum of costs and `price` a change of unit (Viterbi).
-
-    blocks: the costs, (some frames, n_units) each. A path that changes at t comes from the unit
-    that was cheapest at t - 1, so that one number and one bit a unit describe all paths.
-    """
-    total = np.zeros(n_units, dtype=np.float32)  # of the best path that ends in each unit
-    source, changed = np.zeros(frames, dtype=int), np.zeros((frames, n_units), dtype=bool)
-    for t, cost in enumerate(chain.from_iterable(block.cpu().numpy() for block in blocks)):
-        source[t] = total.argmin()
-        total -= total[source[t]]
-        np.greater(total, price, out=changed[t])
-        total = np.minimum(total, np.float32(price)) + cost
-    path, unit = np.zeros(frames, dtype=int), int(total.argmin())
-    for t in range(frames - 1, -1, -1):
-        path[t] = unit
-        unit = source[t] if changed[t, unit] else unit
-    return path
-
-
-# -----------------------------------------------------------------------------
-# Feature extractors: a new kind of units is a class here and a line in EXTRACTORS. Called with
-# (samples,), one yields (frames, D) of consecutive parts; `settings` are hashed into encoder_id
-
-
-class MfccFeatures:
-    """Offline: two 20 ms cepstra a frame of 40 ms, of the log-mel spectrum relative to the
-    utterance's loudness. Frame t begins at sample 640 t; n samples have max(1, n // 640)."""
-
-    settings = ('n_cep', 'lifter', 'c0', 'range')
-
-    def __init__(self, config, device=None, net=None):
-        from torchaudio.functional import create_dct
-
-        self.device, self.net, self.frame_rate = torch.device('cpu'), None, 25.0
-        self.range = config['range']
-        weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
-        weight[0] = config['c0']
-        self.basis = create_dct(config['n_cep'], N_MELS, 'ortho') * weight  # (N_MELS, n_cep)
-
-    def __call__(self, wave):
-        wave = F.pad(wave, (0, max(0, 4 * HOP - len(wave))))
-        mel = log_mel(wave)[: len(wave) // (4 * HOP) * 4].split(4 * BLOCK)
-        energy = torch.cat([torch.logsumexp(part, 1) for part in mel]) - math.log(N_MELS)
-        loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
-        for part in mel:
-            relative = (part + (self.range - loud)).clamp_(min=0)
-            halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
-            yield (halves @ self.basis).flatten(1)
-
-
-class NetFeatures:
-    """A layer of transformers' HuBERT, wav2vec 2 or WavLM, of the raw wave, one utterance at a time
-    in float32 (on CUDA the products are TF32).
-
-    The layers above are cut off. Nets with a norm before each layer have a last norm, which is left
-    out, as the public k-means were made: features are hidden_states[layer]. Recordings longer than
-    STRETCH are processed in parts that see a tenth of that on either side.
-    """
-
-    settings = ('layer', 'pad')
-
-    def __init__(self, config, device='cpu', net=None):
-        self.device, self.pad = pick_device(device), config['pad']
-        self.net = (load_net(config) if net is None else net).to(self.device).eval()
-        hf = self.net.config
-        if hf.do_stable_layer_norm:
-            self.net.encoder.layer_norm.register_forward_hook(lambda norm, inputs, out: inputs[0])
-        # samples from one frame to the next, samples that one frame covers
-        self.hop, self.reach = math.prod(hf.conv_stride), 1
-        for kernel, stride in zip(hf.conv_kernel[::-1], hf.conv_stride[::-1], strict=True):
-            self.reach = (self.reach - 1) * stride + kernel
-        self.frame_rate = SAMPLE_RATE / self.hop
-        self.longest = int(STRETCH * self.frame_rate) // (3 if hf.model_type == 'wavlm' else 1)
-
-    def __call__(self, wave):
-        wave = F.pad(wave, (self.pad, max(self.pad, self.reach - self.pad - len(wave))))
-        frames = (len(wave) - self.reach) // self.hop + 1
-        context = self.longest // 10 if frames > self.longest else 0
-        step = self.longest - 2 * context
+        Longer recordings than `stretch` are cut into parts that see a tenth of it on either side.
+        """
+        pad, precision = self.config['pad'], torch.get_float32_matmul_precision()
+        wave = F.pad(wave, (pad, max(pad, self.reach - pad - len(wave)))).to(self.device)
+        frames, parts = (len(wave) - self.reach) // self.hop + 1, []
+        longest = int(self.stretch * self.frame_rate)
+        context = longest // 10 if frames > longest else 0
+        step = longest - 2 * context
+        torch.set_float32_matmul_precision('high' if self.device.type == 'cuda' else precision)
         for start in range(0, frames, step):
             first, last = max(0, start - context), min(frames, start + step + context)
             end = None if last == frames else (last - 1) * self.hop + self.reach
-            hidden = self._hidden(wave[first * self.hop : end].to(self.device))
-            yield hidden[start - first :][:step]
-
-    def _hidden(self, wave):
-        """The net: (samples,) -> (frames, D)."""
-        precision = torch.get_float32_matmul_precision()
-        if self.device.type == 'cuda':
-            torch.set_float32_matmul_precision('high')
-        try:
-            return self.net(wave[None]).last_hidden_state[0]
-        finally:
-            torch.set_float32_matmul_precision(precision)
+            hidden = self.net(wave[None, first * self.hop : end]).last_hidden_state[0]
+            parts.append(hidden[start - first :][:step])
+        torch.set_float32_matmul_precision(precision)
+        return torch.cat(parts)
 
 
-EXTRACTORS = dict(mfcc=MfccFeatures, hubert=NetFeatures)  # by `kind` in encoder.json
+def mfcc(wave, config):
+    """Two 20 ms cepstra a frame of 40 ms, of the log-mel spectrum relative to the loudness of the
+    utterance: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
+    from torchaudio.functional import create_dct
+
+    mel = log_mel(F.pad(wave, (0, max(0, 4 * HOP - len(wave)))))
+    mel = mel[: len(mel) // 4 * 4]
+    energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
+    loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
+    relative = (mel + (config['range'] - loud)).clamp_(min=0)
+    halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
+    weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
+    weight[0] = config['c0']
+    return (halves @ (create_dct(config['n_cep'], N_MELS, 'ortho') * weight)).flatten(1)
+
+
+def cheapest_path(costs, price):
+    """The units (T,) with the least sum of costs (T, n_units) and `price` a change (Viterbi).
+
+    A path that changes its unit at t comes from the unit that was cheapest at t - 1, so that one
+    number a frame and one bit a unit describe all paths.
+    """
+    total = np.zeros_like(costs[0])  # of the best path that ends in each unit
+    source, changed = np.zeros(len(costs), dtype=int), np.zeros(costs.shape, dtype=bool)
+    for t, cost in enumerate(costs):
+        source[t] = total.argmin()
+        total -= total[source[t]]
+        changed[t] = total > price
+        total = np.minimum(total, total.dtype.type(price)) + cost
+    path, unit = np.zeros(len(costs), dtype=int), total.argmin()
+    for t in reversed(range(len(costs))):
+        path[t] = unit
+        unit = source[t] if changed[t, unit] else unit
+    return path
 
 
 # -----------------------------------------------------------------------------
@@ -2005,85 +1914,75 @@ def write_part(folder, name, config, tensors):
         json.dump(config, file, indent=2)
 
 
-def load_net(config):
-    """The net that an encoder.json refers to, without the layers above the encoder's."""
-    from transformers import AutoConfig, AutoModel, logging
-
-    name, where, remedy = config['name'], config['model'], ''
-    if name in ENCODERS:
-        local = cache_path(name)
-        remedy = f' (or put config.json and model.safetensors of {where} in {local}, and '
-        remedy += f'{ENCODERS[name]["kmeans"]} in {cache_path("")})'
-        where = local if os.path.isdir(local) else where
-    try:
-        folder = find_checkpoint(where)
-        with reading(folder):
-            hf = net_config(AutoConfig.from_pretrained(folder).to_dict(), config['layer'])
-            logging.set_verbosity_error()  # it would list each tensor of the layers above
-            logging.disable_progress_bar()
-            net, report = AutoModel.from_pretrained(
-                folder, config=hf, dtype=torch.float32, output_loading_info=True
-            )
-            missing = sorted(set(report['missing_keys']) - {'masked_spec_embed'})
-            if missing:
-                raise InputError(f'{folder}: {len(missing)} tensors are missing: {missing[0]} ...')
-    except InputError as error:
-        raise InputError(f'{error}; encoder {name!r} needs this net{remedy}') from None
-    return fold_weight_norm(net)
-
-
-def net_config(values, layer):
-    """transformers' configuration of a net without the layers above `layer`. Raises InputError."""
-    from transformers import AutoConfig
-
-    kind = values.get('model_type')
-    if kind not in ('hubert', 'wav2vec2', 'wavlm'):
-        raise InputError(f'model_type {kind!r} is not hubert, wav2vec2 or wavlm')
-    hf = AutoConfig.for_model(**values)
-    if not 0 <= layer <= hf.num_hidden_layers:
-        raise InputError(f'layer {layer} of a net of {hf.num_hidden_layers} layers')
-    hf.num_hidden_layers, hf.add_adapter = layer, False
-    return hf
-
-
-def fold_weight_norm(net):
-    """The net with the weight norm of its position convolution folded into the weights."""
-    conv = net.encoder.pos_conv_embed.conv
-    if nn.utils.parametrize.is_parametrized(conv):
-        nn.utils.parametrize.remove_parametrizations(conv, 'weight')
-    return net
-
-
 def read_encoder(folder):
     """-> configuration, centroids (n_units, D), net or None, of a folder of save_pretrained."""
     from safetensors.torch import load_file
-    from transformers import AutoModel
 
     config, net = read_json(os.path.join(folder, 'encoder.json')), None
     with reading(folder):
         tensors = load_file(os.path.join(folder, 'encoder.safetensors'))
         centroids = check_centroids(tensors.pop('centroids'))
-        if config['kind'] not in EXTRACTORS:
-            raise InputError(f'{folder}: `kind` {config["kind"]!r} is not mfcc or hubert')
-        if config.get('vocoder') not in (None, 'vocoder', *HIFIGAN):  # no path is followed
-            raise InputError(f'{folder}: `vocoder` {config["vocoder"]!r} is not allowed')
-        if config.setdefault('n_units', len(centroids)) != len(centroids):
-            raise InputError(f'{folder}: {len(centroids)} units, not {config["n_units"]}')
+        if config['kind'] not in ('mfcc', 'hubert') or config['n_units'] != len(centroids):
+            raise ValueError('encoder.json does not fit encoder.safetensors')
+        if config.get('vocoder') not in (None, 'vocoder', 'hifigan25'):  # no path is followed
+            raise ValueError(f'`vocoder` {config["vocoder"]!r} is not allowed')
         if config.get('net'):
-            with torch.device('meta'):  # no memory before the tensors fit
-                net = AutoModel.from_config(net_config(config['net'], config['layer']))
-                fold_weight_norm(net)
-            net.load_state_dict({name[4:]: x for name, x in tensors.items()}, assign=True)
+            weights = {name[4:]: tensor for name, tensor in tensors.items()}
+            net = load_net(config['net'], config['layer'], weights)
     # folders of earlier versions do not name their encoder
-    public = config['name'] in ENCODERS and 'fitted' not in config
-    config.setdefault('encoder_id', config['name'] if public else None)
+    known = config['name'] in KMEANS and 'fitted' not in config
+    config.setdefault('encoder_id', config['name'] if known else None)
     return config, centroids, net
 
 
+def load_net(source, layer, weights=None):
+    """transformers' HuBERT, wav2vec 2 or WavLM up to a layer, without a last norm after it.
+
+    source: a folder or hub name, or, with weights, the values of its config.json. Raises InputError
+    for other nets, missing layers and missing tensors.
+    """
+    from transformers import AutoConfig, AutoModel, logging
+
+    if weights is None:
+        local = cache_path(os.path.basename(source))
+        try:
+            source = find_checkpoint(local if os.path.isdir(local) else source)
+        except InputError as error:
+            raise InputError(f'{error} (a copy may be put in {local})') from None
+    with reading(source if weights is None else 'the net of encoder.json'):
+        hf = (
+            AutoConfig.from_pretrained(source)
+            if weights is None
+            else AutoConfig.for_model(**source)
+        )
+        nets = ('hubert', 'wav2vec2', 'wavlm')
+        if hf.model_type not in nets or not 0 <= layer <= hf.num_hidden_layers:
+            raise ValueError(f'layer {layer} of a {hf.model_type} of {hf.num_hidden_layers} layers')
+        hf.num_hidden_layers, hf.add_adapter = layer, False
+        if weights is None:
+            logging.set_verbosity_error()  # it would list each tensor of the layers above
+            logging.disable_progress_bar()
+            options = dict(dtype=torch.float32, output_loading_info=True)
+            net, report = AutoModel.from_pretrained(source, config=hf, **options)
+            if lost := sorted(set(report['missing_keys']) - {'masked_spec_embed'}):
+                raise ValueError(f'{len(lost)} tensors are missing, such as {lost[0]}')
+        else:
+            with torch.device('meta'):  # no memory before the tensors fit
+                net = AutoModel.from_config(hf)
+        conv = net.encoder.pos_conv_embed.conv
+        if nn.utils.parametrize.is_parametrized(conv):  # fold the weight norm
+            nn.utils.parametrize.remove_parametrizations(conv, 'weight')
+        if weights is not None:
+            net.load_state_dict(weights, assign=True)
+    if hf.do_stable_layer_norm:  # the norm after the last layer is not part of hidden_states
+        net.encoder.layer_norm.register_forward_hook(lambda norm, inputs, output: inputs[0])
+    return net.eval()
+
+
 def check_centroids(centroids):
-    """(n_units, D) float32. Raises InputError if these are no finite numbers of that shape."""
+    """(n_units, D) float32. Raises ValueError if these are not finite numbers of that shape."""
     if centroids.ndim != 2 or not len(centroids) or not centroids.isfinite().all():
-        raise InputError('the centroids are not (n_units, D) finite numbers')
+        raise ValueError('the centroids are not (n_units, D) finite numbers')
     return centroids.float()
 
 
@@ -2097,18 +1996,11 @@ def fetch(url, sha256=None):
 
     Raises InputError offline, or if the file is not the published one.
     """
-    import urllib.request
-
     path = cache_path(os.path.basename(url))
     if not os.path.exists(path):
-        try:
-            with (
-                write_atomic(path, 'wb') as file,
-                urllib.request.urlopen(url, timeout=60) as remote,
-            ):
-                shutil.copyfileobj(remote, file)
-        except OSError as error:
-            raise InputError(f'{url} cannot be downloaded ({error}): put it at {path}') from None
+        os.makedirs(cache_path(''), exist_ok=True)
+        with reading(f'{url} (a copy may be put at {path})'):
+            torch.hub.download_url_to_file(url, path, progress=False)
     if sha256 and file_hash(path) != sha256:
         raise InputError(f'{path} is not the published file (its sha256 differs): delete it')
     return path
@@ -2116,18 +2008,18 @@ def fetch(url, sha256=None):
 
 def read_kmeans(path):
     """The centroids (n_units, D) of a .safetensors file with `centroids`, or of a joblib dump of
-    scikit-learn's KMeans, read without executing anything. Raises InputError."""
+    scikit-learn's KMeans, of which nothing is executed. Raises InputError."""
     from joblib import numpy_pickle
     from safetensors.torch import load_file
 
-    class Inert:  # stands for the classes and functions of scikit-learn and numpy
+    class Inert:  # in place of the classes and functions of scikit-learn and numpy
         def __init__(self, *args, **kwargs):
             pass
 
     class Array(numpy_pickle.NumpyArrayWrapper):
         def read(self, *args):
-            if self.dtype.hasobject:  # would be a pickle inside the pickle
-                raise InputError(f'{path} holds an array of Python objects: refused')
+            if self.dtype.hasobject:  # a pickle inside the pickle
+                raise ValueError('it holds Python objects: refused')
             return super().read(*args)
 
     class Reader(numpy_pickle.NumpyUnpickler):
@@ -2139,7 +2031,7 @@ def read_kmeans(path):
             scalar = module.split('.')[0] == 'numpy' and name == 'scalar'
             if scalar or module.startswith(('sklearn.cluster.', 'numpy.random.')):
                 return Inert
-            raise InputError(f'{path} asks to run {module}.{name}: refused')
+            raise ValueError(f'it asks to run {module}.{name}: refused')
 
     with reading(f'{path} (.safetensors with `centroids`, or a joblib dump of KMeans)'):
         if path.endswith('.safetensors'):
@@ -2152,29 +2044,20 @@ def read_kmeans(path):
 # -----------------------------------------------------------------------------
 # UnitVocoder: units -> wave
 
-HIFIGAN = {  # mhubert25's, trained on LJSpeech: generator and config, each with its sha256
-    'hifigan25': (
-        (
-            TWIST + 'hifigan_lj_mhubert_base_25hz.pt',
-            'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79',
-        ),
-        (
-            TWIST + 'hifigan_lj_mhubert_base_25hz_config.json',
-            '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7',
-        ),
-    )
-}
-VOICE_LEVEL = 0.08  # root mean square of the spoken parts of a decoded wave: -22 dB
-VOICE_PEAK = 0.95  # the highest sample allowed
-ROUNDS = 32  # of Griffin-Lim
+HIFIGAN = (  # 'hifigan25', trained on LJSpeech: generator and config, each with its sha256
+    TWIST + 'hifigan_lj_mhubert_base_25hz.pt',
+    'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79',
+    TWIST + 'hifigan_lj_mhubert_base_25hz_config.json',
+    '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7',
+)
+VOICE_LEVEL, VOICE_PEAK = 0.08, 0.95  # of a decoded wave: root mean square of speech; limit
 
 
 def speech_level(wave):
-    """Root mean square of the spoken parts of (samples,): of the 25 ms blocks less than 13 dB below
-    the loud ones."""
-    if len(wave) < WINDOW:
-        return float(wave.square().mean().sqrt())
+    """Root mean square of (samples,) in the 25 ms blocks less than 13 dB below the loud ones."""
     power = wave[: len(wave) // WINDOW * WINDOW].view(-1, WINDOW).square().mean(1)
+    if not len(power):
+        return float(wave.square().mean().sqrt())
     loud = power.sort().values[int(0.95 * (len(power) - 1))]
     return float(power[power >= 0.05 * loud].mean().sqrt())
 
@@ -2183,8 +2066,8 @@ def finish_wave(wave):
     """(samples,), at least one, without DC, speech at VOICE_LEVEL, peaks at most VOICE_PEAK, with
     5 ms fades so that no end clicks."""
     wave = wave - wave.mean()
-    gain, limit = VOICE_LEVEL / max(speech_level(wave), 1e-6), float(wave.abs().max())
-    wave = wave * min(gain, VOICE_PEAK / max(limit, 1e-6))
+    peak = max(float(wave.abs().max()), 1e-6)
+    wave = wave * min(VOICE_LEVEL / max(speech_level(wave), 1e-6), VOICE_PEAK / peak)
     ramp = torch.linspace(0, 1, min(80, len(wave)), device=wave.device)
     wave[: len(ramp)] *= ramp
     wave[-len(ramp) :] *= ramp.flip(0)
@@ -2210,26 +2093,21 @@ class TableVoice(nn.Module):
 
     def forward(self, frames, speaker=0, style=0):
         """Units (frames,), one a frame -> (frames * 640,) samples at 25 Hz. It has one voice."""
-        from torchaudio.transforms import GriffinLim
-
         mel = self.mel[frames].flatten(0, 1)  # (10 ms steps, N_MELS)
         mel = torch.cat((mel[:1], mel, mel[-1:])).T  # one step more on each side
-        # the energy of an FFT bin is that of the bands around it; speech has none at the ends
+        # an FFT bin has the energy of the bands around it, and none at 0 and 8 kHz
         filters = mel_spectrogram().mel_scale.fb.to(mel.device)  # (bins, N_MELS)
         spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)
         magnitude = torch.exp(0.5 * spread @ (mel - filters.sum(0).log()[:, None]))
         magnitude[[0, 1, -1]] = 0
-        invert = GriffinLim(N_FFT, ROUNDS, WINDOW, HOP, power=1, rand_init=False).to(mel.device)
-        # steps are centred on their 10 ms, torchaudio's windows on multiples of HOP
-        return invert(magnitude)[HOP // 2 :][: (mel.shape[1] - 2) * HOP]
+        invert = transform('GriffinLim', N_FFT, 32, WINDOW, HOP, power=1, rand_init=False)
+        # our steps are centred on their 10 ms, torchaudio's windows on multiples of 10 ms
+        return invert.to(mel.device)(magnitude)[HOP // 2 :][: (mel.shape[1] - 2) * HOP]
 
 
 class HifiGan(nn.Module):
     """The unit HiFi-GAN with its duration predictor (Polyak et al. 2021), tensors named as in
-    fairseq's code HiFi-GAN.
-
-    config: its JSON. tensors: the weights, whose names and shapes say what is optional.
-    """
+    fairseq. config: its JSON. tensors: the weights, whose names and shapes say what is optional."""
 
     def __init__(self, config, tensors):
         super().__init__()
@@ -2238,28 +2116,23 @@ class HifiGan(nn.Module):
                 self.add_module(name, nn.Embedding(*tensors[name + '.weight'].shape))
         if 'dur_predictor.proj.weight' in tensors:
             hidden, width, size = tensors['dur_predictor.conv1.0.weight'].shape
-            self.dur_predictor = nn.ModuleDict()
-            for i, inputs in ((1, width), (2, hidden)):
-                conv = nn.Conv1d(inputs, hidden, size, padding=size // 2)
-                self.dur_predictor[f'conv{i}'] = nn.Sequential(conv, nn.ReLU())
-                self.dur_predictor[f'ln{i}'] = nn.LayerNorm(hidden)
-            self.dur_predictor['proj'] = nn.Linear(hidden, 1)
-
+            self.dur_predictor = nn.ModuleDict(dict(proj=nn.Linear(hidden, 1)))
+            for i, inputs in enumerate((width, hidden), 1):
+                layers = nn.Sequential(convolution(inputs, hidden, size), nn.ReLU())
+                self.dur_predictor.update({f'conv{i}': layers, f'ln{i}': nn.LayerNorm(hidden)})
         width, inputs, size = tensors['conv_pre.weight'].shape
-        self.conv_pre = nn.Conv1d(inputs, width, size, padding=size // 2)
+        self.conv_pre = convolution(inputs, width, size)
         self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
-        kernels = list(
-            zip(config['resblock_kernel_sizes'], config['resblock_dilation_sizes'], strict=True)
-        )
-        for rate, size in zip(
-            config['upsample_rates'], config['upsample_kernel_sizes'], strict=True
-        ):
-            padding = (size - rate) // 2
-            self.ups.append(nn.ConvTranspose1d(width, width // 2, size, rate, padding))
-            width //= 2
-            self.resblocks.extend(ResBlock(width, *kernel) for kernel in kernels)
-        size = tensors['conv_post.weight'].shape[-1]
-        self.conv_post = nn.Conv1d(width, 1, size, padding=size // 2)
+        sizes, dilations = config['resblock_kernel_sizes'], config['resblock_dilation_sizes']
+        for i, rate in enumerate(config['upsample_rates']):
+            size, width = config['upsample_kernel_sizes'][i], width // 2
+            up = nn.ConvTranspose1d(2 * width, width, size, rate, padding=(size - rate) // 2)
+            self.ups.append(up)
+            for size, wide in zip(sizes, dilations, strict=True):
+                convs1 = nn.ModuleList(convolution(width, width, size, d) for d in wide)
+                convs2 = nn.ModuleList(convolution(width, width, size) for d in wide)
+                self.resblocks.append(nn.ModuleDict(dict(convs1=convs1, convs2=convs2)))
+        self.conv_post = convolution(width, 1, tensors['conv_post.weight'].shape[-1])
 
     def predict_durations(self, units):
         """exp(prediction) - 1 rounded, at least 1; 1 where there is no predictor."""
@@ -2282,29 +2155,18 @@ class HifiGan(nn.Module):
         x = self.conv_pre(torch.cat(parts, dim=1).T)  # (C, frames)
         each = len(self.resblocks) // len(self.ups)
         for i, up in enumerate(self.ups):
-            x = up(F.leaky_relu(x, 0.1))
-            x = sum(block(x) for block in self.resblocks[i * each : (i + 1) * each]) / each
+            x, total = up(F.leaky_relu(x, 0.1)), 0
+            for block in self.resblocks[i * each : (i + 1) * each]:
+                y = x
+                for conv1, conv2 in zip(block['convs1'], block['convs2'], strict=True):
+                    y = y + conv2(F.leaky_relu(conv1(F.leaky_relu(y, 0.1)), 0.1))
+                total = total + y
+            x = total / each
         return torch.tanh(self.conv_post(F.leaky_relu(x)))[0]  # here the slope is 0.01
 
 
-class ResBlock(nn.Module):
-    """Residual dilated convolutions: (C, T) -> (C, T)."""
-
-    def __init__(self, width, size, dilations):
-        super().__init__()
-        half = size // 2
-        self.convs1 = nn.ModuleList(
-            nn.Conv1d(width, width, size, dilation=d, padding=half * d) for d in dilations
-        )
-        self.convs2 = nn.ModuleList(nn.Conv1d(width, width, size, padding=half) for d in dilations)
-
-    def forward(self, x):
-        for first, second in zip(self.convs1, self.convs2, strict=True):
-            x = x + second(F.leaky_relu(first(F.leaky_relu(x, 0.1)), 0.1))
-        return x
-
-
-VOICES = dict(table=TableVoice, hifigan=HifiGan)  # by `kind` in vocoder.json
+def convolution(inputs, outputs, size, dilation=1):
+    return nn.Conv1d(inputs, outputs, size, dilation=dilation, padding=(size - 1) * dilation // 2)
 
 
 class UnitVocoder:
@@ -2314,10 +2176,11 @@ class UnitVocoder:
         self.config, self.device = config, torch.device(device)
         self.n_units, self.frame_rate = config['n_units'], config['frame_rate']
         self.sample_rate, self.encoder_id = config['sample_rate'], config.get('encoder_id')
-        if config['kind'] not in VOICES:
+        voices = dict(table=TableVoice, hifigan=HifiGan)
+        if config['kind'] not in voices:
             raise InputError(f'vocoders of kind {config["kind"]!r} are not supported')
         with torch.device('meta'):  # no memory before the tensors fit
-            self.voice = VOICES[config['kind']](config, tensors).eval()
+            self.voice = voices[config['kind']](config, tensors).eval()
         self.voice.load_state_dict(tensors, assign=True)
         self.voice.to(self.device)
 
@@ -2327,42 +2190,34 @@ class UnitVocoder:
         generator .pt with its .json beside it. Raises InputError if it is none of these."""
         from safetensors.torch import load_file
 
-        if os.path.exists(os.path.join(where, 'vocoder.json')):
-            path = os.path.join(where, 'vocoder.safetensors')
-            config = read_json(os.path.join(where, 'vocoder.json'))
-            with reading(where):
-                return cls(config, load_file(path), device)
-        if where in HIFIGAN:
-            path, about = (fetch(*file) for file in HIFIGAN[where])
-            config = dict(read_json(about), encoder_id='mhubert25')
-        elif where.endswith('.pt') and os.path.exists(where):
+        path, about = (os.path.join(where, f'vocoder.{end}') for end in ('safetensors', 'json'))
+        if where == 'hifigan25':
+            path, about = fetch(*HIFIGAN[:2]), fetch(*HIFIGAN[2:])
+        elif where.endswith('.pt'):
             path, about = where, where[:-3] + '_config.json'
-            config = read_json(about if os.path.exists(about) else where[:-3] + '.json')
-        else:
-            raise InputError(
-                f'no vocoder {where!r}: use a folder with vocoder.json, a HiFi-GAN .pt with its '
-                f'.json, or {", ".join(HIFIGAN)}'
-            )
-        with reading(path):
-            return cls(*read_hifigan(path, config), device)
+            about = about if os.path.exists(about) else where[:-3] + '.json'
+        config = read_json(about)
+        with reading(f'vocoder {path}'):
+            if path.endswith('.pt'):
+                config |= dict(encoder_id='mhubert25') if where == 'hifigan25' else {}
+                return cls(*read_hifigan(path, config), device)
+            return cls(config, load_file(path), device)
 
     def save_pretrained(self, folder):
         """Write vocoder.json and vocoder.safetensors."""
         write_part(folder, 'vocoder', self.config, self.voice.state_dict())
 
-    def _check(self, units):
-        units = torch.as_tensor(units, dtype=torch.long, device='cpu')
+    def check(self, units):
+        """(n,) long on the device. Raises InputError for units of another encoder."""
+        units = torch.as_tensor(units, dtype=torch.long)
         if len(units) and not 0 <= int(units.min()) <= int(units.max()) < self.n_units:
-            raise InputError(
-                f'units {int(units.min())} to {int(units.max())} are not among the {self.n_units} '
-                'of this vocoder: they belong to another encoder'
-            )
+            raise InputError(f'unit {int(units.max())}: this vocoder has {self.n_units} units')
         return units.to(self.device)
 
     @torch.inference_mode()
     def durations(self, units):
         """De-duplicated units (n,) -> frames of each (n,), at least 1, on the CPU."""
-        return self.voice.predict_durations(self._check(units)).cpu()
+        return self.voice.predict_durations(self.check(units)).cpu()
 
     @torch.inference_mode()
     def decode(self, units, durations=None, speaker=0, style=0):
@@ -2373,7 +2228,7 @@ class UnitVocoder:
         Raises InputError for units, speakers or styles that this vocoder does not have.
         """
         durations = self.durations(units) if durations is None else torch.as_tensor(durations)
-        frames = self._check(units).repeat_interleave(durations.to(self.device))
+        frames = self.check(units).repeat_interleave(durations.to(self.device))
         if not len(frames):
             return torch.zeros(0)
         wave = self.voice(frames, speaker, style)
@@ -2401,14 +2256,14 @@ class UnitTable:
         if abs(self.steps * HOP * frame_rate - SAMPLE_RATE) > 1:
             raise InputError(f'a voice needs frames of whole 10 ms, not {frame_rate:g} a second')
         self.mels = torch.zeros(n_units, self.steps * N_MELS, dtype=torch.float64)
-        self.frames, self.runs = (torch.zeros(n_units, dtype=torch.long) for _ in range(2))
+        self.frames, self.runs = torch.zeros(2, n_units, dtype=torch.long)
 
     def add(self, wave, units):
         """Add one utterance: wave (samples,) at 16 kHz, units (frames,), not de-duplicated."""
         wave, units = torch.as_tensor(wave), torch.as_tensor(units, dtype=torch.long)
         mel = log_mel(wave * (VOICE_LEVEL / max(speech_level(wave), 1e-5)))
         n = min(len(units), len(mel) // self.steps)  # complete frames
-        mel = mel[: n * self.steps].view(n, -1).double()
+        mel = mel[: n * self.steps].view(n, self.steps * N_MELS).double()
         self.mels.index_add_(0, units[:n], mel)
         self.frames += torch.bincount(units[:n], minlength=self.n_units)
         self.runs += torch.bincount(dedup(units)[0], minlength=self.n_units)
@@ -2422,45 +2277,40 @@ class UnitTable:
         config = dict(kind='table', n_units=self.n_units, frame_rate=self.frame_rate)
         config |= dict(sample_rate=SAMPLE_RATE, encoder_id=encoder_id)
         mel = mel.float().view(self.n_units, self.steps, N_MELS)
-        return UnitVocoder(config, dict(mel=mel, durations=durations.float()))
+        return UnitVocoder(config, dict(mel=mel, durations=durations))
 
 
 # -----------------------------------------------------------------------------
 # Finding and reading data
 
-AUDIO_EXTENSIONS = (
-    *('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3'),
-    *('.aiff', '.aif', '.aifc', '.au', '.sph', '.caf', '.w64'),
-)
-# sound that libsndfile does not read
+AUDIO_EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aiff', '.aif', '.aifc')
+AUDIO_EXTENSIONS += ('.au', '.sph', '.caf', '.w64')
 UNREADABLE_EXTENSIONS = ('.m4a', '.mp4', '.aac', '.wma', '.amr', '.webm', '.mka', '.ape', '.wv')
 
 
 def find_audio(path, extensions=AUDIO_EXTENSIONS, ignored=None):
     """The sound files below a folder, or [path] for a file: sorted, hidden ones left out.
 
-    ignored: a list that receives the files of UNREADABLE_EXTENSIONS. Links are followed, each
-    folder once. Raises InputError where there is no such path or nothing to read in the folder.
+    ignored: a list that receives the files of UNREADABLE_EXTENSIONS, which libsndfile does not
+    read. Links are followed. Raises InputError where there is no such path or no such file in it.
     """
     if os.path.isfile(path):
         return [path]
-    if not os.path.isdir(path):
-        raise InputError(f'{path}: no such file or folder')
-    found, unreadable, seen = [], [], set()
+    files, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         if os.path.realpath(folder) in seen:  # links in a circle end here
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        files = [os.path.join(folder, name) for name in names if not name.startswith('.')]
-        found += [file for file in files if file.lower().endswith(extensions)]
-        unreadable += [file for file in files if file.lower().endswith(UNREADABLE_EXTENSIONS)]
+        files += [os.path.join(folder, name) for name in names if not name.startswith('.')]
+    found = sorted(file for file in files if file.lower().endswith(extensions))
+    other = sorted(file for file in files if file.lower().endswith(UNREADABLE_EXTENSIONS))
     if not found:
-        more = f'; {len(unreadable)} files cannot be read: {unreadable[0]}' if unreadable else ''
-        raise InputError(f'{path}: no file with {" ".join(extensions)}{more}')
+        kinds = f'no file with {" ".join(extensions)} ({len(other)} that cannot be read)'
+        raise InputError(f'{path}: {kinds if seen else "no such file or folder"}')
     if ignored is not None:
-        ignored += sorted(unreadable)
-    return sorted(found)
+        ignored += other
+    return found
 
 
 def check_marks(row, where):
@@ -2476,40 +2326,29 @@ def check_marks(row, where):
 
 
 def open_hub(where):
-    """{split: streaming data set} for hub:NAME[@revision][:[config/]split]. Raises InputError."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise InputError(f'{where} is read by a package: pip install datasets') from None
-    name, _, split = where.removeprefix('hub:').partition(':')
-    name, _, revision = name.partition('@')
-    config, _, split = split.rpartition('/')
+    """hub:NAME[:[CONFIG/]SPLIT] -> {its name with a split: streaming rows, audio as bytes}."""
     with reading(where):
-        data = load_dataset(
-            name, config or None, split=split or None, revision=revision or None, streaming=True
-        )
+        from datasets import load_dataset
+
+        name, _, part = where.removeprefix('hub:').partition(':')
+        config, slash, split = part.rpartition('/')
+        data = load_dataset(name, config or None, split=split or None, streaming=True)
     data = {split: data} if split else data
-    return {split: part.decode(False) for split, part in data.items()}  # audio as bytes
+    return {f'hub:{name}:{config}{slash}{key}': rows.decode(False) for key, rows in data.items()}
 
 
 def parquet_files(where):
     """The shards that `where` names, sorted, each of which read_parquet takes.
 
-    where: a .parquet file, a folder of them, or hub:NAME[@revision][:[config/]split] for a data set
-    of the Hugging Face hub, whose shards are called hub:NAME:split#3/64. Raises InputError.
+    where: a .parquet file, a folder of them, or hub:NAME[:[config/]split] for a data set of the
+    Hugging Face hub, whose shards are called hub:NAME:split#3/64. Raises InputError.
     """
     if not where.startswith('hub:'):
         return find_audio(where, ('.parquet',))
-    where, _, shard = where.partition('#')
-    if shard:
-        return [f'{where}#{shard}']
-    base = where.removesuffix(where.removeprefix('hub:').partition(':')[2]).rstrip(':')
-    config = where.removeprefix('hub:').partition(':')[2].rpartition('/')[0]
-    return [
-        f'{base}:{config and config + "/"}{split}#{i}/{part.num_shards}'
-        for split, part in open_hub(where).items()
-        for i in range(part.num_shards)
-    ]
+    if '#' in where:
+        return [where]
+    counts = {name: data.num_shards for name, data in open_hub(where).items()}
+    return [f'{name}#{i}/{counts[name]}' for name in counts for i in range(counts[name])]
 
 
 def read_parquet(where):
@@ -2517,11 +2356,10 @@ def read_parquet(where):
     a time. Audio stays dict(bytes=..., path=...), a null stays None. Raises InputError."""
     for name in parquet_files(where):
         if name.startswith('hub:'):
-            where, _, shard = name.partition('#')
-            index, count = map(int, shard.split('/'))
-            [data] = open_hub(where).values()
+            base, index, count = re.fullmatch(r'(.*)#(\d+)/(\d+)', name).groups()
+            [data] = open_hub(base).values()
             with reading(name):
-                yield from data.shard(num_shards=count, index=index)
+                yield from data.shard(num_shards=int(count), index=int(index))
             continue
         import pyarrow.parquet
 
