@@ -405,22 +405,22 @@ def load(known, sounds, spans, longest):
 
 
 class Jobs(IterableDataset):
-    """Worker i of n does jobs i, i + n, ...: (key, items) gives (key, result) of work(items)."""
+    """Worker i of n does jobs i, i + n, ...: (key, what) gives (key, result) of work(what)."""
 
     def __init__(self, jobs, work):
         self.jobs, self.work = jobs, work
 
     def __iter__(self):
         worker = get_worker_info()
-        for key, items in self.jobs[worker.id :: worker.num_workers]:
+        for key, what in self.jobs[worker.id :: worker.num_workers]:
             try:
-                yield from ((key, result) for result in self.work(items))
+                yield from ((key, result) for result in self.work(what))
             except InputError as error:  # which a loader would wrap in a traceback
                 yield key, error
 
 
 def work_ahead(jobs, work, in_order=False):
-    """Yields (key, result) of `work(items)` for each job (key, items), made by worker processes.
+    """Yields (key, result) of `work(what)` for each job (key, what), made by worker processes.
     in_order: of jobs with one result each, in their order; else as they come."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     share = workers or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
@@ -451,24 +451,21 @@ def draw_speech(corpus, seconds):
     items = random.Random(seed).sample(items, min(len(items), 100_000))
     per_item = min(64, math.ceil(seconds / 5 / len(items)))  # few are shorter than 5 s
 
-    def read(items):
-        found = islice(
-            chain.from_iterable(read_item(i, root, DRAWN_SECONDS) for i in items), per_item
-        )
-        yield [wave for row, waves, _ in found if row and row['split'] != 'val' for wave in waves]
+    def read(item):
+        found = islice(read_item(item, root, DRAWN_SECONDS), per_item)
+        found = [(row, waves) for row, waves, _ in found if row]
+        # speech that validates is drawn where there is no other
+        yield [w for row, waves in found if row['split'] in ('train', item.split) for w in waves]
 
-    drawn, jobs = 0, [(item, [item]) for item in items]
     with tqdm(total=seconds, desc='speech to fit on', unit=' s', leave=False) as bar:
-        for wave in chain.from_iterable(
-            waves for _, waves in work_ahead(jobs, read, in_order=True)
-        ):
+        jobs = [(None, item) for item in items]
+        for wave in chain.from_iterable(waves for _, waves in work_ahead(jobs, read, True)):
             yield torch.from_numpy(wave)
-            drawn += len(wave) / SAMPLE_RATE
             bar.update(len(wave) / SAMPLE_RATE)
-            if drawn >= seconds:
+            if bar.n >= seconds:
                 return
-    if not drawn:
-        raise InputError('no training speech to fit on: no file drawn can be read')
+        if not bar.n:
+            raise InputError('no training speech to fit on: no file drawn can be read')
 
 
 def draw_frames(net, corpus, n_frames):
@@ -925,9 +922,8 @@ def make_from_audio():
     notes = [note for note in total['notes'] if note[0] != 'test']
     skipped['of test sets left out'] += len(total['notes']) - len(notes)
     with write_atomic(os.path.join(out, 'failed.jsonl'), 'wb') as file:
-        file.writelines(
-            to_line(dict(kind=kind, file_name=path, reason=why)) for kind, path, why in notes
-        )
+        for kind, path, reason in notes:
+            file.write(to_line(dict(kind=kind, file_name=path, reason=reason)))
     for kind in ('failed', 'doubtful'):
         found = [f'{path}: {reason}' for what, path, reason in notes if what == kind]
         meta[kind] = skipped[f'{kind} ({"".join(found[:1])} ...; see failed.jsonl)'] = len(found)

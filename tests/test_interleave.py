@@ -1,6 +1,7 @@
 """Token sets of speech and text for an interleaved model. Oracles: the frames themselves, and the
 tokenizer. test_train.py, test_eval_slm.py and test_sample.py use such sets and models."""
 
+import itertools
 import json
 import math
 
@@ -96,64 +97,31 @@ def test_spans_are_poisson_and_a_share_of_the_words():
         assert everywhere.max() - everywhere.min() < 0.2, everywhere
 
 
-def test_units_of_a_span_are_the_frames_between_its_word_times():
-    for row in make_rows(20, seed=1):
-        frames = np.repeat(row['units'], row['duration'])
-        for (_, start, _), (_, _, end) in zip(row['words'], row['words'][3:], strict=False):
-            inside = [u for i, u in enumerate(frames) if start <= (i + 0.5) / RATE < end]
-            wanted = [u for i, u in enumerate(inside) if i == 0 or u != inside[i - 1]]
-            assert prepare_units.units_between(row, start, end, RATE).tolist() == wanted
-
-
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_documents_are_utterances_in_spans(place, split):
-    """Of each utterance three draws: its words in their order, each as text or as its frames."""
+    """Of each utterance three draws: its words in order, in spans of text and of the frames whose
+    middles lie within their times."""
     meta, documents = read_set(place, 'interleaved', split)
     tokenizer, _, _ = read_tokenizer(place / 'lm')
-    rows = [row for row in make_rows(48) if row['split'] == split]
-    assert len(documents) == len(rows) * (3 if split == 'train' else 1)
-    shares = []
-    for number, document in enumerate(documents):
-        words, at, spoken = rows[number % len(rows)]['words'], 0, 0
-        starts = np.flatnonzero(document >= meta['vocab_size'] - 2)
-        assert starts[0] == 0 and document[-1] == meta['end']
-        spans = np.split(document[:-1], starts[1:])
-        for i, span in enumerate(spans):
-            if span[0] == meta['vocab_size'] - 1:
-                text = tokenizer.decode(span[1:].tolist())
-                n = len(text.split())
-                assert text == (' ' if at else '') + ' '.join(word for word, *_ in words[at:][:n])
-            else:
-                # the text after it says where it ends; of several places one has these units
-                after = [] if i + 1 == len(spans) else tokenizer.decode(spans[i + 1][1:]).split()
-                ends = [len(words)] if not after else range(at + 1, len(words))
-                n = (
-                    next(
-                        end
-                        for end in ends
-                        if fits(rows[number % len(rows)], at, end, span, after, meta)
-                    )
-                    - at
-                )
-                spoken += n
-            at += n
-        assert at == len(words)
-        shares.append(spoken / at)
-    assert min(shares) > 0.29 or min(len(row['words']) for row in rows) < 5
-    if split == 'train':
-        draws = np.array_split(np.arange(len(documents)), 3)
-        same = [np.array_equal(documents[a], documents[b]) for a, b in zip(*draws[:2], strict=True)]
-        assert np.mean(same) < 0.5  # of one word there is one draw
-
-
-def fits(row, first, end, span, after, meta):
-    """Are these the units of words first .. end - 1, and do the words `after` follow?"""
-    words, frames = row['words'], np.repeat(row['units'], row['duration'])
-    middles = (np.arange(len(frames)) + 0.5) / RATE
-    inside = frames[(words[first][1] <= middles) & (middles < words[end - 1][2])]
-    units = inside[np.flatnonzero(np.diff(inside, prepend=-1))]
-    same = np.array_equal(span[1:] - meta['offset'], units)
-    return same and [word for word, *_ in words[end:][: len(after)]] == after
+    rows = [(number, row) for number, row in enumerate(make_rows(48)) if row['split'] == split]
+    wanted, shares = [], []
+    for draw in range(3 if split == 'train' else 1):
+        for number, row in rows:
+            rng = np.random.default_rng((1234, draw, number))
+            speech = prepare_units.draw_spans(len(row['words']), rng)
+            frames, tokens = np.repeat(row['units'], row['duration']), []
+            middles = (np.arange(len(frames)) + 0.5) / RATE
+            for spoken, span in itertools.groupby(range(len(speech)), speech.__getitem__):
+                words = [row['words'][i] for i in span]
+                text = (' ' if tokens else '') + ' '.join(word for word, *_ in words)
+                inside = frames[(words[0][1] <= middles) & (middles < words[-1][2])]
+                units = inside[np.flatnonzero(np.diff(inside, prepend=-1))] + meta['offset']
+                ids = tokenizer.encode(text, add_special_tokens=False).ids
+                tokens += [meta['vocab_size'] - 1 - spoken, *(units if spoken else ids)]
+            wanted.append([*tokens, meta['end']])
+            shares.append(speech.mean())
+    assert [document.tolist() for document in documents] == wanted
+    assert min(shares) > 0.29
 
 
 def test_speech_and_text_sets(place):
@@ -174,7 +142,7 @@ def test_speech_and_text_sets(place):
 
 
 def test_texts_of_every_format_come_back(place, tmp_path):
-    """With names of special tokens in them, spaces and lines; the mark between documents anywhere."""
+    """With names of special tokens in them, spaces and lines; the mark stands anywhere."""
     import pyarrow
     import pyarrow.parquet
 
