@@ -457,15 +457,16 @@ def draw_speech(corpus, seconds):
         # speech that validates is drawn where there is no other
         yield [w for row, waves in found if row['split'] in ('train', item.split) for w in waves]
 
+    drawn, jobs = 0.0, [(None, item) for item in items]
     with tqdm(total=seconds, desc='speech to fit on', unit=' s', leave=False) as bar:
-        jobs = [(None, item) for item in items]
         for wave in chain.from_iterable(waves for _, waves in work_ahead(jobs, read, True)):
             yield torch.from_numpy(wave)
+            drawn += len(wave) / SAMPLE_RATE
             bar.update(len(wave) / SAMPLE_RATE)
-            if bar.n >= seconds:
+            if drawn >= seconds:
                 return
-        if not bar.n:
-            raise InputError('no training speech to fit on: no file drawn can be read')
+    if not drawn:
+        raise InputError('no training speech to fit on: no file drawn can be read')
 
 
 def draw_frames(net, corpus, n_frames):

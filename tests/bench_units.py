@@ -23,6 +23,7 @@ sys.path.insert(0, ROOT)
 from model import UnitEncoder, pick_device, save_audio  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(0)
+FIT = ('--encoder=mfcc', '--fit_kmeans=100', '--fit_frames=20000')
 
 
 def noise(seconds):
@@ -45,11 +46,10 @@ def bench_mfcc(count='300', other=''):
         wave = noise(30)
         for i in range(int(count)):
             save_audio(f'{place}/in/{i:05d}.flac', wave[i * 160 % 160_000 :][: 20 * 16000])
-        fit = ('--encoder=mfcc', '--fit_kmeans=100', '--fit_frames=20000')
         for turn in range(2):
             for folder in filter(None, (ROOT, other)):
                 out = f'{place}/{turn}{len(folder)}'
-                seconds, _ = run_script(folder, f'{place}/in', out, *fit)
+                seconds, _ = run_script(folder, f'{place}/in', out, *FIT)
                 print(f'{folder}: {seconds:.1f} s, {20 * int(count) / seconds:.0f} x real time')
 
 
@@ -58,8 +58,7 @@ def plain_loop(net, waves, centroids, device):
     order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
     for batch in (order[i : i + 8] for i in range(0, len(order), 8)):
         x = torch.nn.utils.rnn.pad_sequence([waves[i] for i in batch], batch_first=True)
-        lengths = torch.tensor([len(waves[i]) for i in batch])
-        mask = (torch.arange(x.shape[1]) < lengths[:, None]).long()
+        mask = torch.stack([torch.arange(x.shape[1]) < len(waves[i]) for i in batch]).long()
         with torch.no_grad():
             result = net(x.to(device), attention_mask=mask.to(device), output_hidden_states=True)
         torch.cdist(result.hidden_states[9].float(), centroids).argmin(-1).cpu()
@@ -78,13 +77,12 @@ def bench_net(count='40'):
         encoder = UnitEncoder.from_pretrained(folder, layer=9, kmeans='', device=device)
     frames = torch.cat([encoder.features(wave) for wave in waves[:4]])
     encoder.centroids, net = frames[:500], net.to(device)
-    ways = dict(
-        plain=lambda: plain_loop(net, waves, frames[:500], device),
-        ours=lambda: [encoder.encode(wave) for wave in waves],
-    )
     for name in ('plain', 'ours') * 2:
         start = time.time()
-        ways[name]()
+        if name == 'plain':
+            plain_loop(net, waves, frames[:500], device)
+        else:
+            [encoder.encode(wave) for wave in waves]
         seconds = time.time() - start
         print(f'{device}, {name}: {seconds:.1f} s, {sum(lengths) / seconds:.1f} x real time')
 
@@ -97,8 +95,7 @@ def bench_memory():
             for i in range(count):
                 if not os.path.exists(f'{place}/in/{i:05d}.wav'):
                     os.link(f'{place}/wave.wav', f'{place}/in/{i:05d}.wav')
-            fit = ('--encoder=mfcc', '--fit_kmeans=10', '--fit_frames=2000')
-            _, peak = run_script(ROOT, f'{place}/in', f'{place}/out{count}', *fit)
+            _, peak = run_script(ROOT, f'{place}/in', f'{place}/out{count}', *FIT)
             print(f'{count:,} files: {peak:.0f} MB')
 
 
