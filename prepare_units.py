@@ -732,7 +732,7 @@ def finish(meta, skipped, recipe):
     log(
         f'{out}: {n["utterances"]:,} utterances, {n["hours"]:.2f} h, {n["tokens"]:,} tokens '
         f'({meta["tokens_per_second"]} units a second), {usage["used"]} of {meta["n_units"]} units '
-        f'used, perplexity {usage["perplexity"]}, {meta["pairs"]:,} pairs; {", ".join(notes)}'
+        f'used, perplexity {usage["perplexity"]}, {", ".join([f"{meta['pairs']:,} pairs", *notes])}'
     )
 
 

@@ -37,7 +37,7 @@ def run_script(folder, audio, out, *flags):
     """-> seconds, and the peak of the largest process so far in MB."""
     command = [sys.executable, 'prepare_units.py', f'--audio={audio}', f'--out={out}', *flags]
     start = time.time()
-    subprocess.run(command, cwd=folder, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return time.time() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
