@@ -720,7 +720,7 @@ def pack(rows, origin, skipped):
 
 def finish(meta, skipped, recipe):
     """Write meta.json, which says that all is done, and print what is in it and what is not."""
-    notes = [f'{n:,} {what}' for what, n in skipped.items() if n]
+    notes = [f'{meta["pairs"]:,} pairs', *(f'{n:,} {what}' for what, n in skipped.items() if n)]
     notes += ['nothing to validate on'] * (not meta['tokens']['val'])
     if not sum(meta['utterances'].values()) + meta['pairs']:
         raise InputError(f'{out}: no units to pack; {", ".join(notes)}')
@@ -732,7 +732,7 @@ def finish(meta, skipped, recipe):
     log(
         f'{out}: {n["utterances"]:,} utterances, {n["hours"]:.2f} h, {n["tokens"]:,} tokens '
         f'({meta["tokens_per_second"]} units a second), {usage["used"]} of {meta["n_units"]} units '
-        f'used, perplexity {usage["perplexity"]}, {", ".join([f"{meta['pairs']:,} pairs", *notes])}'
+        f'used, perplexity {usage["perplexity"]}, {", ".join(notes)}'
     )
 
 

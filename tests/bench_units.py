@@ -34,11 +34,12 @@ def noise(seconds):
 
 
 def run_script(folder, audio, out, *flags):
-    """-> seconds, and the peak of the largest process so far in MB."""
+    """-> seconds, seconds of CPU, and the peak of the largest process so far in MB."""
     command = [sys.executable, 'prepare_units.py', f'--audio={audio}', f'--out={out}', *flags]
-    start = time.time()
+    start, before = time.time(), sum(os.times()[2:4])
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return time.time() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return time.time() - start, sum(os.times()[2:4]) - before, peak
 
 
 def bench_mfcc(count='300', other=''):
@@ -49,8 +50,10 @@ def bench_mfcc(count='300', other=''):
         for turn in range(2):
             for folder in filter(None, (ROOT, other)):
                 out = f'{place}/{turn}{len(folder)}'
-                seconds, _ = run_script(folder, f'{place}/in', out, *FIT)
-                print(f'{folder}: {seconds:.1f} s, {20 * int(count) / seconds:.0f} x real time')
+                seconds, cpu, _ = run_script(folder, f'{place}/in', out, *FIT)
+                print(
+                    f'{folder}: {seconds:.1f} s, {cpu:.1f} s of CPU, {20 * int(count)} s of speech'
+                )
 
 
 def plain_loop(net, waves, centroids, device):
@@ -95,7 +98,7 @@ def bench_memory():
             for i in range(count):
                 if not os.path.exists(f'{place}/in/{i:05d}.wav'):
                     os.link(f'{place}/wave.wav', f'{place}/in/{i:05d}.wav')
-            _, peak = run_script(ROOT, f'{place}/in', f'{place}/out{count}', *FIT)
+            *_, peak = run_script(ROOT, f'{place}/in', f'{place}/out{count}', *FIT)
             print(f'{count:,} files: {peak:.0f} MB')
 
 
