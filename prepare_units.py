@@ -110,7 +110,7 @@ DRAWN_SECONDS, VOICE_SECONDS = 60, 1800  # of a recording that is drawn to fit o
 SLACK = 0.5  # seconds that a recording may end before its words do
 WHOLE = (0.0, math.inf)  # seconds of a recording
 PAIR = ('prompt', 'chosen', 'rejected')
-OTHER_NAMES = dict(voice='speaker', text='raw_text')  # ours: theirs
+OTHER_NAMES = dict(speaker='voice', raw_text='text')  # theirs: ours
 # what libsndfile does not read is found too, and fails, so that it is counted
 WANTED = (*AUDIO_EXTENSIONS, *UNREADABLE_EXTENSIONS, '.tar', '.tar.gz', '.zip', '.parquet')
 # fields of a row that are not copied; what meta.json says of units; settings that make the parts
@@ -188,8 +188,8 @@ def is_shards(path):
 
 
 def parse_row(line, manifest, number='?'):
-    """A row of a manifest -> (row, its sound files: one, or three of a pair, (start, end) in seconds
-    of what is used). Raises InputError naming the line."""
+    """A row of a manifest -> (row, its sound files: one, or three of a pair, (start, end) in s of
+    what is used). Raises InputError naming the line."""
     try:
         row = json.loads(line)
         keys = [f'{part}_path' for part in PAIR] if 'prompt_path' in row else ['path']
@@ -214,7 +214,8 @@ def name_below(path, root):
 def split_by_folder(path, root='.'):
     """'test' or 'val' where a folder below root, or the name of a parquet file, says so (dev-clean,
     TEST, test-00000-of-00001.parquet), else ''."""
-    *folders, name = re.split('[/:#]', name_below(path, root))
+    marks = '[/:#]' if path.startswith('hub:') else '/'
+    *folders, name = re.split(marks, name_below(path, root))
     splits = {split_of(part, '') for part in (*folders, *[name] * is_shards(path))}
     return 'test' if 'test' in splits else 'val' if 'val' in splits else ''
 
@@ -232,7 +233,7 @@ def fingerprint(path):
         files = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
         return [[os.path.basename(name), fingerprint(name)] for name in files]
     if not os.path.isfile(path):
-        return os.path.basename(path)
+        return path
     with open(path, 'rb') as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
@@ -247,11 +248,10 @@ def hash_part(items, root):
     found = []
     for item in items:
         row, sounds, _ = read_row(item) if item.path.endswith('.jsonl') else ({}, [item.path], 0)
-        files = [
-            [name_below(sound, root), fingerprint(sound), fingerprint(beside(sound))]
-            for sound in sounds
-        ]
-        found.append([row, files, item.split])
+        for sound in sounds:
+            files = [path for path in (sound, beside(sound)) if os.path.exists(path)]
+            row[name_below(sound, root)] = list(map(fingerprint, files))
+        found.append([row, item.split])
     return content_hash(found)
 
 
@@ -276,7 +276,7 @@ def utterances_of(item):
     sounds: paths or open files, one or three. spans: [(start s, end s), ...] to be joined."""
     if item.path.endswith('.jsonl'):
         row, sounds, span = read_row(item)
-        yield sounds[0], row, sounds, [span]
+        yield sounds[0], row | dict(split=item.split), sounds, [span]
     elif is_shards(item.path):
         yield from utterances_of_shard(item.path)
     else:
@@ -306,18 +306,17 @@ def utterances_of_shard(path):
     """The same of a parquet file: audio in columns prompt, chosen and rejected, or in one column. A
     null row has no sounds."""
     for number, row in enumerate(read_parquet(path)):
-        audio = {key: row[key] for key in row if isinstance(row[key], dict) and 'bytes' in row[key]}
+        found = {key: row[key] for key in row if isinstance(row[key], dict) and 'bytes' in row[key]}
         name, sounds = f'{path.removesuffix(".parquet")}/{number:05d}', []
-        for key in PAIR if row.keys() >= set(PAIR) else audio:
-            content, file = (audio.get(key, {}).get(field) for field in ('bytes', 'path'))
+        for key in PAIR if row.keys() >= set(PAIR) else found:
+            content, file = (found.get(key, {}).get(field) for field in ('bytes', 'path'))
             if content:
                 sounds.append(io.BytesIO(content))
                 sounds[-1].name = f'{name}, {key}'  # for errors
             elif file:
                 sounds.append(os.path.join(os.path.dirname(path), file))
-        known = {key: row[key] for key in row if key not in audio}
-        known |= {key: row[other] for key, other in OTHER_NAMES.items() if other in row}
-        own_names = [os.path.basename(sound.get('path') or '') for sound in audio.values()]
+        known = {OTHER_NAMES.get(key, key): row[key] for key in row if key not in found}
+        own_names = [os.path.basename(sound.get('path') or '') for sound in found.values()]
         yield '-'.join(filter(None, [name, *own_names[:1]])), known, sounds, [WHOLE]
 
 
@@ -328,19 +327,20 @@ def read_item(item, root, longest=None):
     row: as in units.jsonl, without units. waves: one or three (samples,) float32 arrays at 16 kHz,
     of at most `longest` seconds a span. notes: [(failed, doubtful or test, name, reason), ...].
     """
-    utterances, name = utterances_of(item), ''
-    while name is not None:
+    utterances = utterances_of(item)
+    while True:
         name = None
         try:
-            for path, known, sounds, spans in utterances:
-                name = name_below(path, root)
-                split = split_of(item.split or known.get('split') or split_by_hash(name))
-                if split == 'test':
-                    yield None, [], [('test', name, '')]
-                    continue
-                row, waves, notes = load(known, sounds, spans, longest)
-                row = dict(file_name=name) | row | dict(split=split)
-                yield row, waves, [('doubtful', name, note) for note in notes]
+            path, known, sounds, spans = next(utterances)
+            name = name_below(path, root)
+            split = split_of(known.get('split') or item.split or split_by_hash(name))
+            if split == 'test':
+                yield None, [], [('test', name, '')]
+                continue
+            row, waves, notes = load(known, sounds, spans, longest)
+            row = dict(file_name=name) | row | dict(split=split)
+            yield row, waves, [('doubtful', name, note) for note in notes]
+        except StopIteration:
             return
         except (OSError, ValueError, TypeError) as error:
             if name is None and item.path.startswith('hub:'):
@@ -362,7 +362,7 @@ def load(known, sounds, spans, longest):
         parts = []
         for start, end in spans:
             length = min(end - start, longest or math.inf)
-            length = length if length < math.inf else None
+            length = None if length == math.inf else length
             parts.append(load_audio(sound, SAMPLE_RATE, start, length, keep_partial, notes))
         waves.append(torch.cat(parts).numpy())
     short = any(note.startswith('stopped early') for note in notes)
@@ -405,24 +405,26 @@ def load(known, sounds, spans, longest):
 
 
 class Jobs(IterableDataset):
-    """Worker i of n does jobs i, i + n, ...: (key, items) gives (key, result) of work(items)."""
+    """Worker i of n does jobs i, i + n, ...: (key, what) gives (key, result) of work(what)."""
 
     def __init__(self, jobs, work):
         self.jobs, self.work = jobs, work
 
     def __iter__(self):
         worker = get_worker_info()
-        for key, items in self.jobs[worker.id :: worker.num_workers]:
-            for result in self.work(items):
-                yield key, result
+        for key, what in self.jobs[worker.id :: worker.num_workers]:
+            try:
+                yield from ((key, result) for result in self.work(what))
+            except InputError as error:  # which a loader would wrap in a traceback
+                yield key, error
 
 
 def work_ahead(jobs, work, in_order=False):
-    """Yields (key, result) of `work(items)` for each job (key, items), made by worker processes.
+    """Yields (key, result) of `work(what)` for each job (key, what), made by worker processes.
     in_order: of jobs with one result each, in their order; else as they come."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     share = workers or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-    yield from DataLoader(
+    loader = DataLoader(
         Jobs(jobs, work),
         batch_size=None,
         num_workers=max(1, min(share, len(jobs))),
@@ -431,6 +433,10 @@ def work_ahead(jobs, work, in_order=False):
         multiprocessing_context='fork',  # the encoder need not be pickled
         in_order=in_order,
     )
+    for key, result in loader:
+        if isinstance(result, InputError):
+            raise result
+        yield key, result
 
 
 # -----------------------------------------------------------------------------
@@ -445,17 +451,15 @@ def draw_speech(corpus, seconds):
     items = random.Random(seed).sample(items, min(len(items), 100_000))
     per_item = min(64, math.ceil(seconds / 5 / len(items)))  # few are shorter than 5 s
 
-    def read(items):
-        found = islice(
-            chain.from_iterable(read_item(i, root, DRAWN_SECONDS) for i in items), per_item
-        )
-        yield [wave for row, waves, _ in found if row and row['split'] != 'val' for wave in waves]
+    def read(item):
+        found = islice(read_item(item, root, DRAWN_SECONDS), per_item)
+        found = [(row, waves) for row, waves, _ in found if row]
+        # speech that validates is drawn where there is no other
+        yield [w for row, waves in found if row['split'] in ('train', item.split) for w in waves]
 
-    drawn, jobs = 0, [(item, [item]) for item in items]
+    drawn, jobs = 0.0, [(None, item) for item in items]
     with tqdm(total=seconds, desc='speech to fit on', unit=' s', leave=False) as bar:
-        for wave in chain.from_iterable(
-            waves for _, waves in work_ahead(jobs, read, in_order=True)
-        ):
+        for wave in chain.from_iterable(waves for _, waves in work_ahead(jobs, read, True)):
             yield torch.from_numpy(wave)
             drawn += len(wave) / SAMPLE_RATE
             bar.update(len(wave) / SAMPLE_RATE)
@@ -512,6 +516,8 @@ def prepare_encoder(corpus, recipe, part):
         net = load_encoder(corpus)
         net.config['fitted'] = recipe
         net.save_pretrained(folder)
+    if not os.path.exists(made):
+        log('waiting for shard 0 to make the encoder')
     while not os.path.exists(made):
         time.sleep(1)
     net = UnitEncoder.from_pretrained(folder, device=device)
@@ -648,7 +654,7 @@ def describe_units(paths):
             meta['encoder_id'] = read_json(os.path.join(encoder, 'encoder.json')).get('encoder_id')
         if not meta['n_units']:
             raise InputError(
-                f'{path} has no meta.json beside it: give --n_units, --frame_rate and --encoder'
+                f'{path}, no meta.json beside it: give --n_units, --frame_rate, --encoder'
             )
         origins[path] = {key: meta.get(key) for key in ORIGIN}
     check_encoder_ids({path: origin['encoder_id'] for path, origin in origins.items()})
@@ -686,9 +692,7 @@ def pack(rows, origin, skipped):
             parts = [row[part] for part in PAIR] if 'prompt' in row else [row]
             highest = max(chain.from_iterable(part['units'] for part in parts), default=0)
             if highest >= len(usage):
-                raise InputError(
-                    f'{row["file_name"]} has unit {highest} of {len(usage)} (--n_units)'
-                )
+                raise InputError(f'{row["file_name"]} has unit {highest}: --n_units={len(usage)}')
             name = 'pairs.jsonl' if 'prompt' in row else 'units.jsonl'
             if name not in files:
                 path = os.path.join(out, name)
@@ -707,30 +711,28 @@ def pack(rows, origin, skipped):
 
     with ExitStack() as stack:
         meta |= write_tokens(out, documents(stack), meta['dtype'])
-    shares = usage[usage > 0] / max(1, usage.sum())
+    shares, seconds = usage[usage > 0] / max(1, usage.sum()), 3600 * sum(meta['hours'].values())
     perplexity = round(float(np.exp(-(shares * np.log(shares)).sum())), 1)
-    seconds = 3600 * sum(meta['hours'].values())
+    meta['hours'] = {split: round(hours, 4) for split, hours in meta['hours'].items()}
     meta['tokens_per_second'] = round(int(usage.sum()) / max(seconds, 1e-9), 2)
     return meta | dict(unit_usage=dict(used=len(shares), perplexity=perplexity))
 
 
 def finish(meta, skipped, recipe):
     """Write meta.json, which says that all is done, and print what is in it and what is not."""
-    meta |= dict(left_out=skipped['of test sets left out'], recipe=recipe)
-    meta['hours'] = {split: round(hours, 4) for split, hours in meta['hours'].items()}
-    notes = ', '.join(f'{n:,} {what}' for what, n in skipped.items() if n)
+    notes = [f'{meta["pairs"]:,} pairs', *(f'{n:,} {what}' for what, n in skipped.items() if n)]
+    notes += ['nothing to validate on'] * (not meta['tokens']['val'])
     if not sum(meta['utterances'].values()) + meta['pairs']:
-        raise InputError(f'{out}: no units to pack; {notes}')
+        raise InputError(f'{out}: no units to pack; {", ".join(notes)}')
+    meta |= dict(left_out=skipped['of test sets left out'], recipe=recipe)
     with write_atomic(os.path.join(out, 'meta.json')) as file:
         json.dump(meta, file, indent=2)
+    n = {key: sum(meta[key].values()) for key in ('utterances', 'hours', 'tokens')}
+    usage = meta['unit_usage']
     log(
-        f'{out}: {sum(meta["utterances"].values()):,} utterances, '
-        f'{sum(meta["hours"].values()):.2f} h, {sum(meta["tokens"].values()):,} tokens '
-        f'({meta["tokens_per_second"]} units a second), {meta["unit_usage"]["used"]} of '
-        f'{meta["n_units"]} units used, perplexity {meta["unit_usage"]["perplexity"]}, '
-        f'{meta["pairs"]:,} pairs; {notes}'
-        + '; nothing to validate on'
-        * (not meta['tokens']['val'])
+        f'{out}: {n["utterances"]:,} utterances, {n["hours"]:.2f} h, {n["tokens"]:,} tokens '
+        f'({meta["tokens_per_second"]} units a second), {usage["used"]} of {meta["n_units"]} units '
+        f'used, perplexity {usage["perplexity"]}, {", ".join(notes)}'
     )
 
 
@@ -863,7 +865,7 @@ def settle(recipe):
     """Settings and inputs lie beside the parts: others are refused. A run that made nothing yet
     binds no later one."""
     path = os.path.join(out, 'parts', 'recipe.json')
-    names = ('meta.json', 'encoder/encoder.json', 'parts/00*.jsonl')
+    names = ('meta.json', 'encoder/encoder.json', 'parts/[0-9]*.jsonl')
     if any(glob.glob(os.path.join(glob.escape(out), name)) for name in names):
         before = read_json(path) if os.path.exists(path) else {}
         other = [key for key in recipe if before.get(key) != recipe[key]]
@@ -899,7 +901,7 @@ def make_from_audio():
     with ThreadPoolExecutor(16) as pool:
         inputs = content_hash(list(pool.map(hash_part, parts, [root] * len(parts))))
     recipe = {key: globals()[key] for key in RECIPE} | dict(inputs=inputs)
-    recipe |= dict(encoder=fingerprint(encoder), kmeans=fingerprint(kmeans))
+    recipe |= dict(encoder=fingerprint(encoder or 'mhubert25'), kmeans=fingerprint(kmeans))
     settle(recipe)
     voice = os.path.exists(os.path.join(out, 'vocoder', 'vocoder.json'))
     if os.path.exists(os.path.join(out, 'meta.json')) and (voice or not fit_vocoder):
@@ -921,9 +923,8 @@ def make_from_audio():
     notes = [note for note in total['notes'] if note[0] != 'test']
     skipped['of test sets left out'] += len(total['notes']) - len(notes)
     with write_atomic(os.path.join(out, 'failed.jsonl'), 'wb') as file:
-        file.writelines(
-            to_line(dict(kind=kind, file_name=path, reason=why)) for kind, path, why in notes
-        )
+        for kind, path, reason in notes:
+            file.write(to_line(dict(kind=kind, file_name=path, reason=reason)))
     for kind in ('failed', 'doubtful'):
         found = [f'{path}: {reason}' for what, path, reason in notes if what == kind]
         meta[kind] = skipped[f'{kind} ({"".join(found[:1])} ...; see failed.jsonl)'] = len(found)

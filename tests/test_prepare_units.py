@@ -66,15 +66,11 @@ def run(tmp_path):
 
 
 def speech(seconds, seed):
-    """Noise through a resonance that moves every 100 ms: (samples,) float32."""
-    rng, wave = np.random.default_rng(seed), []
-    for _ in range(round(seconds * 10)):
-        t = np.arange(1600) / 16000
-        pitches = rng.uniform(200, 3000, 3)
-        wave.append(
-            sum(np.sin(2 * np.pi * pitch * t) for pitch in pitches) * rng.uniform(0.02, 0.2)
-        )
-    return (np.concatenate(wave) + 0.001 * rng.standard_normal(len(wave) * 1600)).astype('float32')
+    """Three tones that change every 100 ms, and a little noise: (samples,) float32."""
+    rng = np.random.default_rng(seed)
+    pitches = rng.uniform(200, 3000, (3, round(seconds * 10))).repeat(1600, 1)
+    wave = 0.1 * np.sin(np.cumsum(2 * np.pi * pitches / 16000, 1)).sum(0)
+    return (wave + 0.001 * rng.standard_normal(len(wave))).astype('float32')
 
 
 def write(path, wave, rate=16000, **options):
@@ -131,8 +127,6 @@ def test_k_means_is_as_good_as_scikit_learn():
     found, distance = P.cluster(x, 40)
     theirs = KMeans(40, n_init=3, random_state=0).fit(x.numpy())
     assert distance < 1.05 * theirs.inertia_ / len(x)
-    nearest = torch.cdist(x.double(), found.double()).min(1).values
-    assert float(nearest.square().mean()) == pytest.approx(distance, rel=0.01)
     assert torch.equal(found, P.cluster(x, 40)[0])
     with pytest.raises(InputError, match='too few'):
         P.cluster(x[:5], 12)
@@ -157,13 +151,6 @@ def test_splits_by_folder_and_by_name(monkeypatch):
         'development/contest/testimony/a.flac': '',
     }.items():
         assert P.split_by_folder(name) == split, name
-
-
-def test_fingerprints_see_content_not_path_or_size(tmp_path):
-    for name, content in dict(a=b'x' * 10**6, b=b'x' * 10**6, c=b'x' * 999_999 + b'y').items():
-        (tmp_path / name).write_bytes(content)
-    found = [P.fingerprint(str(tmp_path / name)) for name in 'abc']
-    assert found[0] == found[1] != found[2]
 
 
 # -----------------------------------------------------------------------------
@@ -359,17 +346,10 @@ def test_our_units_keep_their_origin_and_different_ones_do_not_mix(run, encoder,
     assert UnitEncoder.from_pretrained(new['encoder']).encoder_id == old['encoder_id']
     both = f'--from_units={tmp_path}/ua/units.jsonl,{tmp_path}/ub/units.jsonl'
     assert 'different encoders' in run(both, f'--out={tmp_path}/both', code=2)
-
-
-def test_old_units_folders_load(run, tmp_path):
-    """meta.json of an earlier version has no encoder_id."""
-    write_rows(f'{tmp_path}/old/units.jsonl', [dict(file_name='a', units=[1, 2], duration=[1, 1])])
-    made = dict(
-        encoder='mhubert25', vocoder='hifigan25', n_units=500, frame_rate=25.0, vocab_size=502
-    )
-    (tmp_path / 'old/meta.json').write_text(json.dumps(made))
-    run(f'--from_units={tmp_path}/old/units.jsonl', f'--out={tmp_path}/out')
-    assert meta(tmp_path / 'out').items() >= made.items()
+    del old['encoder_id']  # as earlier versions wrote it
+    (tmp_path / 'ua/meta.json').write_text(json.dumps(old))
+    run(f'--from_units={tmp_path}/ua/units.jsonl', f'--out={tmp_path}/old', '--val_fraction=0')
+    assert meta(tmp_path / 'old').items() >= dict(encoder_id=None, tokens=old['tokens']).items()
 
 
 # -----------------------------------------------------------------------------
@@ -424,38 +404,29 @@ def test_token_files_are_the_units(corpus, whole):
     assert units[1].items() >= units_of(whole / 'encoder', wave).items()
 
 
-@pytest.mark.parametrize('shards, workers', [(1, 3), (3, 1)])
-def test_killed_at_any_moment_the_same_bytes(corpus, whole, tmp_path, shards, workers):
+@pytest.mark.parametrize('shards, workers, torchrun', [(1, 3, False), (3, 1, False), (2, 1, True)])
+def test_killed_at_any_moment_the_same_bytes(corpus, whole, tmp_path, shards, workers, torchrun):
     """Killed with -9 whenever another file has appeared, then continued to the end."""
     args = [f'--audio={corpus}', f'--out={tmp_path}/out', *SETTINGS, f'--workers={workers}']
 
-    def start():
-        return [begin(tmp_path / f'log{i}', *args, f'--shard={i}/{shards}') for i in range(shards)]
+    def start(i):
+        env = dict(WORLD_SIZE=str(shards), RANK=str(i)) if torchrun else {}
+        more = [] if torchrun else [f'--shard={i}/{shards}']
+        return begin(tmp_path / f'log{i}', *args, *more, **env)
 
     def files():
         return len(glob.glob(f'{tmp_path}/out/**', recursive=True))
 
     for _ in range(3):
-        processes, seen = start(), files() + random.Random(shards).randrange(3)
+        processes = [start(i) for i in range(shards)]
+        seen = files() + random.Random(shards).randrange(3)
         while files() <= seen and any(process.is_alive() for process in processes):
             pass
         for process in processes:
             if process.is_alive():
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
-    for process in start():
-        end(process)
-    if not os.path.exists(f'{tmp_path}/out/meta.json'):  # each saw a part of another missing
-        end(start()[0])
-    assert contents(tmp_path / 'out') == contents(whole)
-
-
-def test_torchrun_ranks_share_the_work(corpus, whole, tmp_path):
-    args = [f'--audio={corpus}', f'--out={tmp_path}/out', *SETTINGS]
-    world = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')
-    for process in [
-        begin(tmp_path / f'log{i}', *args, **world, RANK=str(i), LOCAL_RANK=str(i)) for i in (0, 1)
-    ]:
+    for process in [start(i) for i in range(shards)]:
         end(process)
     assert contents(tmp_path / 'out') == contents(whole)
 
@@ -490,7 +461,7 @@ def test_a_finished_folder_is_left_alone_and_others_refused(corpus, whole, run, 
         (['--audio={}/rows.jsonl'], 'rows.jsonl, line 2: no '),
         (['--audio={}/spans.jsonl'], 'spans.jsonl, line 1: expected 0 <= start < end'),
         (['--audio={}/words.jsonl'], 'words.jsonl, line 1: its times: `words` must be'),
-        (['--from_units={}/units.jsonl', '--n_units=4'], 'has unit 4 of 4'),
+        (['--from_units={}/units.jsonl', '--n_units=4'], 'has unit 4: --n_units=4'),
         (['--from_units={}/units.jsonl', '--n_units=4', '--out={}/old'], 'made with other'),
         (['--audio=README.md', '--workes=2'], 'did you mean workers'),
     ],
