@@ -456,7 +456,7 @@ if __name__ == '__main__':
 
     log_file.close()
     stop_processes(world)
-    log(f'{out_dir}: {step} steps of {batch_pairs} pairs, {format_time(elapsed)}, {scores}', rank)
+    log(f'{out_dir}: {step} steps of {batch_pairs} pairs, {format_time(elapsed)}', rank)
     if not over:
         log('stopped and saved; the same command continues', rank)
         raise SystemExit(128 + (stopping or [signal.SIGTERM])[0])

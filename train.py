@@ -135,7 +135,7 @@ class DataSet(NamedTuple):
     tokens: np.ndarray  # (n,) a memory map of the token file
 
 
-def open_data(names, split):
+def open_data(names, split='train'):
     """'a:2,b' -> list of DataSet. Raises InputError if one is missing, empty or damaged."""
     sets = []
     for part in names.split(','):
@@ -152,6 +152,13 @@ def open_data(names, split):
                 raise ValueError('its weight must be above 0')
         sets.append(DataSet(folder, weight, meta, tokens))
     return sets
+
+
+def balance(sets):
+    """The sets with new weights: the old ones become shares of the tokens of an epoch, which has as
+    many tokens as all sets together."""
+    scale = sum(len(each.tokens) for each in sets) / sum(each.weight for each in sets)
+    return [each._replace(weight=each.weight * scale / len(each.tokens)) for each in sets]
 
 
 def check_alike(sets, init, init_encoder_id):
@@ -370,13 +377,11 @@ if __name__ == '__main__':
         raise InputError(f'init and out_dir are both {init}, which would be overwritten')
 
     # Data to train on and to validate on; their hash is part of the recipe.
-    sets = open_data(data, 'train')
+    sets = open_data(data)
     names = val_data or ','.join(each.folder for each in sets if each.meta['tokens'].get('val'))
     val_sets = open_data(names, 'val') if eval_interval and names else []
     config['data_sha256'] = [file_hash(each.tokens.filename) for each in sets]
-    if balanced:  # weights become shares of an epoch, which has as many tokens as all sets
-        scale = sum(len(each.tokens) for each in sets) / sum(each.weight for each in sets)
-        sets = [each._replace(weight=each.weight * scale / len(each.tokens)) for each in sets]
+    sets = balance(sets) if balanced else sets
 
     # A run that stopped left its state here.
     state = dict(step=0, elapsed=0.0, seen=0, place=(0, 0, 0), scores={}, config=config)
