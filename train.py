@@ -284,8 +284,8 @@ class Loader:
 
 
 def make_optimizer(model):
-    """The optimizer over all parameters, of which only matrices decay. Knobs that an optimizer of
-    pytorch_optimizer does not have are not passed on. Raises InputError for an unknown name."""
+    """The optimizer over all parameters, of which only matrices decay. pytorch_optimizer's get the
+    knobs that they have. Raises InputError for an unknown name."""
     groups = [
         dict(params=[p for p in model.parameters() if p.ndim >= 2], weight_decay=weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0),
@@ -418,8 +418,7 @@ if __name__ == '__main__':
     lengths = loader.lengths[loader.order(0)]  # of the chunks in the first epoch
     epochs, size = max_steps * batch_tokens / lengths.sum(), lengths.mean()
     log(f'{lengths.sum():,} tokens an epoch in chunks of {size:.0f}; {epochs:.3g} epochs', rank)
-    if loader.dropped:
-        log(f'{loader.dropped} tokens dropped: utterances cut at {context} that leave one', rank)
+    log(f'{loader.dropped} tokens dropped: utterances cut at {context} that leave one', rank)
     if step:
         old, new = updater.param_groups[0]['lr'], learning_rate(step, step / max_steps)
         log(f'going on at step {step}: the learning rate was {old:.2e}, it is {new:.2e}', rank)

@@ -360,7 +360,7 @@ def test_every_way_to_write_units(tmp_path):
     ]
     for row in rows:
         path = write_rows(tmp_path / 'pairs.jsonl', [row])
-        [[prompt, chosen, rejected]], _, _ = dpo.load_pairs(path, 40, 128, 0.3, 10)
+        [[prompt, chosen, rejected]], _, _ = dpo.load_pairs(path, 40, 128, 0.0, 10)
         assert [*prompt, *chosen, *rejected] == [1, 3, 4, 5, 1, 6, 1]
 
 
