@@ -531,7 +531,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
 
 MISTAKES = [
     ('--schedule=linear', "schedule 'linear' is unknown"),
-    ('--batch_tokens=100', 'batch_tokens=100 is not a multiple of row_tokens=64'),
+    ('--batch_tokens=100', 'batch_tokens=100 is no multiple of 1 x row_tokens=64'),
     ('--data=nowhere', 'nowhere'),
     ('--data={data}:0', 'weight must be above 0'),
     ('--data={data},{other}', 'differ in vocab_size'),
