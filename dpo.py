@@ -136,10 +136,8 @@ LOSSES = dict(dpo=dpo_loss, ipo=ipo_loss, simpo=simpo_loss)
 
 def make_pair(prompt, chosen, rejected, context):
     """Tokens of `<S>` + prompt, of chosen + `<S>` and of rejected + `<S>`, three arrays of int64.
-
-    Cut so that prompt + completion fit in the context: the prompt loses its beginning, down to half
-    the context; then completions lose their ends.
-    """
+    To fit in the context the prompt loses its beginning, down to half the context, then the
+    completions lose their ends."""
     prompt = np.append(BOS, prompt + OFFSET)
     chosen, rejected = np.append(chosen + OFFSET, EOS), np.append(rejected + OFFSET, EOS)
     longest = max(len(chosen), len(rejected))
@@ -208,11 +206,9 @@ def pair_hash(pair):
 
 
 def iter_batches(lengths, batch_pairs, seed, step):
-    """Endless batches, (batch_pairs,) indices each, from `step` on; all have about as many tokens.
-
-    Of the pairs sorted by length, each batch gets a random one of every stretch. The pairs left
-    over, fewer than a batch, sit this epoch out.
-    """
+    """Endless batches, (batch_pairs,) indices each, from `step` on. Of the pairs sorted by length,
+    each gets a random one of every stretch: all have about as many tokens. The pairs left over,
+    fewer than a batch, sit this epoch out."""
     per_epoch = len(lengths) // batch_pairs
     while True:
         rng = np.random.default_rng((seed, step // per_epoch))
@@ -224,22 +220,19 @@ def iter_batches(lengths, batch_pairs, seed, step):
 
 
 def row_width(lengths, batch_pairs, row_tokens, world, multiple=128):
-    """The width of all rows: a batch of mean length fills so many, a multiple of the processes.
-
-    2 % is kept free for what packing leaves. multiple: 128 suits flex attention.
-    """
+    """The width of all rows: a batch of mean length fills so many, a multiple of the processes, but
+    for 2 % that packing leaves. multiple: 128 suits flex attention."""
     batch_tokens = 1.02 * batch_pairs * float(np.mean(lengths))
     rows = world * math.ceil(batch_tokens / row_tokens / world)
-    tokens = max(batch_tokens / rows, max(lengths))
-    return math.ceil(tokens / multiple) * multiple
+    return math.ceil(max(batch_tokens / rows, *lengths) / multiple) * multiple
 
 
 def collate(pairs, width):
     """Rows of `width` tokens packed with whole pairs; a row is one forward pass.
 
-    Returns: list of (row, indices). indices: (m,) the pairs in this row. row: (6, 1, width) int64,
-    the tokens, mask, doc, positions, branch and segments of SLM.logps: the k-th pair of the row is
-    document k + 1, in segments 2 k (chosen) and 2 k + 1 (rejected). Padding is document 0.
+    Returns: list of (row, indices). indices: (m,) its pairs. row: (6, 1, width) int64, the tokens,
+    mask, doc, positions, branch and segments of SLM.logps: pair k of the row is document k + 1, in
+    segments 2 k (chosen) and 2 k + 1 (rejected). Padding is document 0.
     """
     rows = []
     for indices in pack_rows([sum(map(len, pair)) for pair in pairs], width):
@@ -306,7 +299,7 @@ def format_record(record, last_step, n_val):
     scores = [f'{key[4:]} {value:.4f}' for key, value in record.items() if key.startswith('val_')]
     if scores:
         line += f'\n  {n_val} pairs held out: {", ".join(scores)} nats a token of the chosen'
-    if record.get('val_drift', 0) < -0.3:
+    if record.get('val_drift', 0) < -0.3:  # damage, by experience
         line += '\n  WARNING: chosen completions become unlikely: lower --lr or --epochs'
     return line
 
@@ -344,10 +337,8 @@ if __name__ == '__main__':
         last_step = min(last_step, max(1, round(epochs * (len(train) // batch_pairs))))
 
     # A run that stopped left its state here.
-    state = dict(step=0, elapsed=0.0, seen=0, scores={}, config=config)
-    state |= dict(reference=None, model=None, optimizer=None)
-    if resume:
-        state = load_run(out_dir, state, config, FREE)
+    state = dict(step=0, elapsed=0.0, seen=0, scores={}, reference=None, config=config)
+    state = load_run(out_dir, state, config, FREE) if resume else state
     step, elapsed, seen, scores = (state[key] for key in ('step', 'elapsed', 'seen', 'scores'))
 
     # All rows have one width, so that they are compiled once.
@@ -358,8 +349,7 @@ if __name__ == '__main__':
     logps = torch.compile(model.logps, dynamic=False) if compiled else model.logps
     autocast = torch.autocast(torch_device.type, torch_dtype, enabled=torch_dtype != torch.float32)
 
-    def row_logps(row, m):
-        """Log-probabilities (m, 2) of chosen and rejected of the m pairs in a row."""
+    def row_logps(row, m):  # (m, 2): chosen and rejected of the m pairs in a row
         with autocast:
             return logps(*to_device(row, torch_device), n=2 * slots).view(slots, 2)[:m]
 
@@ -370,8 +360,7 @@ if __name__ == '__main__':
     log_file = open_log(out_dir, step, rank)
     run = start_tracker(tracker, config) if rank == 0 else None
 
-    # The policy is the reference until its first step. The checkpoint keeps the reference's
-    # log-probabilities, (pairs, 2), so that their time is charged once.
+    # The reference is the policy before its first step. The checkpoint keeps its log-probabilities.
     reference, clock = state['reference'], time.perf_counter()
     if reference is None:
         reference = score_pairs(row_logps, pairs, width, torch_device, rank, world)
@@ -383,9 +372,9 @@ if __name__ == '__main__':
     del state  # it holds a copy of the model
     for parameter in model.parameters():  # of several processes, one may have no row in a step
         parameter.grad = torch.zeros_like(parameter)
-
     slam = dict(model.slam, stage='dpo', git_commit=git_commit())
     slam['recipe'] = dict(config, pretraining=model.slam.get('recipe'))
+
     stopping = catch_signals(rank)
     batches = iter_batches(lengths[: len(train)], batch_pairs, seed, step)
     sums = torch.zeros(4, device=torch_device)  # of measure and norm, since the last report
@@ -456,7 +445,7 @@ if __name__ == '__main__':
 
     log_file.close()
     stop_processes(world)
-    log(f'{out_dir}: {step} steps of {batch_pairs} pairs, {format_time(elapsed)}, {scores}', rank)
+    log(f'{out_dir}: {step} steps of {batch_pairs} pairs, {format_time(elapsed)}', rank)
     if not over:
         log('stopped and saved; the same command continues', rank)
         raise SystemExit(128 + (stopping or [signal.SIGTERM])[0])

@@ -103,7 +103,7 @@ FREE = set(
     'log_interval tracker compile device'.split()
 )
 BLOCK_ROWS = 500  # rows that are packed together: best fit then fills over 99 % of them
-VAL_TOKENS = 1_000_000  # of each validation set at most: enough to see differences of 0.002 nats
+VAL_TOKENS = 1_000_000  # of each validation set: enough to see differences of 0.002 nats
 
 
 def learning_rate(step, progress):
@@ -124,7 +124,6 @@ def learning_rate(step, progress):
     raise InputError(f'schedule {schedule!r} is unknown: use cosine or inverse_sqrt')
 
 
-# -----------------------------------------------------------------------------
 # Data: token files -> chunks -> rows -> batches
 
 
@@ -135,7 +134,7 @@ class DataSet(NamedTuple):
     tokens: np.ndarray  # (n,) a memory map of the token file
 
 
-def open_data(names, split):
+def open_data(names, split='train'):
     """'a:2,b' -> list of DataSet. Raises InputError if one is missing, empty or damaged."""
     sets = []
     for part in names.split(','):
@@ -154,12 +153,18 @@ def open_data(names, split):
     return sets
 
 
+def balance(sets):
+    """The sets with new weights: the old ones become shares of the tokens of an epoch, which has as
+    many tokens as all sets together."""
+    scale = sum(len(each.tokens) for each in sets) / sum(each.weight for each in sets)
+    return [each._replace(weight=each.weight * scale / len(each.tokens)) for each in sets]
+
+
 def check_alike(sets, init, init_encoder_id):
     """Raise InputError if the units of the sets and of the model `init` are of different kinds."""
     for key in ('vocab_size', 'offset', 'dedup', 'frame_rate', 'tokenizer_sha256'):
         if len({str(each.meta.get(key)) for each in sets}) > 1:
-            found = ', '.join(f'{each.folder}: {each.meta.get(key)}' for each in sets)
-            raise InputError(f'these data sets do not mix, they differ in {key} ({found})')
+            raise InputError(f'{data} and {val_data} do not mix: they differ in {key}')
     encoder_ids = {each.folder: each.meta.get('encoder_id') for each in sets}
     check_encoder_ids(encoder_ids | {init: init_encoder_id})
 
@@ -167,9 +172,9 @@ def check_alike(sets, init, init_encoder_id):
 def find_chunks(tokens, context, end=None, block=1 << 22):
     """Where chunks begin and how many tokens they have: two arrays (n,) int64.
 
-    An utterance begins at 0 and between two adjacent <S>; in data of text and units after each
-    token `end`. If longer than `context` it is cut into chunks of `context` tokens and a remainder,
-    without further <S>. A remainder of one token is dropped, since it predicts nothing.
+    An utterance begins between two <S>; in data of text and units, after each token `end`. If it is
+    longer than `context`, it is cut into chunks of `context` tokens and a remainder, without
+    further <S>. A remainder of one token is dropped, since it predicts nothing.
     """
     starts = [np.zeros(1, np.int64)]
     for at in range(0, len(tokens), block):  # constant memory
@@ -197,8 +202,8 @@ class Loader:
     """
 
     def __init__(self, sets, context, row_tokens, seed, place=(0, 0, 0)):
-        self.context, self.row_tokens, self.seed, self.place = context, row_tokens, seed, place
-        self.sets = sets
+        self.sets, self.context, self.row_tokens = sets, context, row_tokens
+        self.seed, self.place = seed, place
         found = [find_chunks(each.tokens, context, each.meta.get('end')) for each in sets]
         self.begins, self.lengths = (np.concatenate(each) for each in zip(*found, strict=True))
         self.dropped = sum(len(each.tokens) for each in sets) - int(self.lengths.sum())
@@ -271,14 +276,14 @@ class Loader:
             sizes = np.array([self.lengths[chunks].sum() for chunks in batch])
             predicted = sizes - [len(chunks) for chunks in batch]
             shares = (predicted / predicted.sum()).tolist()
-            own = np.stack([self.collate(chunks) for chunks in batch[rank::world]])
-            own = torch.from_numpy(own).pin_memory() if pin else torch.from_numpy(own)
+            own = torch.from_numpy(np.stack([self.collate(row) for row in batch[rank::world]]))
+            own = own.pin_memory() if pin else own
             yield own, shares[rank::world], int(sizes.sum()), places[-1]
 
 
 def make_optimizer(model):
-    """The optimizer over all parameters, of which only matrices decay. Knobs that an optimizer of
-    pytorch_optimizer does not have are not passed on. Raises InputError for an unknown name."""
+    """The optimizer over all parameters, of which only matrices decay. pytorch_optimizer's get the
+    knobs that they have. Raises InputError for an unknown name."""
     groups = [
         dict(params=[p for p in model.parameters() if p.ndim >= 2], weight_decay=weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0),
@@ -350,11 +355,9 @@ def format_record(record):
     """The line on the terminal for a record of log.jsonl."""
     left = (max_steps - record['step']) * batch_tokens / record['tokens_per_s']
     scores = [f' | {key} {value:.4f}' for key, value in record.items() if key.startswith('val_')]
-    return (
-        f'step {record["step"]}/{max_steps} | loss {record["loss"]:.4f}{"".join(scores)} | norm '
-        f'{record["norm"]:.2f} | lr {record["lr"]:.2e} | {record["tokens_per_s"]:,} tokens/s | '
-        f'{format_time(left)} left'
-    )
+    line = f'step {record["step"]}/{max_steps} | loss {record["loss"]:.4f}{"".join(scores)} | norm '
+    line += f'{record["norm"]:.2f} | lr {record["lr"]:.2e} | {record["tokens_per_s"]:,} tokens/s'
+    return f'{line} | {format_time(left)} left'
 
 
 if __name__ == '__main__':
@@ -362,27 +365,23 @@ if __name__ == '__main__':
     torch_device, rank, world = start_processes(device)
     cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)
 
-    # A step is a whole number of rows for each process.
-    if batch_tokens % (row_tokens * world):
-        rows = f'row_tokens={row_tokens} x {world} processes'
-        raise InputError(f'batch_tokens={batch_tokens} is not a multiple of {rows}')
+    # A step is a whole number of rows for each process, and a row has room for the longest chunk.
+    if batch_tokens % (row_tokens * world) or context > row_tokens:
+        rows = f'batch_tokens={batch_tokens} is no multiple of {world} x row_tokens={row_tokens}'
+        raise InputError(f'{rows}, or that is less than context={context}')
     if os.path.abspath(init) == os.path.abspath(out_dir):
         raise InputError(f'init and out_dir are both {init}, which would be overwritten')
 
     # Data to train on and to validate on; their hash is part of the recipe.
-    sets = open_data(data, 'train')
+    sets = open_data(data)
     names = val_data or ','.join(each.folder for each in sets if each.meta['tokens'].get('val'))
     val_sets = open_data(names, 'val') if eval_interval and names else []
     config['data_sha256'] = [file_hash(each.tokens.filename) for each in sets]
-    if balanced:  # weights become shares of an epoch, which has as many tokens as all sets
-        scale = sum(len(each.tokens) for each in sets) / sum(each.weight for each in sets)
-        sets = [each._replace(weight=each.weight * scale / len(each.tokens)) for each in sets]
+    sets = balance(sets) if balanced else sets
 
     # A run that stopped left its state here.
     state = dict(step=0, elapsed=0.0, seen=0, place=(0, 0, 0), scores={}, config=config)
-    state |= dict(model=None, optimizer=None)
-    if resume:
-        state = load_run(out_dir, state, config, FREE)
+    state = load_run(out_dir, state, config, FREE) if resume else state
     step, elapsed, seen, scores = (state[key] for key in ('step', 'elapsed', 'seen', 'scores'))
     loader = Loader(sets, context, row_tokens, seed, state['place'])
     validation = collate_validation(val_sets)
@@ -410,11 +409,9 @@ if __name__ == '__main__':
     n_params = model.num_params()
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
     log(f'{init}: {n_params:,} parameters on {world} x {machine}, {torch_dtype}', rank)
-    lengths = loader.lengths[loader.order(0)]  # of the chunks in the first epoch
-    epochs, size = max_steps * batch_tokens / lengths.sum(), lengths.mean()
-    log(f'{lengths.sum():,} tokens an epoch in chunks of {size:.0f}; {epochs:.3g} epochs', rank)
-    if loader.dropped:
-        log(f'{loader.dropped} tokens dropped: utterances cut at {context} that leave one', rank)
+    n = loader.lengths[loader.order(0)].sum()
+    log(f'{n:,} tokens an epoch, {max_steps * batch_tokens / n:.3g} epochs', rank)
+    log(f'{loader.dropped} tokens dropped: utterances cut at {context} that leave one', rank)
     if step:
         old, new = updater.param_groups[0]['lr'], learning_rate(step, step / max_steps)
         log(f'going on at step {step}: the learning rate was {old:.2e}, it is {new:.2e}', rank)

@@ -8,7 +8,6 @@ Validation loss after 1.9 M tokens: 0.561 with 3,900 steps of 512 tokens at lr 4
 out_dir = 'out/demo/slm'
 data = 'out/demo/units'
 val_data = ''  # held-out stories of the same
-save_init = True  # out/demo/untrained, for the table
 init = 'scratch'
 n_layer = 4
 n_embd = 128

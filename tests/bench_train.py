@@ -1,9 +1,8 @@
-"""Useful tokens a second of train.py beside two plain loops: python tests/bench_train.py
+"""Useful tokens a second of train.py: python tests/bench_train.py
 
-CPU: our step on packed rows, against the loop one would write with transformers (shuffle, pad,
-AdamW), and against fixed windows of a stream of all utterances (nanoGPT's way, where documents see
-each other), all with the same weights, in turns. CUDA: the 358 M shape of Slam through train.py
-itself (flags are handed on): tokens/s, MFU, the hours that Slam's 1.44 B tokens take.
+CPU: a step on packed rows against the loop one would write with transformers (shuffle, pad, AdamW),
+with the same weights, in turns. CUDA: the 358 M shape of Slam through train.py itself (flags are
+handed on): tokens/s and the hours that Slam's 1.44 B tokens take.
 """
 
 import itertools
@@ -21,11 +20,10 @@ import torch  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 
 import train  # noqa: E402
-from model import BOS, SLM, SLMConfig  # noqa: E402
+from model import BOS, load_slm  # noqa: E402
 
 SLAM = 17_625 * 81_920  # tokens of the recipe
-REACHABLE = 790e12  # FLOP/s of a large bf16 product on an H200
-UNITS = 200
+SIZES = dict(n_layer=4, n_embd=256, n_head=4, n_kv_head=2, n_ffn=1024)
 
 
 def write_data(folder, n_tokens, low, high, units):
@@ -36,21 +34,11 @@ def write_data(folder, n_tokens, low, high, units):
     borders = borders[borders < n_tokens - low]
     tokens[borders] = tokens[borders - 1] = tokens[0] = tokens[-1] = BOS
     tokens.tofile(os.path.join(folder, 'train.bin'))
-    meta = dict(vocab_size=units + 2, n_units=units, offset=2, dtype='uint16')
-    meta |= dict(tokens=dict(train=n_tokens), dedup=True, frame_rate=25.0)
-    meta |= dict(encoder='mhubert25', vocoder='hifigan25')
+    meta = dict(vocab_size=units + 2, n_units=units, offset=2, dtype='uint16', frame_rate=25.0)
+    meta |= dict(tokens=dict(train=n_tokens), encoder='mhubert25', vocoder='hifigan25', dedup=True)
     with open(os.path.join(folder, 'meta.json'), 'w') as file:
         json.dump(meta, file)
     return np.split(tokens, borders)
-
-
-def their_model(model):
-    """transformers' model of the same weights."""
-    from transformers import AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, {})
-        return AutoModelForCausalLM.from_pretrained(folder).train()
 
 
 def update(model, optimizer):
@@ -59,20 +47,20 @@ def update(model, optimizer):
     model.zero_grad()
 
 
-def packed_steps(folder, config, row_tokens):
+def packed_steps(folder, model, row_tokens):
     """Ours: a row of whole chunks a step. Yields useful tokens, those of utterances."""
-    model = SLM(config)
-    [optimizer] = train.make_optimizers(model)
-    for step in train.Loader(train.open_data(folder), 1024, row_tokens, 0).steps(1):
-        tokens, targets, doc = step['passes'].transpose(0, 1)
+    optimizer = train.make_optimizer(model)
+    for rows, _, n_tokens, _ in train.Loader(
+        train.open_data(folder), 1024, row_tokens, 0
+    ).iter_batches(1):
+        tokens, targets, doc = rows.transpose(0, 1)
         model(tokens, targets, doc=doc).backward()
         update(model, optimizer)
-        yield step['tokens']
+        yield n_tokens
 
 
-def padded_steps(utterances, config, row_tokens):
+def padded_steps(utterances, model, row_tokens):
     """Utterances of about as many tokens, in order of a shuffle, padded to the longest."""
-    model = their_model(SLM(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     rows = round(row_tokens * len(utterances) / sum(map(len, utterances)))
     order = np.random.default_rng(0).permutation(len(utterances))
@@ -86,68 +74,40 @@ def padded_steps(utterances, config, row_tokens):
         yield int(mask.sum())
 
 
-def window_steps(utterances, config, row_tokens):
-    """Windows of 1,024 tokens at random places of the stream: no padding, documents mixed."""
-    model = their_model(SLM(config))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    stream = torch.from_numpy(np.concatenate(utterances).astype(np.int64))
-    rng = np.random.default_rng(0)
-    while True:
-        starts = rng.integers(0, len(stream) - 1024, row_tokens // 1024)
-        tokens = torch.stack([stream[start : start + 1024] for start in starts])
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        update(model, optimizer)
-        yield tokens.numel()
+def on_cpu(folder, turns=14):
+    from transformers import AutoModelForCausalLM
 
-
-def in_turns(ways, turns):
-    """Median useful tokens a second of each way, the first two turns left out."""
-    speeds = [[] for _ in ways]
-    for _ in range(turns):
-        for way, speed in zip(ways, speeds, strict=True):
-            begin = time.perf_counter()
-            useful = next(way)
-            speed.append(useful / (time.perf_counter() - begin))
-    return [float(np.median(speed[2:])) for speed in speeds]
-
-
-def on_cpu(folder):
     for low, high in ((300, 1500), (50, 600)):
-        utterances = write_data(folder, 400_000, low, high, UNITS)
-        size = dict(n_layer=4, n_embd=256, n_head=4, n_kv_head=2, n_ffn=1024)
-        config = SLMConfig(vocab_size=UNITS + 2, **size)
-        ways = packed_steps(folder, config, 4096), padded_steps(utterances, config, 4096)
-        ours, padded, windows = in_turns([*ways, window_steps(utterances, config, 4096)], 14)
+        utterances = write_data(folder, 400_000, low, high, 200)
+        ours = load_slm('scratch', vocab_size=202, context=1024, sizes=SIZES)
+        with tempfile.TemporaryDirectory() as checkpoint:
+            ours.save_pretrained(checkpoint, {})
+            theirs = AutoModelForCausalLM.from_pretrained(checkpoint).train()
+        ways = packed_steps(folder, ours, 4096), padded_steps(utterances, theirs, 4096)
+        speeds = np.zeros((turns, 2))
+        for turn, way in itertools.product(range(turns), range(2)):
+            begin = time.process_time()
+            speeds[turn, way] = next(ways[way]) / (time.process_time() - begin)
+        packed, padded = np.median(speeds[2:], axis=0)
         print(
-            f'utterances of {low} to {high} tokens: ours {ours:,.0f} useful tokens/s | padded '
-            f'{padded:,.0f}, ratio {ours / padded:.2f} | fixed windows {windows:,.0f}, ratio '
-            f'{ours / windows:.2f}'
+            f'utterances of {low} to {high} tokens: packed {packed:,.0f} useful tokens/s | '
+            f'transformers, padded {padded:,.0f} | ratio {packed / padded:.2f}'
         )
 
 
 def on_cuda(folder):
     write_data(folder, 6_000_000, 300, 1500, 500)
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, 'train.py', 'config/slam_h200.py', f'--data={folder}']
-        command += [f'--out_dir={out}/run', '--val_data=', '--eval_interval=0', '--save_interval=0']
-        command += ['--init=preset:qwen2.5-0.5b', '--max_steps=40', '--log_interval=5']
-        subprocess.run([*command, *sys.argv[1:]], cwd=ROOT, check=True)
-        with open(f'{out}/run/log.jsonl') as file:
-            rows = [json.loads(line) for line in file]
+    command = [sys.executable, 'train.py', 'config/slam_h200.py', f'--data={folder}']
+    command += [f'--out_dir={folder}/run', '--val_data=', '--eval_interval=0', '--save_interval=0']
+    command += ['--init=preset:qwen2.5-0.5b', '--max_steps=40', '--log_interval=5']
+    subprocess.run([*command, *sys.argv[1:]], cwd=ROOT, check=True)
+    with open(f'{folder}/run/log.jsonl') as file:
+        rows = [json.loads(line) for line in file]
     speed = float(np.median([row['tokens_per_s'] for row in rows[len(rows) // 2 :]]))
-    flops = SLM.from_preset('qwen2.5-0.5b').flops_per_token(700)
-    name = torch.cuda.get_device_name()
-    peak = 1e12 * next((train.PEAK[key] for key in train.PEAK if key in name), float('nan'))
-    print(
-        f'{name}: {speed:,.0f} tokens/s, MFU {speed * flops / peak:.1%} of the data sheet, '
-        f'{speed * flops / REACHABLE:.1%} of {REACHABLE / 1e12:.0f} TFLOP/s; '
-        f"Slam's {SLAM / 1e9:.2f} B tokens in {SLAM / speed / 3600:.2f} h"
-    )
+    print(f'{torch.cuda.get_device_name()}: {speed:,.0f} tokens/s: {SLAM / speed / 3600:.2f} h')
 
 
 if __name__ == '__main__':
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as data:
-        if torch.cuda.is_available():
-            on_cuda(data)
-        else:
-            on_cpu(data)
+        on_cuda(data) if torch.cuda.is_available() else on_cpu(data)

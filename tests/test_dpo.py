@@ -1,32 +1,34 @@
-"""dpo.py: losses against closed forms and TRL, log-probabilities against transformers, and runs
-that are killed, shared by two processes, or do damage."""
+"""dpo.py: losses against closed forms and TRL, log-probabilities against transformers, pairs that
+are dropped, and runs that are killed or shared by two processes."""
 
-from config import report_error
+from config import read_block, run_config
 
+import itertools
 import json
 import math
 import os
-import resource
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 
 import dpo
-from model import BOS, EOS, OFFSET, SLM, InputError, SLMConfig, tokenize_words
+from model import EOS, OFFSET, InputError, load_slm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENV = dict(os.environ, OMP_NUM_THREADS='1', TRL_EXPERIMENTAL_SILENCE='1')
+SIZES = dict(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=48)
 
 
-def random_pairs(n, units=40, seed=0, prompt=(0, 40), completion=(1, 20), context=128):
-    rng = np.random.default_rng(seed)
+def random_pairs(n, units=40, prompt=(0, 40), completion=(1, 20), context=128):
+    rng = np.random.default_rng(0)
 
     def draw(low, high):
         return rng.integers(0, units, rng.integers(low, high + 1))
@@ -35,100 +37,94 @@ def random_pairs(n, units=40, seed=0, prompt=(0, 40), completion=(1, 20), contex
     return [dpo.make_pair(*(draw(*side) for side in sides), context) for _ in range(n)]
 
 
-def parts_of(pair):
-    """Tokens of prompt, chosen and rejected."""
-    return [pair.tokens[pair.branch == branch] for branch in (0, 1, 2)]
-
-
-def small_model(family='qwen2', units=40, **more):
-    shape = dict(n_layer=2, n_embd=32, n_head=4, n_ffn=48, context=128, vocab_size=units + OFFSET)
-    shape['n_kv_head'] = 2 if family == 'qwen2' else 4
-    model = SLM(SLMConfig(family=family, **shape | more), seed=0)
+def small_model():
+    net = load_slm('scratch', vocab_size=40 + OFFSET, context=128, sizes=SIZES)
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():  # far from uniform predictions, else every test is easy
+    for parameter in net.parameters():  # far from uniform predictions, else every test is easy
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return net
 
 
-def packed_logps(model, pairs, width):
+def packed_logps(net, pairs, width):
     found = torch.zeros(len(pairs), 2)
-    for row, indices in dpo.lay_out(pairs, width):
-        found[torch.from_numpy(indices)] = model.logps(*row, n=2 * len(indices)).view(-1, 2)
+    for row, indices in dpo.collate(pairs, width):
+        found[torch.from_numpy(indices)] = net.logps(*row, n=2 * len(indices)).view(-1, 2)
     return found
 
 
-def single_logps(model, pairs):
-    """Each completion in a sequence of its own."""
+def their_logps(theirs, pairs):
+    """Each completion in a sequence of its own, by transformers' model: (n, 2)."""
     found = []
-    for pair in pairs:
-        prompt, *completions = parts_of(pair)
+    for prompt, *completions in pairs:
         for completion in completions:
             tokens = torch.from_numpy(np.append(prompt, completion))[None]
-            found.append(model.logps(tokens, (torch.arange(tokens.shape[1]) >= len(prompt))[None]))
-    return torch.cat(found).view(-1, 2)
+            logps = theirs(tokens).logits.log_softmax(-1)[0, :-1]
+            found.append(logps.gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum())
+    return torch.stack(found).view(-1, 2)
 
 
-def write_pairs(path, n=80, units=40):
-    """Learnable pairs: chosen completions rise, rejected ones fall. Every eighth is held out."""
-    rng = np.random.default_rng(0)
+def their_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def write_rows(path, rows):
     with open(path, 'w') as file:
-        for i in range(n):
-            start = int(rng.integers(units))
-            prompt = rng.integers(0, units, rng.integers(5, 30)).tolist()
-            row = dict(prompt=dict(units=prompt, text='who'), split='train' if i % 8 else 'val')
-            for key, sign in (('chosen', 1), ('rejected', -1)):
-                length = int(rng.integers(4, 12))
-                line = [(start + sign * k) % units for k in range(length)]
-                row[key] = dict(units=line, duration=[1] * length, text=f'the {key} {i}')
-            file.write(json.dumps(row) + '\n')
+        file.writelines(json.dumps(row) + '\n' for row in rows)
+    return str(path)
+
+
+def learnable_rows(n=80, units=40):
+    """Pairs whose chosen completions rise and rejected ones fall. Every eighth is held out."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        start = int(rng.integers(units))
+        prompt = rng.integers(0, units, rng.integers(5, 30)).tolist()
+        row = dict(prompt=dict(units=prompt, text='who'), split='train' if i % 8 else 'dev')
+        for key, sign in (('chosen', 1), ('rejected', -1)):
+            line = [(start + sign * k) % units for k in range(int(rng.integers(4, 12)))]
+            row[key] = dict(units=line, text=f'the {key} {i}')
+        yield row
 
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('dpo')
-    slam = dict(encoder='mhubert25', vocoder='hifigan25', n_units=40, dedup=True)
+    slam = dict(encoder='mhubert25', vocoder='hifigan25', n_units=40, dedup=True, encoder_id='abc')
     slam |= dict(recipe=dict(lr=1), compute=dict(hours=23.5), stage='pretraining')
     small_model().save_pretrained(folder / 'init', slam)
-    write_pairs(folder / 'pairs.jsonl')
+    write_rows(folder / 'pairs.jsonl', learnable_rows())
     return folder
 
 
-def command(place, out, **knobs):
+@pytest.fixture(autouse=True)
+def handlers():
+    """A script that runs in this process leaves its signal handlers."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def flags(place, out, **knobs):
     settings = dict(init=place / 'init', data=place / 'pairs.jsonl', out_dir=place / out)
     settings |= dict(batch_pairs=8, row_tokens=256, context=128, lr=1e-3, warmup_steps=4)
     settings |= dict(max_steps=24, epochs=0, train_hours=0, eval_interval=8, save_interval=6)
     settings |= dict(log_interval=2, device='cpu')
-    flags = [f'--{key}={value}' for key, value in (settings | knobs).items()]
-    return [os.path.join(ROOT, 'dpo.py'), *flags]
+    return [f'--{key}={value}' for key, value in (settings | knobs).items()]
 
 
-def run(place, out, launcher=(), **knobs):
-    line = [sys.executable, *launcher, *command(place, out, **knobs)]
-    return subprocess.run(line, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+def inside(place, out, **knobs):
+    """The program in this process."""
+    return run_script('dpo.py', *flags(place, out, **knobs))
 
 
-@pytest.fixture
-def inside(place, monkeypatch, capsys):
-    """The program in this process: exit code, stdout, and its own lines on stderr."""
-
-    def start(out, **knobs):
-        monkeypatch.setattr(sys, 'argv', command(place, out, **knobs))
-        monkeypatch.setattr(sys, 'excepthook', report_error)
-        monkeypatch.setattr(signal, 'signal', lambda *_: None)
-        code = 0
-        try:
-            runpy.run_path(os.path.join(ROOT, 'dpo.py'), run_name='__main__')
-        except SystemExit as end:
-            code = end.code
-        except Exception:
-            with pytest.raises(SystemExit) as end:
-                sys.excepthook(*sys.exc_info())
-            code = end.value.code
-        out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if line.startswith('dpo.py: ')]
-        return code, out, lines
-
-    return start
+@pytest.fixture(scope='module')
+def whole(place):
+    done = inside(place, 'whole')
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def read_log(folder):
@@ -169,7 +165,7 @@ def closed_form(name, policy, reference, sizes, beta):
 def test_loss_and_gradient_are_the_closed_form(name, beta):
     policy, reference, sizes = random_logps()
     policy.requires_grad_()
-    losses, rewards = dpo.LOSSES[name][0](policy, reference, sizes, beta)
+    losses, rewards = dpo.LOSSES[name](policy, reference, sizes, beta)
     losses.sum().backward()
     for i in range(len(losses)):
         rows = (tensor[i].tolist() for tensor in (policy, reference, sizes))
@@ -181,125 +177,110 @@ def test_loss_and_gradient_are_the_closed_form(name, beta):
     assert (margins[order].diff() >= -1e-9).all()  # the better the margin, the less the loss
 
 
-@pytest.mark.parametrize(('name', 'beta'), [('dpo', 0.1), ('ipo', 0.3), ('simpo', 2.0)])
-def test_loss_is_that_of_trl(name, beta):
-    """Its CPOTrainer.cpo_loss takes log-probabilities, or log-ratios, summed or averaged."""
-    trl = pytest.importorskip('trl.experimental.cpo.cpo_trainer')
-    policy, reference, sizes = random_logps()
-    given = dict(dpo=policy - reference, ipo=(policy - reference) / sizes, simpo=policy / sizes)
-    theirs = SimpleNamespace(
-        loss_type='sigmoid' if name == 'dpo' else name,
-        beta=beta,
-        simpo_gamma=0.5 * beta,
-        alpha=0.0,
-        label_smoothing=0.0,
-        accelerator=SimpleNamespace(device='cpu'),
-    )
-    losses, *_ = trl.CPOTrainer.cpo_loss(theirs, *given[name].T)
-    torch.testing.assert_close(dpo.LOSSES[name][0](policy, reference, sizes, beta)[0], losses)
-
-
-def test_only_simpo_needs_no_reference():
-    policy, reference, sizes = random_logps()
-    for loss, needs_reference in dpo.LOSSES.values():
-        losses, _ = loss(policy, torch.full_like(reference, math.nan), sizes, 0.1)
-        assert losses.isnan().all() == needs_reference
-
-
-def test_measure_counts_by_hand():
+def test_measures_by_hand(monkeypatch):
     rewards = torch.tensor([[1.0, 0.5], [-1.0, 0.0], [2.0, 2.0]])  # won, lost, a tie
     assert dpo.measure(torch.tensor([1.0, 2.0, 3.0]), rewards).tolist() == [6.0, 1.5, -0.5]
+    policy, reference = torch.tensor([[-5.0, -9.0], [-8.0, -4.0]]), torch.zeros(2, 2)
+    scores = dpo.validate(policy, reference, torch.tensor([[10, 10], [16, 10]]))
+    assert scores['val_accuracy'] == 0.5 and abs(scores['val_margin']) < 1e-6
+    assert scores['val_drift'] == pytest.approx(-13 / 26)  # nats a token of the chosen
+    record = dict(step=1, loss=1, accuracy=1, margin=1, norm=1, lr=1, pairs_per_s=1)
+    lines = dpo.format_record(record | scores, 2, 64)
+    assert '64 pairs held out' in lines and 'WARNING: chosen' in lines
+    assert 'WARNING' not in dpo.format_record(record | scores | dict(val_drift=-0.2), 2, 64)
 
 
-def test_learning_rate_is_the_inverse_square_root():
-    assert dpo.learning_rate(0, 1.0, 100) == pytest.approx(0.01)
-    assert dpo.learning_rate(99, 1.0, 100) == 1.0
-    for step in (100, 101, 400, 812):
-        assert dpo.learning_rate(step, 5e-5, 100) == pytest.approx(5e-5 * math.sqrt(100 / step))
-    assert dpo.learning_rate(813, 5e-5, 0) == pytest.approx(5e-5 * math.sqrt(10000 / 10813))
+def test_learning_rate_is_the_inverse_square_root(monkeypatch):
+    for warmup, cases in (
+        (100, {0: 0.01, 49: 0.5, 99: 1.0, 100: 1.0, 400: 0.5, 812: math.sqrt(100 / 812)}),
+        (0, {0: 1.0, 813: math.sqrt(10000 / 10813)}),
+    ):
+        monkeypatch.setattr(dpo, 'warmup_steps', warmup)
+        for step, share in cases.items():
+            assert dpo.learning_rate(step) == pytest.approx(share * dpo.lr)
 
 
 # -----------------------------------------------------------------------------
-# Log-probabilities and rows
+# Log-probabilities, rows and batches
 
 
-@pytest.mark.parametrize(
-    ('family', 'more'),
-    [
-        ('qwen2', {}),
-        ('opt', dict(act='relu')),
-        ('gpt_neox', dict(act='gelu', tied=False, rotary_share=0.25)),
-    ],
-)
-def test_packed_logps_are_transformers(family, more, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    model, pairs = small_model(family, **more), random_pairs(13)
-    model.save_pretrained(tmp_path, {})
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, attn_implementation='eager'
-    ).eval()
-    with torch.no_grad():
-        ours = packed_logps(model, pairs, 256)
-        for pair, found in zip(pairs, ours, strict=True):
-            prompt, *completions = parts_of(pair)
-            for completion, value in zip(completions, found, strict=True):
-                tokens = torch.from_numpy(np.append(prompt, completion))[None]
-                logps = theirs(tokens).logits.double().log_softmax(-1)[0, :-1]
-                expected = logps.gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum()
-                assert value.item() == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_packed_is_unpacked_with_its_gradients():
-    model, pairs = small_model(), random_pairs(16)
+def test_packed_logps_and_gradients_are_transformers(place):
+    net, theirs = load_slm(str(place / 'init')), their_model(place / 'init')
+    pairs = random_pairs(16)
     reference = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)) * 3 - 30
-    sizes = torch.tensor([pair.sizes for pair in pairs])
-
-    def gradients(logps):
-        model.zero_grad()
-        dpo.dpo_loss(logps, reference, sizes, 0.1)[0].mean().backward()
-        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
+    alone = their_logps(theirs, pairs)
+    dpo.dpo_loss(alone, reference, None, 0.1)[0].mean().backward()
+    expected = dict(theirs.named_parameters())['model.layers.1.mlp.down_proj.weight'].grad
     for width in (96, 384):
-        packed, alone = packed_logps(model, pairs, width), single_logps(model, pairs)
-        torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(gradients(packed), gradients(alone), rtol=1e-3, atol=1e-5)
+        net.zero_grad()
+        packed = packed_logps(net, pairs, width)
+        torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-3)
+        dpo.dpo_loss(packed, reference, None, 0.1)[0].mean().backward()
+        torch.testing.assert_close(net.blocks[1].down.weight.grad, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_laying_out_loses_and_doubles_nothing():
-    pairs = random_pairs(40)
-    met = []
-    for row, indices in dpo.lay_out(pairs, 128):
-        assert row.shape == (6, 1, 128)
-        tokens, mask, doc, positions, branch, segments = row[:, 0].numpy()
-        assert not mask[doc == 0].any()
-        assert (doc > 0).sum() == sum(len(pairs[i].tokens) for i in indices)
-        for k, i in enumerate(indices):
-            prompt, chosen, rejected = parts_of(pairs[i])
-            mine = doc == k + 1
-            assert tokens[mine].tolist() == [*prompt, *chosen, *rejected]
-            assert tokens[mine & (mask == 1) & (segments == 2 * k)].tolist() == chosen.tolist()
-            assert tokens[(mask == 1) & (segments == 2 * k + 1)].tolist() == rejected.tolist()
-            for side, part in ((1, chosen), (2, rejected)):
-                places = np.arange(len(prompt), len(prompt) + len(part))
-                assert positions[mine & (branch == side)].tolist() == places.tolist()
-        met += indices.tolist()
-    assert sorted(met) == list(range(40))
+def test_loss_and_gradient_of_a_batch_are_those_of_trl(place, tmp_path):
+    """DPOTrainer on padded batches with its reference model, for a policy that has left it."""
+    trl = pytest.importorskip('trl')
+    policy, reference = their_model(place / 'init'), their_model(place / 'init')
+    generator = torch.Generator().manual_seed(3)
+    for parameter in policy.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    policy.save_pretrained(tmp_path)
+    shutil.copy(place / 'init/slam.json', tmp_path)
+    ours, pairs = load_slm(str(tmp_path)), random_pairs(8, prompt=(5, 20))
+    names = 'prompt_ids', 'chosen_ids', 'rejected_ids'
+    rows = [dict(zip(names, [part.tolist() for part in pair], strict=True)) for pair in pairs]
+    expected = trl_step(trl, rows, policy, reference, 0.1)
+    expected.backward()
+
+    with torch.no_grad():
+        known = packed_logps(load_slm(str(place / 'init')), pairs, 256)
+    loss = dpo.dpo_loss(packed_logps(ours, pairs, 256), known, None, 0.1)[0].mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    gradient = dict(policy.named_parameters())['model.layers.1.mlp.down_proj.weight'].grad
+    torch.testing.assert_close(ours.blocks[1].down.weight.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def trl_step(trl, rows, policy, reference, beta):
+    """The loss of TRL's DPOTrainer on padded batches of these rows."""
+    from accelerate import Accelerator
+    from trl.trainer import dpo_trainer
+
+    trainer = object.__new__(trl.DPOTrainer)  # its loss alone: a whole one wants a text tokenizer
+    outputs = 'log_probs', 'entropy', 'mean_logits', 'is_top1'
+    dpo_trainer.add_fused_lm_head(policy, outputs=outputs)
+    dpo_trainer.add_fused_lm_head(reference)
+    trainer.__dict__ |= dict(
+        model=policy, ref_model=reference, accelerator=Accelerator(cpu=True), beta=beta,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None), loss_types=['sigmoid'],
+        loss_weights=[1.0], label_smoothing=0.0, f_divergence_type='reverse_kl', ld_alpha=None,
+        aux_loss_enabled=False, precompute_ref_logps=False, use_weighting=False, _tp_size=1,
+        _metrics=dict(train=defaultdict(list), eval=defaultdict(list)), _total_train_tokens=0,
+    )  # fmt: skip
+    batch = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(rows)
+    return trainer._compute_loss(policy, batch, False)
+
+
+# -----------------------------------------------------------------------------
+# Rows and batches
 
 
 def test_batches_are_even_and_rows_full():
     """The paper's batch and lengths like SpokenSwag's: 94 % of what is computed is used."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 90, 5000) + rng.integers(15, 60, 5000) + rng.integers(15, 60, 5000)
-    batches = dpo.deal_batches(lengths, 64, 1234, 0)
-    assert batches.shape == (78, 64) and len(np.unique(batches)) == batches.size
-    assert (batches == dpo.deal_batches(lengths, 64, 1234, 0)).all()
-    assert (batches != dpo.deal_batches(lengths, 64, 1234, 1)).any()
-    totals = lengths[batches].sum(1)
+    batches = list(itertools.islice(dpo.iter_batches(lengths, 64, 1234, 0), 160))
+    first = np.array(batches[:78])
+    assert len(np.unique(first)) == first.size and (first != np.array(batches[78:156])).any()
+    for step in (5, 78, 100):
+        assert (next(dpo.iter_batches(lengths, 64, 1234, step)) == batches[step]).all()
+    totals = lengths[first].sum(1)
     assert totals.std() < 0.01 * totals.mean()
     for row_tokens, world in ((1024, 1), (2048, 2), (8192, 1), (8192, 4)):
         width = dpo.row_width(lengths, 64, row_tokens, world, 128)
-        rows = [len(dpo.pack_rows(lengths[batch], width)) for batch in batches]
+        rows = [len(dpo.pack_rows(lengths[batch], width)) for batch in first]
         assert width % 128 == 0 and width <= row_tokens
         assert max(rows) % world == 0 and max(rows) == min(rows)
         assert totals.sum() / (sum(rows) * width) > (0.94 if row_tokens > 1024 else 0.88)
@@ -310,388 +291,219 @@ def test_batches_are_even_and_rows_full():
 # Reading
 
 
-def units(*values):
-    return dict(units=list(values))
-
-
-def write_rows(path, rows):
-    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    return str(path)
-
-
-def test_filter_split_and_counts(tmp_path):
+def test_all_that_is_dropped_is_counted_by_reason(tmp_path):
+    pair = dict(prompt=[1, 2, 3], chosen=[4, 5], rejected=[6])
     texts = [
         ('Ann went to the market and bought bread.', 'She ate the bread at home.'),
         ('the dog saw the dog and the dog saw the dog again', 'the dog saw the dog'),
         ('He rows, rows, rows; rows, rows, rows the boat.', 'Then he rows, rows, rows again!'),
-        ('well', 'no'),
     ]
-    pair = dict(prompt=units(1, 2, 3), chosen=units(4, 5), rejected=units(6))
     rows = [dict(pair, prompt_text=prompt, chosen_text=chosen) for prompt, chosen in texts]
     rows += [
-        dict(prompt=units(1, 2, 1, 2), chosen=units(1, 2), rejected=units(3)),  # no text
-        dict(prompt=units(1), chosen=units(), rejected=units(5), chosen_text='x'),
-        dict(prompt=units(1), chosen=units(5), rejected=units(5)),
-        dict(prompt=units(), chosen=units(*range(30)), rejected=units(5)),
-        dict(prompt=units(*range(30)), chosen=units(5), rejected=units(6), split='val'),
-        dict(pair, split='test'),
+        dict(prompt=[1], chosen=[], rejected=[5]),
+        dict(prompt=[1], chosen=[5], rejected=[5]),
+        dict(prompt=[], chosen=list(range(30)), rejected=[5]),
+        dict(prompt=list(range(30)), chosen=[5], rejected=[6], split='validation'),
+        dict(pair, split='Test'),
+        dict(pair, split='dev-clean'),  # the same as the first
+        dict(prompt=[7], chosen=[8], rejected=[9], split='val'),
     ]
     path = write_rows(tmp_path / 'pairs.jsonl', rows)
-    train, val, count = dpo.load_pairs(path, 30, 16, 0.3, 0.0, 10)
-    assert count == dict(read=10, repetitive=2, unusable=2, others=1, truncated=2)
-    assert len(train) == 4 and len(val) == 1
-    prompt, chosen, _ = parts_of(val[0])
+    train, val, count = dpo.load_pairs(path, 30, 16, 0.3, 1)
+    assert len(train) == 2 and len(val) == 1
+    assert count == {
+        'dropped: auto-BLEU': 2,
+        'dropped: empty or equal': 2,
+        'dropped: test split': 1,
+        'cut to the context': 2,
+        'dropped from val: also in train': 1,
+        'dropped from val: beyond val_pairs': 1,
+    }
+    _, val, _ = dpo.load_pairs(path, 30, 16, 0.3, 10)
+    prompt, chosen, _ = max(val, key=lambda pair: len(pair[0]))
     assert prompt.tolist() == [OFFSET + unit for unit in range(16, 30)]
     assert chosen.tolist() == [OFFSET + 5, EOS]
-    assert dpo.load_pairs(path, 30, 16, 0.3, 0.3, 10)[2]['repetitive'] == 3
-    assert dpo.load_pairs(path, 30, 16, 0.0, 0.0, 10)[2]['repetitive'] == 0
+    assert dpo.load_pairs(path, 30, 16, 0.0, 10)[2]['dropped: auto-BLEU'] == 0
 
 
-def test_truncation_spares_the_prompts_end_and_the_completions_beginnings():
-    prompt = np.arange(49)
-    for chosen, rejected, sizes in (
-        (29, 9, (34, 30, 10)),
-        (79, 39, (32, 32, 32)),
-        (20, 3, (43, 21, 4)),
-    ):
-        pair = dpo.make_pair(prompt, np.arange(chosen), np.arange(rejected), 64)
-        parts = parts_of(pair)
-        assert tuple(map(len, parts)) == sizes and pair.sizes == sizes[1:]
-        assert parts[0][-1] == 48 + OFFSET and parts[1][0] == parts[2][0] == OFFSET
-    whole = parts_of(dpo.make_pair(prompt[:9], np.arange(4), np.arange(5), 64))
-    assert whole[0][0] == BOS and whole[1][-1] == whole[2][-1] == EOS
-    assert list(map(len, whole)) == [10, 5, 6]
+def test_every_way_to_write_units(tmp_path):
+    def text(units):
+        return ''.join(f'<Un{unit}>' for unit in units)
 
-
-def test_layouts_of_the_public_toolkit(tmp_path):
-    def say(*values):
-        return ''.join(f'<Un{value}>' for value in values)
-
-    texts = dict(prompt_text='Hi there.', chosen_text='It is ok')
-    prompt = dict(units=[1, 2], duration=[1, 1], text='Hi there.')
+    plain = dict(prompt=[1, 2], chosen=[3], rejected=[4])
     rows = [
-        dict(prompt=prompt, chosen=dict(units=[3], text='It is ok'), rejected=dict(units=[4])),
-        {key: dict(audio_repr=say(*value)) for key, value in TOOLKIT.items()} | texts,
-        {key: say(*value) for key, value in TOOLKIT.items()},
-        TOOLKIT,
+        plain,
+        {key: dict(units=units, text='x y') for key, units in plain.items()},
+        {key: dict(audio_repr=text(units)) for key, units in plain.items()},
+        {key: text(units) for key, units in plain.items()},
     ]
-    found = list(dpo.read_pairs(write_rows(tmp_path / 'pairs.jsonl', rows)))
-    assert all([part.tolist() for part in sides] == [[1, 2], [3], [4]] for sides, *_ in found)
-    words = tokenize_words('Hi there. It is ok')
-    assert [words for *_, words in found] == [words, words, [], []]
-
-
-TOOLKIT = dict(prompt=[1, 2], chosen=[3], rejected=[4])
+    for row in rows:
+        path = write_rows(tmp_path / 'pairs.jsonl', [row])
+        [[prompt, chosen, rejected]], _, _ = dpo.load_pairs(path, 40, 128, 0.0, 10)
+        assert [*prompt, *chosen, *rejected] == [1, 3, 4, 5, 1, 6, 1]
 
 
 @pytest.mark.parametrize(
     ('line', 'message'),
     [
         ('{"prompt": {"units": [1]}, "cho', 'line 2'),
-        ('{"prompt": [1], "chosen": [1]}', 'line 2: no preference pair'),
-        ('{"prompt": [1], "chosen": {"text": "x"}, "rejected": [1]}', 'line 2: no preference pair'),
-        ('{"prompt": [1], "chosen": [1.5], "rejected": [1]}', 'line 2: no preference pair'),
+        ('{"prompt": [1], "chosen": [1]}', "line 2 cannot be read: 'rejected'"),
+        ('{"prompt": [1], "chosen": [1.5], "rejected": [1]}', 'line 2 cannot be read'),
         ('[1, 2]', 'line 2'),
-        ('{"prompt": [1], "chosen": [40], "rejected": [1]}', 'unit 40, the model knows 0 to 39'),
-        ('{"prompt": [1], "chosen": [-1], "rejected": [1]}', 'has unit -1'),
+        ('{"prompt": [1], "chosen": [40], "rejected": [1]}', 'line 2.*0 to 39'),
+        ('{"prompt": [1], "chosen": [2], "rejected": [1], "split": "x"}', "line 2.*split 'x'"),
     ],
 )
 def test_a_bad_line_is_named(line, message, tmp_path):
     path = tmp_path / 'pairs.jsonl'
-    path.write_text(json.dumps(TOOLKIT) + '\n' + line + '\n')
+    path.write_text('{"prompt": [1, 2], "chosen": [3], "rejected": [4]}\n' + line + '\n')
     with pytest.raises(InputError, match=message):
-        dpo.load_pairs(str(path), 40, 128, 0.3, 0, 10)
+        dpo.load_pairs(str(path), 40, 128, 0.3, 10)
 
 
 def test_held_out_pairs_do_not_depend_on_the_order_of_lines(tmp_path):
     """A tenth of the pairs, by a hash; where too few are marked, others go with them."""
-    write_pairs(tmp_path / 'pairs.jsonl')
-    lines = (tmp_path / 'pairs.jsonl').read_text().splitlines()
-    unmarked = [line.replace('"val"', '"train"') for line in lines]
-    one_marked = [unmarked[0].replace('"train"', '"val"'), *unmarked[1:]]
-    for rows, n in ((unmarked, 8), (one_marked, 8), (lines, 10)):
+    lines = list(learnable_rows())
+    unmarked = [dict(row, split='train') for row in lines]
+    for rows, n in ((unmarked, 8), ([lines[0], *unmarked[1:]], 8), (lines, 10)):
         found = []
         for order in (rows, rows[::-1]):
-            (tmp_path / 'some.jsonl').write_text('\n'.join(order))
-            train, val, _ = dpo.load_pairs(str(tmp_path / 'some.jsonl'), 40, 128, 0.3, 0, 100)
-            assert len(train) + len(val) == 80
-            found.append([pair.tokens.tobytes() for pair in val])
-        assert found[0] == found[1] and len(found[0]) == n
+            path = write_rows(tmp_path / 'some.jsonl', order)
+            train, val, _ = dpo.load_pairs(path, 40, 128, 0.3, 100)
+            found.append([np.concatenate(pair).tolist() for pair in val])
+        assert found[0] == found[1] and len(val) == n and len(train) == 80 - n
 
 
 # -----------------------------------------------------------------------------
 # Runs
 
 
-def test_a_run_its_reference_and_the_same_command_again(place):
-    done = run(place, 'whole')
-    assert done.returncode == 0, done.stderr
+def test_a_run_its_reference_and_the_same_command_again(place, whole):
     log = read_log(place / 'whole')
-    first, last = log[0], log[-1]
-    assert first['step'] == 0 and first['val_loss'] == pytest.approx(math.log(2), abs=1e-5)
-    assert first['val_margin'] == first['val_drift'] == 0 and first['val_accuracy'] == 0.5
-    assert last['val_accuracy'] > 0.9 and last['val_loss'] < 0.6
-    assert {'loss', 'accuracy', 'margin', 'norm', 'lr', 'tokens'} <= set(log[1])
-    for words in (
-        '10 pairs held out',
-        'units sampled',
-        'means little: ± 31 points',
-        'of which step 24 is kept',
-    ):
-        assert words in done.stdout
-
-    model = SLM.from_pretrained(str(place / 'whole'))
-    slam = model.slam
-    assert (slam['encoder'], slam['stage'], slam['dedup']) == ('mhubert25', 'dpo', True)
+    last = log[-1]
+    assert [row['step'] for row in log if 'val_loss' in row] == [8, 16, 24]
+    assert last['val_accuracy'] > 0.9 and last['val_loss'] < 0.6 and last['val_drift'] != 0
+    assert {'loss', 'accuracy', 'margin', 'norm', 'lr', 'tokens'} <= set(log[0])
+    assert '70 pairs to train on, 10 held out' in whole.stdout
+    net = load_slm(str(place / 'whole'))
+    slam = net.slam
+    assert (slam['encoder'], slam['stage'], slam['encoder_id']) == ('mhubert25', 'dpo', 'abc')
     assert slam['recipe']['beta'] == 0.1 and slam['recipe']['pretraining'] == dict(lr=1)
     assert slam['compute']['pretraining'] == dict(hours=23.5) and slam['compute']['devices'] == 1
     assert slam['scores']['step'] == 24 and slam['compute']['tokens'] == last['tokens']
 
-    train, val, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 0, 512)
-    [cache] = place.glob('reference-*.pt')
-    known, _ = torch.load(cache)
+    state = torch.load(place / 'whole/train_state.pt', weights_only=True)
+    assert torch.equal(state['model']['embed.weight'], net.embed.weight)  # those of the last step
+    train, val, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 512)
     with torch.no_grad():
-        again = single_logps(SLM.from_pretrained(str(place / 'init')), train + val)
-    torch.testing.assert_close(known, again, rtol=1e-5, atol=1e-4)
+        expected = their_logps(their_model(place / 'init'), train + val)
+    torch.testing.assert_close(state['reference'], expected, rtol=1e-5, atol=1e-3)
 
-    weights = (place / 'whole/model.safetensors').stat().st_mtime
-    again = run(place, 'whole')
-    assert again.returncode == 0 and 'finished before' in again.stdout
-    other = run(place, 'whole', beta=0.2)
-    assert other.returncode == 2 and 'beta=0.1, not 0.2' in other.stderr
-    assert len(other.stderr.splitlines()) == 1
-    assert (place / 'whole/model.safetensors').stat().st_mtime == weights
+    weights = (place / 'whole/model.safetensors').stat().st_mtime_ns
+    assert inside(place, 'whole').returncode == 0
+    assert (place / 'whole/model.safetensors').stat().st_mtime_ns == weights
 
 
-# the signal comes from within: from without it would come at another step on a busy machine
-STOPPED_AT_STEP_10 = """
-import os, runpy, sys
+# the signal comes from inside the run: from outside it would come at another step each time
+SIGNALLED = """
+import os, runpy, signal, sys
 sys.argv = {argv!r}
 import model
 
-def say_and_stop(text, rank=0, say=model.say):
-    say(text, rank)
+def log_and_signal(text, rank=0, log=model.log):
+    log(text, rank)
     if text.startswith('step 10/24'):
-        os.kill(os.getpid(), {number})
+        os.kill(os.getpid(), signal.{name})
 
-model.say = say_and_stop
+model.log = log_and_signal
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_run_goes_on_bit_for_bit(place, number):
+@pytest.mark.parametrize(('name', 'code'), [('SIGKILL', -9), ('SIGTERM', 143)])
+def test_a_stopped_run_resumes_bit_for_bit(place, whole, name, code):
     """The weights, the optimizer and the log of a run that nothing disturbed."""
-    if not (place / 'whole').exists():
-        run(place, 'whole')
-    out = f'stopped{int(number)}'
-    body = STOPPED_AT_STEP_10.format(argv=command(place, out), number=int(number))
+    body = SIGNALLED.format(argv=['dpo.py', *flags(place, name)], name=name)
     stopped = subprocess.run([sys.executable, '-c', body], cwd=ROOT, env=ENV, capture_output=True)
-    assert stopped.returncode == (-9 if number == signal.SIGKILL else 128 + signal.SIGTERM)
-    state = torch.load(place / out / 'train_state.pt', weights_only=True)
-    assert state['step'] == 6 if number == signal.SIGKILL else state['step'] >= 10
-    SLM.from_pretrained(str(place / out))
-
-    done = run(place, out)
-    assert done.returncode == 0, done.stderr
-    assert f'going on at step {state["step"]}' in done.stdout
-    assert filecontents(place / out) == filecontents(place / 'whole')
-    ours, whole = (
-        torch.load(place / name / 'train_state.pt', weights_only=True) for name in (out, 'whole')
+    assert stopped.returncode == code, stopped.stderr
+    step = torch.load(place / name / 'train_state.pt', weights_only=True)['step']
+    assert step == 6 if name == 'SIGKILL' else step >= 10
+    done = inside(place, name)
+    assert done.returncode == 0 and f'steps {step} to 24' in done.stdout, done.stderr
+    ours, theirs = (
+        torch.load(place / run / 'train_state.pt', weights_only=True) for run in (name, 'whole')
     )
-    for i, moments in whole['optimizer']['state'].items():
-        for key in moments:
-            assert torch.equal(ours['optimizer']['state'][i][key], moments[key])
-    for key, value in whole['model'].items():
+    for key, value in theirs['model'].items():
         assert torch.equal(ours['model'][key], value)
-    if number == signal.SIGKILL:  # a signal leaves a line of its own, at the step where it came
-        assert read_log(place / out) == read_log(place / 'whole')
+    if name == 'SIGKILL':  # another signal leaves a line of its own
+        assert read_log(place / name) == read_log(place / 'whole')
 
 
-def filecontents(folder):
-    return (folder / 'model.safetensors').read_bytes()
+def test_two_processes_are_one(place, whole):
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    line = [sys.executable, *launch, 'dpo.py', *flags(place, 'two')]
+    done = subprocess.run(line, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(read_log(place / 'two'), read_log(place / 'whole'), strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], abs=1e-4) for key in a)
 
 
-@pytest.mark.parametrize('weight', [0.0, 0.5])
-def test_the_first_gradient_is_the_closed_form(place, inside, weight):
-    """Where the policy is the reference: of -beta / 2 (chosen - rejected), pair by pair, and of the
-    mean negative log-likelihood of a chosen token times sft_weight, which the loss leaves out."""
-    train, _, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 0, 512)
-    lengths = np.array([len(pair.tokens) for pair in train])
-    pairs = [train[i] for i in dpo.deal_batches(lengths, 8, 1234, 0)[0]]
-    model = SLM.from_pretrained(str(place / 'init')).double()
-    chosen, rejected = single_logps(model, pairs).sum(0)
-    likelihood = chosen / sum(pair.sizes[0] for pair in pairs)
-    objective = -0.1 / 2 * (chosen - rejected) / 8 - weight * likelihood
-    gradient = torch.autograd.grad(objective, list(model.parameters()))
-    norm = math.sqrt(sum(float((part**2).sum()) for part in gradient))
+def test_recipes_have_knobs_of_dpo(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = read_block('dpo.py')[1]
+    for name in ('slam_dpo', 'slam_scaled_dpo', 'demo_dpo'):
+        assert set(run_config(f'config/{name}.py', dict.fromkeys(names))) <= set(names)
 
-    out = f'weight{weight}'
-    code, said, _ = inside(out, max_steps=1, log_interval=1, sft_weight=weight)
-    assert code == 0, said
-    [row] = [row for row in read_log(place / out) if 'loss' in row]
-    assert row['norm'] == pytest.approx(norm, rel=1e-3, abs=1e-5)
-    assert row['loss'] == pytest.approx(math.log(2), abs=2e-5)
+
+def test_the_clock_and_epochs_end_a_run_after_one_step_at_least(place):
+    """The reference's pass alone takes longer than train_hours; a fifth of an epoch of two."""
+    knobs = dict(train_hours=1e-9, log_interval=1, max_steps=0)
+    for _ in range(2):  # the second time there is nothing to do
+        assert inside(place, 'clock', **knobs).returncode == 0
+        assert read_log(place / 'clock')[-1]['step'] == 1
+    assert (place / 'clock/model.safetensors').exists()
+    assert inside(place, 'fifth', batch_pairs=32, epochs=0.2, max_steps=30).returncode == 0
+    assert read_log(place / 'fifth')[-1]['step'] == 1
 
 
 @pytest.mark.parametrize(('loss', 'beta'), [('ipo', 1.0), ('simpo', 2.0)])
-def test_the_other_losses_learn_too(place, tmp_path, inside, loss, beta):
-    data = shutil.copy(place / 'pairs.jsonl', tmp_path)
-    code, _, _ = inside(tmp_path / 'out', data=data, loss=loss, beta=beta, max_steps=16)
-    first, *_, last = read_log(tmp_path / 'out')
-    assert code == 0 and last['val_accuracy'] > max(first['val_accuracy'], 0.55)
+def test_the_other_losses_learn_too(place, loss, beta):
+    assert inside(place, loss, loss=loss, beta=beta, eval_interval=2).returncode == 0
+    first, *_, last = [row for row in read_log(place / loss) if 'val_loss' in row]
     assert last['val_loss'] < first['val_loss'] and last['val_drift'] != 0
-    assert bool(list(tmp_path.glob('reference-*.pt'))) == (loss != 'simpo')
 
 
-def test_samples_are_measured_by_hand(monkeypatch):
-    model = small_model()
-    samples = [[5, 5, 6, 7, 6, 7], [9], []]
-    monkeypatch.setattr(
-        SLM, 'generate', lambda *_, **__: [torch.tensor(x, dtype=torch.int64) for x in samples]
-    )
-    found = dpo.measure_samples(model, [np.array([1, 5]), np.array([1, 9]), np.array([1, 2])])
-    repeats, bleu = (2 + 1) / 7, (2 / 5 + 0 + 0) / 3  # 67 twice of 55 56 67 76 67
-    assert found == dict(units=7, repeats=pytest.approx(repeats), auto_bleu=pytest.approx(bleu))
-
-
-def test_damage_is_told_with_its_remedy():
-    before = dict(val_repeats=0.01)
-    well = dict(val_drift=-0.1, val_repeats=0.012)
-    assert dpo.find_damage(well, before) == []
-    [sinks] = dpo.find_damage(dict(well, val_drift=-0.9), before)
-    [repeats] = dpo.find_damage(dict(well, val_repeats=0.023), before)
-    assert 'chosen completions lost 0.90 nats a token' in sinks
-    assert 'immediate repeats are 2.3% of the units' in repeats
-    assert all('--lr' in line and '--sft_weight' in line for line in (sinks, repeats))
-
-
-def test_a_run_that_only_damages_ends_as_it_began(place, inside):
-    code, out, _ = inside('damage', lr=0.3, warmup_steps=0, max_steps=40, batch_pairs=16)
-    assert code == 0 and 'WARNING: chosen completions lost' in out
-    assert 'no step was better' in out and 'epochs' in out
-    ours, theirs = (SLM.from_pretrained(str(place / name)) for name in ('damage', 'init'))
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert ours.slam['stage'] == 'pretraining'
-
-
-def test_steps_that_are_not_finite_are_skipped_and_end_the_run(place, inside):
-    code, out, errors = inside(
-        'wild', lr=1e30, warmup_steps=0, max_steps=40, eval_interval=0, save_interval=0
-    )
-    assert code == 2 and len(errors) == 1 and 'steps in a row were not finite' in errors[0]
-    assert '2 not finite, skipped' in out
-    assert all(
-        (row['loss'] is None) == (row.get('skipped') == 2) for row in read_log(place / 'wild')
-    )
-    code, _, errors = inside(
-        'few', lr=1e30, warmup_steps=0, max_steps=4, eval_interval=0, save_interval=0
-    )
-    assert code == 2 and len(errors) == 1 and '3 steps in a row were not finite' in errors[0]
-    assert not (place / 'few' / 'model.safetensors').exists()
-
-
-def test_a_model_that_is_not_finite_is_one_line(place, tmp_path, inside):
-    model = SLM.from_pretrained(str(place / 'init'))
-    model.embed.weight.data[5] = math.nan
-    model.save_pretrained(tmp_path / 'init')
-    code, _, errors = inside('broken', init=tmp_path / 'init')
-    assert code == 2 and len(errors) == 1 and 'no finite log-probability' in errors[0]
-
-
-def test_memory_that_is_not_there_is_one_line(place, tmp_path, inside, monkeypatch):
-    def logps(*_, **__):
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
-
-    monkeypatch.setattr(SLM, 'logps', logps)
-    data = shutil.copy(place / 'pairs.jsonl', tmp_path)
-    code, _, errors = inside(tmp_path / 'out', data=data)
-    assert code == 2 and len(errors) == 1
-    assert all(word in errors[0] for word in ('out of memory', 'row_tokens=256', 'context=128'))
+def test_a_loss_that_is_not_finite_ends_the_run(place):
+    done = inside(place, 'wild', lr=1e30, warmup_steps=0, save_interval=0)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert 'not finite at step 2' in done.stderr
+    assert not (place / 'wild/model.safetensors').exists()
 
 
 @pytest.mark.parametrize(
-    ('knob', 'value'),
+    ('knobs', 'message'),
     [
-        ('lr', -1),
-        ('beta', 0),
-        ('context', 0),
-        ('batch_pairs', 0),
-        ('row_tokens', 0),
-        ('log_interval', 0),
-        ('seed', -1),
-        ('sft_weight', -1),
-        ('train_hours', -1),
-        ('loss', 'dro'),
-        ('dtype', 'float16'),
+        (dict(loss='dro'), "loss 'dro' is unknown"),
+        (dict(init='nowhere'), 'nowhere'),
+        (dict(data='nowhere.jsonl'), 'nowhere.jsonl'),
+        (dict(batch_pairs=100), '70 pairs to train on are no batch of 100'),
+        (dict(out_dir='{init}'), 'would be overwritten'),
+        (dict(out_dir='{whole}', beta=0.2), 'is a run with beta=0.1, not 0.2'),
+        (dict(out_dir='{whole}', data='{few}'), 'is a run with data'),
+        (dict(data='{other}'), 'different encoders'),
+        (dict(tracker='paper'), "tracker 'paper' is not known"),
+        (dict(dtype='float16'), 'float16'),
     ],
 )
-def test_a_knob_out_of_range_is_one_line(knob, value, inside):
-    code, _, errors = inside('wrong', **{knob: value})
-    assert code == 2 and len(errors) == 1 and knob in errors[0]
-    reason = dict(loss='unknown', dtype='bfloat16').get(knob, 'out of range')
-    assert reason in errors[0]
-
-
-def test_a_full_disk_loses_nothing(place, tmp_path):
-    """Nor does a torn line of the log, a reader that leaves, or the longest pair held out."""
-    rows = [json.loads(line) for line in open(place / 'pairs.jsonl')]
-    rows.append(dict(prompt=[1, 2, 3] * 20, chosen=list(range(40)), rejected=[7], split='val'))
-    data = write_rows(tmp_path / 'pairs.jsonl', rows)
-    knobs = dict(init=place / 'init', data=data, max_steps=4)
-    done = run(tmp_path, 'out', **knobs)
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / 'out'
-    with open(out / 'log.jsonl', 'a') as file:
-        file.write('{"step": 4')  # torn
-    names = ('train_state.pt', 'model.safetensors')
-    before = [(out / name).read_bytes() for name in names]
-    full = subprocess.run(
-        [sys.executable, *command(tmp_path, 'out', **knobs | dict(max_steps=6))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=ENV,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000,) * 2),
-    )
-    assert full.returncode == 2 and 'make room' in full.stderr.splitlines()[-1], full.stderr
-    assert 'Traceback' not in full.stderr
-    assert before == [(out / name).read_bytes() for name in names]
-    process = subprocess.Popen(
-        [sys.executable, *command(tmp_path, 'out', **knobs | dict(max_steps=6))],
-        cwd=ROOT,
-        env=ENV,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.stdout.readline()
-    process.stdout.close()  # a reader that leaves does not stop the run
-    assert 'Error' not in process.stderr.read()
-    assert process.wait() == 0 and read_log(out)[-1]['step'] == 6
-
-
-def test_two_processes_are_one(place):
-    launcher = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d')
-    launcher += ('--rdzv_endpoint=localhost:0', '--master_port=0')
-    two = run(place, 'two', launcher, max_steps=6, sft_weight=0.1)
-    assert two.returncode == 0, two.stderr[-2000:]
-    one = run(place, 'one', max_steps=6, sft_weight=0.1)
-    assert one.returncode == 0, one.stderr
-    for a, b in zip(read_log(place / 'two'), read_log(place / 'one'), strict=True):
-        assert a.keys() == b.keys()
-        assert all(a[key] == pytest.approx(b[key], abs=2e-5) for key in a if key != 'damage')
-
-
-def test_mistakes_are_one_line(place, tmp_path, inside):
-    (tmp_path / 'empty.jsonl').write_text('')
-    for knobs, message in (
-        (dict(init=tmp_path / 'none'), 'none'),
-        (dict(data=tmp_path / 'empty.jsonl'), '0 pairs to train on are no batch'),
-        (dict(data=tmp_path / 'none.jsonl'), 'no pairs'),
-        (dict(out_dir=place / 'init'), 'would be lost'),
-        (dict(max_steps=0), 'one of them must end the run'),
-    ):
-        code, _, errors = inside('wrong', **knobs)
-        assert code == 2 and len(errors) == 1 and message in errors[0]
+def test_a_mistake_is_one_line(place, whole, knobs, message):
+    names = dict(init=place / 'init', whole=place / 'whole', few=place / 'few.jsonl')
+    names['other'] = place / 'other/pairs.jsonl'
+    write_rows(names['few'], list(learnable_rows())[:60])
+    os.makedirs(place / 'other', exist_ok=True)
+    write_rows(names['other'], learnable_rows())
+    write_rows(place / 'other/meta.json', [dict(encoder_id='xyz')])
+    knobs = {key: str(value).format(**names) for key, value in knobs.items()}
+    done = inside(place, 'wrong', **knobs)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert message in done.stderr
