@@ -30,7 +30,6 @@ import csv
 import ctypes
 import glob
 import html
-import io
 import json
 import math
 import multiprocessing.connection
@@ -41,11 +40,10 @@ import textwrap
 import time
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from itertools import count, islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -100,7 +98,6 @@ device = 'auto'  # of a network: cuda, mps, cpu
 GRID = 640  # samples in a 40 ms frame of a 25 Hz encoder
 SILENCE = 0.002  # amplitudes below this share of full scale count as silence
 PART = 40  # items in a part
-LONGEST = 100_000  # characters of the longest text that is spoken, about two hours
 MARK = '<|endoftext|>'
 
 # Columns that a task expects
@@ -123,8 +120,7 @@ GOLD = 'id filename voice type subtype correct transcription'.split()
 #     The cake is lovely and warm.                 a good or a bad quality: the outcome
 #     He is happy and eats the cake.               the ending
 #
-# All endings have the same form, so length and frequency do not tell the right one. Edit these
-# tables to make another toy language.
+# All endings have the same form, so length and frequency do not tell the right one.
 
 HEROES = dict(
     he='boy boys|man men|king kings|brother brothers|uncle uncles|farmer farmers|father fathers|'
@@ -247,10 +243,8 @@ def toy_story(rng, topic, outcome, who, mood):
 
 
 def toy_couple(rng, contradict, fresh):
-    """Two stories with exchanged wrong endings: an ending is right as often as it is wrong.
-
-    contradict: the two are about the same thing with opposite outcomes; else about two topics.
-    """
+    """Two stories, each the wrong ending of the other: about the same thing with opposite outcomes
+    if `contradict`, else about two topics."""
     who = rng.choice(('he', 'she', 'they'))
     mood, outcome = rng.randrange(2), rng.choice(('good', 'bad'))
     topics = rng.sample(list(TOPICS), 2)
@@ -334,19 +328,16 @@ def read_lines(path):
     """
     with open(path, 'rb') as file:
         utf16 = file.read(2) in (b'\xff\xfe', b'\xfe\xff')
-        file.seek(0)
-        number, lines = 1, file
-        try:
-            if utf16:
-                lines = io.StringIO(file.read().decode('utf-16'), newline='')
-            for number, line in enumerate(lines, 1):
-                line = line if utf16 else line.decode('utf-8-sig' if number == 1 else 'utf-8')
+    number = 0
+    try:
+        with open(path, encoding='utf-16' if utf16 else 'utf-8-sig', newline='') as file:
+            for number, line in enumerate(file, 1):
                 if '\0' in line:  # as in UTF-16 without a mark
                     raise InputError(f'{path}, line {number}: byte 0x00: save it as UTF-8')
                 yield line
-        except UnicodeDecodeError as error:
-            byte = f'byte 0x{error.object[error.start]:02x} at {error.start}'
-            raise InputError(f'{path}, line {number}: {byte}: save it as UTF-8') from None
+    except UnicodeDecodeError as error:
+        byte = f'byte 0x{error.object[error.start]:02x}'
+        raise InputError(f'{path}, after line {number}: {byte}: save it as UTF-8') from None
 
 
 def read_file(path):
@@ -477,24 +468,18 @@ def cloze_items(task):
 
 
 # Tasks: a new one is a function as above and an entry here
-MAKERS = dict(
-    stories=story_items,
-    pairs=pair_items,
-    **dict.fromkeys(('minimal', 'grammar', 'sstory', 'tstory'), minimal_items),
-    blimp=blimp_items,
-    **dict.fromkeys(('sstorycloze', 'tstorycloze'), cloze_items),
-)
+MAKERS = dict(stories=story_items, pairs=pair_items, blimp=blimp_items)
+MAKERS |= dict.fromkeys(('minimal', 'grammar', 'sstory', 'tstory'), minimal_items)
+MAKERS |= dict.fromkeys(('sstorycloze', 'tstorycloze'), cloze_items)
+
+# kind: a key of MAKERS; name: its folder in `out`, such as grammar_unseen
+Task = namedtuple('Task', 'kind name voices')
 
 
-class Task(NamedTuple):
-    kind: str  # a key of MAKERS
-    name: str  # its folder in `out`, such as grammar_unseen
-    voices: list
-
-    def items(self):
-        """Yield the items, at most `limit`."""
-        unseen = n_unseen if text == 'toy' and self.name.endswith('_unseen') else 0
-        return islice(MAKERS[self.kind](self), min(filter(None, (limit, unseen)), default=None))
+def items_of(task):
+    """Yield the items of a task, at most `limit`."""
+    unseen = n_unseen if text == 'toy' and task.name.endswith('_unseen') else 0
+    return islice(MAKERS[task.kind](task), min(filter(None, (limit, unseen)), default=None))
 
 
 def find_tasks():
@@ -594,11 +579,8 @@ def sentences(document, english=True, longest=300):
 # Voices: __init__ loads the network; speak(sentence, voice, speed, pitch) returns a Speech, or
 # raises an error if there is no such voice. A new one is such a class and an entry in BACKENDS
 
-
-class Speech(NamedTuple):
-    wave: np.ndarray  # (samples,) float32
-    rate: int  # Hz
-    times: dict  # words and phones, [[word, start s, end s], ...], where they are known
+# (samples,) float32; Hz; dict of words and phones, [[name, start s, end s], ...], where known
+Speech = namedtuple('Speech', 'wave rate times')
 
 
 def word_times(sentence, wave, rate, marks):
@@ -610,29 +592,24 @@ def word_times(sentence, wave, rate, marks):
     spans = [(match[0], *match.span()) for match in re.finditer(r'\S+', sentence)]
     known = {0: 0}
     for _, begin, end in spans:
-        for at, sample in marks:
-            if begin <= at < end and sample >= max(known.values()):
-                known[begin] = sample
-                break
+        samples = [sample for at, sample in marks if begin <= at < end]
+        if samples and samples[0] >= max(known.values()):
+            known[begin] = samples[0]
     known[len(sentence)] = len(wave)
     starts = np.interp([begin for _, begin, _ in spans], list(known), list(known.values()))
     starts = [*starts.round().astype(int).tolist(), len(wave)]
-
-    loud, words = np.abs(wave) > SILENCE, []
+    words = []
     for (word, _, _), begin, end in zip(spans, starts[:-1], starts[1:], strict=True):
-        sounding = np.flatnonzero(loud[begin:end])
+        sounding = np.flatnonzero(np.abs(wave[begin:end]) > SILENCE)
         sound_end = begin + sounding[-1] + 1 if len(sounding) else end
         words.append([word, begin / rate, float(sound_end / rate)])
     return words
 
 
 class Event(ctypes.Structure):  # espeak_EVENT of espeak-ng/speak_lib.h
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ('type', 'identifier', 'text_position', 'length')),
-        *((name, ctypes.c_int) for name in ('audio_position', 'sample')),
-        ('user_data', ctypes.c_void_p),
-        ('id', ctypes.c_char * 8),
-    ]
+    numbers = 'type identifier text_position length audio_position sample'.split()
+    _fields_ = [(name, ctypes.c_int) for name in numbers]
+    _fields_ += [('user_data', ctypes.c_void_p), ('id', ctypes.c_char * 8)]
 
 
 WORD, PHONEME = 1, 7  # types of events; 0 ends their list
@@ -642,7 +619,7 @@ RECEIVE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.P
 class Espeak:
     """espeak-ng in this process; the package espeakng-loader brings the library and its data."""
 
-    def __init__(self):
+    def __init__(self, name=''):
         import espeakng_loader
 
         self.path, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
@@ -663,9 +640,8 @@ class Espeak:
             rate = library.espeak_Initialize(2, 10000, self.data.encode(), 0x8000 | 2 | 1)
             language, plus, variant = voice.partition('+')
             names = voice, self.files.get(language, language) + plus + variant
-            there = os.path.exists(os.path.join(self.data, 'voices', '!v', variant))
-            set_voice = library.espeak_ng_SetVoiceByName
-            if rate <= 0 or not there or all(set_voice(name.encode()) for name in names):
+            failed = all(library.espeak_ng_SetVoiceByName(name.encode()) for name in names)
+            if failed or not os.path.exists(os.path.join(self.data, 'voices', '!v', variant)):
                 hint = 'name a language (en-us, de, fr-fr), optionally with a variant (en-us+f2)'
                 raise InputError(f'espeak-ng has no voice {voice!r}: {hint}')
             library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
@@ -771,9 +747,8 @@ BACKENDS = dict(
 def load_speaker(wanted):
     """An object of the class that --tts names, which speaks with the wanted voices."""
     kind, _, network, _ = BACKENDS[tts]
-    name = tts_model or network
-    with reading(f'--tts={tts} --tts_model={name}'):
-        speaker = kind(name) if network else kind()
+    with reading(f'--tts={tts} --tts_model={tts_model or network}'):
+        speaker = kind(tts_model or network)
     for voice in sorted(wanted):
         with reading(f'--voices={voice} of {tts}'):
             speaker.speak('a', voice, 1.0, 50)
@@ -788,18 +763,6 @@ class Skip(Exception):
     """Why an item is not spoken."""
 
 
-def join(speeches):
-    """Speeches at 16 kHz, one after the other; with the times that all of them have."""
-    times = {key: [] for key in ('words', 'phones') if all(key in s.times for s in speeches)}
-    at = 0.0
-    for speech in speeches:
-        for key, found in times.items():
-            for name, start, end in speech.times[key]:
-                found.append([name, round(at + start, 3), round(at + end, 3)])
-        at += len(speech.wave) / SAMPLE_RATE
-    return Speech(np.concatenate([speech.wave for speech in speeches]), SAMPLE_RATE, times)
-
-
 @lru_cache(100)  # the files of an item share sentences
 def speak_sentence(sentence, voice, speaker):
     """A sentence as Speech at 16 kHz: without silence at its ends, followed by the pause, padded to
@@ -812,14 +775,14 @@ def speak_sentence(sentence, voice, speaker):
     sounding = np.flatnonzero(np.abs(wave) > SILENCE)
     if not len(sounding):
         return None
+    start = float(sounding[0] / rate)
     wave = torch.from_numpy(wave[sounding[0] : sounding[-1] + 1])
     wave = resample(wave, rate, SAMPLE_RATE).numpy()
-
-    def inside(t):
-        return min(max(t - float(sounding[0] / rate), 0), len(wave) / SAMPLE_RATE)
-
     times = {
-        key: [[name, inside(start), inside(end)] for name, start, end in found]
+        key: [
+            [name, *(np.clip(span, start, start + len(wave) / SAMPLE_RATE) - start).tolist()]
+            for name, *span in found
+        ]
         for key, found in times.items()
     }
     length = math.ceil((len(wave) + round(pause * SAMPLE_RATE)) / GRID) * GRID
@@ -827,20 +790,23 @@ def speak_sentence(sentence, voice, speaker):
 
 
 def speak_text(document, voice, speaker):
-    """(text as spoken, Speech). Raises Skip."""
-    if len(document) > LONGEST:
-        raise Skip(f'longer than {LONGEST:,} characters')
+    """(text as spoken, Speech with the times that all sentences have). Raises Skip."""
     _, _, network, english = BACKENDS[tts]
-    english = bool(re.match(english, f'{tts_model or network} {voice}'))
-    spoken = {}
-    for i, sentence in enumerate(sentences(document, english)):
-        speech = speak_sentence(sentence, voice, speaker)
-        if speech:
-            spoken[i] = sentence, speech
+    found = sentences(document, re.match(english, f'{tts_model or network} {voice}'))
+    spoken = [(sentence, speak_sentence(sentence, voice, speaker)) for sentence in found]
+    spoken = [(sentence, speech) for sentence, speech in spoken if speech]
     if not spoken:
         raise Skip('with nothing to say')
-    said, speeches = zip(*spoken.values(), strict=True)
-    return ' '.join(said), join(speeches)
+    said, speeches = zip(*spoken, strict=True)
+    times = {key: [] for key in ('words', 'phones') if all(key in s.times for s in speeches)}
+    at = 0.0
+    for speech in speeches:
+        for key in times:
+            for name, start, end in speech.times[key]:
+                times[key].append([name, round(at + start, 3), round(at + end, 3)])
+        at += len(speech.wave) / SAMPLE_RATE
+    wave = np.concatenate([speech.wave for speech in speeches])
+    return ' '.join(said), Speech(wave, SAMPLE_RATE, times)
 
 
 def make_rows(n, item, task, speaker):
@@ -882,13 +848,9 @@ def make_rows(n, item, task, speaker):
 # others are rows of manifest.jsonl or, with a reason, of skipped.jsonl
 
 
-def part_path(task, number):
-    return os.path.join(out, task.name, 'parts', f'{number:05d}.jsonl')
-
-
-def work(task, speaker, numbers, quiet=False):
-    """Make some parts of a task, each of which is a file of its own."""
-    items = enumerate(task.items())
+def work(task, speaker, numbers, paths, quiet=False):
+    """Make the parts with these numbers, each of which is a file."""
+    items = enumerate(items_of(task))
     at = 0
     for number in tqdm(numbers, desc=task.name, unit=' parts', disable=quiet):
         part = list(islice(items, PART * (number - at), PART * (number - at + 1)))
@@ -903,21 +865,21 @@ def work(task, speaker, numbers, quiet=False):
                 unsaid = ' | '.join(item['texts'].values())[:1000]
                 lines.append(dict(n=n, reason=str(reason), text=unsaid))
                 total['skipped'] += 1
-        with write_atomic(part_path(task, number)) as file:
+        with write_atomic(paths[number]) as file:
             file.writelines(json.dumps(row) + '\n' for row in (total, *lines))
 
 
-def share_work(task, speaker, missing):
+def share_work(task, speaker, missing, paths):
     """Make the missing parts in worker processes, each takes every n-th. A network speaks in this
     process."""
     processes = min(workers or os.cpu_count(), len(missing))
     if BACKENDS[tts][2] or processes < 2:
-        return work(task, speaker, missing) if missing else None
+        return work(task, speaker, missing, paths)
 
     def worker(number):
         start_worker()
         try:
-            work(task, speaker, missing[number::processes], quiet=number > 0)
+            work(task, speaker, missing[number::processes], paths, quiet=number > 0)
         except (OSError, InputError) as error:  # one line, and exit code 2
             report_error(type(error), error, error.__traceback__)
 
@@ -933,36 +895,13 @@ def share_work(task, speaker, missing):
             raise SystemExit(2) if 2 in codes else InputError(message)
 
 
-def merge_parts(task, parts):
-    """Merge the parts in order into manifest.jsonl and skipped.jsonl, and gold.csv of blimp ->
-    their counts added up, and the number of items skipped for each reason."""
-    total, reasons, folder = Counter(), Counter(), os.path.join(out, task.name)
-    names = [os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped')]
-    with write_atomic(names[0]) as manifest, write_atomic(names[1]) as skipped:
-        for number in range(parts):
-            rows = (row for _, row in read_jsonl(part_path(task, number)))
-            total.update(next(rows))
-            for row in rows:
-                reasons.update([row['reason']] if 'reason' in row else [])
-                (skipped if 'reason' in row else manifest).write(json.dumps(row) + '\n')
-    if task.kind == 'blimp':
-        with write_atomic(os.path.join(folder, GOLD_FOLDER, 'gold.csv')) as file:
-            writer = csv.DictWriter(file, GOLD, extrasaction='ignore')
-            writer.writeheader()
-            for _, row in read_jsonl(names[0]):
-                more = dict(filename=row['path'].removeprefix(GOLD_FOLDER + '/')[:-4])
-                more |= dict(transcription=row['text'], correct=int(row['correct']))
-                writer.writerow(row | more)
-    return total, reasons
-
-
 def plan_task(task):
-    """(parts, settings) of a task: what its audio depends on, with a hash of all its text.
+    """The files of a task's parts, and what its audio depends on, with a hash of all its text.
 
     Raises InputError if its folder holds speech made with others.
     """
     items, digest = 0, ''
-    for item in task.items():
+    for item in items_of(task):
         items, digest = items + 1, content_hash(digest, item)
     if not items:
         raise InputError(f'{text}: no text in it for task {task.kind}')
@@ -975,32 +914,53 @@ def plan_task(task):
         if changed:
             hint = 'choose another --out, or remove it'
             raise InputError(f'{folder} holds speech made with other {changed}: {hint}')
-    return math.ceil(items / PART), settings
+    numbers = range(math.ceil(items / PART))
+    return [os.path.join(folder, 'parts', f'{n:05d}.jsonl') for n in numbers], settings
 
 
-def run_task(task, parts, settings, speaker):
+def merge_parts(task, folder, paths):
+    """Merge the part files into manifest.jsonl, skipped.jsonl and for blimp gold.csv -> their counts
+    added up, and the number of items skipped for each reason."""
+    total, reasons = Counter(), Counter()
+    names = [os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped')]
+    with write_atomic(names[0]) as manifest, write_atomic(names[1]) as skipped:
+        for path in paths:
+            rows = (row for _, row in read_jsonl(path))
+            total.update(next(rows))
+            for row in rows:
+                reasons.update([row['reason']] if 'reason' in row else [])
+                (skipped if 'reason' in row else manifest).write(json.dumps(row) + '\n')
+    if task.kind == 'blimp':
+        with write_atomic(os.path.join(folder, GOLD_FOLDER, 'gold.csv')) as file:
+            writer = csv.DictWriter(file, GOLD, extrasaction='ignore')
+            writer.writeheader()
+            for _, row in read_jsonl(names[0]):
+                row |= dict(filename=os.path.basename(row['path'])[:-4], transcription=row['text'])
+                writer.writerow(row | dict(correct=int(row['correct'])))
+    return total, reasons
+
+
+def run_task(task, paths, settings, speaker):
     """Make the missing parts of this shard, and merge all parts if none is missing then."""
     began, folder = time.time(), os.path.join(out, task.name)
     with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
         json.dump(settings, file)
     first, step = map(int, shard.split('/')) if shard else (0, 1)
-    missing = [n for n in range(first, parts, step) if not os.path.exists(part_path(task, n))]
-    share_work(task, speaker, missing)
-    left = sum(not os.path.exists(part_path(task, number)) for number in range(parts))
+    missing = [n for n in range(first, len(paths), step) if not os.path.exists(paths[n])]
+    share_work(task, speaker, missing, paths)
+    left = sum(not os.path.exists(path) for path in paths)
     if left:
-        return log(f'{task.name}: shard {shard} is done; {left} of {parts} parts are missing')
+        return log(f'{task.name}: shard {shard} is done; {left} of {len(paths)} parts are missing')
 
-    total, reasons = merge_parts(task, parts)
+    total, reasons = merge_parts(task, folder, paths)
     spent, hours = time.time() - began, total.pop('seconds') / 3600
-    rate = 3600 * hours * len(missing) / parts / spent
+    rate = 3600 * hours * len(missing) / len(paths) / spent
     made = dict(total, hours=hours, seconds=spent, x_real_time=rate, reasons=reasons)
     with write_atomic(os.path.join(folder, 'summary.json')) as file:
         json.dump(dict(made, settings=settings), file)
-    why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none skipped'
-    log(
-        f'{task.name}: {total["items"]:,} items, {hours:.2f} h, skipped: {why}; '
-        f'{spent:.1f} s, {rate:.0f} x real time'
-    )
+    why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none'
+    items = f'{task.name}: {total["items"]:,} items, {hours:.2f} h, skipped: {why}'
+    log(f'{items}; {spent:.1f} s, {rate:.0f} x real time')
 
 
 if __name__ == '__main__':
@@ -1011,16 +971,16 @@ if __name__ == '__main__':
     # Read all text first, and compare it with what is there: mistakes end the run before it speaks
     todo = []
     for wanted in find_tasks():
-        parts, settings = plan_task(wanted)
+        paths, settings = plan_task(wanted)
         if os.path.exists(os.path.join(out, wanted.name, 'summary.json')):
             log(f'{wanted.name}: already in {out}/{wanted.name}, nothing to do')
         else:
-            todo.append((wanted, parts, settings))
+            todo.append((wanted, paths, settings))
 
     # Load the voices once; worker processes share them
     if todo:
         speaker = load_speaker({voice for wanted, _, _ in todo for voice in wanted.voices})
 
     # One task after the other
-    for wanted, parts, settings in todo:
-        run_task(wanted, parts, settings, speaker)
+    for wanted, paths, settings in todo:
+        run_task(wanted, paths, settings, speaker)
