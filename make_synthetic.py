@@ -5,10 +5,9 @@
     python make_synthetic.py --task=pairs --text=swag/train.csv --tts=kokoro --out=data/spokenswag
     python make_synthetic.py --task=minimal --text=mine.csv --test_voices=en-us+f4 --out=data
 
---text is a .txt, .jsonl, .csv or .parquet file, a folder or a glob of such, hub:OWNER/NAME[:SPLIT]
-(split train by default), or toy. Text files are UTF-8, or UTF-16 with a byte order mark. The
-documents of a .txt file are separated by <|endoftext|> or, where that mark does not occur, by blank
-lines. The tasks, and the columns they read:
+--text: .txt, .jsonl, .csv or .parquet files, in UTF-8, or UTF-16 with a byte order mark. Documents
+of a .txt file end at <|endoftext|> or, where that mark does not occur, at blank lines. The tasks,
+and the columns they read:
 
 stories      text (--text_field); <|endoftext|> separates documents here too
 pairs        prompt, chosen, rejected; or the columns of SWAG or HellaSwag
@@ -18,7 +17,6 @@ storycloze   StoryCloze's columns -> sstorycloze and tstorycloze, <n>_correct an
 
 All but stories and pairs are suites, which are spoken a second time in --test_voices, into folders
 such as minimal_unseen. A folder holds the audio, manifest.jsonl, skipped.jsonl and summary.json.
-
 A text is spoken sentence by sentence. Each is trimmed, followed by a pause and padded to whole 40
 ms frames, so the audio of a prompt followed by that of an ending is exactly the audio of the whole.
 """
@@ -29,7 +27,6 @@ import _ctypes
 import csv
 import ctypes
 import glob
-import html
 import json
 import math
 import multiprocessing.connection
@@ -90,7 +87,6 @@ pitch = '50-50'  # espeak: 0 to 99; drawn in the same way
 pause = 0.2  # seconds of silence after each sentence
 # the machine
 workers = 0  # processes that speak; 0: one for each core. A network uses one process
-shard = ''  # i/n: make only parts i, i + n, ... (i from 0); the last shard to finish merges them
 seed = 1234
 device = 'auto'  # of a network: cuda, mps, cpu
 # -----------------------------------------------------------------------------
@@ -225,10 +221,8 @@ def toy_words(rng, topic, he):
 
 
 def toy_story(rng, topic, outcome, who, mood):
-    """A story as dict: prompt (two sentences), the ending that follows, topic.
-
-    outcome: good or bad; who: he, she or they; mood: which of the two moods of the outcome.
-    """
+    """A story as dict: prompt (two sentences), the ending that follows, topic. outcome: good or
+    bad; who: he, she or they; mood: which of the two moods of the outcome."""
     words = toy_words(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
     first = rng.choice(FRAMES[7:] if who == 'they' else FRAMES[:7]).format(**words)
     verb, space, particle = rng.choice(TOPICS[topic][f'{outcome}_actions']).partition(' ')
@@ -258,8 +252,8 @@ def toy_couple(rng, contradict, fresh):
 
 
 def toy_minimal(rng, kind, fresh):
-    """Two minimal pairs [(right, wrong), (right, wrong)] of a kind of MINIMAL, or of `pronoun`:
-    is and are are exchanged in the endings of two stories."""
+    """Two minimal pairs [(right, wrong), (right, wrong)] of a kind of MINIMAL, or of `pronoun`, the
+    verb in the ending of a story."""
     frames, words = MINIMAL.get(kind, []), {}
     if frames:
         words = toy_words(rng, rng.choice(list(TOPICS)), rng.choice(('he', 'she')))
@@ -276,8 +270,8 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
     """Yield the rows of a task: stories (text), pairs (prompt, chosen, rejected), and the suites
     grammar, sstory, tstory (right, wrong, type, alike: pairs with the same number share a voice).
 
-    All tasks are drawn in one order, and no sentence of grammar and no prompt is drawn twice: the
-    training data and the suites have no story, pair or prompt in common.
+    All tasks are drawn in one order, and no sentence of grammar and no prompt is drawn twice, so
+    the training data and the suites have no prompt in common.
     """
     rng, used = random.Random(f'{seed}/toy'), set()
 
@@ -460,8 +454,6 @@ def cloze_items(task):
         wrong = row[f'RandomFifthSentenceQuiz{3 - int(answers[number])}']
         if task.kind == 'tstorycloze':
             others = [ending for ending in endings if ending not in (right, wrong)]
-            if not others:
-                raise InputError(f'{text}: too few stories to draw endings from')
             wrong = random.Random(f'{seed}/{task.kind}/{number}').choice(others)
         prompt = ' '.join(row[key] for key in CLOZE[:4])
         yield dict(texts=dict(correct=f'{prompt} {right}', incorrect=f'{prompt} {wrong}'))
@@ -547,19 +539,19 @@ def clean(document, english=True):
 
     english: signs become English words.
     """
-    # quotation marks decoded wrongly, as in TinyStories; markup, and entities such as &amp;
+    # quotation marks decoded wrongly, as in TinyStories; markup and links
     document = re.sub('â€[œ\x9d]?', '"', re.sub('â€[˜™]', "'", document))
     document = LINK.sub(' ', TAG.sub(' ', document))
-    document = re.sub(r'&#?\w+;', lambda match: html.unescape(match[0]), document)
     # one form of each character, and words for signs
     parts = KEPT.split(document)
     parts[::2] = map(nfkc, parts[::2])
     document = STRAY.sub(' ', ''.join(parts))
     document = (say_signs(document) if english else document).translate(QUOTES)
     # letters, digits and signs stay, invisible characters go, all else is a space
-    kinds = {sign: unicodedata.category(sign) for sign in {*document}}
-    kept = {sign: sign if kinds[sign][0] in 'LNM' or sign in SIGNS else ' ' for sign in kinds}
-    document = ''.join(kept[sign] for sign in document if kinds[sign] != 'Cf')
+    for sign in {*document}.difference(SIGNS):
+        kind = unicodedata.category(sign)
+        if kind[0] not in 'LNM':
+            document = document.replace(sign, '' if kind == 'Cf' else ' ')
     # an ellipsis ends a sentence; no space before a stop, one stop of several, a space after it
     document = re.sub(r'\.(\s*\.)+', '. ', document)
     document = re.sub(r'\s+([.,!?;:])', r'\1', document)
@@ -642,8 +634,9 @@ class Espeak:
             names = voice, self.files.get(language, language) + plus + variant
             failed = all(library.espeak_ng_SetVoiceByName(name.encode()) for name in names)
             if failed or not os.path.exists(os.path.join(self.data, 'voices', '!v', variant)):
-                hint = 'name a language (en-us, de, fr-fr), optionally with a variant (en-us+f2)'
-                raise InputError(f'espeak-ng has no voice {voice!r}: {hint}')
+                raise InputError(
+                    f'espeak-ng has no voice {voice!r}; it has en-us, de, fr-fr+f2 ...'
+                )
             library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
             library.espeak_SetPunctuationList(ctypes.c_wchar_p('<>'))  # see parameter 5 below
             yield library, rate
@@ -677,11 +670,10 @@ class Espeak:
         marks = [(at, sample) for kind, at, sample, _ in events if kind == WORD]
         sounds = [(name, sample) for kind, _, sample, name in events if kind == PHONEME]
         ends = [sample for _, sample in sounds[1:]] + [len(wave)]
-        phones = []
-        for (name, start), end in zip(sounds, ends, strict=True):
-            name = name.decode(errors='ignore').strip('ˈˌ')
-            if name:  # an empty one is a pause
-                phones.append([name, start / rate, end / rate])
+        names = [name.decode(errors='ignore').strip('ˈˌ') for name, _ in sounds]
+        spans = [(start / rate, end / rate) for (_, start), end in zip(sounds, ends, strict=True)]
+        # a phone without a name is a pause
+        phones = [[name, *span] for name, span in zip(names, spans, strict=True) if name]
         words = word_times(sentence, wave, rate, marks)
         return Speech(wave, rate, dict(words=words, phones=phones))
 
@@ -742,17 +734,6 @@ BACKENDS = dict(
     kokoro=(Kokoro, 'af_heart,am_fenrir,bf_emma,bm_george', 'hexgrad/Kokoro-82M', r'.* [ab]'),
     vits=(Vits, '0', 'facebook/mms-tts-eng', r'.*eng/? '),
 )
-
-
-def load_speaker(wanted):
-    """An object of the class that --tts names, which speaks with the wanted voices."""
-    kind, _, network, _ = BACKENDS[tts]
-    with reading(f'--tts={tts} --tts_model={tts_model or network}'):
-        speaker = kind(tts_model or network)
-    for voice in sorted(wanted):
-        with reading(f'--voices={voice} of {tts}'):
-            speaker.speak('a', voice, 1.0, 50)
-    return speaker
 
 
 # -----------------------------------------------------------------------------
@@ -821,21 +802,21 @@ def make_rows(n, item, task, speaker):
         held_out = random.Random(f'{seed}/{task.name}/{n}/split').random() < val_share
         about['split'] = 'val' if held_out else 'train'
 
-    # a file for each role; only ZeroSpeech's layout has all files in one folder
-    texts, voice = item['texts'], about['voice']
-    spoken = {role: speak_text(text, voice, speaker) for role, text in texts.items()}
+    spoken = {
+        role: speak_text(text, about['voice'], speaker) for role, text in item['texts'].items()
+    }
     waves = [speech.wave for _, speech in spoken.values()]
     if len(waves) == 2 and np.array_equal(*waves):
         raise Skip('whose two texts sound the same')
     rows, seconds = {}, 0.0
     for role, (said, speech) in spoken.items():
-        name = f'{n:06d}' + f'_{role}' * bool(role)
-        blimp = task.kind == 'blimp'
-        path = f'{GOLD_FOLDER}/{name}.wav' if blimp else f'{n // 500:03d}/{name}.flac'
+        path = f'{n // 500:03d}/{n:06d}{role and "_"}{role}.flac'
+        if task.kind == 'blimp':  # ZeroSpeech's layout has all files in one folder
+            path = f'{GOLD_FOLDER}/{n:06d}_{role}.wav'
         save_audio(os.path.join(out, task.name, path), speech.wave)
         length = round(len(speech.wave) / SAMPLE_RATE, 3)
-        seconds += length
         rows[role] = dict(path=path, text=said, seconds=length, **speech.times)
+        seconds += length
         if role and task.kind != 'pairs':
             rows[role]['correct'] = role == 'correct'
     if task.kind == 'pairs':  # a preference pair is one row
@@ -887,10 +868,9 @@ def share_work(task, speaker, missing, paths):
     group = [context.Process(target=worker, args=(n,), daemon=True) for n in range(processes)]
     for process in group:
         process.start()
-    while alive := [process.sentinel for process in group if process.is_alive()]:
-        multiprocessing.connection.wait(alive)
-        codes = {process.exitcode for process in group} - {0, None}
-        if codes:  # the other workers end with this process
+    while running := [process.sentinel for process in group if process.is_alive()]:
+        multiprocessing.connection.wait(running)
+        if codes := {process.exitcode for process in group} - {0, None}:
             message = 'a worker was killed (no memory left?): run the same command to continue'
             raise SystemExit(2) if 2 in codes else InputError(message)
 
@@ -919,8 +899,8 @@ def plan_task(task):
 
 
 def merge_parts(task, folder, paths):
-    """Merge the part files into manifest.jsonl, skipped.jsonl and for blimp gold.csv -> their counts
-    added up, and the number of items skipped for each reason."""
+    """Merge the part files into manifest.jsonl, skipped.jsonl and, for blimp, gold.csv -> sums of
+    their counts, and the number of items skipped for each reason."""
     total, reasons = Counter(), Counter()
     names = [os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped')]
     with write_atomic(names[0]) as manifest, write_atomic(names[1]) as skipped:
@@ -941,17 +921,12 @@ def merge_parts(task, folder, paths):
 
 
 def run_task(task, paths, settings, speaker):
-    """Make the missing parts of this shard, and merge all parts if none is missing then."""
+    """Make the missing parts of a task, and merge all parts."""
     began, folder = time.time(), os.path.join(out, task.name)
     with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
         json.dump(settings, file)
-    first, step = map(int, shard.split('/')) if shard else (0, 1)
-    missing = [n for n in range(first, len(paths), step) if not os.path.exists(paths[n])]
+    missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]
     share_work(task, speaker, missing, paths)
-    left = sum(not os.path.exists(path) for path in paths)
-    if left:
-        return log(f'{task.name}: shard {shard} is done; {left} of {len(paths)} parts are missing')
-
     total, reasons = merge_parts(task, folder, paths)
     spent, hours = time.time() - began, total.pop('seconds') / 3600
     rate = 3600 * hours * len(missing) / len(paths) / spent
@@ -978,8 +953,13 @@ if __name__ == '__main__':
             todo.append((wanted, paths, settings))
 
     # Load the voices once; worker processes share them
+    kind, _, network, _ = BACKENDS[tts]
     if todo:
-        speaker = load_speaker({voice for wanted, _, _ in todo for voice in wanted.voices})
+        with reading(f'--tts={tts} --tts_model={tts_model or network}'):
+            speaker = kind(tts_model or network)
+        for voice in sorted({voice for wanted, _, _ in todo for voice in wanted.voices}):
+            with reading(f'--voices={voice} of {tts}'):
+                speaker.speak('a', voice, 1.0, 50)
 
     # One task after the other
     for wanted, paths, settings in todo:
