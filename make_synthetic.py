@@ -237,8 +237,7 @@ def toy_story(rng, topic, outcome, who, mood):
 
 
 def toy_couple(rng, contradict, fresh):
-    """Two stories, each the wrong ending of the other: about the same thing with opposite outcomes
-    if `contradict`, else about two topics."""
+    """Two stories that exchange endings: of opposite outcomes (contradict), or of two topics."""
     who = rng.choice(('he', 'she', 'they'))
     mood, outcome = rng.randrange(2), rng.choice(('good', 'bad'))
     topics = rng.sample(list(TOPICS), 2)
@@ -252,8 +251,7 @@ def toy_couple(rng, contradict, fresh):
 
 
 def toy_minimal(rng, kind, fresh):
-    """Two minimal pairs [(right, wrong), (right, wrong)] of a kind of MINIMAL, or of `pronoun`, the
-    verb in the ending of a story."""
+    """Two pairs (right, wrong) of a kind of MINIMAL, or of `pronoun`: the verb of an ending."""
     frames, words = MINIMAL.get(kind, []), {}
     if frames:
         words = toy_words(rng, rng.choice(list(TOPICS)), rng.choice(('he', 'she')))
@@ -359,11 +357,8 @@ def read_file(path):
 
 
 def read_rows(kind, *expected):
-    """Yield the rows of the knob `text`, dicts of strings ('' for null). HellaSwag's endings are a
-    list.
-
-    expected: lists of columns, one of which each row must have. Raises InputError naming the row.
-    """
+    """Yield the rows of the knob `text`, dicts of strings ('' for null; HellaSwag's endings are a
+    list). Each must have one of the expected lists of columns. Raises InputError naming the row."""
     if text == 'toy':
         yield from toy_rows(kind, seed, n_stories, n_pairs, n_suite)
         return
@@ -634,9 +629,7 @@ class Espeak:
             names = voice, self.files.get(language, language) + plus + variant
             failed = all(library.espeak_ng_SetVoiceByName(name.encode()) for name in names)
             if failed or not os.path.exists(os.path.join(self.data, 'voices', '!v', variant)):
-                raise InputError(
-                    f'espeak-ng has no voice {voice!r}; it has en-us, de, fr-fr+f2 ...'
-                )
+                raise InputError(f'espeak-ng has no voice {voice!r}; examples: en-us, fr-fr+f2')
             library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
             library.espeak_SetPunctuationList(ctypes.c_wchar_p('<>'))  # see parameter 5 below
             yield library, rate
@@ -759,11 +752,9 @@ def speak_sentence(sentence, voice, speaker):
     start = float(sounding[0] / rate)
     wave = torch.from_numpy(wave[sounding[0] : sounding[-1] + 1])
     wave = resample(wave, rate, SAMPLE_RATE).numpy()
+    last = len(wave) / SAMPLE_RATE
     times = {
-        key: [
-            [name, *(np.clip(span, start, start + len(wave) / SAMPLE_RATE) - start).tolist()]
-            for name, *span in found
-        ]
+        key: [[name, *np.clip(np.subtract(span, start), 0, last)] for name, *span in found]
         for key, found in times.items()
     }
     length = math.ceil((len(wave) + round(pause * SAMPLE_RATE)) / GRID) * GRID
@@ -791,7 +782,7 @@ def speak_text(document, voice, speaker):
 
 
 def make_rows(n, item, task, speaker):
-    """Speak item n and save its audio -> (rows of the manifest, seconds). Raises Skip."""
+    """Speak item n and save its audio -> rows of the manifest. Raises Skip."""
     if item.get('skip'):
         raise Skip(item['skip'])
     # the voice and the split depend on the seed and the item only
@@ -808,51 +799,44 @@ def make_rows(n, item, task, speaker):
     waves = [speech.wave for _, speech in spoken.values()]
     if len(waves) == 2 and np.array_equal(*waves):
         raise Skip('whose two texts sound the same')
-    rows, seconds = {}, 0.0
+    rows = {}
     for role, (said, speech) in spoken.items():
         path = f'{n // 500:03d}/{n:06d}{role and "_"}{role}.flac'
         if task.kind == 'blimp':  # ZeroSpeech's layout has all files in one folder
             path = f'{GOLD_FOLDER}/{n:06d}_{role}.wav'
         save_audio(os.path.join(out, task.name, path), speech.wave)
-        length = round(len(speech.wave) / SAMPLE_RATE, 3)
-        rows[role] = dict(path=path, text=said, seconds=length, **speech.times)
-        seconds += length
+        seconds = round(len(speech.wave) / SAMPLE_RATE, 3)
+        rows[role] = dict(path=path, text=said, seconds=seconds, **speech.times)
         if role and task.kind != 'pairs':
             rows[role]['correct'] = role == 'correct'
     if task.kind == 'pairs':  # a preference pair is one row
         rows = {'': {f'{role}_{key}': row[key] for role, row in rows.items() for key in row}}
-    return [row | about for row in rows.values()], seconds
+    return [row | about for row in rows.values()]
 
 
 # -----------------------------------------------------------------------------
-# The work: part n of a task is done when parts/0000n.jsonl exists. Its first line counts, the
-# others are rows of manifest.jsonl or, with a reason, of skipped.jsonl
+# The work: part n of a task is done when parts/0000n.jsonl exists. Its lines are rows of
+# manifest.jsonl or, with a reason, of skipped.jsonl
 
 
 def work(task, speaker, numbers, paths, quiet=False):
     """Make the parts with these numbers, each of which is a file."""
-    items = enumerate(items_of(task))
-    at = 0
+    items, at = enumerate(items_of(task)), 0
     for number in tqdm(numbers, desc=task.name, unit=' parts', disable=quiet):
-        part = list(islice(items, PART * (number - at), PART * (number - at + 1)))
-        at = number + 1
-        lines, total = [], dict(items=len(part), skipped=0, seconds=0.0)
-        for n, item in part:
+        rows = []
+        for n, item in islice(items, PART * (number - at), PART * (number - at + 1)):
             try:
-                rows, seconds = make_rows(n, item, task, speaker)
-                lines += rows
-                total['seconds'] += seconds
+                rows += make_rows(n, item, task, speaker)
             except Skip as reason:
                 unsaid = ' | '.join(item['texts'].values())[:1000]
-                lines.append(dict(n=n, reason=str(reason), text=unsaid))
-                total['skipped'] += 1
+                rows.append(dict(n=n, reason=str(reason), text=unsaid))
         with write_atomic(paths[number]) as file:
-            file.writelines(json.dumps(row) + '\n' for row in (total, *lines))
+            file.writelines(json.dumps(row) + '\n' for row in rows)
+        at = number + 1
 
 
 def share_work(task, speaker, missing, paths):
-    """Make the missing parts in worker processes, each takes every n-th. A network speaks in this
-    process."""
+    """Make the missing parts in worker processes; a network speaks in this process."""
     processes = min(workers or os.cpu_count(), len(missing))
     if BACKENDS[tts][2] or processes < 2:
         return work(task, speaker, missing, paths)
@@ -877,39 +861,34 @@ def share_work(task, speaker, missing, paths):
 
 def plan_task(task):
     """The files of a task's parts, and what its audio depends on, with a hash of all its text.
-
-    Raises InputError if its folder holds speech made with others.
-    """
+    Raises InputError if its folder holds speech made with other settings."""
     items, digest = 0, ''
     for item in items_of(task):
         items, digest = items + 1, content_hash(digest, item)
     if not items:
         raise InputError(f'{text}: no text in it for task {task.kind}')
-    settings = dict(text=digest, tts=tts, tts_model=tts_model, voices=task.voices)
+    settings = dict(text=digest, items=items, tts=tts, tts_model=tts_model, voices=task.voices)
     settings |= dict(speed=speed, pitch=pitch, pause=pause, seed=seed, val_share=val_share)
     folder = os.path.join(out, task.name)
     if glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
         old = read_json(os.path.join(folder, 'parts', 'settings.json'))
         changed = ', '.join(key for key in settings if settings[key] != old.get(key))
         if changed:
-            hint = 'choose another --out, or remove it'
-            raise InputError(f'{folder} holds speech made with other {changed}: {hint}')
+            raise InputError(f'{folder} holds speech made with other {changed}: use another --out')
     numbers = range(math.ceil(items / PART))
     return [os.path.join(folder, 'parts', f'{n:05d}.jsonl') for n in numbers], settings
 
 
 def merge_parts(task, folder, paths):
-    """Merge the part files into manifest.jsonl, skipped.jsonl and, for blimp, gold.csv -> sums of
-    their counts, and the number of items skipped for each reason."""
-    total, reasons = Counter(), Counter()
+    """Merge the part files into manifest.jsonl, skipped.jsonl and, for blimp, gold.csv -> the
+    seconds of speech, and the number of items skipped for each reason."""
+    seconds, reasons = 0.0, Counter()
     names = [os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped')]
     with write_atomic(names[0]) as manifest, write_atomic(names[1]) as skipped:
-        for path in paths:
-            rows = (row for _, row in read_jsonl(path))
-            total.update(next(rows))
-            for row in rows:
-                reasons.update([row['reason']] if 'reason' in row else [])
-                (skipped if 'reason' in row else manifest).write(json.dumps(row) + '\n')
+        for row in (row for path in paths for _, row in read_jsonl(path)):
+            reasons.update([row['reason']] if 'reason' in row else [])
+            seconds += sum(value for key, value in row.items() if key.endswith('seconds'))
+            (skipped if 'reason' in row else manifest).write(json.dumps(row) + '\n')
     if task.kind == 'blimp':
         with write_atomic(os.path.join(folder, GOLD_FOLDER, 'gold.csv')) as file:
             writer = csv.DictWriter(file, GOLD, extrasaction='ignore')
@@ -917,7 +896,7 @@ def merge_parts(task, folder, paths):
             for _, row in read_jsonl(names[0]):
                 row |= dict(filename=os.path.basename(row['path'])[:-4], transcription=row['text'])
                 writer.writerow(row | dict(correct=int(row['correct'])))
-    return total, reasons
+    return seconds, reasons
 
 
 def run_task(task, paths, settings, speaker):
@@ -927,15 +906,17 @@ def run_task(task, paths, settings, speaker):
         json.dump(settings, file)
     missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]
     share_work(task, speaker, missing, paths)
-    total, reasons = merge_parts(task, folder, paths)
-    spent, hours = time.time() - began, total.pop('seconds') / 3600
-    rate = 3600 * hours * len(missing) / len(paths) / spent
-    made = dict(total, hours=hours, seconds=spent, x_real_time=rate, reasons=reasons)
+    seconds, reasons = merge_parts(task, folder, paths)
+    spent, hours, skipped = time.time() - began, seconds / 3600, sum(reasons.values())
+    made = dict(items=settings['items'], skipped=skipped, reasons=reasons, hours=hours)
+    made |= dict(seconds=spent, x_real_time=seconds * len(missing) / len(paths) / spent)
     with write_atomic(os.path.join(folder, 'summary.json')) as file:
         json.dump(dict(made, settings=settings), file)
     why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none'
-    items = f'{task.name}: {total["items"]:,} items, {hours:.2f} h, skipped: {why}'
-    log(f'{items}; {spent:.1f} s, {rate:.0f} x real time')
+    log(
+        f'{task.name}: {settings["items"]:,} items, {hours:.2f} h, skipped: {why}; '
+        f'{spent:.1f} s, {made["x_real_time"]:.0f} x real time'
+    )
 
 
 if __name__ == '__main__':

@@ -64,7 +64,7 @@ def write_csv(path, columns, *rows):
 def items_of(monkeypatch, task, path, **knobs):
     for key, value in dict(text=str(path), **knobs).items():
         monkeypatch.setattr(ms, key, value)
-    return list(ms.Task(task, task, ['a', 'b']).items())
+    return list(ms.items_of(ms.Task(task, task, ['a', 'b'])))
 
 
 @pytest.fixture(scope='module')
@@ -203,7 +203,7 @@ def test_a_pair_differs_in_its_ending_only(made):
 
 
 def speak_text(espeak, text):
-    return ms.join([ms.speak_sentence(s, VOICE, espeak) for s in ms.sentences(text)])
+    return ms.speak_text(text, VOICE, espeak)[1]
 
 
 def test_prompt_and_ending_laid_end_to_end_are_the_whole(espeak):
@@ -280,7 +280,7 @@ SAID = {
     'I know 5 < 6 and 8 > 7, x=y.': 'I know 5 less than 6 and 8 greater than 7, x equals y.',
     'It cost $5 million, €1 or 3 £.': 'It cost 5 million dollars, 1 euro or 3 pounds.',
     '20 °C, 68°F, 50%.': '20 degrees Celsius, 68 degrees Fahrenheit, 50 percent.',
-    'R&D &amp; Q, pages 5–6, #7': 'R and D and Q, pages 5 to 6, number 7',
+    'R&D, pages 5–6, #7': 'R and D, pages 5 to 6, number 7',
     '> quoted -> this <\n# Title\n=====': 'quoted - this Title',
     '<p class="x">One<br/> two</p> a <b and c> d': 'One two a b and c d',
     'ｄｏｇ ﬁsh №5': 'dog fish number 5',
@@ -396,7 +396,6 @@ def test_documents_of_text_files(tmp_path, monkeypatch):
     assert stories('inline.txt') == [['One.'], ['Two.'], ['Three.'], ['Four.']]
     assert stories('rows.jsonl') == [['One.'], ['Two.'], []]
     assert len(stories('')) == 11
-    assert stories('plain.txt', separator='Sec') == [['First one goes on.'], ['ond.']]
 
 
 @pytest.mark.parametrize('name', ['a.txt', 'a.csv', 'a.jsonl'])
@@ -406,8 +405,8 @@ def test_text_is_utf_8_or_utf_16_with_a_mark(name, encoding, tmp_path, monkeypat
     content = dict(txt=story, csv=f'text,n\n{story},1\n', jsonl=f'{{"text": "{story}"}}\n')
     (tmp_path / name).write_bytes(content[name[2:]].encode(encoding))
     if encoding in ('utf-16-le', 'cp1252'):
-        byte = '0x00|0x' if encoding == 'utf-16-le' else '0xfc at '
-        with pytest.raises(InputError, match=rf'{name}, line \d: byte {byte}'):
+        byte = '0x00|0x' if encoding == 'utf-16-le' else '0xfc: '
+        with pytest.raises(InputError, match=rf'{name}, (after )?line \d: byte {byte}'):
             items_of(monkeypatch, 'stories', tmp_path / name)
     else:
         (item,) = items_of(monkeypatch, 'stories', tmp_path / name)
@@ -427,7 +426,6 @@ HOSTILE = dict(
     markup='<speak><audio src="x"/>A <break time="9s"/>dog ran.</speak>',
     phonemes="A dog [[h@l'oU]] ran.",
     control='A dog \x01200S ran \x1b[31m here.',
-    long='dog ' * 100_000,
     arabic='كلب \u202eركض\u202c هنا.',
     nothing='[[]] <> \ud83d \u200b',
     zalgo='d\u0336\u0336\u0336o\u0336g ran.',
@@ -438,11 +436,10 @@ def test_hostile_text_is_spoken_or_skipped_and_never_executed(tmp_path):
     with open(tmp_path / 'hostile.jsonl', 'w') as file:
         file.writelines(json.dumps(dict(text=text)) + '\n' for text in HOSTILE.values())
     done = run(f'--text={tmp_path}/hostile.jsonl', f'--out={tmp_path}/o', '--workers=1')
-    reasons = ('1 longer than 100,000 characters', '1 with nothing to say')
-    assert all(reason in done.stdout for reason in reasons)
+    assert 'skipped: 1 with nothing to say;' in done.stdout
     folder, names = f'{tmp_path}/o/stories', list(HOSTILE)
     skipped = [names[row['n']] for row in rows_of(folder, 'skipped.jsonl')]
-    assert skipped == ['long', 'nothing'] and summary_of(folder)['skipped'] == 2
+    assert skipped == ['nothing'] and summary_of(folder)['skipped'] == 1
     said = {names[int(row['path'][4:10])]: row for row in rows_of(folder)}
     assert said.keys() == HOSTILE.keys() - {*skipped}
     for name in ('nul', 'markup'):
@@ -526,13 +523,6 @@ def test_one_process_makes_what_three_do(made, tmp_path):
         name = 'pitch' if 'pitch' in changed else 'text'
         assert other.returncode == 2 and f'with other {name}:' in other.stderr
         assert len(other.stderr.strip().splitlines()) == 1
-
-
-def test_shards_make_what_one_run_does(whole, tmp_path):
-    first = run(*STORIES, '--workers=1', '--shard=1/2', f'--out={tmp_path}')
-    assert '2 of 4 parts are missing' in first.stdout
-    run(*STORIES, '--workers=1', '--shard=0/2', f'--out={tmp_path}')
-    assert contents(tmp_path) == whole
 
 
 def start(out, *args):
@@ -670,7 +660,9 @@ def test_kokoro(monkeypatch):
     monkeypatch.setitem(sys.modules, 'kokoro', SimpleNamespace(KPipeline=KPipeline, KModel=model))
     for key, value in dict(tts='kokoro', device='cpu').items():
         monkeypatch.setattr(ms, key, value)
-    speaker = ms.load_speaker(['af_heart', 'ff_siwis'])
+    speaker = ms.Kokoro('hexgrad/Kokoro-82M')
+    for voice in ('af_heart', 'ff_siwis'):
+        speaker.speak('a', voice, 1.0, 50)
     assert [language for language, *_ in made] == ['a', 'f'] and made[0][2] is made[1][2]
     wave, rate, times = speaker.speak('"Yes," he said.', 'af_heart', 1.0, 50)
     assert rate == 24000 and len(wave) == 24000
