@@ -744,7 +744,8 @@ def speak_sentence(sentence, voice, speaker):
     # each voice has its own speed and pitch; the noise of a network depends on the sentence only
     own = random.Random(f'{seed}/{voice}')
     how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
-    torch.manual_seed(zlib.crc32(f'{seed}/{voice} {sentence}'.encode()))
+    if BACKENDS[tts][2]:
+        torch.manual_seed(zlib.crc32(f'{seed}/{voice} {sentence}'.encode()))
     wave, rate, times = speaker.speak(sentence, voice, *how)
     sounding = np.flatnonzero(np.abs(wave) > SILENCE)
     if not len(sounding):
@@ -754,7 +755,7 @@ def speak_sentence(sentence, voice, speaker):
     wave = resample(wave, rate, SAMPLE_RATE).numpy()
     last = len(wave) / SAMPLE_RATE
     times = {
-        key: [[name, *np.clip(np.subtract(span, start), 0, last)] for name, *span in found]
+        key: [[name, *(min(max(t - start, 0), last) for t in span)] for name, *span in found]
         for key, found in times.items()
     }
     length = math.ceil((len(wave) + round(pause * SAMPLE_RATE)) / GRID) * GRID

@@ -280,10 +280,10 @@ SAID = {
     'I know 5 < 6 and 8 > 7, x=y.': 'I know 5 less than 6 and 8 greater than 7, x equals y.',
     'It cost $5 million, €1 or 3 £.': 'It cost 5 million dollars, 1 euro or 3 pounds.',
     '20 °C, 68°F, 50%.': '20 degrees Celsius, 68 degrees Fahrenheit, 50 percent.',
-    'R&D, pages 5–6, #7': 'R and D, pages 5 to 6, number 7',
+    'R&D, pages 5–6, №7': 'R and D, pages 5 to 6, number 7',
     '> quoted -> this <\n# Title\n=====': 'quoted - this Title',
     '<p class="x">One<br/> two</p> a <b and c> d': 'One two a b and c d',
-    'ｄｏｇ ﬁsh №5': 'dog fish number 5',
+    'ｄｏｇ ﬁsh #5': 'dog fish #5',
 }
 
 
