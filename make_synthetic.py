@@ -519,8 +519,8 @@ nfkc = partial(unicodedata.normalize, 'NFKC')
 
 def say_signs(document):
     """A text with English words for its signs: $5 -> 5 dollars, 3½ -> 3 and one half."""
-    power = POWER.sub(lambda match: f' to the power of {nfkc(match[0])}', document)
-    document = MONEY.sub(lambda match: f'{match[2]}{match[3] or ""} {WORDS[match[1]]}', power)
+    document = POWER.sub(lambda m: f' to the power of {nfkc(m[0])}', document)
+    document = MONEY.sub(lambda m: f'{m[2]}{m[3] or ""} {WORDS[m[1]]}', document)
     document = re.sub(r'\b1 (dollar|euro|pound|rupee)s', r'1 \1', document)
     document = re.sub(r'(?<=\d) ?(?=[½¼¾⅓⅔])', ' and ', document)
     document = re.sub(r'(?<=\d) ?– ?(?=\d)', ' to ', document)
@@ -741,7 +741,7 @@ class Skip(Exception):
 def speak_sentence(sentence, voice, speaker):
     """A sentence as Speech at 16 kHz: without silence at its ends, followed by the pause, padded to
     whole frames. None if it is silent."""
-    # each voice has its own speed and pitch; the noise of a network depends on the sentence only
+    # each voice has its own speed and pitch; a network's noise depends on the sentence only
     own = random.Random(f'{seed}/{voice}')
     how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
     if BACKENDS[tts][2]:
@@ -914,10 +914,8 @@ def run_task(task, paths, settings, speaker):
     with write_atomic(os.path.join(folder, 'summary.json')) as file:
         json.dump(dict(made, settings=settings), file)
     why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none'
-    log(
-        f'{task.name}: {settings["items"]:,} items, {hours:.2f} h, skipped: {why}; '
-        f'{spent:.1f} s, {made["x_real_time"]:.0f} x real time'
-    )
+    items = f'{task.name}: {settings["items"]:,} items, {hours:.2f} h, skipped: {why}'
+    log(f'{items}; {spent:.1f} s, {made["x_real_time"]:.0f} x real time')
 
 
 if __name__ == '__main__':
