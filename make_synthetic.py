@@ -5,10 +5,9 @@
     python make_synthetic.py --task=pairs --text=swag/train.csv --tts=kokoro --out=data/spokenswag
     python make_synthetic.py --task=minimal --text=mine.csv --test_voices=en-us+f4 --out=data
 
---text is a .txt, .jsonl, .csv or .parquet file, a folder or a glob of such, hub:OWNER/NAME[:SPLIT]
-(split train by default), or toy. Text files are UTF-8, or UTF-16 with a byte order mark. The
-documents of a .txt file are separated by <|endoftext|> or, where that mark does not occur, by blank
-lines. The tasks, and the columns they read:
+--text: .txt, .jsonl, .csv or .parquet files, in UTF-8, or UTF-16 with a byte order mark. Documents
+of a .txt file end at <|endoftext|> or, where that mark does not occur, at blank lines. The tasks,
+and the columns they read:
 
 stories      text (--text_field); <|endoftext|> separates documents here too
 pairs        prompt, chosen, rejected; or the columns of SWAG or HellaSwag
@@ -18,7 +17,6 @@ storycloze   StoryCloze's columns -> sstorycloze and tstorycloze, <n>_correct an
 
 All but stories and pairs are suites, which are spoken a second time in --test_voices, into folders
 such as minimal_unseen. A folder holds the audio, manifest.jsonl, skipped.jsonl and summary.json.
-
 A text is spoken sentence by sentence. Each is trimmed, followed by a pause and padded to whole 40
 ms frames, so the audio of a prompt followed by that of an ending is exactly the audio of the whole.
 """
@@ -29,8 +27,6 @@ import _ctypes
 import csv
 import ctypes
 import glob
-import html
-import io
 import json
 import math
 import multiprocessing.connection
@@ -41,11 +37,10 @@ import textwrap
 import time
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from itertools import count, islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -92,7 +87,6 @@ pitch = '50-50'  # espeak: 0 to 99; drawn in the same way
 pause = 0.2  # seconds of silence after each sentence
 # the machine
 workers = 0  # processes that speak; 0: one for each core. A network uses one process
-shard = ''  # i/n: make only parts i, i + n, ... (i from 0); the last shard to finish merges them
 seed = 1234
 device = 'auto'  # of a network: cuda, mps, cpu
 # -----------------------------------------------------------------------------
@@ -100,7 +94,6 @@ device = 'auto'  # of a network: cuda, mps, cpu
 GRID = 640  # samples in a 40 ms frame of a 25 Hz encoder
 SILENCE = 0.002  # amplitudes below this share of full scale count as silence
 PART = 40  # items in a part
-LONGEST = 100_000  # characters of the longest text that is spoken, about two hours
 MARK = '<|endoftext|>'
 
 # Columns that a task expects
@@ -123,8 +116,7 @@ GOLD = 'id filename voice type subtype correct transcription'.split()
 #     The cake is lovely and warm.                 a good or a bad quality: the outcome
 #     He is happy and eats the cake.               the ending
 #
-# All endings have the same form, so length and frequency do not tell the right one. Edit these
-# tables to make another toy language.
+# All endings have the same form, so length and frequency do not tell the right one.
 
 HEROES = dict(
     he='boy boys|man men|king kings|brother brothers|uncle uncles|farmer farmers|father fathers|'
@@ -229,10 +221,8 @@ def toy_words(rng, topic, he):
 
 
 def toy_story(rng, topic, outcome, who, mood):
-    """A story as dict: prompt (two sentences), the ending that follows, topic.
-
-    outcome: good or bad; who: he, she or they; mood: which of the two moods of the outcome.
-    """
+    """A story as dict: prompt (two sentences), the ending that follows, topic. outcome: good or
+    bad; who: he, she or they; mood: which of the two moods of the outcome."""
     words = toy_words(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
     first = rng.choice(FRAMES[7:] if who == 'they' else FRAMES[:7]).format(**words)
     verb, space, particle = rng.choice(TOPICS[topic][f'{outcome}_actions']).partition(' ')
@@ -247,10 +237,7 @@ def toy_story(rng, topic, outcome, who, mood):
 
 
 def toy_couple(rng, contradict, fresh):
-    """Two stories with exchanged wrong endings: an ending is right as often as it is wrong.
-
-    contradict: the two are about the same thing with opposite outcomes; else about two topics.
-    """
+    """Two stories that exchange endings: of opposite outcomes (contradict), or of two topics."""
     who = rng.choice(('he', 'she', 'they'))
     mood, outcome = rng.randrange(2), rng.choice(('good', 'bad'))
     topics = rng.sample(list(TOPICS), 2)
@@ -264,8 +251,7 @@ def toy_couple(rng, contradict, fresh):
 
 
 def toy_minimal(rng, kind, fresh):
-    """Two minimal pairs [(right, wrong), (right, wrong)] of a kind of MINIMAL, or of `pronoun`:
-    is and are are exchanged in the endings of two stories."""
+    """Two pairs (right, wrong) of a kind of MINIMAL, or of `pronoun`: the verb of an ending."""
     frames, words = MINIMAL.get(kind, []), {}
     if frames:
         words = toy_words(rng, rng.choice(list(TOPICS)), rng.choice(('he', 'she')))
@@ -282,8 +268,8 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
     """Yield the rows of a task: stories (text), pairs (prompt, chosen, rejected), and the suites
     grammar, sstory, tstory (right, wrong, type, alike: pairs with the same number share a voice).
 
-    All tasks are drawn in one order, and no sentence of grammar and no prompt is drawn twice: the
-    training data and the suites have no story, pair or prompt in common.
+    All tasks are drawn in one order, and no sentence of grammar and no prompt is drawn twice, so
+    the training data and the suites have no prompt in common.
     """
     rng, used = random.Random(f'{seed}/toy'), set()
 
@@ -334,19 +320,16 @@ def read_lines(path):
     """
     with open(path, 'rb') as file:
         utf16 = file.read(2) in (b'\xff\xfe', b'\xfe\xff')
-        file.seek(0)
-        number, lines = 1, file
-        try:
-            if utf16:
-                lines = io.StringIO(file.read().decode('utf-16'), newline='')
-            for number, line in enumerate(lines, 1):
-                line = line if utf16 else line.decode('utf-8-sig' if number == 1 else 'utf-8')
+    number = 0
+    try:
+        with open(path, encoding='utf-16' if utf16 else 'utf-8-sig', newline='') as file:
+            for number, line in enumerate(file, 1):
                 if '\0' in line:  # as in UTF-16 without a mark
                     raise InputError(f'{path}, line {number}: byte 0x00: save it as UTF-8')
                 yield line
-        except UnicodeDecodeError as error:
-            byte = f'byte 0x{error.object[error.start]:02x} at {error.start}'
-            raise InputError(f'{path}, line {number}: {byte}: save it as UTF-8') from None
+    except UnicodeDecodeError as error:
+        byte = f'byte 0x{error.object[error.start]:02x}'
+        raise InputError(f'{path}, after line {number}: {byte}: save it as UTF-8') from None
 
 
 def read_file(path):
@@ -374,11 +357,8 @@ def read_file(path):
 
 
 def read_rows(kind, *expected):
-    """Yield the rows of the knob `text`, dicts of strings ('' for null). HellaSwag's endings are a
-    list.
-
-    expected: lists of columns, one of which each row must have. Raises InputError naming the row.
-    """
+    """Yield the rows of the knob `text`, dicts of strings ('' for null; HellaSwag's endings are a
+    list). Each must have one of the expected lists of columns. Raises InputError naming the row."""
     if text == 'toy':
         yield from toy_rows(kind, seed, n_stories, n_pairs, n_suite)
         return
@@ -469,32 +449,24 @@ def cloze_items(task):
         wrong = row[f'RandomFifthSentenceQuiz{3 - int(answers[number])}']
         if task.kind == 'tstorycloze':
             others = [ending for ending in endings if ending not in (right, wrong)]
-            if not others:
-                raise InputError(f'{text}: too few stories to draw endings from')
             wrong = random.Random(f'{seed}/{task.kind}/{number}').choice(others)
         prompt = ' '.join(row[key] for key in CLOZE[:4])
         yield dict(texts=dict(correct=f'{prompt} {right}', incorrect=f'{prompt} {wrong}'))
 
 
 # Tasks: a new one is a function as above and an entry here
-MAKERS = dict(
-    stories=story_items,
-    pairs=pair_items,
-    **dict.fromkeys(('minimal', 'grammar', 'sstory', 'tstory'), minimal_items),
-    blimp=blimp_items,
-    **dict.fromkeys(('sstorycloze', 'tstorycloze'), cloze_items),
-)
+MAKERS = dict(stories=story_items, pairs=pair_items, blimp=blimp_items)
+MAKERS |= dict.fromkeys(('minimal', 'grammar', 'sstory', 'tstory'), minimal_items)
+MAKERS |= dict.fromkeys(('sstorycloze', 'tstorycloze'), cloze_items)
+
+# kind: a key of MAKERS; name: its folder in `out`, such as grammar_unseen
+Task = namedtuple('Task', 'kind name voices')
 
 
-class Task(NamedTuple):
-    kind: str  # a key of MAKERS
-    name: str  # its folder in `out`, such as grammar_unseen
-    voices: list
-
-    def items(self):
-        """Yield the items, at most `limit`."""
-        unseen = n_unseen if text == 'toy' and self.name.endswith('_unseen') else 0
-        return islice(MAKERS[self.kind](self), min(filter(None, (limit, unseen)), default=None))
+def items_of(task):
+    """Yield the items of a task, at most `limit`."""
+    unseen = n_unseen if text == 'toy' and task.name.endswith('_unseen') else 0
+    return islice(MAKERS[task.kind](task), min(filter(None, (limit, unseen)), default=None))
 
 
 def find_tasks():
@@ -547,8 +519,8 @@ nfkc = partial(unicodedata.normalize, 'NFKC')
 
 def say_signs(document):
     """A text with English words for its signs: $5 -> 5 dollars, 3½ -> 3 and one half."""
-    power = POWER.sub(lambda match: f' to the power of {nfkc(match[0])}', document)
-    document = MONEY.sub(lambda match: f'{match[2]}{match[3] or ""} {WORDS[match[1]]}', power)
+    document = POWER.sub(lambda m: f' to the power of {nfkc(m[0])}', document)
+    document = MONEY.sub(lambda m: f'{m[2]}{m[3] or ""} {WORDS[m[1]]}', document)
     document = re.sub(r'\b1 (dollar|euro|pound|rupee)s', r'1 \1', document)
     document = re.sub(r'(?<=\d) ?(?=[½¼¾⅓⅔])', ' and ', document)
     document = re.sub(r'(?<=\d) ?– ?(?=\d)', ' to ', document)
@@ -562,19 +534,19 @@ def clean(document, english=True):
 
     english: signs become English words.
     """
-    # quotation marks decoded wrongly, as in TinyStories; markup, and entities such as &amp;
+    # quotation marks decoded wrongly, as in TinyStories; markup and links
     document = re.sub('â€[œ\x9d]?', '"', re.sub('â€[˜™]', "'", document))
     document = LINK.sub(' ', TAG.sub(' ', document))
-    document = re.sub(r'&#?\w+;', lambda match: html.unescape(match[0]), document)
     # one form of each character, and words for signs
     parts = KEPT.split(document)
     parts[::2] = map(nfkc, parts[::2])
     document = STRAY.sub(' ', ''.join(parts))
     document = (say_signs(document) if english else document).translate(QUOTES)
     # letters, digits and signs stay, invisible characters go, all else is a space
-    kinds = {sign: unicodedata.category(sign) for sign in {*document}}
-    kept = {sign: sign if kinds[sign][0] in 'LNM' or sign in SIGNS else ' ' for sign in kinds}
-    document = ''.join(kept[sign] for sign in document if kinds[sign] != 'Cf')
+    for sign in {*document}.difference(SIGNS):
+        kind = unicodedata.category(sign)
+        if kind[0] not in 'LNM':
+            document = document.replace(sign, '' if kind == 'Cf' else ' ')
     # an ellipsis ends a sentence; no space before a stop, one stop of several, a space after it
     document = re.sub(r'\.(\s*\.)+', '. ', document)
     document = re.sub(r'\s+([.,!?;:])', r'\1', document)
@@ -594,11 +566,8 @@ def sentences(document, english=True, longest=300):
 # Voices: __init__ loads the network; speak(sentence, voice, speed, pitch) returns a Speech, or
 # raises an error if there is no such voice. A new one is such a class and an entry in BACKENDS
 
-
-class Speech(NamedTuple):
-    wave: np.ndarray  # (samples,) float32
-    rate: int  # Hz
-    times: dict  # words and phones, [[word, start s, end s], ...], where they are known
+# (samples,) float32; Hz; dict of words and phones, [[name, start s, end s], ...], where known
+Speech = namedtuple('Speech', 'wave rate times')
 
 
 def word_times(sentence, wave, rate, marks):
@@ -610,29 +579,24 @@ def word_times(sentence, wave, rate, marks):
     spans = [(match[0], *match.span()) for match in re.finditer(r'\S+', sentence)]
     known = {0: 0}
     for _, begin, end in spans:
-        for at, sample in marks:
-            if begin <= at < end and sample >= max(known.values()):
-                known[begin] = sample
-                break
+        samples = [sample for at, sample in marks if begin <= at < end]
+        if samples and samples[0] >= max(known.values()):
+            known[begin] = samples[0]
     known[len(sentence)] = len(wave)
     starts = np.interp([begin for _, begin, _ in spans], list(known), list(known.values()))
     starts = [*starts.round().astype(int).tolist(), len(wave)]
-
-    loud, words = np.abs(wave) > SILENCE, []
+    words = []
     for (word, _, _), begin, end in zip(spans, starts[:-1], starts[1:], strict=True):
-        sounding = np.flatnonzero(loud[begin:end])
+        sounding = np.flatnonzero(np.abs(wave[begin:end]) > SILENCE)
         sound_end = begin + sounding[-1] + 1 if len(sounding) else end
         words.append([word, begin / rate, float(sound_end / rate)])
     return words
 
 
 class Event(ctypes.Structure):  # espeak_EVENT of espeak-ng/speak_lib.h
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ('type', 'identifier', 'text_position', 'length')),
-        *((name, ctypes.c_int) for name in ('audio_position', 'sample')),
-        ('user_data', ctypes.c_void_p),
-        ('id', ctypes.c_char * 8),
-    ]
+    numbers = 'type identifier text_position length audio_position sample'.split()
+    _fields_ = [(name, ctypes.c_int) for name in numbers]
+    _fields_ += [('user_data', ctypes.c_void_p), ('id', ctypes.c_char * 8)]
 
 
 WORD, PHONEME = 1, 7  # types of events; 0 ends their list
@@ -642,7 +606,7 @@ RECEIVE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.P
 class Espeak:
     """espeak-ng in this process; the package espeakng-loader brings the library and its data."""
 
-    def __init__(self):
+    def __init__(self, name=''):
         import espeakng_loader
 
         self.path, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
@@ -663,11 +627,9 @@ class Espeak:
             rate = library.espeak_Initialize(2, 10000, self.data.encode(), 0x8000 | 2 | 1)
             language, plus, variant = voice.partition('+')
             names = voice, self.files.get(language, language) + plus + variant
-            there = os.path.exists(os.path.join(self.data, 'voices', '!v', variant))
-            set_voice = library.espeak_ng_SetVoiceByName
-            if rate <= 0 or not there or all(set_voice(name.encode()) for name in names):
-                hint = 'name a language (en-us, de, fr-fr), optionally with a variant (en-us+f2)'
-                raise InputError(f'espeak-ng has no voice {voice!r}: {hint}')
+            failed = all(library.espeak_ng_SetVoiceByName(name.encode()) for name in names)
+            if failed or not os.path.exists(os.path.join(self.data, 'voices', '!v', variant)):
+                raise InputError(f'espeak-ng has no voice {voice!r}; examples: en-us, fr-fr+f2')
             library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
             library.espeak_SetPunctuationList(ctypes.c_wchar_p('<>'))  # see parameter 5 below
             yield library, rate
@@ -701,11 +663,10 @@ class Espeak:
         marks = [(at, sample) for kind, at, sample, _ in events if kind == WORD]
         sounds = [(name, sample) for kind, _, sample, name in events if kind == PHONEME]
         ends = [sample for _, sample in sounds[1:]] + [len(wave)]
-        phones = []
-        for (name, start), end in zip(sounds, ends, strict=True):
-            name = name.decode(errors='ignore').strip('ˈˌ')
-            if name:  # an empty one is a pause
-                phones.append([name, start / rate, end / rate])
+        names = [name.decode(errors='ignore').strip('ˈˌ') for name, _ in sounds]
+        spans = [(start / rate, end / rate) for (_, start), end in zip(sounds, ends, strict=True)]
+        # a phone without a name is a pause
+        phones = [[name, *span] for name, span in zip(names, spans, strict=True) if name]
         words = word_times(sentence, wave, rate, marks)
         return Speech(wave, rate, dict(words=words, phones=phones))
 
@@ -768,18 +729,6 @@ BACKENDS = dict(
 )
 
 
-def load_speaker(wanted):
-    """An object of the class that --tts names, which speaks with the wanted voices."""
-    kind, _, network, _ = BACKENDS[tts]
-    name = tts_model or network
-    with reading(f'--tts={tts} --tts_model={name}'):
-        speaker = kind(name) if network else kind()
-    for voice in sorted(wanted):
-        with reading(f'--voices={voice} of {tts}'):
-            speaker.speak('a', voice, 1.0, 50)
-    return speaker
-
-
 # -----------------------------------------------------------------------------
 # Speaking an item
 
@@ -788,38 +737,25 @@ class Skip(Exception):
     """Why an item is not spoken."""
 
 
-def join(speeches):
-    """Speeches at 16 kHz, one after the other; with the times that all of them have."""
-    times = {key: [] for key in ('words', 'phones') if all(key in s.times for s in speeches)}
-    at = 0.0
-    for speech in speeches:
-        for key, found in times.items():
-            for name, start, end in speech.times[key]:
-                found.append([name, round(at + start, 3), round(at + end, 3)])
-        at += len(speech.wave) / SAMPLE_RATE
-    return Speech(np.concatenate([speech.wave for speech in speeches]), SAMPLE_RATE, times)
-
-
 @lru_cache(100)  # the files of an item share sentences
 def speak_sentence(sentence, voice, speaker):
     """A sentence as Speech at 16 kHz: without silence at its ends, followed by the pause, padded to
     whole frames. None if it is silent."""
-    # each voice has its own speed and pitch; the noise of a network depends on the sentence only
+    # each voice has its own speed and pitch; a network's noise depends on the sentence only
     own = random.Random(f'{seed}/{voice}')
     how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
-    torch.manual_seed(zlib.crc32(f'{seed}/{voice} {sentence}'.encode()))
+    if BACKENDS[tts][2]:
+        torch.manual_seed(zlib.crc32(f'{seed}/{voice} {sentence}'.encode()))
     wave, rate, times = speaker.speak(sentence, voice, *how)
     sounding = np.flatnonzero(np.abs(wave) > SILENCE)
     if not len(sounding):
         return None
+    start = float(sounding[0] / rate)
     wave = torch.from_numpy(wave[sounding[0] : sounding[-1] + 1])
     wave = resample(wave, rate, SAMPLE_RATE).numpy()
-
-    def inside(t):
-        return min(max(t - float(sounding[0] / rate), 0), len(wave) / SAMPLE_RATE)
-
+    last = len(wave) / SAMPLE_RATE
     times = {
-        key: [[name, inside(start), inside(end)] for name, start, end in found]
+        key: [[name, *(min(max(t - start, 0), last) for t in span)] for name, *span in found]
         for key, found in times.items()
     }
     length = math.ceil((len(wave) + round(pause * SAMPLE_RATE)) / GRID) * GRID
@@ -827,24 +763,27 @@ def speak_sentence(sentence, voice, speaker):
 
 
 def speak_text(document, voice, speaker):
-    """(text as spoken, Speech). Raises Skip."""
-    if len(document) > LONGEST:
-        raise Skip(f'longer than {LONGEST:,} characters')
+    """(text as spoken, Speech with the times that all sentences have). Raises Skip."""
     _, _, network, english = BACKENDS[tts]
-    english = bool(re.match(english, f'{tts_model or network} {voice}'))
-    spoken = {}
-    for i, sentence in enumerate(sentences(document, english)):
-        speech = speak_sentence(sentence, voice, speaker)
-        if speech:
-            spoken[i] = sentence, speech
+    found = sentences(document, re.match(english, f'{tts_model or network} {voice}'))
+    spoken = [(sentence, speak_sentence(sentence, voice, speaker)) for sentence in found]
+    spoken = [(sentence, speech) for sentence, speech in spoken if speech]
     if not spoken:
         raise Skip('with nothing to say')
-    said, speeches = zip(*spoken.values(), strict=True)
-    return ' '.join(said), join(speeches)
+    said, speeches = zip(*spoken, strict=True)
+    times = {key: [] for key in ('words', 'phones') if all(key in s.times for s in speeches)}
+    at = 0.0
+    for speech in speeches:
+        for key in times:
+            for name, start, end in speech.times[key]:
+                times[key].append([name, round(at + start, 3), round(at + end, 3)])
+        at += len(speech.wave) / SAMPLE_RATE
+    wave = np.concatenate([speech.wave for speech in speeches])
+    return ' '.join(said), Speech(wave, SAMPLE_RATE, times)
 
 
 def make_rows(n, item, task, speaker):
-    """Speak item n and save its audio -> (rows of the manifest, seconds). Raises Skip."""
+    """Speak item n and save its audio -> rows of the manifest. Raises Skip."""
     if item.get('skip'):
         raise Skip(item['skip'])
     # the voice and the split depend on the seed and the item only
@@ -855,69 +794,58 @@ def make_rows(n, item, task, speaker):
         held_out = random.Random(f'{seed}/{task.name}/{n}/split').random() < val_share
         about['split'] = 'val' if held_out else 'train'
 
-    # a file for each role; only ZeroSpeech's layout has all files in one folder
-    texts, voice = item['texts'], about['voice']
-    spoken = {role: speak_text(text, voice, speaker) for role, text in texts.items()}
+    spoken = {
+        role: speak_text(text, about['voice'], speaker) for role, text in item['texts'].items()
+    }
     waves = [speech.wave for _, speech in spoken.values()]
     if len(waves) == 2 and np.array_equal(*waves):
         raise Skip('whose two texts sound the same')
-    rows, seconds = {}, 0.0
+    rows = {}
     for role, (said, speech) in spoken.items():
-        name = f'{n:06d}' + f'_{role}' * bool(role)
-        blimp = task.kind == 'blimp'
-        path = f'{GOLD_FOLDER}/{name}.wav' if blimp else f'{n // 500:03d}/{name}.flac'
+        path = f'{n // 500:03d}/{n:06d}{role and "_"}{role}.flac'
+        if task.kind == 'blimp':  # ZeroSpeech's layout has all files in one folder
+            path = f'{GOLD_FOLDER}/{n:06d}_{role}.wav'
         save_audio(os.path.join(out, task.name, path), speech.wave)
-        length = round(len(speech.wave) / SAMPLE_RATE, 3)
-        seconds += length
-        rows[role] = dict(path=path, text=said, seconds=length, **speech.times)
+        seconds = round(len(speech.wave) / SAMPLE_RATE, 3)
+        rows[role] = dict(path=path, text=said, seconds=seconds, **speech.times)
         if role and task.kind != 'pairs':
             rows[role]['correct'] = role == 'correct'
     if task.kind == 'pairs':  # a preference pair is one row
         rows = {'': {f'{role}_{key}': row[key] for role, row in rows.items() for key in row}}
-    return [row | about for row in rows.values()], seconds
+    return [row | about for row in rows.values()]
 
 
 # -----------------------------------------------------------------------------
-# The work: part n of a task is done when parts/0000n.jsonl exists. Its first line counts, the
-# others are rows of manifest.jsonl or, with a reason, of skipped.jsonl
+# The work: part n of a task is done when parts/0000n.jsonl exists. Its lines are rows of
+# manifest.jsonl or, with a reason, of skipped.jsonl
 
 
-def part_path(task, number):
-    return os.path.join(out, task.name, 'parts', f'{number:05d}.jsonl')
-
-
-def work(task, speaker, numbers, quiet=False):
-    """Make some parts of a task, each of which is a file of its own."""
-    items = enumerate(task.items())
-    at = 0
+def work(task, speaker, numbers, paths, quiet=False):
+    """Make the parts with these numbers, each of which is a file."""
+    items, at = enumerate(items_of(task)), 0
     for number in tqdm(numbers, desc=task.name, unit=' parts', disable=quiet):
-        part = list(islice(items, PART * (number - at), PART * (number - at + 1)))
-        at = number + 1
-        lines, total = [], dict(items=len(part), skipped=0, seconds=0.0)
-        for n, item in part:
+        rows = []
+        for n, item in islice(items, PART * (number - at), PART * (number - at + 1)):
             try:
-                rows, seconds = make_rows(n, item, task, speaker)
-                lines += rows
-                total['seconds'] += seconds
+                rows += make_rows(n, item, task, speaker)
             except Skip as reason:
                 unsaid = ' | '.join(item['texts'].values())[:1000]
-                lines.append(dict(n=n, reason=str(reason), text=unsaid))
-                total['skipped'] += 1
-        with write_atomic(part_path(task, number)) as file:
-            file.writelines(json.dumps(row) + '\n' for row in (total, *lines))
+                rows.append(dict(n=n, reason=str(reason), text=unsaid))
+        with write_atomic(paths[number]) as file:
+            file.writelines(json.dumps(row) + '\n' for row in rows)
+        at = number + 1
 
 
-def share_work(task, speaker, missing):
-    """Make the missing parts in worker processes, each takes every n-th. A network speaks in this
-    process."""
+def share_work(task, speaker, missing, paths):
+    """Make the missing parts in worker processes; a network speaks in this process."""
     processes = min(workers or os.cpu_count(), len(missing))
     if BACKENDS[tts][2] or processes < 2:
-        return work(task, speaker, missing) if missing else None
+        return work(task, speaker, missing, paths)
 
     def worker(number):
         start_worker()
         try:
-            work(task, speaker, missing[number::processes], quiet=number > 0)
+            work(task, speaker, missing[number::processes], paths, quiet=number > 0)
         except (OSError, InputError) as error:  # one line, and exit code 2
             report_error(type(error), error, error.__traceback__)
 
@@ -925,82 +853,69 @@ def share_work(task, speaker, missing):
     group = [context.Process(target=worker, args=(n,), daemon=True) for n in range(processes)]
     for process in group:
         process.start()
-    while alive := [process.sentinel for process in group if process.is_alive()]:
-        multiprocessing.connection.wait(alive)
-        codes = {process.exitcode for process in group} - {0, None}
-        if codes:  # the other workers end with this process
+    while running := [process.sentinel for process in group if process.is_alive()]:
+        multiprocessing.connection.wait(running)
+        if codes := {process.exitcode for process in group} - {0, None}:
             message = 'a worker was killed (no memory left?): run the same command to continue'
             raise SystemExit(2) if 2 in codes else InputError(message)
 
 
-def merge_parts(task, parts):
-    """Merge the parts in order into manifest.jsonl and skipped.jsonl, and gold.csv of blimp ->
-    their counts added up, and the number of items skipped for each reason."""
-    total, reasons, folder = Counter(), Counter(), os.path.join(out, task.name)
-    names = [os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped')]
-    with write_atomic(names[0]) as manifest, write_atomic(names[1]) as skipped:
-        for number in range(parts):
-            rows = (row for _, row in read_jsonl(part_path(task, number)))
-            total.update(next(rows))
-            for row in rows:
-                reasons.update([row['reason']] if 'reason' in row else [])
-                (skipped if 'reason' in row else manifest).write(json.dumps(row) + '\n')
-    if task.kind == 'blimp':
-        with write_atomic(os.path.join(folder, GOLD_FOLDER, 'gold.csv')) as file:
-            writer = csv.DictWriter(file, GOLD, extrasaction='ignore')
-            writer.writeheader()
-            for _, row in read_jsonl(names[0]):
-                more = dict(filename=row['path'].removeprefix(GOLD_FOLDER + '/')[:-4])
-                more |= dict(transcription=row['text'], correct=int(row['correct']))
-                writer.writerow(row | more)
-    return total, reasons
-
-
 def plan_task(task):
-    """(parts, settings) of a task: what its audio depends on, with a hash of all its text.
-
-    Raises InputError if its folder holds speech made with others.
-    """
+    """The files of a task's parts, and what its audio depends on, with a hash of all its text.
+    Raises InputError if its folder holds speech made with other settings."""
     items, digest = 0, ''
-    for item in task.items():
+    for item in items_of(task):
         items, digest = items + 1, content_hash(digest, item)
     if not items:
         raise InputError(f'{text}: no text in it for task {task.kind}')
-    settings = dict(text=digest, tts=tts, tts_model=tts_model, voices=task.voices)
+    settings = dict(text=digest, items=items, tts=tts, tts_model=tts_model, voices=task.voices)
     settings |= dict(speed=speed, pitch=pitch, pause=pause, seed=seed, val_share=val_share)
     folder = os.path.join(out, task.name)
     if glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
         old = read_json(os.path.join(folder, 'parts', 'settings.json'))
         changed = ', '.join(key for key in settings if settings[key] != old.get(key))
         if changed:
-            hint = 'choose another --out, or remove it'
-            raise InputError(f'{folder} holds speech made with other {changed}: {hint}')
-    return math.ceil(items / PART), settings
+            raise InputError(f'{folder} holds speech made with other {changed}: use another --out')
+    numbers = range(math.ceil(items / PART))
+    return [os.path.join(folder, 'parts', f'{n:05d}.jsonl') for n in numbers], settings
 
 
-def run_task(task, parts, settings, speaker):
-    """Make the missing parts of this shard, and merge all parts if none is missing then."""
+def merge_parts(task, folder, paths):
+    """Merge the part files into manifest.jsonl, skipped.jsonl and, for blimp, gold.csv -> the
+    seconds of speech, and the number of items skipped for each reason."""
+    seconds, reasons = 0.0, Counter()
+    names = [os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped')]
+    with write_atomic(names[0]) as manifest, write_atomic(names[1]) as skipped:
+        for row in (row for path in paths for _, row in read_jsonl(path)):
+            reasons.update([row['reason']] if 'reason' in row else [])
+            seconds += sum(value for key, value in row.items() if key.endswith('seconds'))
+            (skipped if 'reason' in row else manifest).write(json.dumps(row) + '\n')
+    if task.kind == 'blimp':
+        with write_atomic(os.path.join(folder, GOLD_FOLDER, 'gold.csv')) as file:
+            writer = csv.DictWriter(file, GOLD, extrasaction='ignore')
+            writer.writeheader()
+            for _, row in read_jsonl(names[0]):
+                row |= dict(filename=os.path.basename(row['path'])[:-4], transcription=row['text'])
+                writer.writerow(row | dict(correct=int(row['correct'])))
+    return seconds, reasons
+
+
+def run_task(task, paths, settings, speaker):
+    """Make the missing parts of a task, and merge all parts."""
     began, folder = time.time(), os.path.join(out, task.name)
     with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
         json.dump(settings, file)
-    first, step = map(int, shard.split('/')) if shard else (0, 1)
-    missing = [n for n in range(first, parts, step) if not os.path.exists(part_path(task, n))]
-    share_work(task, speaker, missing)
-    left = sum(not os.path.exists(part_path(task, number)) for number in range(parts))
-    if left:
-        return log(f'{task.name}: shard {shard} is done; {left} of {parts} parts are missing')
-
-    total, reasons = merge_parts(task, parts)
-    spent, hours = time.time() - began, total.pop('seconds') / 3600
-    rate = 3600 * hours * len(missing) / parts / spent
-    made = dict(total, hours=hours, seconds=spent, x_real_time=rate, reasons=reasons)
+    missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]
+    share_work(task, speaker, missing, paths)
+    seconds, reasons = merge_parts(task, folder, paths)
+    spent, hours, skipped = time.time() - began, seconds / 3600, sum(reasons.values())
+    made = dict(items=settings['items'], skipped=skipped, reasons=reasons, hours=hours)
+    made |= dict(seconds=spent, x_real_time=seconds * len(missing) / len(paths) / spent)
     with write_atomic(os.path.join(folder, 'summary.json')) as file:
         json.dump(dict(made, settings=settings), file)
-    why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none skipped'
-    log(
-        f'{task.name}: {total["items"]:,} items, {hours:.2f} h, skipped: {why}; '
-        f'{spent:.1f} s, {rate:.0f} x real time'
-    )
+    why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none'
+    items = f'{task.name}: {settings["items"]:,} items, {hours:.2f} h, skipped: {why}'
+    log(f'{items}; {spent:.1f} s, {made["x_real_time"]:.0f} x real time')
 
 
 if __name__ == '__main__':
@@ -1011,16 +926,21 @@ if __name__ == '__main__':
     # Read all text first, and compare it with what is there: mistakes end the run before it speaks
     todo = []
     for wanted in find_tasks():
-        parts, settings = plan_task(wanted)
+        paths, settings = plan_task(wanted)
         if os.path.exists(os.path.join(out, wanted.name, 'summary.json')):
             log(f'{wanted.name}: already in {out}/{wanted.name}, nothing to do')
         else:
-            todo.append((wanted, parts, settings))
+            todo.append((wanted, paths, settings))
 
     # Load the voices once; worker processes share them
+    kind, _, network, _ = BACKENDS[tts]
     if todo:
-        speaker = load_speaker({voice for wanted, _, _ in todo for voice in wanted.voices})
+        with reading(f'--tts={tts} --tts_model={tts_model or network}'):
+            speaker = kind(tts_model or network)
+        for voice in sorted({voice for wanted, _, _ in todo for voice in wanted.voices}):
+            with reading(f'--voices={voice} of {tts}'):
+                speaker.speak('a', voice, 1.0, 50)
 
     # One task after the other
-    for wanted, parts, settings in todo:
-        run_task(wanted, parts, settings, speaker)
+    for wanted, paths, settings in todo:
+        run_task(wanted, paths, settings, speaker)

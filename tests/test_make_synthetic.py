@@ -64,7 +64,7 @@ def write_csv(path, columns, *rows):
 def items_of(monkeypatch, task, path, **knobs):
     for key, value in dict(text=str(path), **knobs).items():
         monkeypatch.setattr(ms, key, value)
-    return list(ms.Task(task, task, ['a', 'b']).items())
+    return list(ms.items_of(ms.Task(task, task, ['a', 'b'])))
 
 
 @pytest.fixture(scope='module')
@@ -135,35 +135,6 @@ def test_toy_endings_are_right_as_often_as_wrong_and_follow_from_the_story(toy):
         assert read_outcome(second) == read_outcome(third)
 
 
-def test_toy_agrees_in_number_and_gender(toy):
-    forms = {he: [pair.split() for pair in ms.HEROES[he].split('|')] for he in ms.HEROES}
-    gender = {form: he for he in forms for pair in forms[he] for form in pair}
-    gender |= {name: he for he, names in ms.NAMES.items() for name in names.split()}
-    plural = {many for pairs in forms.values() for _, many in pairs}
-
-    def faults(text):
-        """How often a story breaks agreement, counted word by word."""
-        first, *rest = [sentence.strip('.').split() for sentence in ms.sentences(text)]
-        first[0] = first[0] if first[0] in gender else first[0].lower()
-        heroes = [word for word in first if word in gender]
-        many = len(heroes) > 1 or heroes[0] in plural
-        before = first[: first.index(heroes[0])]
-        wrong = ('this', 'one') if many else ('these', *ms.SLOTS['number'])
-        found = sum(word in wrong for word in before)
-        found += sum(word in (('is', 'has') if many else ('are', 'have')) for word in first)
-        own = 'their' if many else ms.HIS[gender[heroes[0]]]
-        found += sum(word in ms.HIS.values() and word != own for word in first)
-        if rest:
-            who = 'they' if many else gender[heroes[0]]
-            found += rest[1][:2] != [who.capitalize(), 'are' if many else 'is']
-        return found
-
-    for row in toy['grammar']:
-        assert faults(row['right']) == 0 < faults(row['wrong']), row
-    assert Counter(row['type'] for row in toy['grammar']).keys() == {*ms.MINIMAL, 'pronoun'}
-    assert not any(faults(row['text']) for row in toy['stories'])
-
-
 # --- how it sounds
 
 
@@ -189,21 +160,8 @@ def test_manifests_and_audio_of_the_demo(made):
     assert {'train'} <= {row['split'] for row in rows_of(f'{made}/stories')} <= {'train', 'val'}
 
 
-def test_a_pair_differs_in_its_ending_only(made):
-    for task in ('sstory', 'tstory'):
-        rows = rows_of(f'{made}/{task}')
-        for right, wrong in zip(rows[::2], rows[1::2], strict=True):
-            assert right['correct'] and not wrong['correct'] and right['voice'] == wrong['voice']
-            assert right['path'].replace('_correct', '_incorrect') == wrong['path']
-            one, two = (soundfile.read(f'{made}/{task}/{row["path"]}')[0] for row in (right, wrong))
-            end = [word for word in right['words'] if word[0].endswith('.')][1]
-            same = int(end[2] * 16000)
-            assert np.array_equal(one[:same], two[:same])
-            assert not np.array_equal(one[same:], two[same:])
-
-
 def speak_text(espeak, text):
-    return ms.join([ms.speak_sentence(s, VOICE, espeak) for s in ms.sentences(text)])
+    return ms.speak_text(text, VOICE, espeak)[1]
 
 
 def test_prompt_and_ending_laid_end_to_end_are_the_whole(espeak):
@@ -280,10 +238,10 @@ SAID = {
     'I know 5 < 6 and 8 > 7, x=y.': 'I know 5 less than 6 and 8 greater than 7, x equals y.',
     'It cost $5 million, €1 or 3 £.': 'It cost 5 million dollars, 1 euro or 3 pounds.',
     '20 °C, 68°F, 50%.': '20 degrees Celsius, 68 degrees Fahrenheit, 50 percent.',
-    'R&D &amp; Q, pages 5–6, #7': 'R and D and Q, pages 5 to 6, number 7',
+    'R&D, pages 5–6, №7': 'R and D, pages 5 to 6, number 7',
     '> quoted -> this <\n# Title\n=====': 'quoted - this Title',
-    '<p class="x">One<br/> two</p> a <b and c> d': 'One two a b and c d',
-    'ｄｏｇ ﬁsh №5': 'dog fish number 5',
+    '<p class="x">One<br/> two</p> a <b and c> d': ('One two a less than b and c greater than d'),
+    'ｄｏｇ ﬁsh #5': 'dog fish #5',
 }
 
 
@@ -321,14 +279,6 @@ def test_sentences():
     long = ' '.join(f'word{i}' + ',' * (i % 7 == 0) for i in range(400))
     pieces = ms.sentences(long)
     assert all(len(piece) <= 300 for piece in pieces) and ' '.join(pieces) == ms.clean(long)
-
-
-def test_an_ellipsis_or_a_tight_stop_is_no_word(espeak):
-    def phones(text):
-        return [name for name, _, _ in speak_text(espeak, text).times['phones']]
-
-    assert phones('Wait...what is it?') == phones('Wait. What is it?')
-    assert phones('The end.Next came Tom.') == phones('The end. Next came Tom.')
 
 
 # --- files
@@ -396,7 +346,6 @@ def test_documents_of_text_files(tmp_path, monkeypatch):
     assert stories('inline.txt') == [['One.'], ['Two.'], ['Three.'], ['Four.']]
     assert stories('rows.jsonl') == [['One.'], ['Two.'], []]
     assert len(stories('')) == 11
-    assert stories('plain.txt', separator='Sec') == [['First one goes on.'], ['ond.']]
 
 
 @pytest.mark.parametrize('name', ['a.txt', 'a.csv', 'a.jsonl'])
@@ -406,20 +355,12 @@ def test_text_is_utf_8_or_utf_16_with_a_mark(name, encoding, tmp_path, monkeypat
     content = dict(txt=story, csv=f'text,n\n{story},1\n', jsonl=f'{{"text": "{story}"}}\n')
     (tmp_path / name).write_bytes(content[name[2:]].encode(encoding))
     if encoding in ('utf-16-le', 'cp1252'):
-        byte = '0x00|0x' if encoding == 'utf-16-le' else '0xfc at '
-        with pytest.raises(InputError, match=rf'{name}, line \d: byte {byte}'):
+        byte = '0x00|0x' if encoding == 'utf-16-le' else '0xfc: '
+        with pytest.raises(InputError, match=rf'{name}, (after )?line \d: byte {byte}'):
             items_of(monkeypatch, 'stories', tmp_path / name)
     else:
         (item,) = items_of(monkeypatch, 'stories', tmp_path / name)
         assert item['texts'][''].strip() == story
-
-
-def test_parquet(tmp_path, monkeypatch):
-    parquet, pyarrow = (pytest.importorskip(name) for name in ('pyarrow.parquet', 'pyarrow'))
-    table = pyarrow.table(dict(text=['A story.', None], other=[1, 2]))
-    parquet.write_table(table, tmp_path / 'c.parquet')
-    items = items_of(monkeypatch, 'stories', tmp_path / 'c.parquet')
-    assert [item['texts'][''] for item in items] == ['A story.', '']
 
 
 HOSTILE = dict(
@@ -427,7 +368,6 @@ HOSTILE = dict(
     markup='<speak><audio src="x"/>A <break time="9s"/>dog ran.</speak>',
     phonemes="A dog [[h@l'oU]] ran.",
     control='A dog \x01200S ran \x1b[31m here.',
-    long='dog ' * 100_000,
     arabic='كلب \u202eركض\u202c هنا.',
     nothing='[[]] <> \ud83d \u200b',
     zalgo='d\u0336\u0336\u0336o\u0336g ran.',
@@ -438,11 +378,10 @@ def test_hostile_text_is_spoken_or_skipped_and_never_executed(tmp_path):
     with open(tmp_path / 'hostile.jsonl', 'w') as file:
         file.writelines(json.dumps(dict(text=text)) + '\n' for text in HOSTILE.values())
     done = run(f'--text={tmp_path}/hostile.jsonl', f'--out={tmp_path}/o', '--workers=1')
-    reasons = ('1 longer than 100,000 characters', '1 with nothing to say')
-    assert all(reason in done.stdout for reason in reasons)
+    assert 'skipped: 1 with nothing to say;' in done.stdout
     folder, names = f'{tmp_path}/o/stories', list(HOSTILE)
     skipped = [names[row['n']] for row in rows_of(folder, 'skipped.jsonl')]
-    assert skipped == ['long', 'nothing'] and summary_of(folder)['skipped'] == 2
+    assert skipped == ['nothing'] and summary_of(folder)['skipped'] == 1
     said = {names[int(row['path'][4:10])]: row for row in rows_of(folder)}
     assert said.keys() == HOSTILE.keys() - {*skipped}
     for name in ('nul', 'markup'):
@@ -528,13 +467,6 @@ def test_one_process_makes_what_three_do(made, tmp_path):
         assert len(other.stderr.strip().splitlines()) == 1
 
 
-def test_shards_make_what_one_run_does(whole, tmp_path):
-    first = run(*STORIES, '--workers=1', '--shard=1/2', f'--out={tmp_path}')
-    assert '2 of 4 parts are missing' in first.stdout
-    run(*STORIES, '--workers=1', '--shard=0/2', f'--out={tmp_path}')
-    assert contents(tmp_path) == whole
-
-
 def start(out, *args):
     command = [sys.executable, 'make_synthetic.py', *STORIES, f'--out={out}', *args]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -586,9 +518,7 @@ def test_a_killed_worker_ends_the_run(tmp_path):
         ('', ['--text=nowhere.txt'], 'nowhere.txt'),
         ('', ['--task=sing'], 'stories'),
         ('', ['--voices=xx-nobody', '--n_stories=3'], 'xx-nobody'),
-        ('', ['--task=grammar', '--test_voices=xx-nobody', '--n_suite=2'], 'xx-nobody'),
         ('', ['--tts=kokoro', '--n_stories=3'], 'kokoro'),
-        ('', ['--voises=de'], 'voices'),
         ('', ['--out=README.md', '--n_stories=1'], 'README.md'),
         ('a,b\n1,2\n', [], 'a.csv row 1: expected columns text; found a (str), b (str)'),
         ('text\nOne, two.\n', [], 'a.csv row 1: more cells than columns'),
@@ -670,8 +600,10 @@ def test_kokoro(monkeypatch):
     monkeypatch.setitem(sys.modules, 'kokoro', SimpleNamespace(KPipeline=KPipeline, KModel=model))
     for key, value in dict(tts='kokoro', device='cpu').items():
         monkeypatch.setattr(ms, key, value)
-    speaker = ms.load_speaker(['af_heart', 'ff_siwis'])
-    assert [language for language, *_ in made] == ['a', 'f'] and made[0][2] is made[1][2]
+    speaker = ms.Kokoro('hexgrad/Kokoro-82M')
+    for voice in ('af_heart', 'ff_siwis'):
+        speaker.speak('a', voice, 1.0, 50)
+    assert [language for language, *_ in made] == ['a', 'f']
     wave, rate, times = speaker.speak('"Yes," he said.', 'af_heart', 1.0, 50)
     assert rate == 24000 and len(wave) == 24000
     assert [word for word, _, _ in times['words']] == ['"Yes,"', 'he', 'said.']
