@@ -122,7 +122,9 @@ LABELS['swuggy_in_vocabulary'] = 'sWUGGY, in vocabulary'
 CROSSINGS = {'_to_text': ', speech → text', '_from_text': ', text → speech'}
 # GenPPL and auto-BLEU of the paper were measured with these defaults (section 4 and Table 6)
 PROTOCOL = ('prompts', 'n_prompts', 'prompt_seconds', 'max_new_tokens', 'temperature', 'top_k')
-PROTOCOL = {name: globals()[name] for name in (*PROTOCOL, 'top_p', 'repetition_penalty', 'asr')}
+PROTOCOL = {
+    name: globals()[name] for name in (*PROTOCOL, 'top_p', 'repetition_penalty', 'asr', 'text_lm')
+}
 MUCH_CUT, MUCH_BROKEN = 0.01, 0.05  # shares of cut pairs, and of short or looping transcripts
 JUDGE = r"""A speech model heard the beginning of a recording and went on speaking. Below are the
 transcripts of both. Judge how relevant the continuation is to the beginning and how likely it is to
@@ -873,7 +875,9 @@ def cut_prompts(what, listing):
     text, no longer than the 30 s that Whisper hears."""
     clips = {}
     for prompt in listing:
-        path, seconds = prompt['path'], soundfile.info(prompt['path']).duration
+        path = prompt['path']
+        with reading(path):
+            seconds = soundfile.info(path).duration
         if what == BOTH:
             clips[Clip((path,), prompt_seconds)] = None
         elif what == AGAIN and prompt['text'] and seconds <= 30:
@@ -985,13 +989,13 @@ def describe(where):
     return about | dict(tokens=' + '.join(map(format_count, tokens)))
 
 
-def read_paper(suites):
+def read_paper(suites, generated):
     """Rows of config/paper.csv that the knob `paper` asks for, with `scores`, the numbers that
     compare: of the published audio and split, of continuations under the paper's protocol."""
     official = {task for task in suites if suites[task].official}
     tasks = official & {'sblimp', 'sstorycloze', 'tstorycloze'}
     if 'sstorycloze' in official and all(globals()[k] == v for k, v in PROTOCOL.items()):
-        tasks |= {'genppl', 'autobleu', 'gptscore'}
+        tasks |= {'genppl', 'autobleu', 'gptscore'} & {*generated}
     kinds, rows = split_list(paper), []
     for row in read_csv(os.path.join(ROOT, 'config', 'paper.csv')):
         scores = {task: row[task] for task in tasks if row[task]}
@@ -1105,7 +1109,10 @@ def make_notes(columns, record, suites, others):
                 notes.append(f'* {name}, {title}: {doubts}; {after}.')
             if result.get('left_out'):
                 notes.append(f'{name}: {result["left_out"]} without a value left out of {title}.')
-    notes += [f'{row["model"]}: {row["note"]}.' for row in others if row['note']]
+    alike = defaultdict(list)  # {note: models}
+    for row in others:
+        alike[row['note']].append(row['model'])
+    notes += [f'{", ".join(models)}: {note}.' for note, models in alike.items() if note]
     own = [task for task, suite in suites.items() if not suite.official]
     if {*own} & {'sblimp', 'sstorycloze', 'tstorycloze'}:
         notes.append(f"{', '.join(own)}: not the published audio, so without the paper's numbers.")
@@ -1206,7 +1213,7 @@ if __name__ == '__main__':
         file.write(json.dumps(record, indent=1))
 
     # what a person reads: the page, the tables and notes, and one line of summary last
-    others = read_paper(suites)
+    others = read_paper(suites, generated)
     columns = make_columns(metrics, suites, others)
     tables = make_tables(columns, record, about, others)
     notes = make_notes(columns, record, suites, others)

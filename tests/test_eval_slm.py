@@ -632,7 +632,7 @@ def test_models_end_to_end(tmp_path, checkpoint):
     cells = {row[0].strip(): [cell.strip() for cell in row] for row in table}
     column = cells['model'].index('sBLIMP')
     assert cells['Slam'][column] == '58.86' and cells['Slam'][1] == ''
-    assert 'slm_scaling 309M: sBLIMP is the mean over phenomena' in done.stdout
+    assert 'slm_scaling 823M: sBLIMP is the mean over phenomena' in done.stdout
     assert 'slprl/slam, released' not in cells  # of the test split
     assert table[2][column].strip() == 'dev; n = 14; % of pairs, by mean log-likelihood'
 
