@@ -25,6 +25,8 @@ from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -78,7 +80,7 @@ def rotate(x, cos, sin):
 
 
 class Block(nn.Module):
-    """One transformer layer, in the variant that its Config describes."""
+    """One transformer layer, in the variant that its config describes (read_config)."""
 
     def __init__(self, config):
         super().__init__()
@@ -146,13 +148,9 @@ class SLM(nn.Module):
         self.hf_config, self.slam = hf_config, {}
         c = self.config = read_config(hf_config, dropout)
         self.compiled_step = self.static_cache = None  # of generate
-        # _weight: nn.Embedding's own initialisation imports the whole compiler on meta
-        self.embed = nn.Embedding(
-            c.vocab_size, c.embed_dim, _weight=torch.empty(c.vocab_size, c.embed_dim)
-        )
+        self.embed = nn.Embedding(c.vocab_size, c.embed_dim)
         if not c.rope_freqs:
-            rows = c.max_positions + POSITION_OFFSET
-            self.embed_positions = nn.Embedding(rows, c.n_embd, _weight=torch.empty(rows, c.n_embd))
+            self.embed_positions = nn.Embedding(c.max_positions + POSITION_OFFSET, c.n_embd)
         if c.embed_dim != c.n_embd:  # OPT-350M projects 512 -> 1024 -> 512
             self.project_in = nn.Linear(c.embed_dim, c.n_embd, bias=False)
             self.project_out = nn.Linear(c.n_embd, c.embed_dim, bias=False)
@@ -221,7 +219,7 @@ class SLM(nn.Module):
             x = x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
 
         if attend is None:
-            attend = attention_within(doc, branch, tokens.device)
+            attend = attention_within(doc, branch)
         for block, has_rope in zip(self.blocks, c.rope_layers, strict=True):
             x = block(x, rope if has_rope else None, attend)
         if c.pre_norm:
@@ -315,10 +313,7 @@ class SLM(nn.Module):
         """Floating-point operations of one token, forward and backward: 6 a weight that multiplies,
         and causal attention. span: mean tokens of an utterance; attention covers half of it."""
         c = self.config
-        weights = c.vocab_size * c.embed_dim  # the head
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2 and 'embed' not in name and name != 'head.weight':
-                weights += parameter.numel()
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * span
 
     # ------------------------------------------------------------------ tokens
@@ -392,56 +387,36 @@ class SLM(nn.Module):
     ):
         """Continue prompts (defaults: Table 6 of the paper).
 
-        prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1.
-        temperature: 0 takes the most likely token. top_k: 0 is off. repetition_penalty: over prompt
-        and continuation, as transformers defines it. seed: of a generator of its own; None:
-        torch's. ban_repeats: no unit directly after itself, which de-duplicated units never show;
-        None: where slam says dedup. compile: torch.compile the step of one token; half a minute the
-        first time. kind: 'speech' or 'text', what an interleaved model continues with, after that
-        switch.
-
+        prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. temperature: 0
+        takes the most likely token. top_k: 0 is off. repetition_penalty: over prompt and
+        continuation, as transformers defines it. seed: None draws from torch's own generator.
+        compile: torch.compile the step of one token; half a minute the first time. ban_repeats: no
+        unit directly after itself, as in de-duplicated units; None: where slam says dedup. kind:
+        'speech' or 'text', what an interleaved model continues with, after that switch.
         Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
         Raises: InputError if the model has fewer positions than prompt + continuation.
         """
-        c, device = self.config, self.embed.weight.device
-        longest = max(len(prompt) for prompt in prompts)
+        tokens, seen, padding = self.pad_left(prompts)
+        (B, longest), device = tokens.shape, tokens.device
         self.check_positions(longest + max_new_tokens)
 
-        # padded on the left, so that all continue at the same column of the cache, which has room
-        # for all of them in steps of 128: few shapes, so little to compile
-        tokens = torch.full((len(prompts), longest), PAD)
-        seen = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - len(prompt) :] = prompt
-            seen[row, prompt] = True
-        padding = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)
-        tokens, seen = tokens.to(device), seen.to(device)
+        # `columns` are the places of the tokens in the cache, whose width comes in steps of 128:
+        # few shapes, so little to compile
         columns = torch.arange(longest, device=device)
         positions = (columns - padding).clamp(min=0)
         width = -(-(longest + max_new_tokens) // 128) * 128
         real = torch.arange(width, device=device) >= padding
-        cache = self.make_cache(len(prompts), width, compile)
+        cache = self.make_cache(B, width, compile)
 
-        # all random numbers at once, and the options as tensors: new values compile nothing
+        # all random numbers at once
+        top_k = min(top_k or self.config.vocab_size, self.config.vocab_size)
+        noise = torch.empty(max_new_tokens, B, top_k, device=device)
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        top_k = min(top_k or c.vocab_size, c.vocab_size)
-        noise = torch.empty(max_new_tokens, len(prompts), top_k, device=device)
         noise.exponential_(generator=generator)
-        is_unit = torch.arange(c.vocab_size, device=device) >= self.offset
-        ban_repeats = self.slam.get('dedup') if ban_repeats is None else ban_repeats
-        number = partial(torch.tensor, dtype=torch.float32, device=device)
-        options = dict(
-            temperature=number(temperature or 1.0),
-            top_p=number(top_p),
-            penalty=number(repetition_penalty),
-            allowed=self.allowed_tokens(kind).to(device),
-            may_repeat=~is_unit if ban_repeats else torch.ones_like(is_unit),
-            greedy=temperature == 0,
-        )
+        options = self.sampling(temperature, top_p, repetition_penalty, ban_repeats, kind)
 
         # the first round takes the whole prompts, each further one the token before
-        rows = [tokens[:, :0]]
-        ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=device)
+        rows, ended = [tokens[:, :0]], torch.zeros(B, 1, dtype=torch.bool, device=device)
         for i in range(max_new_tokens):
             step = self.compile_step(device) if compile and i > 0 else self.next_tokens
             new = step(tokens, positions, columns, real, cache, seen, noise[i], options)
@@ -457,16 +432,41 @@ class SLM(nn.Module):
         lengths = (rows != self.end).long().cumprod(dim=1).sum(dim=1)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
+    def pad_left(self, prompts):
+        """Prompts of any lengths side by side, so that all continue at the same column: tokens
+        (B, longest), which tokens a row has seen (B, vocab_size), and its padding (B, 1)."""
+        longest = max(map(len, prompts))
+        tokens = torch.full((len(prompts), longest), PAD)
+        seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt) :] = prompt
+            seen[row, prompt] = True
+        padding = torch.tensor([[longest - len(prompt)] for prompt in prompts])
+        return [x.to(self.embed.weight.device) for x in (tokens, seen, padding)]
+
+    def sampling(self, temperature, top_p, penalty, ban_repeats, kind):
+        """The options of `choose`, most of them as tensors: other values compile nothing."""
+        device = self.embed.weight.device
+        ban_repeats = self.slam.get('dedup') if ban_repeats is None else ban_repeats
+        is_unit = torch.arange(self.config.vocab_size, device=device) >= self.offset
+        return dict(
+            temperature=torch.tensor(float(temperature or 1), device=device),
+            top_p=torch.tensor(float(top_p), device=device),
+            penalty=torch.tensor(float(penalty), device=device),
+            allowed=self.allowed_tokens(kind).to(device),
+            may_repeat=~is_unit if ban_repeats else torch.ones_like(is_unit),
+            greedy=temperature == 0,
+        )
+
     def make_cache(self, B, width, compile):
         """Keys and values of each layer in turn, a list of (B, n_kv_head, width, head_dim). For a
         compiled step they keep their addresses from call to call, as CUDA graphs need it."""
         c, weight, old = self.config, self.embed.weight, self.static_cache
         shape = (B, c.n_kv_head, width, c.head_dim)
-        static = compile and weight.is_cuda
-        if static and old and old[0].shape == shape and old[0].dtype == weight.dtype:
+        if compile and old and old[0].shape == shape and old[0].dtype == weight.dtype:
             return old
         cache = [weight.new_zeros(shape) for _ in range(2 * c.n_layer)]
-        if static:
+        if compile and weight.is_cuda:
             self.static_cache = cache
             for tensor in cache:
                 torch._dynamo.mark_static_address(tensor, guard=False)
@@ -575,33 +575,48 @@ def sdpa(q, k, v, mask=None, causal=False):
     )
 
 
-def visibility(doc, branch):
-    """Whether token i sees token j: of its own document, from the prompt or its own branch, before
-    it. A function of indices (row, head, i, j), as flex_attention takes it."""
+def attention_within(doc, branch):
+    """How every layer attends: a function of q, k, v made once a forward. doc, branch: (B, T) or
+    None, as in SLM.hidden."""
+    if doc is None:
+        return partial(sdpa, causal=True)
 
-    def visible(b, h, i, j):
+    def visible(b, h, i, j):  # does token i of row b see token j? as flex_attention asks it
         seen = (doc[b, i] == doc[b, j]) & (j <= i)
         if branch is None:
             return seen
         return seen & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
 
-    return visible
+    if doc.is_cuda:
+        return attend_flex(visible, *doc.shape, doc.device)
+    rows = torch.arange(len(doc), device=doc.device)[:, None, None]
+    i = torch.arange(doc.shape[1], device=doc.device)
+    if doc.device.type != 'cpu' or torch.compiler.is_compiling():
+        # an ordinary mask, (B, 1, T, T)
+        return partial(sdpa, mask=visible(rows, None, i[:, None], i)[:, None])
+
+    # one call a document: on a CPU the cost is then the sum of squares, not the square of the row
+    documents = []
+    for row, ids in enumerate(doc):
+        stop = 0
+        for length in torch.unique_consecutive(ids, return_counts=True)[1].tolist():
+            start, stop = stop, stop + length
+            inside, mask = torch.arange(start, stop), None
+            if branch is not None:
+                mask = visible(row, None, inside[:, None], inside)
+            documents.append((row, start, stop, mask))
+    return partial(attend_documents, documents=documents)
 
 
-def attention_within(doc, branch, device):
-    """How every layer attends: a function of q, k, v made once a forward. doc, branch: (B, T) or
-    None, as in SLM.hidden."""
-    if doc is None:
-        return partial(sdpa, causal=True)
-    visible = visibility(doc, branch)
-    if device.type == 'cuda':
-        return attend_flex(visible, *doc.shape, device)
-    if device.type == 'cpu' and not torch.compiler.is_compiling():
-        return partial(attend_pieces, pieces=find_pieces(doc, branch))
-    # elsewhere the mask is an ordinary tensor, (B, 1, T, T)
-    row = torch.arange(len(doc), device=device)[:, None, None]
-    i = torch.arange(doc.shape[1], device=device)
-    return partial(sdpa, mask=visible(row, None, i[:, None], i[None, :])[:, None])
+def attend_documents(q, k, v, documents):
+    """Attention of each document to itself. documents: (row, start, stop, mask) in their order,
+    which cover all rows; mask: (T, T) bool, None: causal."""
+    B, H, T, D = q.shape
+    out = []
+    for row, start, stop, mask in documents:
+        q_k_v = (x[row : row + 1, :, start:stop] for x in (q, k, v))
+        out.append(sdpa(*q_k_v, mask=mask, causal=mask is None))
+    return torch.cat(out, dim=2).view(H, B, T, D).transpose(0, 1)
 
 
 @lru_cache(maxsize=1)
@@ -630,49 +645,6 @@ def attend_flex(visible, B, T, device):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=blocks)
 
     return attend
-
-
-def attend_pieces(q, k, v, pieces):
-    """Packed attention as one call an utterance: on a CPU the cost is then the sum of squares, not
-    the square of the row.
-
-    pieces: (prompt, start, stop) in the rows laid end to end: that stretch sees itself causally,
-    and before it the prompt, a slice, if any.
-    """
-    B, H, T, D = q.shape
-    q, k, v = (x.transpose(1, 2).reshape(1, B * T, -1, D).transpose(1, 2) for x in (q, k, v))
-    out = []
-    for prompt, start, stop in pieces:
-        queries, keys, values = (x[:, :, start:stop] for x in (q, k, v))
-        if prompt is None:
-            out.append(sdpa(queries, keys, values, causal=True))
-            continue
-        keys = torch.cat((k[:, :, prompt], keys), dim=2)
-        values = torch.cat((v[:, :, prompt], values), dim=2)
-        mask = torch.ones(stop - start, keys.shape[2], dtype=torch.bool)
-        out.append(sdpa(queries, keys, values, mask=mask.tril(prompt.stop - prompt.start)))
-    return torch.cat(out, dim=2).transpose(1, 2).reshape(B, T, H, D).transpose(1, 2)
-
-
-def find_pieces(doc, branch):
-    """The (prompt, start, stop) of attend_pieces from doc and branch (B, T); a prompt and its first
-    alternative are one piece."""
-    rows = torch.arange(len(doc)).repeat_interleave(doc.shape[1])
-    branches = torch.zeros_like(rows) if branch is None else branch.reshape(-1)
-    kinds = torch.stack((rows, doc.reshape(-1), branches))
-    runs, lengths = torch.unique_consecutive(kinds, dim=1, return_counts=True)
-    pieces, start, before = [], 0, None
-    for (row, document, _), length in zip(runs.T.tolist(), lengths.tolist(), strict=True):
-        stop = start + length
-        if (row, document) != before:  # a new utterance, or the prompt of one
-            before, prompt = (row, document), slice(start, stop)
-            pieces.append((None, start, stop))
-        elif pieces[-1] == (None, prompt.start, prompt.stop):  # its first alternative
-            pieces[-1] = (None, prompt.start, stop)
-        else:
-            pieces.append((prompt, start, stop))
-        start = stop
-    return pieces
 
 
 # -----------------------------------------------------------------------------
@@ -716,107 +688,27 @@ def draw(logits, noise, top_p):
 # Kinds of models: how transformers names and computes what Block has
 
 
-@dataclass
-class Config:
-    """What Block and SLM need to know of transformers' config; read_config fills it."""
-
-    kind: str  # of KINDS
-    vocab_size: int
-    n_layer: int
-    n_embd: int
-    n_head: int
-    n_kv_head: int  # grouped-query attention
-    head_dim: int
-    n_ffn: int
-    embed_dim: int  # width of the embedding and the head
-    context: int  # tokens of a training row
-    dropout: float  # on the residual branches
-    norm_eps: float
-    norm_bias: bool  # LayerNorm
-    qk_norm: bool  # RMSNorm of each head's query and key
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    gated: bool  # SwiGLU
-    act: str  # of ACTIVATIONS
-    tied: bool  # the head is the embedding
-    rope_layers: tuple  # whether a layer rotates its queries and keys
-    rope_freqs: tuple = ()  # radians a token of each pair of features; empty: learned positions
-    rope_scale: float = 1.0  # of cos and sin, for YaRN
-    max_positions: int = ROPE_POSITIONS  # tokens of the longest utterance
-    pre_norm: bool = True  # False: OPT-350M, norms after each residual and none at the end
-    parallel: bool = False  # GPT-NeoX: attention and MLP read the same input
-
-
-tanh_gelu = partial(F.gelu, approximate='tanh')
-ACTIVATIONS = dict(relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=tanh_gelu)
-
-# transformers' names of our modules; tuples are joined, so that one product computes them
-LLAMA = dict(
-    embed='model.embed_tokens',
-    norm='model.norm',
-    head='lm_head',
-    blocks='model.layers',
-    norm1='input_layernorm',
-    norm2='post_attention_layernorm',
-    qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
-    out='self_attn.o_proj',
-    norm_q='self_attn.q_norm',
-    norm_k='self_attn.k_norm',
-    up=('mlp.gate_proj', 'mlp.up_proj'),
-    down='mlp.down_proj',
-)
-KINDS = dict(
-    llama=LLAMA,
-    phi3=LLAMA | dict(qkv='self_attn.qkv_proj', up='mlp.gate_up_proj'),
-    opt=dict(
-        embed='model.decoder.embed_tokens',
-        embed_positions='model.decoder.embed_positions',
-        project_in='model.decoder.project_in',
-        project_out='model.decoder.project_out',
-        norm='model.decoder.final_layer_norm',
-        head='lm_head',
-        blocks='model.decoder.layers',
-        norm1='self_attn_layer_norm',
-        norm2='final_layer_norm',
-        qkv=LLAMA['qkv'],
-        out='self_attn.out_proj',
-        up='fc1',
-        down='fc2',
-    ),
-    gpt_neox=dict(
-        embed='gpt_neox.embed_in',
-        norm='gpt_neox.final_layer_norm',
-        head='lm_head',
-        blocks='gpt_neox.layers',
-        norm1='input_layernorm',
-        norm2='post_attention_layernorm',
-        qkv='attention.query_key_value',  # its rows lie head by head
-        out='attention.dense',
-        up='mlp.dense_h_to_4h',
-        down='mlp.dense_4h_to_h',
-    ),
+ACTIVATIONS = dict(
+    relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=partial(F.gelu, approximate='tanh')
 )
 
-
-def read_llama(hf):
-    norm_eps = getattr(hf, 'rms_norm_eps', None) or hf.layer_norm_eps
-    heads = dict(n_kv_head=hf.num_key_value_heads, head_dim=getattr(hf, 'head_dim', None))
-    return dict(n_ffn=hf.intermediate_size, norm_eps=norm_eps, act=hf.hidden_act, **heads)
-
-
-def read_opt(hf):
-    widths = dict(n_ffn=hf.ffn_dim, embed_dim=hf.word_embed_proj_dim)
-    act, pre_norm = hf.activation_function, hf.do_layer_norm_before
-    return dict(norm_eps=1e-5, act=act, pre_norm=pre_norm, **widths)
-
-
-def read_gpt_neox(hf):
-    more = dict(act=hf.hidden_act, parallel=hf.use_parallel_residual)
-    return dict(n_ffn=hf.intermediate_size, norm_eps=hf.layer_norm_eps, **more)
-
-
-READERS = dict(llama=read_llama, phi3=read_llama, opt=read_opt, gpt_neox=read_gpt_neox)
+# transformers' names of our modules; several are joined, so that one product computes them
+QKV = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj')
+LLAMA = dict(embed='model.embed_tokens', blocks='model.layers', norm='model.norm', head='lm_head')
+LLAMA |= dict(norm1='input_layernorm', norm2='post_attention_layernorm', out='self_attn.o_proj')
+LLAMA |= dict(qkv=QKV, norm_q='self_attn.q_norm', norm_k='self_attn.k_norm')
+LLAMA |= dict(up=('mlp.gate_proj', 'mlp.up_proj'), down='mlp.down_proj')
+PHI3 = LLAMA | dict(qkv='self_attn.qkv_proj', up='mlp.gate_up_proj')
+OPT = dict(embed='embed_tokens', embed_positions='embed_positions', norm='final_layer_norm')
+OPT |= dict(project_in='project_in', project_out='project_out', blocks='layers')
+OPT = {ours: f'model.decoder.{theirs}' for ours, theirs in OPT.items()}
+OPT |= dict(norm1='self_attn_layer_norm', norm2='final_layer_norm', head='lm_head')
+OPT |= dict(qkv=QKV, out='self_attn.out_proj', up='fc1', down='fc2')
+NEOX = dict(embed='gpt_neox.embed_in', blocks='gpt_neox.layers', norm='gpt_neox.final_layer_norm')
+NEOX |= dict(norm1='input_layernorm', norm2='post_attention_layernorm', head='lm_head')
+NEOX |= dict(qkv='attention.query_key_value', out='attention.dense')  # qkv: head by head
+NEOX |= dict(up='mlp.dense_h_to_4h', down='mlp.dense_4h_to_h')
+KINDS = dict(llama=LLAMA, phi3=PHI3, opt=OPT, gpt_neox=NEOX)
 
 
 def import_transformers():
@@ -830,8 +722,7 @@ def import_transformers():
 
 def empty_model(hf):
     """transformers' model of a config, without memory for its tensors (meta device)."""
-    transformers = import_transformers()
-    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf), None)
+    model_class = import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf), None)
     if model_class is None:
         raise InputError(f'model type {hf.model_type!r} is not supported')
     with torch.device('meta'):
@@ -848,110 +739,114 @@ def their_names(name, kind):
 
 
 def read_config(hf, dropout=0.0):
-    """Config of transformers' config object. What a config only implies, such as biases, comes
-    from the names of the tensors, and RoPE from the rotary module, so that every variant is right.
-    Raises: InputError naming the model type where no kind of Block computes it."""
+    """What Block and SLM need to know of transformers' config, as a namespace of plain values.
+
+    What the config only implies, such as biases, comes from the names of the tensors, and RoPE from
+    transformers' rotary module, so that every variant is right.
+    Raises: InputError naming the model type where Block cannot compute it.
+    """
     theirs = empty_model(hf)
     names = set(theirs.state_dict())
 
     def has(kind, module, what='weight'):
         return their_names(f'blocks.0.{module}.{what}', kind)[0] in names
 
-    kind = next((kind for kind in KINDS if has(kind, 'qkv') and has(kind, 'up')), None)
-    if kind is None:
-        raise InputError(f'model type {hf.model_type!r} is not supported: no kind of Block fits')
-    c = dict(n_kv_head=hf.num_attention_heads, head_dim=None, embed_dim=hf.hidden_size)
-    try:
-        c |= READERS[kind](hf)
-    except AttributeError as error:
-        raise InputError(f'model type {hf.model_type!r} is not supported: {error}') from None
-    if c['act'] not in ACTIVATIONS:
-        raise InputError(f'{hf.model_type}: activation {c["act"]!r} is not supported')
-    c['head_dim'] = c['head_dim'] or hf.hidden_size // hf.num_attention_heads
+    def get(*keys, default=None):
+        return next((x for key in keys if (x := getattr(hf, key, None)) is not None), default)
 
-    rotary = next((module for module in theirs.modules() if hasattr(module, 'inv_freq')), None)
-    c |= dict(context=hf.max_position_embeddings, max_positions=hf.max_position_embeddings)
-    if rotary:
-        with torch.device('cpu'):
-            rotary = type(rotary)(hf)  # again, with numbers
-        c |= dict(rope_freqs=tuple(rotary.inv_freq.tolist()), rope_scale=rotary.attention_scaling)
-        # these two change their frequencies where a text is longer than that
-        longest = dict(dynamic=hf.max_position_embeddings)
-        longest |= dict(longrope=hf.rope_parameters.get('original_max_position_embeddings'))
-        c['max_positions'] = longest.get(rotary.rope_type) or ROPE_POSITIONS
-    window = getattr(hf, 'sliding_window', None) or c['context']
-    if window < c['context'] and 'sliding_attention' in (
-        getattr(hf, 'layer_types', None) or ['sliding_attention']
-    ):
-        raise InputError(
-            f'{hf.model_type}: a sliding window of {window} tokens is not supported: use a '
-            f'--context that is no longer'
-        )
-    layers = tuple(getattr(hf, 'no_rope_layers', None) or [1] * hf.num_hidden_layers)  # SmolLM3
-    return Config(
+    kind = next((kind for kind in KINDS if has(kind, 'qkv') and has(kind, 'up')), None)
+    act = get('hidden_act', 'activation_function')
+    if kind is None or act not in ACTIVATIONS:
+        raise InputError(f'model type {hf.model_type!r} (activation {act}) is not supported')
+    config = SimpleNamespace(
         kind=kind,
         vocab_size=hf.vocab_size,
         n_layer=hf.num_hidden_layers,
         n_embd=hf.hidden_size,
         n_head=hf.num_attention_heads,
-        dropout=dropout,
-        norm_bias=has(kind, 'norm1', 'bias'),
-        qk_norm=has(kind, 'norm_q'),
+        n_kv_head=get('num_key_value_heads', default=hf.num_attention_heads),
+        head_dim=get('head_dim', default=hf.hidden_size // hf.num_attention_heads),
+        n_ffn=get('intermediate_size', 'ffn_dim'),
+        embed_dim=get('word_embed_proj_dim', default=hf.hidden_size),  # of embedding and head
+        context=hf.max_position_embeddings,  # tokens of a training row
+        max_positions=hf.max_position_embeddings,  # tokens of the longest utterance
+        dropout=dropout,  # on the residual branches
+        norm_eps=get('rms_norm_eps', 'layer_norm_eps', default=1e-5),
+        norm_bias=has(kind, 'norm1', 'bias'),  # LayerNorm
+        qk_norm=has(kind, 'norm_q'),  # of each head's query and key
         qkv_bias=has(kind, 'qkv', 'bias'),
         out_bias=has(kind, 'out', 'bias'),
         mlp_bias=has(kind, 'down', 'bias'),
-        gated=kind in ('llama', 'phi3'),
-        tied=hf.tie_word_embeddings,
-        rope_layers=tuple(map(bool, layers)),
-        **c,
+        gated=kind in ('llama', 'phi3'),  # SwiGLU
+        act=act,
+        tied=hf.tie_word_embeddings,  # the head is the embedding
+        pre_norm=get('do_layer_norm_before', default=True),  # False: OPT-350M
+        parallel=get('use_parallel_residual', default=False),  # GPT-NeoX
+        rope_layers=get('no_rope_layers', default=[1] * hf.num_hidden_layers),  # 0s in SmolLM3
+        rope_freqs=[],  # radians a token of each pair of features; empty: learned positions
+        rope_scale=1.0,  # of cos and sin, in YaRN
     )
+    read_rope(config, hf, theirs)
+    slides = 'sliding_attention' in get('layer_types', default=['sliding_attention'])
+    if slides and get('sliding_window', default=config.context) < config.context:
+        raise InputError(
+            f'{hf.model_type} with a sliding window of {hf.sliding_window} tokens is not '
+            f'supported: use a context that is no longer, not {config.context}'
+        )
+    return config
 
 
-def by_head(tensor, config, first, second):
-    """Rows in groups (first, second, head_dim) -> (second, first, head_dim)."""
+def read_rope(config, hf, theirs):
+    """Take RoPE's frequencies over from transformers' empty model, where it has RoPE."""
+    rotary = next((module for module in theirs.modules() if hasattr(module, 'inv_freq')), None)
+    if rotary is not None:
+        with torch.device('cpu'):
+            rotary = type(rotary)(hf)  # again, with numbers
+        config.rope_freqs, config.rope_scale = rotary.inv_freq.tolist(), rotary.attention_scaling
+        # two types change their frequencies in longer texts
+        original = hf.rope_parameters.get('original_max_position_embeddings')
+        limits = dict(dynamic=config.context, longrope=original)
+        config.max_positions = limits.get(rotary.rope_type, ROPE_POSITIONS)
+
+
+def layout(model):
+    """{our name: [their names]} of a model's tensors, a tied head left out."""
+    names = [name for name in model.state_dict() if name != 'head.weight' or not model.config.tied]
+    return {name: their_names(name, model.config.kind) for name in names}
+
+
+def by_head(name, tensor, config, first, second):
+    """GPT-NeoX's qkv: rows in groups (first, second, head_dim) -> (second, first, head_dim)."""
+    if config.kind != 'gpt_neox' or '.qkv.' not in name:
+        return tensor
     return tensor.view(first, second, config.head_dim, -1).transpose(0, 1).reshape(tensor.shape)
 
 
 def from_theirs(tensors, model):
-    """Our state dict out of transformers', which is emptied. Raises InputError for a tensor that
-    only one of the two has."""
-    c, ours = model.config, {}
-    for name, wanted in model.state_dict().items():
-        if c.tied and name == 'head.weight':
-            continue
-        parts = [tensors.pop(theirs, None) for theirs in their_names(name, c.kind)]
-        if any(part is None for part in parts):
-            raise InputError(
-                f'model type {model.hf_config.model_type!r} has no {name}: not supported'
-            )
+    """Our state dict out of transformers', whose tensors are removed one by one. Raises InputError
+    naming a tensor that only one of the two has."""
+    c, names = model.config, layout(model)
+    if c.tied:
+        tensors.pop(their_names('head.weight', c.kind)[0], None)
+    if odd := set(tensors).symmetric_difference(chain(*names.values())):
+        model_type = model.hf_config.model_type
+        raise InputError(f'model type {model_type!r} is not supported because of {min(odd)}')
+    ours = {}
+    for name, theirs in names.items():
+        parts = [tensors.pop(one) for one in theirs]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if '.qkv.' in name and c.kind == 'gpt_neox':
-            tensor = by_head(tensor, c, c.n_head, 3)
-        if tensor.shape != wanted.shape:
-            raise InputError(f'model type {model.hf_config.model_type!r}: {name} has another shape')
-        ours[name] = tensor
+        ours[name] = by_head(name, tensor, c, c.n_head, 3)
     if c.tied:
         ours['head.weight'] = ours['embed.weight']
-        tensors.pop(their_names('head.weight', c.kind)[0], None)
-    if tensors:
-        raise InputError(
-            f'model type {model.hf_config.model_type!r} is not supported: Block has no '
-            f'{min(tensors)}'
-        )
     return ours
 
 
 def to_theirs(model, theirs):
     """The tensors of a model on the CPU, by their names in transformers' model `theirs`."""
-    c, tensors = model.config, {}
+    state, tensors, c = model.state_dict(), {}, model.config
     rows = {name: len(tensor) for name, tensor in theirs.state_dict().items()}
-    for name, tensor in model.state_dict().items():
-        if c.tied and name == 'head.weight':
-            continue
-        tensor = tensor.detach().cpu()
-        if '.qkv.' in name and c.kind == 'gpt_neox':
-            tensor = by_head(tensor, c, 3, c.n_head)
-        names = their_names(name, c.kind)
+    for name, names in layout(model).items():
+        tensor = by_head(name, state[name].detach().cpu(), c, 3, c.n_head)
         tensors |= zip(names, tensor.split([rows[one] for one in names]), strict=True)
     return tensors
 
@@ -963,16 +858,16 @@ def to_theirs(model, theirs):
 def shape(model_type, n_layer, n_embd, n_head, n_kv_head, n_ffn, context, **more):
     """The type and the arguments of a transformers config."""
     sizes = dict(num_hidden_layers=n_layer, hidden_size=n_embd, num_attention_heads=n_head)
+    sizes |= dict(max_position_embeddings=context)
     if model_type == 'opt':
         sizes |= dict(ffn_dim=n_ffn, word_embed_proj_dim=n_embd, dropout=0.0)
     else:
         sizes |= dict(intermediate_size=n_ffn, tie_word_embeddings=model_type != 'gpt_neox')
-    if n_kv_head:
-        sizes |= dict(num_key_value_heads=n_kv_head)
-    return model_type, sizes | dict(max_position_embeddings=context) | more
+    return model_type, sizes | (dict(num_key_value_heads=n_kv_head) if n_kv_head else {}) | more
 
 
 SMOL = dict(rms_norm_eps=1e-5, rope_theta=1e5)
+OPT_350M = dict(word_embed_proj_dim=512, do_layer_norm_before=False)
 PRESETS = {  # Table 7 of the paper, Slam (large)'s base, and a newer one of the first's size
     'qwen2.5-0.5b': shape('qwen2', 24, 896, 14, 2, 4864, 32768, rope_theta=1e6),
     'qwen2.5-1.5b': shape('qwen2', 28, 1536, 12, 2, 8960, 32768, rope_theta=1e6),
@@ -981,9 +876,7 @@ PRESETS = {  # Table 7 of the paper, Slam (large)'s base, and a newer one of the
     'smollm2-360m': shape('llama', 32, 960, 15, 5, 2560, 8192, **SMOL),
     'mobilellm-350m': shape('llama', 32, 960, 15, 5, 2560, 2048, rms_norm_eps=1e-5),
     'opt-125m': shape('opt', 12, 768, 12, None, 3072, 2048),
-    'opt-350m': shape(
-        'opt', 24, 1024, 16, None, 4096, 2048, word_embed_proj_dim=512, do_layer_norm_before=False
-    ),
+    'opt-350m': shape('opt', 24, 1024, 16, None, 4096, 2048, **OPT_350M),
     'pythia-160m': shape('gpt_neox', 12, 768, 12, None, 3072, 2048),
     'pythia-410m': shape('gpt_neox', 24, 1024, 16, None, 4096, 2048),
     'qwen3-0.6b': shape('qwen3', 28, 1024, 16, 8, 3072, 40960, head_dim=128, rope_theta=1e6),
@@ -1002,107 +895,91 @@ def load_slm(
     text=None,
     sizes=None,
 ):
-    """An SLM on the CPU. where: a folder or a hub name, of
+    """An SLM on the CPU: 'preset:NAME' (PRESETS) or 'scratch', a Llama, tied and without biases, of
+    sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn), both a cold start; or a folder or a hub
+    name, of which no code is run:
 
     (a) a text LM: TWIST, everything but the embedding (and head) stays; the new vocabulary of
     vocab_size (None: 502) rows begins as `embed_init`: 'first_rows' of the old one (what resizing
     leaves; Hassid et al. 2023), 'random', or 'mean', its mean row. With `text`, meta.json of data
-    of text and units (offset, tokenizer_sha256), all rows stay and those of units and switches are
-    added, out of the old ones likewise.
-    (b) a checkpoint of ours, (c) a public SLM (`lm.` prefix: slprl/slam; slprl/SIMS-7B, which
-    needs the tokenizer of its text LM, in its folder or from the hub), (d) a TWIST checkpoint
-    (`offset` in its config), (e) one of tiagoCuervo/slm_scaling (slam['scoring'] is 'units').
-    Their vocabulary stays, in our order, and vocab_size, if given, must fit in it;
-    'preset:NAME' (PRESETS), a cold start; or 'scratch', a Llama of sizes: dict(n_layer, n_embd,
-    n_head, n_kv_head, n_ffn), tied and without biases.
+    of text and units, all rows stay and those of units and switches are added likewise.
+    (b) a checkpoint of ours, or a public SLM (read_about). The vocabulary stays, in our order, and
+    vocab_size, if given, must fit in it.
 
-    context: tokens of a training row, noted in the config. rope_theta: in place of the
-    checkpoint's. No code of a checkpoint is run.
+    context: tokens of a training row, noted in the config. rope_theta: in place of the old one.
     Raises: InputError when there is no such checkpoint, its model type computes something that
     Block does not, or data and model do not fit together.
     """
     if where == 'scratch' or where.startswith('preset:'):
-        hf = new_config(where, sizes, vocab_size or 502, context)
+        hf = new_config(where, vocab_size or 502, sizes)
         set_positions(hf, context, rope_theta)
-        model = SLM(hf, dropout, seed).to(dtype)
-        model.check_positions(context or 0)
-        return model
-
-    folder = find_checkpoint(where)
-    about, slam, rename, order = read_about(folder, where)
-    transformers = import_transformers()
-    if about.get('model_type') not in transformers.CONFIG_MAPPING:
-        raise InputError(f'{where}: model type {about.get("model_type")!r} is not supported')
-    with reading(os.path.join(folder, 'config.json')):
-        hf = transformers.CONFIG_MAPPING[about['model_type']].from_dict(about)
-    set_positions(hf, context, rope_theta)
-    check_data_fit(hf.vocab_size, vocab_size, slam, folder, where, text)
-    model = convert(rename(read_tensors(folder)), hf, where, dropout)
-
-    def new_rows(old):
-        if slam is not None:  # an SLM, whose tokens may be in another order
-            return old if order is None else old[order]
-        if text:  # a text LM that is to learn units, too
-            return torch.cat((old, twist_rows(old, vocab_size - len(old), embed_init, seed, where)))
-        return twist_rows(old, vocab_size or 502, embed_init, seed, where)
-
-    for module in (model.embed,) if model.config.tied else (model.embed, model.head):
-        module.weight = nn.Parameter(new_rows(module.weight.detach()))
-    if model.config.tied:
-        model.head.weight = model.embed.weight
-    hf.vocab_size = model.config.vocab_size = len(model.embed.weight)
+        model = SLM(hf, dropout, seed)
+    else:
+        folder = find_checkpoint(where)
+        hf, slam, order = read_about(folder, where)
+        set_positions(hf, context, rope_theta)
+        check_data_fit(hf.vocab_size, vocab_size, slam, folder, where, text)
+        model = convert(rename(read_tensors(folder), hf), hf, where, dropout)
+        embeddings = [model.embed] if model.config.tied else [model.embed, model.head]
+        for module in embeddings:
+            rows = old = module.weight.detach()
+            if slam is None:  # a text LM
+                n = vocab_size - len(old) if text else vocab_size or 502
+                rows = twist_rows(old, n, embed_init, seed, where)
+                rows = torch.cat((old, rows)) if text else rows
+            elif order is not None:
+                rows = old[order]
+            module.weight = nn.Parameter(rows)
+        if model.config.tied:
+            model.head.weight = model.embed.weight
+        hf.vocab_size = model.config.vocab_size = len(rows)
+        model.slam = {} if slam is None else dict(n_units=hf.vocab_size - OFFSET) | slam
     hf.bos_token_id, hf.eos_token_id, hf.pad_token_id = BOS, EOS, PAD
-    if slam is not None:
-        model.slam = dict(n_units=hf.vocab_size - OFFSET) | slam
     model.check_positions(context or 0)
     return model.to(dtype)
 
 
-def new_config(where, sizes, vocab_size, context):
-    """transformers' config of a preset, or of a Llama of these sizes. Raises InputError naming the
-    presets there are."""
-    if where == 'scratch':
-        model_type, options = shape('llama', **sizes, context=context or 1024)
-    else:
-        name = where.removeprefix('preset:').lower()
-        if name not in PRESETS:
-            raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
-        model_type, options = PRESETS[name]
-    tokens = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, vocab_size=vocab_size)
-    return import_transformers().CONFIG_MAPPING[model_type](**options, **tokens)
+def new_config(where, vocab_size, sizes):
+    """transformers' config of a preset, or of a Llama. Raises InputError naming the presets."""
+    name = where.removeprefix('preset:').lower()
+    if name not in PRESETS and where != 'scratch':
+        raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
+    model_type, arguments = PRESETS.get(name) or shape('llama', **sizes, context=1024)
+    arguments = arguments | dict(vocab_size=vocab_size, pad_token_id=PAD)
+    return import_transformers().CONFIG_MAPPING[model_type](**arguments)
 
 
 def set_positions(hf, context, rope_theta):
     """Note another context (tokens) and RoPE theta in a config, where given. Learned positions
-    stay as many as they are; some scaled RoPEs depend on their number."""
+    stay as many as they are; the other scaled RoPEs depend on their number."""
     rope = getattr(hf, 'rope_parameters', None)
     if rope and rope_theta:
         rope['rope_theta'] = float(rope_theta)
-    if context and rope and rope['rope_type'] in ('default', 'linear', 'llama3'):
+    if context and rope and rope.get('rope_type') in ('default', 'linear', 'llama3'):
         hf.max_position_embeddings = context
 
 
 def convert(tensors, hf, where, dropout):
     """An SLM of transformers' tensors. 24 tokens go through both models: a difference means that
-    transformers computes something that Block does not. Raises InputError naming the type."""
-    model_type, tokens = hf.model_type, torch.arange(24)[None] * 7919 % hf.vocab_size
-    model_class = import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf), None)
-    options = dict(config=hf, dtype=torch.float32, output_loading_info=True)
-    options |= dict(ignore_mismatched_sizes=True)  # they are named below
-    with torch.random.fork_rng(devices=[]), reading(where):
-        theirs, found = model_class.from_pretrained(None, state_dict=tensors, **options)
-    tensors.clear()
+    transformers computes something that Block does not. Raises: InputError naming the type."""
+    tokens = torch.arange(24)[None] * 7919 % hf.vocab_size
+    model_class = type(empty_model(hf))
+    options = dict(state_dict=tensors, config=hf, dtype=torch.float32, output_loading_info=True)
+    with torch.random.fork_rng(devices=[]), reading(where):  # tensors of another shape: see below
+        theirs, found = model_class.from_pretrained(None, ignore_mismatched_sizes=True, **options)
     for word in ('missing', 'unexpected', 'mismatched'):
         if names := sorted(map(str, found[f'{word}_keys'])):
-            raise InputError(f'{where}: {word} {len(names)} tensors of a {model_type}: {names[:4]}')
+            raise InputError(f'{where}: {word} {len(names)} tensors, such as {names[0]}')
     with torch.no_grad():
         expected = theirs.eval()(tokens, use_cache=False).logits
-    state = theirs.state_dict()
-    del theirs  # our model takes its tensors over, one by one
 
+    state = theirs.state_dict()
+    tensors.clear()
+    del theirs, options  # our model takes the tensors over, one by one
     with torch.device('meta'):
         model = SLM(hf, dropout)
-    model.load_state_dict(from_theirs(state, model), assign=True)
+    with reading(where):
+        model.load_state_dict(from_theirs(state, model), assign=True)
     if model.config.tied:
         model.head.weight = model.embed.weight
     model.make_rope()
@@ -1110,8 +987,8 @@ def convert(tensors, hf, where, dropout):
         difference = (model.eval()(tokens) - expected).abs().max() / expected.std()
     if not difference < 1e-3:
         raise InputError(
-            f'{where}: model type {model_type!r} is not supported: its logits differ from '
-            f'those of Block by {difference:.1g} of their standard deviation'
+            f'{where}: model type {hf.model_type!r} is not supported: its logits and those of '
+            f'Block differ by {difference:.1g} standard deviations'
         )
     return model.train()
 
@@ -1132,10 +1009,8 @@ def find_checkpoint(where, tensors=True):
             folder = snapshot_download(where, allow_patterns=['*.json', 'pytorch_model*.bin'])
         return folder
     except Exception as error:
-        raise InputError(
-            f'{where!r} is no folder, and the hub did not give it ({type(error).__name__}): '
-            f'download it elsewhere and pass the folder'
-        ) from None
+        reason = f'{where!r} is no folder, and the hub did not give it ({type(error).__name__})'
+        raise InputError(f'{reason}: download it elsewhere and pass the folder') from None
 
 
 def read_tensors(folder):
@@ -1144,15 +1019,13 @@ def read_tensors(folder):
     from safetensors.torch import load_file
 
     for name in ('model.safetensors', 'pytorch_model.bin'):
-        path, tensors = os.path.join(folder, name), {}
-        if os.path.exists(path + '.index.json'):
-            shards = read_json(path + '.index.json').get('weight_map', {}).values()
-            paths = [os.path.join(folder, os.path.basename(shard)) for shard in set(shards)]
-        else:
-            paths = [path] if os.path.exists(path) else []
-        for path in paths:
+        names, tensors = [name], {}
+        if os.path.exists(index := os.path.join(folder, f'{name}.index.json')):
+            names = {os.path.basename(shard) for shard in read_json(index)['weight_map'].values()}
+        paths = [os.path.join(folder, name) for name in names]
+        for path in filter(os.path.exists, paths):
             with reading(path):
-                if path.endswith('.safetensors'):
+                if name.endswith('.safetensors'):
                     tensors |= load_file(path)
                 else:
                     tensors |= torch.load(path, map_location='cpu', weights_only=True)
@@ -1173,20 +1046,18 @@ def copy_part(source, folder, part):
                 shutil.copyfileobj(old, new)
 
 
-def twist_rows(old, vocab_size, embed_init, seed, where):
-    """The rows (vocab_size, C) with which a unit embedding begins, out of the text LM's (V, C)."""
+def twist_rows(old, n, embed_init, seed, where):
+    """The n rows (n, C) with which a unit embedding begins, out of the text LM's (V, C)."""
+    if embed_init == 'first_rows' and n > len(old):
+        few = f'{where} has {len(old)} embedding rows, too few for {n}'
+        raise InputError(f'{few}: use embed_init=random or mean')
+    generator = torch.Generator().manual_seed(seed)
     if embed_init == 'first_rows':
-        if vocab_size > len(old):
-            raise InputError(
-                f'{where} has {len(old)} embedding rows, too few for {vocab_size}: '
-                f'use embed_init=random or mean'
-            )
-        return old[:vocab_size].clone()
+        return old[:n].clone()
     if embed_init == 'mean':
-        return old.mean(0, keepdim=True).repeat(vocab_size, 1)
+        return old.mean(0, keepdim=True).repeat(n, 1)
     if embed_init == 'random':
-        generator = torch.Generator().manual_seed(seed)
-        return torch.empty(vocab_size, old.shape[1]).normal_(std=0.02, generator=generator)
+        return torch.empty(n, old.shape[1]).normal_(std=0.02, generator=generator)
     raise InputError(f'embed_init {embed_init!r} is unknown: use first_rows, random or mean')
 
 
@@ -1194,100 +1065,84 @@ def twist_rows(old, vocab_size, embed_init, seed, where):
 # Layouts of public SLMs, and text LMs beside units
 
 PUBLIC_UNITS = dict(encoder='mhubert25', vocoder='hifigan25', frame_rate=25.0, dedup=True)
-# tiagoCuervo/slm_scaling's names of Llama's tensors
-SLM_SCALING = {
-    'tok_embeddings.': 'model.embed_tokens.',
-    'layers.': 'model.layers.',
-    'attention_norm.': 'input_layernorm.',
-    'ffn_norm.': 'post_attention_layernorm.',
-    'attention.w': 'self_attn.w',
-    'wq.': 'q_proj.',
-    'wk.': 'k_proj.',
-    'wv.': 'v_proj.',
-    'wo.': 'o_proj.',
-    'feed_forward.w1.': 'mlp.gate_proj.',
-    'feed_forward.w3.': 'mlp.up_proj.',
-    'feed_forward.w2.': 'mlp.down_proj.',
-}
+
+# tiagoCuervo/slm_scaling: its names in those of Llama's tensors, and in those of Llama's config
+SCALING = dict(layers='model.layers', norm='model.norm', tok_embeddings='model.embed_tokens')
+SCALING |= dict(attention_norm='input_layernorm', ffn_norm='post_attention_layernorm')
+SCALING |= dict(attention='self_attn', wq='q_proj', wk='k_proj', wv='v_proj', wo='o_proj')
+SCALING |= dict(feed_forward='mlp', w1='gate_proj', w2='down_proj', w3='up_proj')
+SCALING_CONFIG = dict(
+    dim='hidden_size', n_layers='num_hidden_layers', n_heads='num_attention_heads'
+)
+SCALING_CONFIG |= dict(n_kv_heads='num_key_value_heads', hidden_dim='intermediate_size')
+SCALING_CONFIG |= dict(block_size='max_position_embeddings', norm_eps='rms_norm_eps')
 
 
 def read_about(folder, where):
-    """What a checkpoint's json files say.
+    """What a checkpoint's json files contain, of ours or in one of the public layouts.
 
-    Returns: the content of config.json as transformers knows it; slam, None for a text LM, with
-    its PARTS as full paths; a function that renames the tensors; and which of the checkpoint's
-    tokens each of ours is (None: they are equal). Parts outside the folder are not followed.
+    Returns: transformers' config object; slam, None for a text LM, with its PARTS as full paths (of
+    those in the folder: others are not followed); and which of the checkpoint's tokens each of ours
+    is (None: they are equal).
     """
-    about, slam, order = read_json(os.path.join(folder, 'config.json')), None, None
-    rename = dict  # the tensors as they are
-    about.pop('auto_map', None)
-    if about.get('model_type') == 'slm':  # slm_scaling: unit u is token u, then <S>, then padding
-        about, slam = describe_slm_scaling(about | about.get('model_args', {}))
-        rename, V = partial(rename_slm_scaling, about), about['vocab_size']
-        order = torch.tensor([V - 1, V - 2, *range(V - 2)])
-    elif about.get('model_type') == 'speech_language_model':  # slprl/slam and the like
-        base, size = about.get('base_model_name'), about.get('vocab_size')
-        if not isinstance(about.get('base_config'), dict):
-            raise InputError(f"{where}: config.json has no base_config, the text LM's own config")
-        about, slam = about['base_config'] | {'vocab_size': size}, {}
-        rename = rename_public
-        if size > 20_000:  # no vocabulary of units is so large
-            slam = describe_sims(folder, where, base, size)
-    elif about.get('model_type') == 'mobilellm':  # facebook/MobileLLM has code of its own
-        if about.get('layer_sharing'):
-            raise InputError(f'{where}: layer_sharing in config.json is not supported')
-        about |= dict(model_type='llama', tie_word_embeddings=about.get('share_embedding', False))
-    elif 'offset' in about:  # TWIST: unit u is token u + offset
-        first, bos, slam = about.pop('offset'), about.get('bos_token_id'), {}
-        pad = min(about.get('pad_token_id') or 0, about['vocab_size'] - 1)
-        bos = bos if isinstance(bos, int) and bos < first else 0
-        order = torch.tensor([pad, bos, *range(first, about['vocab_size'])])
-    slam = None if slam is None else PUBLIC_UNITS | slam
+    path = os.path.join(folder, 'config.json')
+    about, slam, order = read_json(path), None, None
+    with reading(path):
+        kind, size = about.get('model_type'), about.get('vocab_size')
+        if kind == 'speech_language_model':  # slprl/slam, SIMS: the text LM's under `lm.`
+            base, slam = about.get('base_model_name'), {}
+            about = about['base_config'] | dict(vocab_size=size)
+            if size > 20_000:  # no vocabulary of units is so large
+                slam = describe_sims(folder, where, base, size)
+        elif 'offset' in about:  # TWIST: unit u is token u + offset
+            first, slam = about.pop('offset'), {}
+            bos, pad = about.get('bos_token_id'), about.get('pad_token_id') or 0
+            bos = bos if isinstance(bos, int) and bos < first else 0
+            order = torch.tensor([min(pad, size - 1), bos, *range(first, size)])
+        elif kind == 'slm':  # slm_scaling: unit u is token u, then <S>, then padding
+            args = about['model_args']
+            about = {ours: args.get(theirs) for theirs, ours in SCALING_CONFIG.items()}
+            about = {key: value for key, value in about.items() if value is not None}
+            hidden = -(-int(8 * args['dim'] / 3) // 256) * 256  # Llama's rule
+            about = dict(intermediate_size=hidden, rms_norm_eps=1e-5) | about
+            about |= dict(model_type='llama', tie_word_embeddings=True)
+            about['vocab_size'] = size = args['vocab_size']
+            order = torch.tensor([size - 1, size - 2, *range(size - 2)])
+            slam = dict(scoring='units')
+        elif kind == 'mobilellm':  # facebook/MobileLLM: Llama, with code of its own
+            if about.get('layer_sharing'):
+                raise InputError(f'{where}: layer_sharing in config.json is not supported')
+            about |= dict(model_type='llama', tie_word_embeddings=about.get('share_embedding'))
+        about.pop('auto_map', None)
+        configs = import_transformers().CONFIG_MAPPING
+        if about.get('model_type') not in configs:
+            raise InputError(f'{where}: model type {about.get("model_type")!r} is not supported')
+        hf = configs[about['model_type']].from_dict(about)
 
-    if os.path.exists(os.path.join(folder, 'slam.json')):  # ours
-        slam = read_json(os.path.join(folder, 'slam.json'))
+    slam = None if slam is None else PUBLIC_UNITS | slam
+    if os.path.exists(path := os.path.join(folder, 'slam.json')):  # ours
+        slam = read_json(path)
         for part in PARTS:
             name = str(slam.get(part) or '')
-            if os.path.isdir(os.path.join(folder, os.path.basename(name) or '?')):
-                slam[part] = os.path.abspath(os.path.join(folder, os.path.basename(name)))
+            if os.path.isdir(inside := os.path.join(folder, os.path.basename(name) or '?')):
+                slam[part] = os.path.abspath(inside)
             elif os.path.isabs(name) or '..' in name:
                 slam[part] = None
-    return about, slam, rename, order
+    return hf, slam, order
 
 
-def rename_public(tensors):
-    return {name.removeprefix('lm.'): tensor for name, tensor in tensors.items()}
-
-
-def describe_slm_scaling(args):
-    """config.json of the Llama that a checkpoint of slm_scaling is, and its slam."""
-    hidden = args.get('hidden_dim') or -(-int(8 * args['dim'] / 3) // 256) * 256  # Llama's rule
-    about = dict(
-        model_type='llama',
-        vocab_size=args['vocab_size'],
-        hidden_size=args['dim'],
-        intermediate_size=hidden,
-        num_hidden_layers=args['n_layers'],
-        num_attention_heads=args['n_heads'],
-        num_key_value_heads=args.get('n_kv_heads') or args['n_heads'],
-        max_position_embeddings=args['block_size'],
-        rms_norm_eps=args.get('norm_eps', 1e-5),
-        tie_word_embeddings=True,
-    )
-    return about, dict(scoring='units')
-
-
-def rename_slm_scaling(about, tensors):
-    """Its tensors under Llama's names; rows of queries and keys for RoPE on features 2 i, 2 i + 1
-    -> on i and i + head_dim / 2."""
-    renamed = {}
+def rename(tensors, hf):
+    """Tensors of a public layout under transformers' names: slprl's without `lm.`; slm_scaling's
+    with their rows of queries and keys, for RoPE on features 2 i and 2 i + 1, in the order for
+    i and i + half a head."""
+    tensors = {name.removeprefix('lm.'): tensor for name, tensor in tensors.items()}
+    if 'layers.0.attention.wq.weight' not in tensors:
+        return tensors
+    renamed, half = {}, hf.head_dim // 2
     for name, tensor in tensors.items():
-        for theirs, ours in SLM_SCALING.items():
-            name = name.replace(theirs, ours)
-        if 'q_proj' in name or 'k_proj' in name:
-            half = about['hidden_size'] // about['num_attention_heads'] // 2
+        if name.endswith(('wq.weight', 'wk.weight')):
             tensor = tensor.view(-1, half, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        renamed['model.' + name if name.startswith('norm.') else name] = tensor
+        renamed['.'.join(SCALING.get(part, part) for part in name.split('.'))] = tensor
     head = renamed.pop('output.weight', None)  # tied: a file may hold either, or both
     renamed.setdefault('model.embed_tokens.weight', head)
     return renamed
@@ -1301,8 +1156,7 @@ def read_tokenizer(folder):
 
     path = os.path.join(folder, 'tokenizer.json')
     with reading(path):
-        tokenizer = Tokenizer.from_file(path)
-        digest = file_hash(path)
+        tokenizer, digest = Tokenizer.from_file(path), file_hash(path)
     tokenizer.encode_special_tokens = True
     eos = read_json(os.path.join(folder, 'tokenizer_config.json')).get('eos_token')
     end = tokenizer.token_to_id(eos.get('content') if isinstance(eos, dict) else str(eos))
@@ -1321,9 +1175,8 @@ def describe_sims(folder, where, base, size):
         tokenizer, end, _ = read_tokenizer(folder)
     except InputError as error:
         raise InputError(
-            f'{where} has a vocabulary of {size:,}, that of an interleaved speech-text model, and '
-            f'its tokenizer is missing ({error}): copy tokenizer.json and tokenizer_config.json of '
-            f'its text LM, {base}, into its folder'
+            f'{where}: a vocabulary of {size:,} is of an interleaved speech-text model: it needs '
+            f'tokenizer.json and tokenizer_config.json of its text LM, {base} ({error})'
         ) from None
     first = tokenizer.token_to_id('<Un0>') or tokenizer.get_vocab_size()
     prefix = [token for token in tokenizer.encode('').ids if token != end]
@@ -1332,35 +1185,21 @@ def describe_sims(folder, where, base, size):
 
 
 def check_data_fit(size, wanted, slam, folder, where, text):
-    """Raises InputError where a model cannot hold the units of the data that it is to learn from,
-    or differs from them in its text.
-
-    size: rows of its embedding. wanted, text: vocabulary and meta.json of the data, None if it is
-    only to be loaded, or if they hold no text. folder: where `where` lies.
-    """
-    interleaved = slam is not None and bool(slam.get('tokenizer'))
+    """Raise InputError where a model, whose embedding has `size` rows, does not fit the data that
+    it is to learn from. wanted: their vocabulary, None if there are none. text: their meta.json,
+    None if they hold no text. folder: where `where` lies."""
+    interleaved = (slam or {}).get('tokenizer')
     if wanted is None:
         return
-    if not (text or interleaved):
-        if slam is not None and wanted > size:
-            raise InputError(
-                f'{where} has a vocabulary of {size}, which cannot hold the {wanted - OFFSET} '
-                f'units of the data'
-            )
-        return
-    if slam is not None and bool(text) != interleaved:
-        has = ('units alone', 'text and units')
-        raise InputError(
-            f'{where} is a model of {has[interleaved]}, the data hold {has[bool(text)]}: start '
-            'from a text LM, or prepare the data with --text_lm'
-        )
-    old = slam['offset'] if interleaved else size
-    known = read_tokenizer(slam['tokenizer'] if interleaved else folder)[2], old
-    if known != (text['tokenizer_sha256'], text['offset']) or interleaved and wanted != size:
-        raise InputError(
-            f'{where} and the data have different tokenizers or vocabularies: start from '
-            f'{text["text_lm"]}, for which the data were made, or make them for another --text_lm'
-        )
+    if slam is not None and bool(text) != bool(interleaved):
+        raise InputError(f'of {where} and the data only one has text: start from a text LM')
+    if slam is not None and wanted > size:
+        raise InputError(f'{where} has {size} tokens: it cannot hold the {wanted - OFFSET} units')
+    if text:
+        known = read_tokenizer(interleaved or folder)[2], slam['offset'] if interleaved else size
+        if known != (text['tokenizer_sha256'], text['offset']) or interleaved and wanted != size:
+            reason = f'{where} and the data have different tokenizers or vocabularies'
+            raise InputError(f'{reason}: the data were made for {text["text_lm"]}')
 
 
 # -----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ SIZES = dict(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=48)
 HF = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 HF |= dict(max_position_embeddings=128, bos_token_id=1, eos_token_id=1, pad_token_id=0)
 LLAMA = HF | dict(intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True)
+UNTIED, NEOX = LLAMA | dict(tie_word_embeddings=False), HF | dict(intermediate_size=48)
 OPT = HF | dict(ffn_dim=48, dropout=0.0, word_embed_proj_dim=32)
 LLAMA3 = dict(rope_type='llama3', rope_theta=5e5, factor=8.0, low_freq_factor=1.0)
 LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=32)
@@ -29,8 +30,7 @@ LINEAR = dict(rope_type='linear', factor=2.0, rope_theta=1e4)
 # what must be equal: model type, and how its config differs from the small one
 EQUAL = {
     'llama': LLAMA,
-    'llama untied, wide heads, biases': LLAMA
-    | dict(tie_word_embeddings=False, head_dim=16, attention_bias=True, mlp_bias=True),
+    'llama untied, biases': UNTIED | dict(head_dim=16, attention_bias=True, mlp_bias=True),
     'llama linear rope': LLAMA | dict(rope_parameters=LINEAR),
     'llama llama3 rope': LLAMA | dict(rope_parameters=LLAMA3),
     'llama yarn rope': LLAMA | dict(rope_parameters=YARN),
@@ -38,13 +38,12 @@ EQUAL = {
     'qwen2': LLAMA | dict(rope_theta=1e6),
     'qwen3': LLAMA | dict(head_dim=16),
     'smollm3': LLAMA | dict(num_hidden_layers=4, no_rope_layer_interval=2),
-    'phi3': LLAMA | dict(sliding_window=None, tie_word_embeddings=False),
+    'phi3': UNTIED | dict(sliding_window=None),
     'stablelm': LLAMA | dict(partial_rotary_factor=0.25),
     'opt': OPT,
     'opt post-norm, projected': OPT | dict(word_embed_proj_dim=16, do_layer_norm_before=False),
-    'gpt_neox': HF | dict(intermediate_size=48),
-    'gpt_neox sequential': HF
-    | dict(intermediate_size=48, rotary_pct=0.5, use_parallel_residual=False),
+    'gpt_neox': NEOX,
+    'gpt_neox sequential': NEOX | dict(rotary_pct=0.5, use_parallel_residual=False),
 }
 # what must be refused: it computes something that Block does not
 REFUSED = {
@@ -59,17 +58,9 @@ REFUSED = {
     'mistral': LLAMA | dict(sliding_window=64),
     'qwen2': LLAMA | dict(use_sliding_window=True, sliding_window=64, max_window_layers=0),
 }
-PAPER = {
-    'Qwen2.5-0.5B': 358_347_904,
-    'SmolLM2-135M': 106_492_608,
-    'MobileLLM-125M': 106_492_608,
-    'SmolLM2-360M': 315_117_120,
-    'MobileLLM-350M': 315_117_120,
-    'OPT-125M': 87_015_936,
-    'OPT-350M': 305_714_176,
-    'Pythia-160M': 85_827_072,
-    'Pythia-410M': 303_339_520,
-}
+PAPER = {'Qwen2.5-0.5B': 358_347_904, 'SmolLM2-135M': 106_492_608, 'MobileLLM-125M': 106_492_608}
+PAPER |= {'SmolLM2-360M': 315_117_120, 'MobileLLM-350M': 315_117_120, 'OPT-125M': 87_015_936}
+PAPER |= {'OPT-350M': 305_714_176, 'Pythia-160M': 85_827_072, 'Pythia-410M': 303_339_520}
 
 
 @pytest.fixture(autouse=True)
@@ -209,10 +200,6 @@ def test_a_sliding_window_that_covers_the_context_is_none(tmp_path):
         assert (ours(tokens) - hf(tokens).logits).abs().max() < 1e-4
 
 
-def flex_on_cpu(doc, branch, device):
-    return M.attend_flex(M.visibility(doc, branch), *doc.shape, device)
-
-
 def test_every_attention_path_gives_the_same(monkeypatch):
     """The CPU's calls a document, the dense mask, and the block-masked kernel that CUDA uses (its
     CPU reference, forward)."""
@@ -221,19 +208,18 @@ def test_every_attention_path_gives_the_same(monkeypatch):
     ours = small()
     tokens, doc = pack([[30, 50, 48], [100, 1, 27]])
     branch = torch.where(doc == 1, 1 + (torch.arange(128) > 60), 0)
-    with torch.no_grad():
-        expected = [ours(tokens, doc=doc), ours(tokens, doc=doc * 0, branch=branch)]
-        for path in ('dense', 'flex'):
-            if path == 'dense':
-                monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
-            else:
-                monkeypatch.undo()
-                kernels = flex_attention, create_block_mask
-                monkeypatch.setattr(M, 'compiled_flex', lambda: kernels)
-                monkeypatch.setattr(M, 'attention_within', flex_on_cpu)
-            found = [ours(tokens, doc=doc), ours(tokens, doc=doc * 0, branch=branch)]
-            for one, two in zip(found, expected, strict=True):
-                assert (one - two).abs().max() < 1e-5
+
+    def logits():
+        with torch.no_grad():
+            return torch.stack((ours(tokens, doc=doc), ours(tokens, doc=doc * 0, branch=branch)))
+
+    expected = logits()
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)  # the dense mask
+    assert (logits() - expected).abs().max() < 1e-5
+    monkeypatch.undo()
+    monkeypatch.setattr(M, 'compiled_flex', lambda: (flex_attention, create_block_mask))
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
+    assert (logits() - expected).abs().max() < 1e-5
 
 
 def test_branches_see_the_prompt_and_themselves():
@@ -282,6 +268,10 @@ OLD = dict(  # config.json as earlier versions wrote it, without what all famili
     opt=dict(activation_function='relu', ffn_dim=48, word_embed_proj_dim=16, dropout=0.0)
     | dict(do_layer_norm_before=False, attention_dropout=0.0, enable_bias=True)
     | dict(_remove_final_layer_norm=False),
+    # facebook/MobileLLM-125M: a model type and code of its own, which must not run
+    mobilellm=LLAMA
+    | dict(tie_word_embeddings=False, share_embedding=True, layer_sharing=False)
+    | dict(auto_map={'AutoModelForCausalLM': 'modeling_mobilellm.MobileLLMForCausalLM'}),
     gpt_neox=dict(hidden_act='gelu', layer_norm_eps=1e-5, intermediate_size=48, rotary_pct=0.25)
     | dict(use_parallel_residual=True, rotary_emb_base=1e4, rope_theta=1e4, rope_scaling=None),
 )
@@ -289,21 +279,15 @@ OLD = dict(  # config.json as earlier versions wrote it, without what all famili
 
 @pytest.mark.parametrize('kind', OLD)
 def test_old_checkpoints_load(tmp_path, kind):
-    about = HF | OLD[kind] | dict(model_type=kind, tie_word_embeddings=kind != 'gpt_neox')
-    (tmp_path / 'config.json').write_text(json.dumps(about))
+    about = HF | dict(tie_word_embeddings=kind != 'gpt_neox')
+    (tmp_path / 'config.json').write_text(json.dumps(about | OLD[kind] | dict(model_type=kind)))
+    (tmp_path / 'modeling_mobilellm.py').write_text('raise SystemExit("remote code ran")')
     (tmp_path / 'slam.json').write_text(json.dumps(dict(n_units=40, dedup=True)))
-    hf = randomize(
-        transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.from_pretrained(tmp_path)
-        )
-    )
-    hf.tie_weights()
-    head = 'embed_out.weight' if kind == 'gpt_neox' else None  # the name before transformers 5
-    tensors = {
-        head if name == 'lm_head.weight' else name: tensor.clone()
-        for name, tensor in hf.state_dict().items()
-        if name != 'lm_head.weight' or head
-    }
+    hf = random_hf('llama', LLAMA) if kind == 'mobilellm' else random_hf(kind, OLD[kind] | about)
+    tensors = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+    head = tensors.pop('lm_head.weight')
+    if kind == 'gpt_neox':  # the name before transformers 5
+        tensors['embed_out.weight'] = head
     save_file(tensors, tmp_path / 'model.safetensors')
     ours, tokens = load_slm(str(tmp_path)).eval(), torch.randint(0, V, (2, 30))
     with torch.no_grad():
@@ -313,40 +297,32 @@ def test_old_checkpoints_load(tmp_path, kind):
 
 def forward_of_slm_scaling(state, args, tokens):
     """The plain forward of tiagoCuervo/slm_scaling, RoPE as complex numbers over pairs: (T, V)."""
-    x, (T,) = state['tok_embeddings.weight'][tokens], tokens.shape
-    heads = args['n_heads']
-    kv_heads, D = args['n_kv_heads'] or heads, args['dim'] // heads
-    frequency = 10000.0 ** (-torch.arange(0, D, 2).double() / D)
-    angles = torch.outer(torch.arange(T).double(), frequency)
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (T, 1, D / 2)
+    x, (T,), D = state['tok_embeddings.weight'][tokens], tokens.shape, args['dim'] // 4
+    angles = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, D, 2).double() / D))
 
     def norm(x, name):
-        return x * (x.pow(2).mean(-1, keepdim=True) + args['norm_eps']).rsqrt() * state[name]
+        return F.rms_norm(x, x.shape[-1:], state[f'{name}.weight'], args['norm_eps'])
 
     def rotated(x):
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * turn).flatten(-2)
+        return torch.view_as_real(pairs * torch.polar(angles * 0 + 1, angles)).flatten(-2)
 
     for i in range(args['n_layers']):
         layer = f'layers.{i}.'
-        h = norm(x, layer + 'attention_norm.weight')
+        h = norm(x, layer + 'attention_norm')
         q, k, v = (h @ state[f'{layer}attention.w{one}.weight'].T for one in 'qkv')
-        q, k = rotated(q.view(T, heads, D)), rotated(k.view(T, kv_heads, D))
-        v = v.view(T, kv_heads, D)
-        k, v = (each.repeat_interleave(heads // kv_heads, 1) for each in (k, v))
-        scores = torch.einsum('ihd,jhd->hij', q, k) / D**0.5
-        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
-        out = torch.einsum('hij,jhd->ihd', scores, v).reshape(T, -1)
-        x = x + out @ state[layer + 'attention.wo.weight'].T
-        h = norm(x, layer + 'ffn_norm.weight')
+        q, k, v = (each.unflatten(-1, (-1, D)).transpose(0, 1) for each in (q, k, v))
+        k, v = (each.repeat_interleave(4 // len(each), 0) for each in (k, v))
+        out = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        x = x + out.transpose(0, 1).flatten(1) @ state[layer + 'attention.wo.weight'].T
+        h = norm(x, layer + 'ffn_norm')
         gate, down, up = (state[f'{layer}feed_forward.w{n}.weight'].T for n in (1, 2, 3))
         x = x + (F.silu(h @ gate) * (h @ up)) @ down
-    return norm(x, 'norm.weight') @ state['tok_embeddings.weight'].T
+    return norm(x, 'norm') @ state['tok_embeddings.weight'].T
 
 
-@pytest.mark.parametrize('kept', ['tok_embeddings', 'output', 'both'])
-@pytest.mark.parametrize('kv_heads', [None, 2])
-def test_slm_scaling_scores_units_as_its_own_forward(tmp_path, kept, kv_heads):
+@pytest.mark.parametrize(('lost', 'kv_heads'), [('output', None), ('tok_embeddings', 2)])
+def test_slm_scaling_scores_units_as_its_own_forward(tmp_path, lost, kv_heads):
     args = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=kv_heads, vocab_size=V)
     args |= dict(hidden_dim=None, norm_eps=1e-5, block_size=128)
     wide = 256  # 2 / 3 of 4 * 32, rounded up to a multiple of 256
@@ -360,8 +336,7 @@ def test_slm_scaling_scores_units_as_its_own_forward(tmp_path, kept, kv_heads):
         for name, shape in shapes.items():
             state[f'layers.{i}.{name}.weight'] = torch.randn(shape) * 0.15
     saved = state | {'output.weight': state['tok_embeddings.weight'].clone()}
-    if kept != 'both':
-        del saved[('output' if kept == 'tok_embeddings' else 'tok_embeddings') + '.weight']
+    del saved[f'{lost}.weight']
     save_file(saved, tmp_path / 'model.safetensors')
     (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='slm', model_args=args)))
 
@@ -402,13 +377,9 @@ def test_public_layout_gives_the_same_likelihoods(tmp_path):
         got = ours.logps(tokens, torch.arange(50).expand(2, -1) > 0)
         torch.testing.assert_close(got, expected.sum((1, 2)), atol=1e-3, rtol=1e-5)
     assert ours.slam['n_units'] == V - OFFSET and ours.slam['encoder'] == 'mhubert25'
-
-
-def test_interleaved_checkpoint_without_its_tokenizer_is_refused(tmp_path):
-    hf = random_hf('qwen2', LLAMA)
-    write_public(tmp_path, hf, base_config=hf.config.to_dict(), vocab_size=152_438)
+    write_public(tmp_path, hf, base_config=base, vocab_size=152_438)
     with pytest.raises(InputError, match='152,438.*interleaved speech-text model'):
-        load_slm(str(tmp_path))
+        load_slm(str(tmp_path))  # its tokenizer is missing
 
 
 def test_twist_checkpoint_with_offset_comes_in_our_token_order(tmp_path):
@@ -450,24 +421,8 @@ def test_twist_keeps_all_but_the_embedding(tmp_path, name, embed_init):
     assert ours.config.context == (64 if hf.config.model_type != 'opt' else 128)
 
 
-def test_mobilellm_layout_loads_as_llama(tmp_path):
-    """facebook/MobileLLM-125M has a model type and code of its own, which must not run, and shares
-    the embedding under another name."""
-    hf = random_hf('llama', LLAMA)
-    hf.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / 'config.json').read_text())
-    config |= dict(model_type='mobilellm', share_embedding=True, tie_word_embeddings=False)
-    config |= dict(layer_sharing=False)
-    config |= dict(auto_map={'AutoModelForCausalLM': 'modeling_mobilellm.MobileLLMForCausalLM'})
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    (tmp_path / 'modeling_mobilellm.py').write_text('raise SystemExit("remote code ran")')
-    tokens = torch.randint(0, V, (2, 30))
-    with torch.no_grad():
-        assert (load_text_lm(tmp_path)(tokens) - hf(tokens).logits).abs().max() < 1e-4
-
-
 def test_sharded_and_pickled_checkpoints_load_and_code_does_not(tmp_path):
-    hf = random_hf('llama', LLAMA | dict(tie_word_embeddings=False))
+    hf = random_hf('llama', UNTIED)
     hf.save_pretrained(tmp_path / 'shards', max_shard_size='10KB')
     assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 2
     for name in ('pickle', 'evil'):
@@ -503,14 +458,19 @@ def test_sharded_and_pickled_checkpoints_load_and_code_does_not(tmp_path):
         (dict(tensors={'model.adapter.weight': torch.zeros(2)}), 'unexpected.*adapter'),
         (dict(tensors={'model.decoder.layers.0.fc1.weight': torch.zeros(3, 32)}), '0.fc1.weight'),
         (dict(tensors=b'garbage'), 'model.safetensors cannot be read'),
-        (dict(config=dict(model_type='speech_language_model')), 'no base_config'),
+        (dict(config=dict(model_type='speech_language_model')), 'base_config'),
         (dict(config=dict(model_type='none_such')), "'none_such' is not supported"),
         (dict(config=dict(num_attention_heads='many')), 'config.json cannot be read'),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_cause(tmp_path, mistake, message):
     random_hf('opt', OPT).save_pretrained(tmp_path / 'opt')
-    load_text_lm(tmp_path / 'opt').save_pretrained(tmp_path / 'ours', dict(n_units=V - OFFSET))
+    ours = load_text_lm(tmp_path / 'opt')
+    ours.save_pretrained(tmp_path / 'ours', dict(n_units=V - OFFSET))
+    with pytest.raises(InputError, match='129 .* 128 positions'):
+        ours(torch.zeros(1, 129, dtype=torch.long))
+    with pytest.raises(InputError, match='160 .* 128 positions'):
+        ours.generate([torch.ones(60, dtype=torch.long)], 100)
     path, change = tmp_path / 'opt/model.safetensors', mistake.pop('tensors', {})
     if change == b'garbage':
         path.write_bytes(change)
@@ -523,15 +483,6 @@ def test_mistakes_are_one_line_that_names_the_cause(tmp_path, mistake, message):
     mistake['where'] = mistake['where'].format(folder=tmp_path)
     with pytest.raises(InputError, match=message):
         load_slm(**mistake)
-
-
-def test_more_tokens_than_positions_are_refused(tmp_path):
-    random_hf('opt', OPT).save_pretrained(tmp_path)
-    ours = load_text_lm(tmp_path)
-    with pytest.raises(InputError, match='129 .* 128 positions'):
-        ours(torch.zeros(1, 129, dtype=torch.long))
-    with pytest.raises(InputError, match='160 .* 128 positions'):
-        ours.generate([torch.ones(60, dtype=torch.long)], 100)
 
 
 @pytest.mark.parametrize('name', ['../../secret', '{secret}', '../secret'])
@@ -582,7 +533,7 @@ def test_saved_folder_is_complete_by_itself(tmp_path):
     assert not list(tmp_path.rglob('*.tmp'))
 
 
-def test_same_seed_same_weights_and_samples():
+def test_seeds_and_no_unit_after_itself():
     presets = [load_slm('preset:opt-125m', vocab_size=12, seed=3).embed.weight for _ in range(2)]
     assert torch.equal(*presets)
     ours, prompts = small(), [torch.tensor([BOS, 5, 6]), torch.tensor([BOS])]
@@ -591,19 +542,14 @@ def test_same_seed_same_weights_and_samples():
     assert all(len(new) <= 30 and (len(new) == 0 or new.min() >= OFFSET) for new in first)
     assert ours.generate(prompts, 0)[0].shape == (0,)
 
-
-def test_no_unit_follows_itself_where_repeats_are_banned():
-    ours, prompts = small(), [torch.tensor([BOS, 5, 6]), torch.tensor([BOS, 9])]
-    options = dict(max_new_tokens=60, temperature=3.0, top_k=0, seed=4)
-
-    def repeats(rows):
-        rows = [torch.cat(pair) for pair in zip(prompts, rows, strict=True)]
+    def repeats(**options):
+        rows = ours.generate(prompts * 8, 60, temperature=3.0, top_k=0, seed=4, **options)
+        rows = [torch.cat(pair) for pair in zip(prompts * 8, rows, strict=True)]
         return sum(int((row[1:] == row[:-1]).sum()) for row in rows)
 
-    assert repeats(ours.generate(prompts, **options, ban_repeats=False)) > 0
-    assert repeats(ours.generate(prompts, **options, ban_repeats=True)) == 0
+    assert repeats(ban_repeats=False) > 0 and repeats(ban_repeats=True) == 0
     ours.slam = dict(dedup=True)
-    assert repeats(ours.generate(prompts, **options)) == 0
+    assert repeats() == 0
 
 
 def test_a_large_vocabulary_goes_through_the_head_in_pieces(monkeypatch):
