@@ -1,0 +1,700 @@
+"""Sound, UnitEncoder and UnitVocoder of model.py. Oracles: closed forms, brute force, torchaudio,
+transformers, scikit-learn and the published modules of HiFi-GAN."""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import joblib
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+import torchaudio
+import transformers
+from safetensors.torch import load_file, save_file
+
+import model as M
+from model import InputError, UnitEncoder, UnitVocoder, load_audio
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def speech(seconds, seed=0):
+    """Something with syllables: harmonics that change every 120 ms, pauses, a little noise."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(int(seconds * 16000)) / 16000
+    wave = np.zeros_like(t)
+    for start in np.arange(0, seconds, 0.12):
+        here = (t >= start) & (t < start + 0.12)
+        if rng.random() > 0.2:
+            peaks, pitch = rng.choice([300, 700, 1200, 2300, 3500], 3), rng.uniform(90, 220)
+            for n in range(1, 30):
+                loud = np.exp(-(((n * pitch - peaks) / 200) ** 2)).sum()
+                wave[here] += loud * np.sin(2 * np.pi * n * pitch * t[here])
+    return torch.from_numpy((0.05 * wave + 1e-4 * rng.standard_normal(len(t))).astype('float32'))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+# -----------------------------------------------------------------------------
+# Sound
+
+
+@pytest.mark.parametrize(('rate', 'wanted'), [(8000, 16000), (22050, 16000), (16000, 24000)])
+def test_resample_is_the_windowed_sinc(rate, wanted):
+    wave = np.random.default_rng(0).uniform(-1, 1, 1999)
+    cutoff, at = 0.99 * min(1, wanted / rate), np.arange(len(wave))
+    times = np.arange(-(-len(wave) * wanted // rate))[:, None] * rate / wanted
+    t = cutoff * (at - times)
+    window = np.where(np.abs(t) < 6, np.cos(np.pi * t / 12) ** 2, 0)
+    expected = cutoff * (wave * np.sinc(t) * window).sum(1)
+    ours = M.resample(wave, rate, wanted)
+    assert ours.dtype == torch.float32 and len(ours) == len(expected)
+    assert np.abs(ours.numpy() - expected).max() < 1e-4
+    theirs = torchaudio.functional.resample(torch.tensor(wave), rate, wanted)
+    assert (ours - theirs).abs().max() < 5e-5 and len(M.resample(wave[:0], rate, wanted)) == 0
+
+
+OGG = dict(format='OGG')
+FORMATS = {'.wav': dict(subtype='PCM_24'), '.flac': {}, '.ogg': {}, '.mp3': {}, '.aiff': {}}
+FORMATS |= {'.au': {}, '.caf': {}, '.w64': {}, '.sph': dict(format='NIST', subtype='PCM_16')}
+FORMATS |= {'.aif': dict(format='AIFF'), '.aifc': dict(format='AIFF')}
+FORMATS |= {'.oga': dict(OGG, subtype='VORBIS'), '.opus': dict(OGG, subtype='OPUS')}
+
+
+@pytest.mark.parametrize('extension', M.AUDIO_EXTENSIONS)
+def test_every_format_loads_whole_and_in_part(extension, tmp_path):
+    wave, path, notes = speech(3.0).numpy(), tmp_path / ('a' + extension), []
+    soundfile.write(path, np.stack([wave, wave], 1), 16000, **FORMATS[extension])
+    whole = load_audio(path, notes=notes)
+    lossy = extension in ('.ogg', '.oga', '.opus', '.mp3')
+    assert len(whole) == 48000 or (lossy and abs(len(whole) - 48000) < 3000)
+    assert lossy or np.allclose(whole, wave, atol=1e-4)
+    part = load_audio(path, start=1.25, seconds=0.5, notes=notes)
+    # a lossy decoder that starts in the middle needs a while to be exact
+    assert len(part) == 8000 and (part - whole[20000:28000])[4000:].abs().max() < 1e-3
+    assert torch.equal(load_audio(io.BytesIO(path.read_bytes()), start=1.25, seconds=0.5), part)
+    assert not notes
+    with pytest.raises(InputError, match='holds no samples at 9 s'):
+        load_audio(path, start=9)
+
+
+def test_rates_and_names(tmp_path):
+    for rate in (8000, 22050, 44100):
+        wave = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+        path = os.fsencode(tmp_path) + b'/\xff.wav'  # not UTF-8
+        with open(path, 'wb') as file:
+            soundfile.write(file, wave, rate, subtype='FLOAT', format='WAV')
+        ours = load_audio(path)
+        expected = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+        assert len(ours) == 16000 and np.abs(ours.numpy() - expected)[100:-100].max() < 2e-3
+
+
+def test_channels_that_cancel_give_the_louder_one(tmp_path):
+    one, two = speech(1.0, 1).numpy(), speech(1.0, 2).numpy()
+    mixed = [((one, two), (one + two) / 2), ((one, 0 * one), one / 2)]
+    cancel = [((one, -one), one), ((0.9 * one, -one), -one), ((one, two, -one, -two), None)]
+    for cases, expected_notes in (mixed, []), (cancel, ['channels cancel: one of them taken']):
+        for channels, expected in cases:
+            notes = []
+            soundfile.write(tmp_path / 'a.wav', np.stack(channels, 1), 16000, subtype='FLOAT')
+            wave = load_audio(tmp_path / 'a.wav', notes=notes).numpy()
+            assert expected is None or np.allclose(wave, expected, atol=1e-6)
+            assert wave.std() > 0.4 * one.std() and notes == expected_notes
+
+
+@pytest.mark.parametrize('extension', ('.flac', '.wav', '.mp3', '.aiff', '.au'))
+def test_a_decoder_that_stops_early_is_an_error_or_a_note(extension, tmp_path):
+    path, notes = tmp_path / ('cut' + extension), []
+    soundfile.write(path, speech(10.0), 16000)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(0.4 * len(content))])
+    with pytest.raises(InputError, match=r'stopped early at [2345]\.\d of 10\.0 s'):
+        load_audio(path)
+    wave = load_audio(path, keep_partial=True, notes=notes)
+    assert 2 < len(wave) / 16000 < 6 and len(notes) == 1 and 'stopped early' in notes[0]
+    assert np.corrcoef(wave[:30000], speech(10.0)[:30000])[0, 1] > 0.99
+    assert len(load_audio(path, seconds=1.5)) == 24000  # this part is complete
+
+
+def test_streams_of_unknown_length_are_complete(tmp_path):
+    soundfile.write(tmp_path / 'a.wav', speech(1.0), 16000)
+    content = bytearray((tmp_path / 'a.wav').read_bytes())
+    content[content.index(b'data') + 4 :][:4] = content[40:44] = b'\xff\xff\xff\xff'  # a pipe
+    assert len(load_audio(io.BytesIO(content))) == 16000
+
+
+def test_silence_is_noted(tmp_path):
+    for level, expected in ((0, ['digital silence']), (0.001, [])):
+        notes = []
+        soundfile.write(tmp_path / 'a.wav', level * np.sin(np.arange(8000)), 16000)
+        assert len(load_audio(tmp_path / 'a.wav', notes=notes)) == 8000 and notes == expected
+
+
+def test_what_is_no_sound_is_one_line_that_names_the_file(tmp_path):
+    wave = speech(1.0).numpy()
+    soundfile.write(tmp_path / 'cut.flac', wave, 16000)
+    (tmp_path / 'cut.flac').write_bytes((tmp_path / 'cut.flac').read_bytes()[:50])
+    (tmp_path / 'text.wav').write_text('this is no sound')
+    (tmp_path / 'empty.wav').write_bytes(b'')
+    (tmp_path / 'a.raw').write_bytes(bytes(1000))
+    soundfile.write(tmp_path / 'none.wav', wave[:0], 16000)
+    for bad in (np.nan, np.inf):
+        wave[500] = bad
+        soundfile.write(tmp_path / f'{bad}.wav', wave, 16000, subtype='FLOAT')
+    for name in 'text.wav empty.wav cut.flac a.raw none.wav nan.wav inf.wav missing.wav'.split():
+        with pytest.raises(InputError, match=name) as error:
+            load_audio(tmp_path / name, keep_partial=True)
+        assert '\n' not in str(error.value)
+
+
+def test_saved_sound_never_clips_and_leaves_nothing_beside(tmp_path):
+    for name, kind in (('x.wav', 'WAV'), ('x.flac', 'FLAC')):
+        path = tmp_path / name / name
+        M.save_audio(path, 3 * speech(0.5) / speech(0.5).abs().max())
+        assert 0.98 < float(load_audio(path).abs().max()) <= 0.99
+        assert os.listdir(tmp_path / name) == [name] and soundfile.info(path).format == kind
+
+
+def test_an_hour_of_sound_takes_bounded_memory(tmp_path):
+    """Ten minutes in stereo: 38 MB of samples at 16 kHz; their spectra would take 125 and 62."""
+    soundfile.write(tmp_path / 'a.wav', np.tile(speech(1.0).numpy()[:, None], (600, 2)), 16000)
+    program = f"""
+import resource, torch, model as M
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+M.log_mel(M.load_audio({str(tmp_path / 'a.wav')!r}, seconds=60))
+before = peak()
+M.log_mel(M.load_audio({str(tmp_path / 'a.wav')!r}))
+print((peak() - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) < 150, done
+
+
+# -----------------------------------------------------------------------------
+# Spectra and the offline encoder
+
+
+def mel_by_hand(wave, frames):
+    """Log mel energies of some frames in float64, by their definition."""
+    top = 2595 * np.log10(1 + 8000 / 700)
+    edges = 700 * (10 ** (np.linspace(0, top, 66) / 2595) - 1)[:, None]
+    bins = np.arange(257) * 16000 / 512
+    rise, fall = (bins - edges[:-2]) / np.diff(edges, axis=0)[:-1], None
+    fall = (edges[2:] - bins) / np.diff(edges, axis=0)[1:]
+    filters = np.minimum(rise, fall).clip(0)  # triangles (64, 257)
+    padded = np.pad(np.asarray(wave, dtype='float64'), 400)
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    turns = np.exp(-2j * np.pi * np.outer(np.arange(257), np.arange(400)) / 512)
+    parts = [padded[400 + 160 * t - 120 :][:400] for t in frames]
+    power = [np.abs(turns @ (hann * part)) ** 2 for part in parts]
+    return np.log(np.maximum(filters @ np.array(power).T, 1e-7)).T
+
+
+def test_log_mel_is_its_definition():
+    for samples in (0, 1, 159, 160, 639, 640, 16001):
+        assert M.log_mel(torch.zeros(samples)).shape == (max(1, samples // 160), 64)
+    wave = torch.cat([speech(31.0), speech(31.0)])  # more than is processed at once
+    frames = [0, 1, 1000, 5999, 6000, 6198, 6199]
+    assert np.allclose(M.log_mel(wave)[frames], mel_by_hand(wave, frames), atol=2e-3)
+
+
+def test_mfcc_is_its_definition():
+    wave = speech(2.0)
+    mel = mel_by_hand(wave, range(200))
+    energy = np.log(np.exp(mel).mean(1))
+    loud = max(-7, np.sort(energy)[int(0.95 * 199)])
+    halves = np.maximum(mel + 9 - loud, 0).reshape(100, 2, 64).mean(1)
+    order = np.arange(13)
+    cosines = np.cos(np.outer(order, np.arange(64) + 0.5) * np.pi / 64) / 64**0.5
+    weight = np.where(order == 0, 0.4, np.maximum(order, 1) ** 0.3)
+    ours = UnitEncoder.from_pretrained('mfcc').features(wave)
+    assert np.allclose(ours, (halves @ (cosines.T * weight)).reshape(50, 26), atol=2e-3)
+
+
+def fit(encoder, waves, n_units):
+    """Centroids drawn from the features of some waves."""
+    frames = torch.cat([encoder.features(wave) for wave in waves])
+    encoder.centroids = frames[torch.randperm(len(frames))[:n_units]]
+    encoder.config['distortion'] = encoder.distance(frames)
+    return encoder
+
+
+def test_mfcc_units_do_not_depend_on_loudness_and_count_whole_frames():
+    encoder = fit(UnitEncoder.from_pretrained('mfcc'), [speech(10, seed) for seed in range(3)], 40)
+    for seconds, frames in ((3.0, 75), (0.01, 1), (0, 1), (6.3, 157)):
+        wave = speech(seconds, 7)
+        units = encoder.encode(wave)
+        assert len(units) == frames and encoder.frame_rate == 25 and encoder.n_units == 40
+        assert (encoder.encode(wave * 0.05) == units).float().mean() > 0.98
+    frames = encoder.features(speech(2.0, 5))
+    every = (frames[:, None].double() - encoder.centroids.double()).square().sum(2)
+    assert encoder.distance(frames) == pytest.approx(float(every.amin(1).mean()), rel=1e-5)
+
+
+def test_the_price_of_a_change_gives_the_cheapest_path():
+    rng = np.random.default_rng(0)
+    paths = np.array(list(itertools.product(range(3), repeat=6)))
+    for price in (0.0, 0.1, 0.4, 1e4):
+        for _ in range(20):
+            costs = rng.random((6, 3))
+            changes = (paths[:, 1:] != paths[:, :-1]).sum(1)
+            totals = costs[np.arange(6), paths].sum(1) + price * changes
+            assert M.cheapest_path(costs, price).tolist() == paths[totals.argmin()].tolist()
+    features, centroids = torch.randn(300, 4), torch.randn(20, 4)
+    config = dict(M.ENCODERS['mfcc'], name='mfcc')
+    free = UnitEncoder(config | dict(switch=0), centroids).assign(features)
+    assert torch.equal(free, torch.cdist(features, centroids).argmin(1))
+    squared = torch.cdist(features, centroids).square().numpy()
+    for switch in (0.5, 2.0):  # in mean squared distances
+        units = UnitEncoder(config | dict(switch=switch, distortion=3.0), centroids).assign(
+            features
+        )
+        assert np.array_equal(units, M.cheapest_path(squared, 3 * switch))
+        assert 0 < (units.diff() != 0).sum() < (free.diff() != 0).sum()
+
+
+def test_what_assign_cannot_do_is_one_line():
+    encoder = UnitEncoder.from_pretrained('mfcc')
+    for centroids, message in (
+        (None, 'no k-means'),
+        (torch.ones(4, 3), 'no k-means for 26 features'),
+        (torch.ones(4, 26), 'needs `distortion`'),
+    ):
+        encoder.centroids = centroids
+        with pytest.raises(InputError, match=message):
+            encoder.encode(speech(1.0))
+
+
+# -----------------------------------------------------------------------------
+# HuBERT and its like
+
+SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+SMALL |= dict(conv_dim=(24,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+LARGE = dict(feat_extract_norm='layer', do_stable_layer_norm=True, conv_bias=True)
+KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2, 2), (5, 2, 2, 2, 2, 2, 2, 2)
+NETS = {
+    'HuBERT base': ('Hubert', {}),
+    'mHuBERT': ('Hubert', dict(conv_dim=(24,) * 8, conv_kernel=KERNELS, conv_stride=STRIDES)),
+    'HuBERT large, batch norm': ('Hubert', LARGE | dict(conv_pos_batch_norm=True)),
+    'wav2vec 2': ('Wav2Vec2', dict(conv_bias=True)),
+    'wav2vec 2, adapter': ('Wav2Vec2', dict(LARGE, add_adapter=True)),
+    'WavLM': ('WavLM', {}),
+    'WavLM large': ('WavLM', LARGE),
+}
+
+
+def save_net(name, folder, **change):
+    """transformers' net of the true layout, with norms and biases that do something."""
+    family, more = NETS[name]
+    config = getattr(transformers, family + 'Config')(**SMALL | more | change)
+    net = getattr(transformers, family + 'Model')(config).eval()
+    for parameter in net.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    net.save_pretrained(folder)
+    return net
+
+
+@torch.no_grad()
+def hidden_states(net, wave, layer):
+    return net(wave[None], output_hidden_states=True).hidden_states[layer][0]
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_units_are_transformers_hidden_states_and_the_nearest_centroid(name, tmp_path):
+    net = save_net(name, tmp_path)
+    # the raw wave, whatever this says
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(dict(do_normalize=True)))
+    for layer in range(4):
+        encoder = UnitEncoder.from_pretrained(str(tmp_path), layer=layer, kmeans='')
+        assert encoder.frame_rate == (25 if name == 'mHuBERT' else 50)
+        assert len(encoder.net.encoder.layers) == layer
+        for i, seconds in enumerate((1.0, 0.4, 2.03)):
+            wave = speech(seconds, i) + 0.01
+            theirs = hidden_states(net, wave, layer)
+            assert torch.equal(encoder.features(wave), theirs)
+            encoder.centroids = theirs[torch.randperm(len(theirs))[:9]] + 0.01
+            nearest = torch.cdist(theirs.double(), encoder.centroids.double()).argmin(1)
+            assert torch.equal(encoder.encode(wave), nearest)
+        assert len(encoder.encode(wave[:50])) == 1  # shorter than a frame
+    with pytest.raises(InputError, match='layer 4'):
+        UnitEncoder.from_pretrained(str(tmp_path), layer=4, kmeans='')
+
+
+@pytest.mark.parametrize('name', ('mHuBERT', 'WavLM large'))
+def test_long_recordings_are_joined_on_the_frame_grid(name, tmp_path):
+    save_net(name, tmp_path)
+    wave = torch.cat([speech(5.0, seed) for seed in range(4)])
+    encoder = UnitEncoder.from_pretrained(str(tmp_path), layer=0, kmeans='')
+    assert encoder.stretch == (100 if 'WavLM' in name else 300)
+    whole = encoder.features(wave)
+    for encoder.stretch in (4, 19.9):
+        parts = encoder.features(wave)
+        assert parts.shape == whole.shape
+        # up to attention a layer norm's net is local; a group norm sees its part
+        assert torch.allclose(parts, whole, atol=2e-4 if 'large' in name else 1.5)
+        assert np.corrcoef(parts.flatten(), whole.flatten())[0, 1] > 0.99
+
+
+# -----------------------------------------------------------------------------
+# Files of encoders
+
+
+def test_a_saved_encoder_is_complete_by_itself(tmp_path):
+    save_net('mHuBERT', tmp_path / 'net')
+    encoder = UnitEncoder.from_pretrained(str(tmp_path / 'net'), layer=2, kmeans='')
+    fit(encoder, [speech(1.0, 1)], 10).config['switch'] = 0.5
+    encoder.save_pretrained(tmp_path / 'encoder')
+    assert sorted(os.listdir(tmp_path / 'encoder')) == ['encoder.json', 'encoder.safetensors']
+    units = encoder.encode(speech(2.0, 2))
+    os.rename(tmp_path / 'net', tmp_path / 'gone')
+    for _ in range(2):  # what was loaded can be saved again
+        again = UnitEncoder.from_pretrained(str(tmp_path / 'encoder'))
+        assert torch.equal(again.encode(speech(2.0, 2)), units)
+        assert again.vocoder == str(tmp_path / 'vocoder')
+        assert again.encoder_id == encoder.encoder_id and again.encoder_id.startswith('hubert-')
+        again.save_pretrained(tmp_path / 'encoder')
+    with pytest.raises(InputError, match='layer 2, not 1'):
+        UnitEncoder.from_pretrained(str(tmp_path / 'encoder'), layer=1)
+
+
+def test_encoder_ids_differ_where_units_do(tmp_path):
+    save_net('HuBERT base', tmp_path / 'a')
+    save_net('HuBERT base', tmp_path / 'b')
+    save_file(dict(centroids=torch.randn(5, 32)), tmp_path / 'k.safetensors')
+    save_file(dict(centroids=torch.randn(5, 26)), tmp_path / 'm.safetensors')
+    ids = []
+    for where, layer, kmeans in (('a', 1, 'k'), ('a', 2, 'k'), ('b', 1, 'k'), ('mfcc', None, 'm')):
+        where = where if where == 'mfcc' else str(tmp_path / where)
+        kmeans = str(tmp_path / f'{kmeans}.safetensors')
+        first, second = (UnitEncoder.from_pretrained(where, layer, kmeans) for _ in range(2))
+        assert first.encoder_id == second.encoder_id
+        ids.append(first.encoder_id)
+        second.config |= dict(switch=0.7, distortion=2.0)
+        ids.append(second.encoder_id)
+        second.centroids = second.centroids + 1
+        ids.append(second.encoder_id)
+    assert len(set(ids)) == len(ids)
+
+
+def test_folders_of_earlier_versions_load(tmp_path):
+    config = dict(
+        kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0
+    )
+    config |= dict(switch=1.0, distortion=70.5, vocoder='vocoder', fitted='100', n_units=5)
+    tensors = dict(centroids=torch.arange(130).view(5, 26).float())
+    save_file(tensors, tmp_path / 'encoder.safetensors')
+    (tmp_path / 'encoder.json').write_text(json.dumps(config))
+    old = UnitEncoder.from_pretrained(str(tmp_path))
+    assert old.encoder_id == 'mfcc-XX' and len(old.encode(speech(1.0))) == 25
+    old.save_pretrained(tmp_path)
+    assert UnitEncoder.from_pretrained(str(tmp_path)).encoder_id == old.encoder_id
+
+
+def test_a_large_net_is_kept_as_a_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(M, 'SMALL_NET', 1000)
+    save_net('WavLM', tmp_path / 'net')
+    encoder = UnitEncoder.from_pretrained(str(tmp_path / 'net'), layer=1, kmeans='')
+    encoder.centroids = torch.randn(5, 32)
+    encoder.save_pretrained(tmp_path / 'encoder')
+    assert os.path.getsize(tmp_path / 'encoder' / 'encoder.safetensors') < 2000
+    again = UnitEncoder.from_pretrained(str(tmp_path / 'encoder'))
+    assert again.encoder_id == encoder.encoder_id
+    os.rename(tmp_path / 'net', tmp_path / 'gone')
+    with pytest.raises(InputError, match='net'):
+        UnitEncoder.from_pretrained(str(tmp_path / 'encoder'))
+
+
+CHANGES = [dict(kind='evil'), dict(layer='2'), dict(n_units=7), dict(vocoder='../../etc')]
+CHANGES += [dict(net=dict(model_type='bert'))]
+CHANGES += [dict(net=dict(model_type='hubert', hidden_size=10**6))]
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_strangers_encoder_is_one_line(change, tmp_path):
+    save_net('HuBERT base', tmp_path / 'net')
+    encoder = UnitEncoder.from_pretrained(str(tmp_path / 'net'), layer=1, kmeans='')
+    encoder.centroids = torch.randn(5, 32)
+    encoder.save_pretrained(tmp_path / 'encoder')
+    path = tmp_path / 'encoder' / 'encoder.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match='encoder') as error:
+        UnitEncoder.from_pretrained(str(tmp_path / 'encoder'))
+    assert '\n' not in str(error.value)
+
+
+def test_a_net_with_missing_tensors_is_refused(tmp_path):
+    save_net('HuBERT base', tmp_path)
+    tensors = load_file(tmp_path / 'model.safetensors')
+    tensors.pop('encoder.layers.0.layer_norm.weight')
+    save_file(tensors, tmp_path / 'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(InputError, match='missing.*encoder.layers.0.layer_norm.weight'):
+        UnitEncoder.from_pretrained(str(tmp_path), layer=1)
+
+
+def test_the_public_encoder_offline(tmp_path, monkeypatch):
+    """Messages name what to put where; then it is what it promises, and only then."""
+    monkeypatch.setenv('SLAM_CACHE', str(tmp_path))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(InputError, match=f'slprl/mhubert-base-25hz.*{tmp_path}/mhubert-base-25hz'):
+        UnitEncoder.from_pretrained('mhubert25', kmeans='')
+    net = save_net('mHuBERT', tmp_path / 'mhubert-base-25hz', num_hidden_layers=12)
+    theirs = hidden_states(net, F.pad(speech(1.3), (40, 40)), 11)
+    url, path = 'https://host.invalid/published.safetensors', tmp_path / 'published.safetensors'
+    monkeypatch.setitem(M.KMEANS, 'mhubert25', (url, '0' * 64))
+    with pytest.raises(InputError, match=f'{url} .a copy may be put at {path}'):
+        UnitEncoder.from_pretrained('mhubert25')
+    save_file(dict(centroids=theirs[:5].clone()), path)
+    with pytest.raises(InputError, match='sha256 differs.: delete it'):
+        UnitEncoder.from_pretrained('mhubert25')
+    monkeypatch.setitem(M.KMEANS, 'mhubert25', (url, M.file_hash(path)))
+    encoder = UnitEncoder.from_pretrained('mhubert25')
+    assert torch.equal(encoder.features(speech(1.3)), theirs) and encoder.vocoder == 'hifigan25'
+    encoder.save_pretrained(tmp_path / 'encoder')
+    again = UnitEncoder.from_pretrained(str(tmp_path / 'encoder'))
+    assert again.encoder_id == encoder.encoder_id == 'mhubert25'
+    own = UnitEncoder.from_pretrained('mhubert25', kmeans=str(path))
+    assert own.encoder_id.startswith('hubert-')
+
+
+def test_fetch_downloads_once(tmp_path, monkeypatch):
+    monkeypatch.setenv('SLAM_CACHE', str(tmp_path / 'cache'))
+    (tmp_path / 'f.bin').write_bytes(b'abc')
+    url, sha256 = (tmp_path / 'f.bin').as_uri(), hashlib.sha256(b'abc').hexdigest()
+    for _ in range(2):
+        assert M.fetch(url, sha256) == str(tmp_path / 'cache' / 'f.bin')
+        (tmp_path / 'f.bin').unlink(missing_ok=True)
+
+
+# -----------------------------------------------------------------------------
+# k-means files
+
+
+def test_kmeans_of_scikit_learn_gives_its_clusters(tmp_path):
+    cluster = pytest.importorskip('sklearn.cluster')
+    x = np.random.default_rng(0).standard_normal((400, 26))
+    state, path = np.random.RandomState(0), str(tmp_path / 'km.bin')
+    for kind in (cluster.KMeans, cluster.MiniBatchKMeans):
+        kmeans = kind(20, random_state=state, n_init=1).fit(x)
+        joblib.dump(kmeans, path)
+        encoder = UnitEncoder.from_pretrained('mfcc', kmeans=path)
+        encoder.config['switch'] = 0
+        assert np.array_equal(encoder.assign(torch.tensor(x).float()), kmeans.predict(x))
+
+
+class Malice:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize('compress', (0, 3))
+@pytest.mark.parametrize('how', ['system', 'eval', 'getattr', 'objects', 'fields', 'nested'])
+def test_a_malicious_kmeans_file_runs_nothing(how, compress, tmp_path):
+    mark, path = tmp_path / 'mark', str(tmp_path / 'km.bin')
+    evil = Malice(os.system, f'touch {mark}')
+    bad = dict(system=evil, eval=Malice(eval, f'open({str(mark)!r}, "w")'))
+    bad['objects'] = np.array([evil], dtype=object)
+    bad['fields'] = np.array([(1, evil)], dtype=[('a', 'f4'), ('b', object)])
+    bad['nested'] = dict(cluster_centers_=np.zeros((2, 2)), extra=[evil])
+    bad['getattr'] = None
+    joblib.dump(bad[how], path, compress=compress)
+    if how == 'getattr':
+        with open(path, 'wb') as file:
+            file.write(b'cbuiltins\ngetattr\n(cos\npath\nVsep\ntR.')
+    refused = 'refused' if not compress or how == 'getattr' else 'cannot be read'
+    with pytest.raises(InputError, match=refused):
+        M.read_kmeans(path)
+    assert not mark.exists()
+
+
+def test_what_is_no_kmeans_file_is_one_line(tmp_path):
+    (tmp_path / 'km.bin').write_bytes(pickle.dumps(3))
+    save_file(dict(centroids=torch.tensor([[float('nan')]])), tmp_path / 'nan.safetensors')
+    for name in ('km.bin', 'nowhere', 'nan.safetensors'):
+        with pytest.raises(InputError, match=name) as error:
+            M.read_kmeans(str(tmp_path / name))
+        assert '\n' not in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# Vocoders
+
+UNITS = torch.tensor([29, 0, 4, 8, 4, 2, 11])
+SCALES = dict(hifi_gan=0.7, dur_predictor=5)  # of random weights: sound that is not clipped
+
+
+def save_hifigan(folder, speakers=0, styles=0):
+    """A random generator of the true layout as .pt and .json -> transformers' own, the path."""
+    config = transformers.SeamlessM4TConfig(
+        unit_hifi_gan_vocab_size=30,
+        unit_embed_dim=12,
+        spkr_embed_dim=12 if speakers else 0,
+        lang_embed_dim=12 if styles else 0,
+        vocoder_num_spkrs=max(1, speakers),
+        vocoder_num_langs=max(1, styles),
+        upsample_initial_channel=32,
+    )
+    oracle = transformers.models.seamless_m4t.modeling_seamless_m4t.SeamlessM4TCodeHifiGan(config)
+    names = {'unit_embedding': 'dict', 'speaker_embedding': 'spkr', 'language_embedding': 'style'}
+    names |= {'hifi_gan.': '', 'upsampler': 'ups', 'conv1.': 'conv1.0.', 'conv2.': 'conv2.0.'}
+    state = {}
+    for name, tensor in oracle.state_dict().items():
+        tensor.mul_(SCALES.get(name.split('.')[0], 3))
+        normed = name.startswith('hifi_gan.') and name.endswith('.weight')
+        for theirs, published in names.items():
+            name = name.replace(theirs, published)
+        if normed:  # published with weight norm: w = g v / |v|
+            norm = tensor.flatten(1).norm(dim=1).view(-1, 1, 1)
+            state |= {name + '_g': norm, name + '_v': 3 * tensor}
+        elif tensor.numel():
+            state[name] = tensor
+    keys = ('upsample_rates', 'upsample_kernel_sizes', 'resblock_kernel_sizes')
+    values = {key: getattr(config, key) for key in (*keys, 'resblock_dilation_sizes')}
+    torch.save(dict(generator=state), f'{folder}/g.pt')
+    with open(f'{folder}/g_config.json', 'w') as file:
+        json.dump(values | dict(sampling_rate=16000), file)
+    return oracle.eval(), f'{folder}/g.pt'
+
+
+@pytest.mark.parametrize(('speakers', 'styles'), ((0, 0), (4, 0), (4, 3)))
+@torch.no_grad()
+def test_hifigan_is_the_published_function(speakers, styles, tmp_path):
+    oracle, path = save_hifigan(tmp_path, speakers, styles)
+    vocoder = UnitVocoder.from_pretrained(path)
+    hop = int(np.prod(vocoder.config['upsample_rates']))
+    assert (vocoder.n_units, vocoder.sample_rate, vocoder.frame_rate) == (30, 16000, 16000 / hop)
+    embedded = oracle.unit_embedding(UNITS)[None]
+    expected = (oracle.dur_predictor(embedded)[0].exp() - 1).round().clamp(min=1)
+    durations = vocoder.durations(UNITS)
+    assert durations.tolist() == expected.tolist() and 1 < durations.max() < 50
+    parts = [embedded[0].repeat_interleave(durations, 0)]
+    for table, row, count in ((oracle.speaker_embedding, 3, speakers),):
+        parts += [table.weight[row].expand(len(parts[0]), -1)] if count else []
+    parts += [oracle.language_embedding.weight[2].expand(len(parts[0]), -1)] if styles else []
+    wave = oracle.hifi_gan(torch.cat(parts, 1).T[None])[0]
+    assert 0.01 < wave.std() < 0.9 and len(wave) == hop * durations.sum()
+    ours = vocoder.voice(UNITS.repeat_interleave(durations), 3, 2)
+    assert torch.allclose(ours, wave, atol=1e-5)
+    spoken = vocoder.decode(UNITS, speaker=3, style=2)
+    assert torch.allclose(spoken, M.finish_wave(wave), atol=1e-4)
+    vocoder.save_pretrained(tmp_path / 'vocoder')
+    again = UnitVocoder.from_pretrained(str(tmp_path / 'vocoder'))
+    assert torch.equal(again.decode(UNITS, speaker=3, style=2), spoken)
+    for units, speaker in (([30], 0), ([-1], 0), *([([1], 4)] if speakers else [])):
+        with pytest.raises(InputError):
+            vocoder.decode(units, speaker=speaker)
+
+
+def test_the_public_vocoder_is_checked_by_hash_and_names_its_encoder(tmp_path, monkeypatch):
+    _, path = save_hifigan(tmp_path)
+    monkeypatch.setenv('SLAM_CACHE', str(tmp_path))
+    hashes = [M.file_hash(tmp_path / name) for name in ('g.pt', 'g_config.json')]
+    urls = ['https://host.invalid/g.pt', 'https://host.invalid/g_config.json']
+    monkeypatch.setattr(M, 'HIFIGAN', (urls[0], hashes[0], urls[1], hashes[1]))
+    public, plain = (UnitVocoder.from_pretrained(where) for where in ('hifigan25', path))
+    assert torch.equal(public.decode(UNITS), plain.decode(UNITS))
+    assert public.encoder_id == 'mhubert25' and plain.encoder_id is None
+    (tmp_path / 'g.pt').write_bytes(b'something else')
+    with pytest.raises(InputError, match='sha256'):
+        UnitVocoder.from_pretrained('hifigan25')
+
+
+def test_the_table_speaks_its_units(tmp_path):
+    """What it says has the same units, the tempo and the level; saved is loaded."""
+    encoder = fit(UnitEncoder.from_pretrained('mfcc'), [speech(6, seed) for seed in range(8)], 30)
+    encoder.config['switch'] = 0
+    table = M.UnitTable(30, encoder.frame_rate)
+    for seed in range(8):
+        table.add(speech(6, seed), encoder.encode(speech(6, seed)))
+    table.finish(encoder.encoder_id).save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ['vocoder.json', 'vocoder.safetensors']
+    vocoder = UnitVocoder.from_pretrained(str(tmp_path))
+    assert vocoder.encoder_id == encoder.encoder_id
+    units = encoder.encode(speech(6, 9))
+    runs, durations = M.dedup(units)
+    wave = vocoder.decode(runs, durations)
+    assert len(wave) == 640 * len(units) and torch.equal(wave, vocoder.decode(runs, durations))
+    assert (encoder.encode(wave) == units).float().mean() > 0.9
+    assert wave.abs().max() <= M.VOICE_PEAK + 1e-6 and wave[0] == 0 == wave[-1]
+    assert abs(wave.mean()) < 1e-3 and 0.5 < M.speech_level(wave) / M.VOICE_LEVEL < 1.2
+    assert vocoder.durations(runs).sum() == pytest.approx(len(units), rel=0.15)
+    assert len(vocoder.decode([])) == 0 and len(vocoder.decode([3], [1])) == 640
+
+
+def test_rounded_durations_keep_the_tempo():
+    mean = 1 + torch.rand(500)
+    tensors = dict(mel=torch.zeros(500, 4, 64), durations=mean)
+    config = dict(kind='table', n_units=500, frame_rate=25.0, sample_rate=16000)
+    rounded = UnitVocoder(config, tensors).durations(torch.arange(500))
+    assert (rounded >= 1).all() and (rounded.cumsum(0) - mean.cumsum(0)).abs().max() <= 0.51
+
+
+CHANGES = [dict(kind='neural'), dict(frame_rate='fast'), dict(n_units=7), dict(n_units=10**12)]
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_strangers_vocoder_is_one_line(change, tmp_path):
+    M.UnitTable(5, 25.0).finish().save_pretrained(tmp_path / 'bad')
+    path = tmp_path / 'bad' / 'vocoder.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match='neural.*not supported|bad/vocoder') as error:
+        UnitVocoder.from_pretrained(str(tmp_path / 'bad'))
+    assert '\n' not in str(error.value)
+    for name in ('none', 'none.pt'):
+        with pytest.raises(InputError, match=name):
+            UnitVocoder.from_pretrained(str(tmp_path / name))
+
+
+# -----------------------------------------------------------------------------
+# Finding and reading data
+
+
+def test_find_audio_sorts_follows_links_once_and_names_what_it_cannot_read(tmp_path):
+    for name in ('b/2.wav', 'b/1.FLAC', 'a.mp3', 'b/x.m4a', 'b/y.WMA', 'b/z.txt', '.hidden.wav'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b'')
+    (tmp_path / 'b' / 'loop').symlink_to(tmp_path)
+    ignored = []
+    found = M.find_audio(str(tmp_path), ignored=ignored)
+    assert [os.path.relpath(path, tmp_path) for path in found] == ['a.mp3', 'b/1.FLAC', 'b/2.wav']
+    assert [os.path.basename(path) for path in ignored] == ['x.m4a', 'y.WMA']
+    assert M.find_audio(str(tmp_path / 'a.mp3')) == [str(tmp_path / 'a.mp3')]
+    for where, message in (('none', 'no such'), ('b/loop/b', 'no file with .parquet')):
+        with pytest.raises(InputError, match=message):
+            M.find_audio(str(tmp_path / where), ('.parquet',))
+
+
+def test_parquet_rows_keep_nulls_and_audio_bytes(tmp_path):
+    pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    rows = [dict(text=f't{i}', audio=dict(bytes=b'%d' % i, path=None)) for i in range(40)]
+    rows[7]['audio'] = rows[8]['text'] = None
+    (tmp_path / 'data').mkdir()
+    for i, part in enumerate((rows[:25], rows[25:])):
+        pq.write_table(pa.Table.from_pylist(part), tmp_path / 'data' / f'train-{i}.parquet')
+    names = M.parquet_files(str(tmp_path / 'data'))
+    assert [os.path.basename(name) for name in names] == ['train-0.parquet', 'train-1.parquet']
+    assert list(M.read_parquet(str(tmp_path / 'data'))) == rows
+    assert list(M.read_parquet(names[1])) == rows[25:]
+    (tmp_path / 'bad.parquet').write_bytes(b'no rows')
+    with pytest.raises(InputError, match='bad.parquet'):
+        list(M.read_parquet(str(tmp_path / 'bad.parquet')))
+    pytest.importorskip('datasets')
+    hub = f'hub:{tmp_path}'  # a local folder in place of a name
+    shards = M.parquet_files(hub)
+    assert shards == [f'{hub}:train#0/2', f'{hub}:train#1/2'] == M.parquet_files(hub + ':train')
+    assert [row for shard in shards for row in M.read_parquet(shard)] == rows
+    assert list(M.read_parquet(hub)) == rows
