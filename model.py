@@ -23,7 +23,6 @@ import threading
 import time
 from bisect import bisect_left, insort
 from collections import Counter
-from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import chain
 from types import SimpleNamespace
