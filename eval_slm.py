@@ -122,7 +122,9 @@ LABELS['swuggy_in_vocabulary'] = 'sWUGGY, in vocabulary'
 CROSSINGS = {'_to_text': ', speech → text', '_from_text': ', text → speech'}
 # GenPPL and auto-BLEU of the paper were measured with these defaults (section 4 and Table 6)
 PROTOCOL = ('prompts', 'n_prompts', 'prompt_seconds', 'max_new_tokens', 'temperature', 'top_k')
-PROTOCOL = {name: globals()[name] for name in (*PROTOCOL, 'top_p', 'repetition_penalty', 'asr')}
+PROTOCOL = {
+    name: globals()[name] for name in (*PROTOCOL, 'top_p', 'repetition_penalty', 'asr', 'text_lm')
+}
 MUCH_CUT, MUCH_BROKEN = 0.01, 0.05  # shares of cut pairs, and of short or looping transcripts
 JUDGE = r"""A speech model heard the beginning of a recording and went on speaking. Below are the
 transcripts of both. Judge how relevant the continuation is to the beginning and how likely it is to
@@ -148,11 +150,8 @@ Suite = namedtuple('Suite', 'pairs split official', defaults=('', False))
 
 
 def make_pair(key, pos, neg, about=None, **more):
-    """A pair: dict(id, voice, types, pos, neg, text, words).
-
-    types: the pair counts in the score of each. pos, neg: what is compared, each a Clip or
-    Crossing. text, words: of pos, where known. about: the manifest's row of the correct utterance.
-    """
+    """A pair: dict(id, voice, types, pos, neg, text, words). types: it counts in the score of each;
+    pos, neg: each a Clip or Crossing; text, words: of pos; about: the manifest's row of pos."""
     about = about or {}
     kind = str(about.get('type') or '')
     pair = dict(id=str(key), voice=str(about.get('voice') or ''), types=[kind] if kind else [])
@@ -184,8 +183,7 @@ def list_folder(folder):
     for file in files:
         match = re.fullmatch(rule, os.path.splitext(os.path.relpath(file, folder))[0])
         if not match or match[2] in sides[match[1]]:
-            why = 'a second file of this name' if match else 'unknown file'
-            raise InputError(f'{file}: {why}, expected {layout}')
+            raise InputError(f'{file}: unknown, or a second file of this name; expected {layout}')
         sides[match[1]][match[2]] = file
 
     manifest, pairs = read_manifest(folder), []
@@ -193,8 +191,7 @@ def list_folder(folder):
     for key, side in sides.items():
         mutual = [side.pop('mutual')] if 'mutual' in side else []
         if len(side) != 2:
-            why = 'has no counterpart' if len(side) < 2 else 'has several counterparts'
-            raise InputError(f'{min([*side.values(), *mutual])} {why}: expected {layout}')
+            raise InputError(f'{min([*side.values(), *mutual])} has no counterpart of {layout}')
         pos, neg = (side[name] for name in sorted(side))  # 'correct' < 'incorrect'
         pair = make_pair(key, Clip((*mutual, pos)), Clip((*mutual, neg)), manifest.get(pos))
         if by_voice:
@@ -294,10 +291,8 @@ def find_task(name, path, data_dir):
         has = ', '.join(there[:9]) or 'nothing'
         raise InputError(f'no {name!r} in {data_dir} (it has {has}): give --tasks={name}=PATH')
     path = path or found[0]
-    if any(os.path.isdir(os.path.join(path, part)) for part in SALMON):
+    if name == 'salmon' or os.path.isdir(os.path.join(path, SALMON[0])):
         return [(f'{name}_{part}', os.path.join(path, part)) for part in SALMON]
-    if name == 'salmon':
-        raise InputError(f'no part of SALMon in {path}: expected the folders {", ".join(SALMON)}')
     unseen = path.rstrip('/') + '_unseen'
     return [(name, path)] + ([(name + '_unseen', unseen)] if os.path.isdir(unseen) else [])
 
@@ -340,25 +335,21 @@ def cross(suite, path, to):
     Raises InputError where manifest.jsonl lacks the words of a story and their times."""
     manifest, pairs = read_manifest(path), []
     for pair in suite.pairs:
-        stories = []  # for each side its file, its words, and these with their times
-        for side in ('pos', 'neg'):
-            file = '+'.join(pair[side].files)  # of a story in two files no words are known
-            times = manifest.get(file, {}).get('words') or []
-            stories.append((file, [word for word, *_ in times], times))
-        first = find_ending(stories[0][1], stories[1][1])
-        if not 0 < first < min(len(words) for _, words, _ in stories):
-            wanted = 'expected `words` of it in manifest.jsonl'
-            raise InputError(f'{stories[0][0]}: no ending known, {wanted}')
+        files = ['+'.join(pair[side].files) for side in ('pos', 'neg')]
+        times = [manifest.get(file, {}).get('words') or [] for file in files]
+        words = [[word for word, *_ in story] for story in times]
+        first = find_ending(*words)
+        if not 0 < first < min(map(len, words)):
+            raise InputError(f'{files[0]}: no ending known, expected `words` in manifest.jsonl')
 
         # both sides have the beginning of the correct story
-        file, words, times = stories[0]
-        begin, begin_text = Clip((file,), times[first - 1][2]), ' '.join(words[:first])
-        sides = []
-        for file, words, times in stories:
-            if to == 'text':
-                sides.append(Crossing(begin, ' '.join(words[first:]), to))
-            else:
-                sides.append(Crossing(Clip((file,), start=times[first][1]), begin_text, to))
+        begin, text = Clip((files[0],), times[0][first - 1][2]), ' '.join(words[0][:first])
+        if to == 'text':
+            sides = [Crossing(begin, ' '.join(story[first:]), to) for story in words]
+        else:
+            starts = [story[first][1] for story in times]
+            clips = [Clip((file,), start=start) for file, start in zip(files, starts, strict=True)]
+            sides = [Crossing(clip, text, to) for clip in clips]
         pairs.append(pair | dict(pos=sides[0], neg=sides[1]))
     return suite._replace(pairs=pairs)
 
@@ -884,7 +875,9 @@ def cut_prompts(what, listing):
     text, no longer than the 30 s that Whisper hears."""
     clips = {}
     for prompt in listing:
-        path, seconds = prompt['path'], soundfile.info(prompt['path']).duration
+        path = prompt['path']
+        with reading(path):
+            seconds = soundfile.info(path).duration
         if what == BOTH:
             clips[Clip((path,), prompt_seconds)] = None
         elif what == AGAIN and prompt['text'] and seconds <= 30:
@@ -978,10 +971,8 @@ def evaluate(name, where, suites, generated, listing):
 
 def format_count(number):
     """1_400_000_000 -> '1.4B'."""
-    for unit, size in (('B', 1e9), ('M', 1e6), ('K', 1e3)):
-        if number >= size:
-            return f'{number / size:.3g}{unit}'
-    return f'{number:.0f}'
+    unit, size = next(((u, s) for u, s in (('B', 1e9), ('M', 1e6)) if number >= s), ('K', 1e3))
+    return f'{number / size:.3g}{unit}'
 
 
 def describe(where):
@@ -998,13 +989,13 @@ def describe(where):
     return about | dict(tokens=' + '.join(map(format_count, tokens)))
 
 
-def read_paper(suites):
+def read_paper(suites, generated):
     """Rows of config/paper.csv that the knob `paper` asks for, with `scores`, the numbers that
     compare: of the published audio and split, of continuations under the paper's protocol."""
     official = {task for task in suites if suites[task].official}
     tasks = official & {'sblimp', 'sstorycloze', 'tstorycloze'}
     if 'sstorycloze' in official and all(globals()[k] == v for k, v in PROTOCOL.items()):
-        tasks |= {'genppl', 'autobleu', 'gptscore'}
+        tasks |= {'genppl', 'autobleu', 'gptscore'} & {*generated}
     kinds, rows = split_list(paper), []
     for row in read_csv(os.path.join(ROOT, 'config', 'paper.csv')):
         scores = {task: row[task] for task in tasks if row[task]}
@@ -1118,7 +1109,10 @@ def make_notes(columns, record, suites, others):
                 notes.append(f'* {name}, {title}: {doubts}; {after}.')
             if result.get('left_out'):
                 notes.append(f'{name}: {result["left_out"]} without a value left out of {title}.')
-    notes += [f'{row["model"]}: {row["note"]}.' for row in others if row['note']]
+    alike = defaultdict(list)  # {note: models}
+    for row in others:
+        alike[row['note']].append(row['model'])
+    notes += [f'{", ".join(models)}: {note}.' for note, models in alike.items() if note]
     own = [task for task, suite in suites.items() if not suite.official]
     if {*own} & {'sblimp', 'sstorycloze', 'tstorycloze'}:
         notes.append(f"{', '.join(own)}: not the published audio, so without the paper's numbers.")
@@ -1134,14 +1128,6 @@ def print_table(rows):
         print()
         for row in rows:
             print('|', *(f'{cell:<{w}} |' for cell, w in zip(row, widths, strict=True)))
-
-
-def read_log(folder):
-    """The rows of a run's log.jsonl, of which the page draws the curves; [] without one."""
-    path = os.path.join(folder, 'log.jsonl')
-    keys = ('tokens', 'elapsed', 'loss', 'val_loss', 'margin')
-    rows = read_jsonl(path) if os.path.exists(path) else ()
-    return [{key: row[key] for key in keys if key in row} for _, row in rows]
 
 
 def write_report(path, page):
@@ -1227,7 +1213,7 @@ if __name__ == '__main__':
         file.write(json.dumps(record, indent=1))
 
     # what a person reads: the page, the tables and notes, and one line of summary last
-    others = read_paper(suites)
+    others = read_paper(suites, generated)
     columns = make_columns(metrics, suites, others)
     tables = make_tables(columns, record, about, others)
     notes = make_notes(columns, record, suites, others)
@@ -1237,7 +1223,6 @@ if __name__ == '__main__':
         page |= dict(data=data_dir, summary=summary, table=tables[0], changes=tables[1])
         page |= dict(scores=metrics | {f'{arm} (mean)': means[arm]['metrics'] for arm in means})
         page |= dict(about=about, columns=columns, paper=others)
-        page |= dict(logs={name: read_log(where) for name, where in models.items()})
         write_report(html, page | dict(notes=notes))
     for table in tables:
         print_table(table)
