@@ -4,9 +4,9 @@
     python tests/gpu_check.py attention generate  these steps
 
 For a machine with one CUDA card and requirements.txt: no network, no data, random weights of the
-true shapes. A step is a process of its own with a time limit and prints a line, `PASS|FAIL name
-{figures}`. The proofs run together, the measurements one after the other. After 520 s all
-ends, and what is missing has failed. --layers=2 makes the large model shallow, for a trial.
+true shapes. A step is a process with a time limit and prints a line, `PASS|FAIL name {figures}`.
+The proofs run together, the measurements one after the other. After 520 s all ends, and what is
+missing has failed. --layers=2 makes the large model shallow, for a trial.
 
 --launcher="COMMAND" runs the steps by another program than this Python; --dry: it is a stand-in for
 a card, so that nothing is timed out, and a step whose numbers are wrong prints DRY.
@@ -40,8 +40,7 @@ SECONDS = 520
 SHAPE = 'qwen2.5-0.5b'  # 358 M parameters
 # dense bf16 FLOP/s of the data sheets
 DATASHEET = dict(H200=989e12, H100=989e12, A100=312e12, A5000=111e12)
-SLAM_TOKENS = 17_625 * 81_920  # Table 4
-SLAM_PAIRS = 813 * 64  # Table 5
+SLAM_TOKENS = 17_625 * 81_920  # Table 4; Table 5 has 813 steps of 64 pairs
 
 
 # -----------------------------------------------------------------------------
@@ -351,7 +350,7 @@ def dpo():
         load_slm(f'preset:{SHAPE}', context=1024).save_pretrained(init, slam)
         flags = 'config/slam_dpo.py', f'--init={init}', f'--data={data}/pairs.jsonl'
         speed = run_script('dpo.py', 30, 'pairs_per_s', folder + '/dpo', *flags)
-    report(pairs_s=round(speed, 1), minutes_of_slam=round(SLAM_PAIRS / speed / 60, 2))
+    report(pairs_s=round(speed, 1), minutes_of_slam=round(813 * 64 / speed / 60, 2))
 
 
 def generation():
