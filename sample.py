@@ -34,6 +34,7 @@ from model import (
     check_encoder_ids,
     dedup,
     find_audio,
+    import_transformers,
     load_audio,
     load_slm,
     pick_device,
@@ -197,10 +198,9 @@ def load_networks(prompts, ids, device):
         nets.vocoder = UnitVocoder.from_pretrained(of_vocoder or '', device=device)
 
     if asr:
-        from transformers import pipeline
-
         with reading(asr):
-            nets.asr = pipeline('automatic-speech-recognition', model=asr, device=device)
+            transformers = import_transformers()
+            nets.asr = transformers.pipeline('automatic-speech-recognition', asr, device=device)
 
     # all that take part must have the same units
     parts = [part for part in (nets.encoder, nets.vocoder) if part]
@@ -259,8 +259,8 @@ def make_sample(p, k, new, nets):
         row['runs'] = max(0, len(new) - REPEAT + 1)
         row['repeated_runs'] = round(row['runs'] * auto_bleu(new.tolist(), n=REPEAT))
     if nets.asr:
-        sound = dict(raw=sound.numpy(), sampling_rate=SAMPLE_RATE)
-        row['transcript'] = nets.asr(sound, return_timestamps=True)['text'].strip()
+        clip = dict(raw=sound.numpy(), sampling_rate=SAMPLE_RATE)
+        row['transcript'] = nets.asr(clip, return_timestamps=len(sound) > 30 * SAMPLE_RATE)['text']
     if nets.asr and resynth and p.text:
         words, found = (re.findall(r"[\w']+", x.lower()) for x in (p.text, row['transcript']))
         row |= dict(text_words=len(words), word_errors=edit_distance(words, found))
@@ -311,7 +311,8 @@ if __name__ == '__main__':
     # what to begin with, and the networks that it takes
     none = torch.zeros(0, dtype=torch.long)
     prompts, ids = find_prompts(prompt, split, max_prompts)
-    prompts = prompts or [Prompt('start', units=none, duration=none, text=from_text or None)]
+    name = 'from_text' if from_text else 'unprompted'
+    prompts = prompts or [Prompt(name, units=none, duration=none, text=from_text or None)]
     nets = load_networks(prompts, ids, pick_device(device))
     for p in prompts:
         encode_prompt(p, nets, 60.0 if resynth else prompt_seconds)
@@ -339,6 +340,7 @@ if __name__ == '__main__':
         file.writelines(json.dumps(row) + '\n' for row in rows)
     with write_atomic(os.path.join(out, 'sample.json')) as file:
         result = dict(config, encoder_id=nets.encoder_id, samples=len(rows), **rates_of(rows))
+        result['texts'] = [row['continuation'] for row in rows if 'continuation' in row]
         json.dump(result, file, indent=2)
     rates = ''.join(f', {name} {rate:.1f} %' for name, rate in rates_of(rows).items())
     print(f'{len(rows)} samples{rates} -> {html or out}')

@@ -1,6 +1,4 @@
-"""The override mechanism of every script: config files and flags, applied left to right.
-
-    python train.py config/slam_a5000.py --row_tokens=4096 --compile=False --tracker wandb
+"""Overrides: `python train.py config/slam_a5000.py --lr=1e-3 --compile=False`, left to right.
 
 A script's knobs are the module-level variables between its two ruled lines (`# ----`), and --help
 prints that block. A config file is Python that assigns some of them; names that begin with an
@@ -58,9 +56,8 @@ def convert(key, value, defaults, where):
         fail(f'{where}: unknown knob {key!r}; did you mean {near}?')
     default = defaults[key]
     if isinstance(value, str) and not isinstance(default, str):
-        literal = value.capitalize() if value.lower() in ('true', 'false', 'none') else value
         with contextlib.suppress(ValueError, SyntaxError):  # else it stays text
-            value = ast.literal_eval(literal)
+            value = ast.literal_eval(re.sub('^(true|false|none)$', lambda m: m[0].title(), value))
     if {type(default), type(value)} == {int, float} and value % 1 == 0:
         value = type(default)(value)  # --lr=1, --max_steps=1e4
     if default is not None and type(value) is not type(default):
@@ -80,14 +77,18 @@ def run_config(path, knobs):
     return {k: v for k, v in names.items() if k not in own and v is not knobs.get(k, own)}
 
 
+def read_block(path):
+    """The text of a script between its two ruled lines, and the names of the knobs there."""
+    with open(path, encoding='utf-8') as file:
+        block = re.split(r'^# -{20,}\n', file.read(), flags=re.M)[1]
+    return block, re.findall(r'^([a-z]\w*) *=', block, re.M)
+
+
 def configure(scope):
     """Apply sys.argv to the knobs of a script: `config = configure(globals())` opens its main body.
-
-    Returns: dict of every knob and its final value. Exits after --help and for a user's mistake.
-    """
-    with open(scope['__file__'], encoding='utf-8') as file:
-        block = re.split(r'^# -{20,}\n', file.read(), flags=re.M)[1]
-    defaults = {name: scope[name] for name in re.findall(r'^([a-z]\w*) *=', block, re.M)}
+    Returns every knob's final value, dict. Exits after --help and for a user's mistake."""
+    block, names = read_block(scope['__file__'])
+    defaults = {name: scope[name] for name in names}
     arguments = sys.argv[1:]
     while arguments:
         argument = arguments.pop(0)
@@ -103,13 +104,11 @@ def configure(scope):
         key, equals, text = argument[2:].partition('=')
         key = key.replace('-', '_')
         if not equals:  # --flag alone is True; any other knob takes the next argument
-            default = defaults.get(key)
+            text, default = 'True', defaults.get(key)
             value = '(?i)true|false' if isinstance(default, bool) else '(?!--).*'
             if arguments and re.fullmatch(value, arguments[0]):
                 text = arguments.pop(0)
-            elif isinstance(default, bool | None):
-                text = 'True'
-            else:
+            elif not isinstance(default, bool | None):
                 fail(f'--{key} needs a value: --{key}={scope[key]!r} is the default')
         scope[key] = convert(key, text, defaults, f'--{key}')
     return {name: scope[name] for name in defaults}

@@ -1,6 +1,6 @@
 """What every file keeps to, the override mechanism, and the small helpers that scripts share.
 
-python tests/test_house.py prints the line counts beside their budgets.
+PYTHONPATH=. python tests/test_house.py prints the line counts beside their budgets.
 """
 
 import config
@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import model as M  # noqa: E402
+import model as M
 
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ['prepare_units', 'make_synthetic', 'train', 'dpo', 'eval_slm', 'sample']
 # lines after ruff format; a file may be 5 % over. Raise no number: delete something
 BUDGETS = {
@@ -59,12 +58,10 @@ def main_of(tree):
 def test_functions_are_short(script):
     tree = tree_of(script)
     parts = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in parts}
-    assert {name: length for name, length in lengths.items() if length > 60} == {}
-    if script in SCRIPTS:
-        main = main_of(tree)
-        limit = 150 if script in ('train', 'dpo') else 60
-        assert main.end_lineno - main.lineno + 1 <= limit
+    parts += [main_of(tree)] if script in SCRIPTS else []
+    for part in parts:
+        long = isinstance(part, ast.If) and script in ('train', 'dpo')
+        assert part.end_lineno - part.lineno < (150 if long else 60), ast.unparse(part)[:100]
 
 
 @pytest.mark.parametrize('script', [*SCRIPTS, 'model'])
@@ -85,11 +82,10 @@ def test_the_main_body_assigns_no_knob(script):
     """A knob is a constant: what is derived from it has a name of its own."""
     block = re.split(r'^# -{20,}\n', (ROOT / f'{script}.py').read_text(), flags=re.M)[1]
     knobs = {target.id for node in ast.parse(block).body for target in node.targets}
-    body = [node for node in ast.walk(main_of(tree_of(script))) if hasattr(node, 'targets')]
-    names = [name for node in body for target in node.targets for name in ast.walk(target)]
-    names = [name for name in names if isinstance(name, ast.Name)]
-    assigned = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    assert not knobs & assigned
+    body = [node for node in ast.walk(main_of(tree_of(script))) if isinstance(node, ast.Assign)]
+    found = [name for node in body for target in node.targets for name in ast.walk(target)]
+    found = [name for name in found if isinstance(name, ast.Name)]
+    assert not knobs & {name.id for name in found if isinstance(name.ctx, ast.Store)}
 
 
 def test_nothing_names_a_machine():
@@ -138,29 +134,23 @@ def test_files_and_flags_left_to_right(script, arguments, wanted):
     assert type(found['rate']) is float and type(found['steps']) is int
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['--raet=3'], "unknown knob 'raet'; did you mean rate"),
-        (['--rate=fast'], "--rate: rate expects float, got 'fast'"),
-        (['--steps=1.5'], 'steps expects int, got 1.5'),
-        (['--flag=3'], 'flag expects bool, got 3'),
-        (['--name'], "--name needs a value: --name='x' is the default"),
-        (['absent.py'], 'absent.py: FileNotFoundError'),
-        (['rate'], "unexpected argument 'rate'"),
-    ],
-)
-def test_a_wrong_flag_is_one_line(script, capsys, arguments, message):
+MISTAKES = {
+    "unknown knob 'raet'; did you mean rate": '--raet=3',
+    "--rate: rate expects float, got 'fast'": '--rate=fast',
+    'steps expects int, got 1.5': '--steps=1.5',
+    'flag expects bool, got 3': '--flag=3',
+    "--name needs a value: --name='x' is the default": '--name',
+    'absent.py: FileNotFoundError': 'absent.py',
+    "unexpected argument 'rate'": 'rate',
+}
+
+
+@pytest.mark.parametrize('message', MISTAKES)
+def test_a_wrong_flag_is_one_line(script, capsys, message):
     with pytest.raises(SystemExit) as ended:
-        script(*arguments)
+        script(MISTAKES[message])
     printed = capsys.readouterr().err
     assert ended.value.code == 2 and message in printed and printed.count('\n') == 1
-
-
-def test_help_prints_the_block(script, capsys):
-    with pytest.raises(SystemExit):
-        script('--help')
-    assert 'What it does.' in (printed := capsys.readouterr().out) and 'rate = 1.0' in printed
 
 
 def start(tmp_path, body):
@@ -235,12 +225,6 @@ def test_names_of_splits():
     )
     with pytest.raises(M.InputError, match='devil'):
         M.split_of('devil')
-
-
-def test_units_of_two_encoders_do_not_mix():
-    M.check_encoder_ids({'a': 'x', 'b': None, 'c': 'x'})
-    with pytest.raises(M.InputError, match='a: x.*c: y'):
-        M.check_encoder_ids({'a': 'x', 'b': None, 'c': 'y'})
 
 
 def test_auto_bleu_by_hand():

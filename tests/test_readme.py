@@ -1,5 +1,5 @@
-"""README's way to a language of one's own, on generated German speech: its commands as they stand,
-but for the encoder (no download here) and sizes."""
+"""README's commands for your own language, on synthetic German speech: as they are written, but for
+the encoder (no download here) and sizes."""
 
 import os
 import re
@@ -12,7 +12,7 @@ SENTENCES = """Der Hund schläft im Garten. Die Katze sitzt auf dem Dach. Wir ge
 Morgen kommt meine Schwester. Das Wetter ist schön. Ich trinke gerne Kaffee. Er liest ein Buch.
 Die Kinder spielen am Fluss. Das Brot ist frisch. Sie singt ein altes Lied.""".split('. ')
 
-# what stands in README -> what is small enough for a test
+# what README says -> what is small enough for a test
 SMALLER = {
     '--encoder=mhubert25': '--encoder=mfcc',
     '--fit_kmeans=500': '--fit_kmeans=20',
@@ -62,14 +62,12 @@ def test_your_own_language(tmp_path):
     run(tmp_path, speak)
 
     commands = readme_commands('Your own language')
-    assert [command[0] for command in commands] == [
-        *('prepare_units.py', 'prepare_units.py', 'sample.py', 'train.py', 'sample.py'),
-        *('make_synthetic.py', 'eval_slm.py'),
-    ]
+    scripts = [command[0] for command in commands]
+    assert scripts[0] == 'prepare_units.py' and {'train.py', 'sample.py'} < set(scripts)
     for command in commands:
         printed = run(tmp_path, command)
         if '--resynth' in command:
-            assert 'of the frames come back' in printed
+            assert 'frames_unchanged' in printed
     assert (tmp_path / 'out' / 'mine' / 'model.safetensors').exists()
     assert (tmp_path / 'out' / 'eval.json').exists()
     assert (tmp_path / 'page.html').stat().st_size > 10_000
