@@ -156,7 +156,7 @@ def test_manifests_and_audio_of_the_demo(made):
                     assert np.abs(wave[int(start * rate) : int(end * rate)]).max() > 0.02
                     if word.endswith('.'):  # the pause between sentences is silent
                         between = wave[int(end * rate) + 16 : int(later * rate) - 16]
-                        assert later - end >= 0.19 and np.abs(between).max() < 2e-3
+                        assert later - end >= 0.09 and np.abs(between).max() < 2e-3
     assert {'train'} <= {row['split'] for row in rows_of(f'{made}/stories')} <= {'train', 'val'}
 
 
