@@ -1548,8 +1548,13 @@ def read_encoder(folder):
     config, net = read_json(os.path.join(folder, 'encoder.json')), None
     with reading(folder):
         tensors = load_file(os.path.join(folder, 'encoder.safetensors'))
-        centroids = check_centroids(tensors.pop('centroids'))
-        if config['kind'] not in ('mfcc', 'hubert') or config['n_units'] != len(centroids):
+        centroids = tensors.pop('centroids').float()
+        right = (
+            centroids.ndim == 2
+            and len(centroids) == config['n_units']
+            and centroids.isfinite().all()
+        )
+        if config['kind'] not in ('mfcc', 'hubert') or not right:
             raise ValueError('encoder.json does not fit encoder.safetensors')
         if config.get('vocoder') not in (None, 'vocoder', 'hifigan25'):  # no path is followed
             raise ValueError(f'`vocoder` {config["vocoder"]!r} is not allowed')
@@ -1606,13 +1611,6 @@ def load_net(source, layer, weights=None):
     return net.eval()
 
 
-def check_centroids(centroids):
-    """(n_units, D) float32. Raises ValueError if these are not finite numbers of that shape."""
-    if centroids.ndim != 2 or not len(centroids) or not centroids.isfinite().all():
-        raise ValueError('the centroids are not (n_units, D) finite numbers')
-    return centroids.float()
-
-
 def cache_path(name):
     """Where public files are kept: $SLAM_CACHE, or ~/.cache/slam."""
     return os.path.join(os.environ.get('SLAM_CACHE') or os.path.expanduser('~/.cache/slam'), name)
@@ -1662,10 +1660,14 @@ def read_kmeans(path):
 
     with reading(f'{path} (.safetensors with `centroids`, or a joblib dump of KMeans)'):
         if path.endswith('.safetensors'):
-            return check_centroids(load_file(path)['centroids'])
-        with open(path, 'rb') as file:
-            kmeans = Reader(path, file, ensure_native_byte_order=True).load()
-        return check_centroids(torch.from_numpy(kmeans.cluster_centers_))
+            centroids = load_file(path)['centroids'].float()
+        else:
+            with open(path, 'rb') as file:
+                kmeans = Reader(path, file, ensure_native_byte_order=True).load()
+            centroids = torch.from_numpy(kmeans.cluster_centers_).float()
+        if centroids.ndim != 2 or not len(centroids) or not centroids.isfinite().all():
+            raise ValueError('its centroids are not (n_units, D) finite numbers')
+    return centroids
 
 
 # -----------------------------------------------------------------------------
@@ -1835,16 +1837,16 @@ class UnitVocoder:
         write_part(folder, 'vocoder', self.config, self.voice.state_dict())
 
     def check(self, units):
-        """(n,) long on the device. Raises InputError for units of another encoder."""
-        units = torch.as_tensor(units, dtype=torch.long)
+        """(n,) long on the CPU. Raises InputError for units of another encoder."""
+        units = torch.as_tensor(units, dtype=torch.long, device='cpu')
         if len(units) and not 0 <= int(units.min()) <= int(units.max()) < self.n_units:
             raise InputError(f'unit {int(units.max())}: this vocoder has {self.n_units} units')
-        return units.to(self.device)
+        return units
 
     @torch.inference_mode()
     def durations(self, units):
         """De-duplicated units (n,) -> frames of each (n,), at least 1, on the CPU."""
-        return self.voice.predict_durations(self.check(units)).cpu()
+        return self.voice.predict_durations(self.check(units).to(self.device)).cpu()
 
     @torch.inference_mode()
     def decode(self, units, durations=None, speaker=0, style=0):
@@ -1855,7 +1857,7 @@ class UnitVocoder:
         Raises InputError for units, speakers or styles that this vocoder does not have.
         """
         durations = self.durations(units) if durations is None else torch.as_tensor(durations)
-        frames = self.check(units).repeat_interleave(durations.to(self.device))
+        frames = self.check(units).repeat_interleave(durations.cpu()).to(self.device)
         if not len(frames):
             return torch.zeros(0)
         wave = self.voice(frames, speaker, style)
