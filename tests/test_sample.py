@@ -84,7 +84,8 @@ def whisper(tmp_path_factory):
     extractor = transformers.WhisperFeatureExtractor(feature_size=20)
     transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
     shape = dict(num_mel_bins=20, d_model=16, max_target_positions=32, init_std=1.0)
-    shape |= dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+    shape |= dict(encoder_layers=1, decoder_layers=1)
+    shape |= dict(encoder_attention_heads=2, decoder_attention_heads=2)
     ends = dict(decoder_start_token_id=257, eos_token_id=256, pad_token_id=256, bos_token_id=256)
     config = transformers.WhisperConfig(vocab_size=len(tokenizer), **shape, **ends)
     net = transformers.WhisperForConditionalGeneration(config)
@@ -219,7 +220,8 @@ def test_resynthesis_of_8_khz_recordings_with_transcripts(data, tmp_path, whispe
     flags = ['--resynth', f'--asr={whisper}', f'--out={tmp_path}/s', page]
     lines = run(f'--init={data["slm"]}', f'--prompt={data["audio"]}', *flags)
     rows = rows_of(tmp_path / 's/units.jsonl')
-    assert [row['transcript'] in lines[i] for i, row in enumerate(rows)] == [True, True]
+    printed = ''.join(''.join(lines).split())  # whitespace aside: the transcripts are rubbish
+    assert all(''.join(row['transcript'].split()) in printed for row in rows)
     words = [row['text'].split() for row in rows]
     errors = sum(row['word_errors'] for row in rows)
     result = json.loads((tmp_path / 's/sample.json').read_text())
@@ -227,7 +229,10 @@ def test_resynthesis_of_8_khz_recordings_with_transcripts(data, tmp_path, whispe
     for row, text in zip(rows, words, strict=True):
         found = re.findall(r"[\w']+", row['transcript'].lower())
         assert row['word_errors'] == nltk.edit_distance(text, found)
-    assert rows[0]['transcript'] in json.dumps((tmp_path / 'page.html').read_text())
+    assert (
+        json.dumps(rows[0]['transcript']).replace('<', '\\u003c')
+        in (tmp_path / 'page.html').read_text()
+    )
 
 
 def test_text_of_an_interleaved_model_needs_no_other_network(tmp_path):
