@@ -86,7 +86,8 @@ def whisper(tmp_path_factory):
     shape = dict(num_mel_bins=20, d_model=16, max_target_positions=32, init_std=1.0)
     shape |= dict(encoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
     ends = dict(decoder_start_token_id=257, eos_token_id=256, pad_token_id=256, bos_token_id=256)
-    config = transformers.WhisperConfig(len(tokenizer), decoder_layers=1, **shape, **ends)
+    shape |= dict(decoder_layers=1, vocab_size=len(tokenizer))
+    config = transformers.WhisperConfig(**shape, **ends)
     net = transformers.WhisperForConditionalGeneration(config)
     net.generation_config.max_length = 20
     net.save_pretrained(folder)
