@@ -84,9 +84,10 @@ def whisper(tmp_path_factory):
     extractor = transformers.WhisperFeatureExtractor(feature_size=20)
     transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
     shape = dict(num_mel_bins=20, d_model=16, max_target_positions=32, init_std=1.0)
-    shape |= dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+    shape |= dict(encoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
     ends = dict(decoder_start_token_id=257, eos_token_id=256, pad_token_id=256, bos_token_id=256)
-    config = transformers.WhisperConfig(vocab_size=len(tokenizer), **shape, **ends)
+    shape |= dict(decoder_layers=1, vocab_size=len(tokenizer))
+    config = transformers.WhisperConfig(**shape, **ends)
     net = transformers.WhisperForConditionalGeneration(config)
     net.generation_config.max_length = 20
     net.save_pretrained(folder)
@@ -98,10 +99,6 @@ def run(*args):
     done = run_script('sample.py', '--device=cpu', *args)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
-
-
-# -----------------------------------------------------------------------------
-# Parts
 
 
 def test_prompts_in_folders_manifests_and_units_files(tmp_path):
@@ -165,10 +162,6 @@ def test_greedy_generation_is_transformers(data, monkeypatch):
         assert k == 1 and new.tolist() == wanted
 
 
-# -----------------------------------------------------------------------------
-# The whole
-
-
 def test_continuations(data, tmp_path):
     args = [f'--init={data["slm"]}', f'--prompt={data["audio"]}', '--num_samples=2']
     args += ['--max_new_tokens=40', '--batch_size=3']
@@ -219,7 +212,8 @@ def test_resynthesis_of_8_khz_recordings_with_transcripts(data, tmp_path, whispe
     flags = ['--resynth', f'--asr={whisper}', f'--out={tmp_path}/s', page]
     lines = run(f'--init={data["slm"]}', f'--prompt={data["audio"]}', *flags)
     rows = rows_of(tmp_path / 's/units.jsonl')
-    assert [row['transcript'] in lines[i] for i, row in enumerate(rows)] == [True, True]
+    printed = ''.join(''.join(lines).split())  # whitespace aside: the transcripts are rubbish
+    assert all(''.join(row['transcript'].split()) in printed for row in rows)
     words = [row['text'].split() for row in rows]
     errors = sum(row['word_errors'] for row in rows)
     result = json.loads((tmp_path / 's/sample.json').read_text())
@@ -227,7 +221,10 @@ def test_resynthesis_of_8_khz_recordings_with_transcripts(data, tmp_path, whispe
     for row, text in zip(rows, words, strict=True):
         found = re.findall(r"[\w']+", row['transcript'].lower())
         assert row['word_errors'] == nltk.edit_distance(text, found)
-    assert rows[0]['transcript'] in json.dumps((tmp_path / 'page.html').read_text())
+    assert (
+        json.dumps(rows[0]['transcript']).replace('<', '\\u003c')
+        in (tmp_path / 'page.html').read_text()
+    )
 
 
 def test_text_of_an_interleaved_model_needs_no_other_network(tmp_path):
@@ -265,8 +262,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize('message', MISTAKES)
-def test_mistakes_are_one_line(data, tmp_path, message):
+def test_mistakes_are_one_line(data, tmp_path):
     (tmp_path / 'empty.wav').touch()
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other/meta.json').write_text('{"encoder_id": "hubert50"}')
@@ -278,8 +274,8 @@ def test_mistakes_are_one_line(data, tmp_path, message):
     table = M.UnitTable(N_UNITS // 2, 25.0)
     table.add(speech(0, 2), torch.arange(50) % 20)
     table.finish(None).save_pretrained(tmp_path / 'small')
-    args = MISTAKES[message].split()
-    args = [re.sub('=(.*[.]|small)', rf'={tmp_path}/\1', arg) for arg in args]
-    done = run_script('sample.py', f'--init={data["slm"]}', f'--out={tmp_path}/o', *args)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / 'o').exists()
+    for message, args in MISTAKES.items():
+        args = [re.sub('=(.*[.]|small)', rf'={tmp_path}/\1', arg) for arg in args.split()]
+        done = run_script('sample.py', f'--init={data["slm"]}', f'--out={tmp_path}/o', *args)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / 'o').exists()
