@@ -1490,20 +1490,26 @@ class UnitEncoder:
         return torch.cat(parts)
 
 
+@lru_cache(4)
+def cepstral_basis(n_cep, lifter, c0):
+    """Cosines with weights: (N_MELS, n_cep)."""
+    from torchaudio.functional import create_dct
+
+    weight = torch.arange(n_cep).clamp(min=1) ** lifter / 2**0.5
+    weight[0] = c0
+    return create_dct(n_cep, N_MELS, 'ortho') * weight
+
+
 def mfcc(wave, config):
     """Two 20 ms cepstra a frame of 40 ms, of the log-mel spectrum relative to the loudness of the
     utterance: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
-    from torchaudio.functional import create_dct
-
-    mel = log_mel(F.pad(wave, (0, max(0, 4 * HOP - len(wave)))))
+    mel = log_mel(F.pad(wave, (0, 4 * HOP - len(wave))) if len(wave) < 4 * HOP else wave)
     mel = mel[: len(mel) // 4 * 4]
     energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
     loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
     relative = (mel + (config['range'] - loud)).clamp_(min=0)
     halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
-    weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
-    weight[0] = config['c0']
-    return (halves @ (create_dct(config['n_cep'], N_MELS, 'ortho') * weight)).flatten(1)
+    return (halves @ cepstral_basis(*(config[key] for key in ('n_cep', 'lifter', 'c0')))).flatten(1)
 
 
 def cheapest_path(costs, price):
