@@ -406,15 +406,16 @@ if __name__ == '__main__':
     autocast = torch.autocast(torch_device.type, torch_dtype, enabled=torch_dtype != torch.float32)
 
     # Report what will be done. A run that is made longer changes its learning rate at once.
-    n_params = model.num_params()
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
-    log(f'{init}: {n_params:,} parameters on {world} x {machine}, {torch_dtype}', rank)
+    log(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
     n = loader.lengths[loader.order(0)].sum()
     log(f'{n:,} tokens an epoch, {max_steps * batch_tokens / n:.3g} epochs', rank)
-    log(f'{loader.dropped} tokens dropped: utterances cut at {context} that leave one', rank)
+    log(f'{loader.dropped} tokens dropped: what a cut at {context} leaves alone', rank)
     if step:
         old, new = updater.param_groups[0]['lr'], learning_rate(step, step / max_steps)
-        log(f'going on at step {step}: the learning rate was {old:.2e}, it is {new:.2e}', rank)
+        jump = f', where the learning rate was {old:.2e} and now is {new:.2e}'
+        other = state['config']['max_steps'] != max_steps
+        log(f'going on at step {step}{jump if other else ""}', rank)
     del state  # it holds a copy of the model
 
     # The log locks out_dir. A thread collates the next batch while the device works on this one.
