@@ -7,7 +7,6 @@ UnitVocoder   units -> wave        the unit HiFi-GAN, or a table of spectra
 """
 
 import contextlib
-import copy
 import hashlib
 import importlib
 import io
@@ -23,7 +22,6 @@ import time
 from bisect import bisect_left, insort
 from collections import Counter
 from functools import cached_property, lru_cache, partial
-from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,7 +54,7 @@ class Norm(nn.Module):
         super().__init__()
         self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if config.norm_bias else None
+        self.bias = nn.Parameter(torch.zeros(size)) if 'norm1' in config.biases else None
 
     def forward(self, x):
         weight = self.weight.float()
@@ -68,8 +66,8 @@ class Norm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE. x: (B, T, H, D); cos, sin: (B, T, 1, R), the first half of sin negative. Feature i < R
-    is rotated together with i + R / 2."""
+    """RoPE of features i and i + R / 2. x: (B, T, H, D); cos, sin: (B, T, 1, R), the first half of
+    sin negative."""
     R = cos.shape[-1]
     part = x[..., :R]
     # roll, not cat: the compiler then makes one backward kernel for q and k, joined with v
@@ -84,16 +82,18 @@ class Block(nn.Module):
         super().__init__()
         c = self.config = config
         self.norm1 = Norm(c, c.n_embd)
-        self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
-        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
+        self.qkv = nn.Linear(
+            c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias='qkv' in c.biases
+        )
+        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias='out' in c.biases)
         if c.qk_norm:
             self.norm_q = Norm(c, c.head_dim)
             self.norm_k = Norm(c, c.head_dim)
         self.norm2 = Norm(c, c.n_embd)
         # gated (SwiGLU): gate and up in one product
-        self.up = nn.Linear(c.n_embd, c.n_ffn * (1 + c.gated), bias=c.mlp_bias)
-        self.down = nn.Linear(c.n_ffn, c.n_embd, bias=c.mlp_bias)
-        self.act = ACTIVATIONS[c.act]
+        self.up = nn.Linear(c.n_embd, c.n_ffn * (1 + c.gated), bias='up' in c.biases)
+        self.down = nn.Linear(c.n_ffn, c.n_embd, bias='down' in c.biases)
+        self.act, self.drop = ACTIVATIONS[c.act], nn.Dropout(c.dropout)
 
     def attention(self, x, rope, attend):
         c, (B, T, _) = self.config, x.shape
@@ -101,53 +101,53 @@ class Block(nn.Module):
         q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=2)  # (B, T, heads, D)
         if c.qk_norm:
             q, k = self.norm_q(q), self.norm_k(k)
-        if rope is not None:
+        if rope:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return self.out(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, heads, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def mlp(self, x):
         x = self.up(x)
-        if self.config.gated:
-            gate, x = x.chunk(2, dim=-1)
-            return self.down(self.act(gate) * x)
-        return self.down(self.act(x))
+        if not self.config.gated:
+            return self.down(self.act(x))
+        gate, x = x.chunk(2, dim=-1)
+        return self.down(self.act(gate) * x)
 
     def forward(self, x, rope, attend):  # x: (B, T, n_embd)
-        c = self.config
-        drop = partial(F.dropout, p=c.dropout, training=self.training)
-        if c.parallel:  # attention and MLP read the same input
-            attended = drop(self.attention(self.norm1(x), rope, attend))
-            return x + attended + drop(self.mlp(self.norm2(x)))
-        if c.pre_norm:
-            x = x + drop(self.attention(self.norm1(x), rope, attend))
-            return x + drop(self.mlp(self.norm2(x)))
-        x = self.norm1(x + drop(self.attention(x, rope, attend)))
-        return self.norm2(x + drop(self.mlp(x)))
+        if not self.config.pre_norm:
+            x = self.norm1(x + self.drop(self.attention(x, rope, attend)))
+            return self.norm2(x + self.drop(self.mlp(x)))
+        y = x + self.drop(self.attention(self.norm1(x), rope, attend))
+        # parallel: the MLP reads what attention read
+        return y + self.drop(self.mlp(self.norm2(x if self.config.parallel else y)))
 
 
 class SLM(nn.Module):
     """A decoder-only transformer over speech units; load_slm makes one.
 
-    Tokens: PAD 0, `<S>` 1 (both ends of an utterance), unit u at u + OFFSET, the convention of
-    slprl/slam. An interleaved model has a text LM's tokens first, unit u at u + offset, then the
-    switches `<speech>` and `<text>`, each before what it names; `end`, the text LM's own token,
-    ends a document.
+    Tokens, as in slprl/slam: PAD 0, `<S>` 1 (both ends of an utterance), unit u at u + OFFSET. An
+    interleaved model has a text LM's tokens first, unit u at u + offset, then the switches
+    `<speech>` and `<text>`, each before what it names; the text LM's `end` ends a document.
 
-    hf_config: transformers' config of the same model; config: the numbers of it that Block needs.
-    slam: the content of slam.json: encoder, encoder_id, vocoder, n_units, frame_rate, dedup,
-    recipe, scores; of an interleaved model also tokenizer (a folder), offset and end;
-    scoring='units' where the model was trained without `<S>` at the front, so that an utterance is
-    scored as its units alone, the first of which nothing predicts.
+    hf_config: transformers' config of the same model; config: what Block needs of it. slam: the
+    content of slam.json: encoder, encoder_id, vocoder, n_units, frame_rate, dedup, recipe, scores;
+    tokenizer (a folder), offset and end of an interleaved model; scoring='units' of a model
+    trained without `<S>`: nothing predicts the first unit of an utterance.
     """
 
     def __init__(self, hf_config, dropout=0.0, seed=0):
         super().__init__()
         self.hf_config, self.slam = hf_config, {}
         c = self.config = read_config(hf_config, dropout)
-        self.compiled_step = self.static_cache = None  # of generate
         self.embed = nn.Embedding(c.vocab_size, c.embed_dim)
-        if not c.rope_freqs:
+        if c.rope_freqs:  # cos and sin by position as rotate takes them, (ROPE_POSITIONS, R) each
+            with torch.device('cpu'):
+                positions = torch.arange(ROPE_POSITIONS, dtype=torch.float32)
+                angles = torch.outer(positions, torch.tensor(c.rope_freqs))
+            cos, sin = angles.cos() * c.rope_scale, angles.sin() * c.rope_scale
+            self.register_buffer('cos', torch.cat((cos, cos), dim=-1), persistent=False)
+            self.register_buffer('sin', torch.cat((-sin, sin), dim=-1), persistent=False)
+        else:
             self.embed_positions = nn.Embedding(c.max_positions + POSITION_OFFSET, c.n_embd)
         if c.embed_dim != c.n_embd:  # OPT-350M projects 512 -> 1024 -> 512
             self.project_in = nn.Linear(c.embed_dim, c.n_embd, bias=False)
@@ -158,79 +158,52 @@ class SLM(nn.Module):
         self.head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
-        if not self.embed.weight.is_meta:
+        if not self.embed.weight.is_meta:  # transformers' cold start
             generator = torch.Generator().manual_seed(seed)
-            for module in self.modules():  # transformers' cold start: normal(0, 0.02), biases 0
-                if isinstance(module, (nn.Linear, nn.Embedding)):
-                    nn.init.normal_(module.weight, std=0.02, generator=generator)
-                    if getattr(module, 'bias', None) is not None:
-                        nn.init.zeros_(module.bias)
-        self.make_rope()
-
-    def _apply(self, fn, recurse=True):
-        """What .to, .cuda and .bfloat16 call."""
-        super()._apply(fn, recurse)
-        self.make_rope()
-        return self
-
-    def make_rope(self):
-        """RoPE's cos and sin by position as rotate takes them, (ROPE_POSITIONS, R) each, computed
-        in fp32 and rounded once to the weights' dtype."""
-        weight, c = self.embed.weight, self.config
-        if c.rope_freqs and not weight.is_meta:
-            positions = torch.arange(ROPE_POSITIONS, dtype=torch.float32)
-            angles = torch.outer(positions, torch.tensor(c.rope_freqs))
-            cos, sin = angles.cos() * c.rope_scale, angles.sin() * c.rope_scale
-            tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-            self.rope = [table.to(weight) for table in tables]
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 2:
+                    nn.init.normal_(parameter, std=0.02, generator=generator)
+                elif name.endswith('bias'):
+                    nn.init.zeros_(parameter)
 
     def hidden(self, tokens, doc=None, positions=None, branch=None, attend=None):
         """The last hidden states (B, T, embed_dim), ready for the head.
 
-        tokens: (B, T) int64. doc: (B, T) integers, equal along one utterance and changing at its
-        border; a token sees its own utterance alone, with positions from 0. None: each row is one
-        utterance. positions: (B, T), in place of those. branch: (B, T), 0 for a shared prompt, 1,
-        2, ... for its alternatives, which see the prompt and themselves. attend: a function of q, k
-        and v, in place of attention within documents (for generation).
-        Raises: InputError if the model has no position that large.
+        tokens: (B, T) int64. doc: (B, T) integers that change at the border of two utterances: a
+        token sees its own alone, with positions from 0; None: each row is one utterance.
+        positions: (B, T), in place of those. branch: (B, T), 0 for a shared prompt, 1, 2, ... for
+        its alternatives, which see the prompt and themselves. attend: a function of q, k and v, in
+        place of attention within documents.
         """
         c, (B, T) = self.config, tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-            if doc is not None:
-                # restart at each utterance: subtract the index at which the present one began
-                first = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True)
-                positions = positions - torch.where(first, positions, 0).cummax(dim=1).values
-        if T > c.max_positions and not torch.compiler.is_compiling():
-            self.check_positions(int(positions.max()) + 1)
+            if doc is not None:  # less the index at which the present utterance began
+                positions = positions - torch.where(begins(doc), positions, 0).cummax(1).values
 
         x = self.embed(tokens)  # (B, T, embed_dim)
-        if torch.is_autocast_enabled(x.device.type):
-            # the residual stream in bf16, as in a bf16 model
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream in bf16
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if c.embed_dim != c.n_embd:
             x = self.project_in(x)
-        rope = None
         if c.rope_freqs:
-            rope = [table[positions][:, :, None].to(x.dtype) for table in self.rope]  # (B, T, 1, R)
+            rope = [table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin)]
         else:
-            x = x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
+            rope, x = None, x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
 
         if attend is None:
             attend = attention_within(doc, branch)
-        for block, has_rope in zip(self.blocks, c.rope_layers, strict=True):
-            x = block(x, rope if has_rope else None, attend)
+        for block in self.blocks:
+            x = block(x, rope, attend)
         if c.pre_norm:
             x = self.norm(x)
         return self.project_out(x) if c.embed_dim != c.n_embd else x
 
     def forward(self, tokens, targets=None, doc=None, positions=None, branch=None):
-        """Next-token logits, or the loss where targets are given.
+        """Next-token logits (B, T, vocab_size), or the mean loss in nats where targets are given.
 
         tokens, doc, positions, branch: (B, T), as in hidden. targets: (B, T) int64, the token after
         each, -100 where none is to be predicted.
-        Returns: logits (B, T, vocab_size); with targets the mean cross-entropy over those that are
-        not -100, in nats, a scalar computed in fp32.
         """
         x = self.hidden(tokens, doc, positions, branch)
         if targets is None:
@@ -238,24 +211,19 @@ class SLM(nn.Module):
         losses = self.cross_entropy(x.flatten(0, 1), targets.flatten())
         return losses.sum() / (targets != -100).sum()
 
-    def head_weight(self, x, precise=False):
-        """The head's weight in the dtype of its product with x, (vocab_size or more, embed_dim)."""
-        weight = self.head.weight.to(torch.float32 if precise else x.dtype)
+    def logits(self, x, weight=None):
+        """The head: (..., embed_dim) -> (..., vocab_size). weight: the head's in the dtype of x,
+        where several calls share it."""
+        weight = self.head.weight.to(x.dtype) if weight is None else weight
         if x.is_cuda:  # 502 columns are unaligned and slow, 512 are not
             weight = F.pad(weight, (0, 0, 0, -len(weight) % 128))
-        return weight
-
-    def logits(self, x, weight=None):
-        """The head: (..., embed_dim) -> (..., vocab_size). weight: of head_weight, where several
-        products share it."""
-        weight = self.head_weight(x) if weight is None else weight
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(weight.dtype), weight)[..., : self.config.vocab_size]
+            return F.linear(x, weight)[..., : self.config.vocab_size]
 
-    def cross_entropy(self, x, targets, precise=False):
+    def cross_entropy(self, x, targets):
         """-log p in nats, fp32, of each target: x (N, embed_dim), targets (N,) -> (N,); 0 where the
         target is -100. A large vocabulary's logits never all exist at once, nor in backward."""
-        weight = self.head_weight(x, precise)
+        weight = self.head.weight.to(x.dtype)
 
         def losses_of(x, targets):
             logits = self.logits(x, weight).float()
@@ -270,38 +238,32 @@ class SLM(nn.Module):
         return torch.cat([checkpoint(losses_of, *piece, **keep) for piece in pieces])
 
     def logps(self, tokens, mask, doc=None, positions=None, branch=None, segments=None, n=None):
-        """Log-probabilities in nats of the tokens where mask is 1, each given what it may see
-        before it; differentiable; the head's product in fp32 (bf16 logits above 8 are 1/16 apart).
+        """Sums of log-probabilities in nats of the tokens where mask is 1, each given what it may
+        see before it; differentiable; the head in fp32 (bf16 logits above 8 are 1/16 apart).
 
         tokens, doc, positions, branch: as in hidden. mask: (B, T), 0 on the first token of every
-        utterance, which nothing predicts. segments: (B, T) int64, the output that each token counts
-        towards, in 0 .. n - 1; None: its row.
-        Returns: sums, (n,) or (B,).
+        utterance, which nothing predicts. segments: (B, T) int64, the sum that each token counts
+        towards, in 0 .. n - 1; None: its row. Returns: (n,) or (B,).
         """
         B, T = tokens.shape
         before = torch.arange(T, device=tokens.device).expand(B, T) - 1
         if branch is not None:
             # an alternative's first token follows the prompt's last, not the alternative before it
             prompt_end = torch.where(branch == 0, before + 1, 0).cummax(dim=1).values
-            begins = F.pad(branch[:, 1:] != branch[:, :-1], (1, 0)) & (branch > 0)
-            before = torch.where(begins, prompt_end, before)
+            before = torch.where(begins(branch) & (branch > 0), prompt_end, before)
         x = self.hidden(tokens, doc, positions, branch)
         x = x.gather(1, before.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[-1]))
-        token_logps = -self.cross_entropy(x.flatten(0, 1), tokens.flatten(), precise=True)
-
-        mask = mask.flatten().to(token_logps.dtype)
+        token_logps = -self.cross_entropy(x.flatten(0, 1).float(), tokens.flatten())
         if segments is None:
             segments, n = torch.arange(B, device=tokens.device).repeat_interleave(T), B
         zeros = torch.zeros(n, dtype=token_logps.dtype, device=tokens.device)
-        return zeros.index_add(0, segments.flatten(), token_logps * mask)
+        return zeros.index_add(0, segments.flatten(), token_logps * mask.flatten())
 
     def check_positions(self, length):
-        """Raise InputError where `length` tokens are more than the model has positions."""
-        limit, name = self.config.max_positions, self.hf_config.model_type
+        """Raise InputError where the model has fewer positions than `length`."""
+        limit = self.config.max_positions
         if length > limit:
-            raise InputError(
-                f'{length} tokens: this {name} model has no more than {limit} positions'
-            )
+            raise InputError(f'{length} tokens: the model has no more than {limit} positions')
 
     def num_params(self):
         """Parameters, tied ones once: what Table 7 counts."""
@@ -314,8 +276,6 @@ class SLM(nn.Module):
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * span
 
-    # ------------------------------------------------------------------ tokens
-
     @property
     def offset(self):
         """The token of unit 0."""
@@ -326,14 +286,21 @@ class SLM(nn.Module):
         """The token that ends an utterance or a document."""
         return self.slam.get('end', EOS)
 
-    def tokens_of(self, parts, alone=False):
-        """Tokens (n,) int64 of a prompt, which the model may continue.
+    @cached_property
+    def tokenizer(self):
+        """The text LM's. Raises InputError where the model has no text tokens."""
+        if not self.slam.get('tokenizer'):
+            raise InputError('the model has no text tokens: train one on interleaved data')
+        return read_tokenizer(self.slam['tokenizer'])[0]
 
-        parts: list of ('speech', units) and ('text', ids), in their order; an interleaved model
-        puts its switches before each, a unit LM `<S>` before the units, its one part. alone:
-        nothing is put before the units, as models with slam['scoring'] 'units' were trained.
-        Raises: InputError for text where the model has no text tokens.
-        """
+    def encode_text(self, text, inside=False):
+        """Tokens of a text, list of int; inside: it continues other words, after a space."""
+        return self.tokenizer.encode(' ' * inside + text, add_special_tokens=False).ids
+
+    def tokens_of(self, parts, alone=False):
+        """Tokens (n,) int64 of a prompt. parts: ('speech', units) and ('text', ids) in their order;
+        an interleaved model puts its switches before each, a unit LM `<S>` before the units, its
+        one part. alone: nothing is put before them, as slam['scoring'] 'units' asks."""
         tokens = list(self.slam.get('prefix', ()))
         for kind, ids in parts:
             interleaved = self.tokenizer if kind == 'text' else self.slam.get('tokenizer')
@@ -343,31 +310,16 @@ class SLM(nn.Module):
             tokens += (torch.as_tensor(ids) + shift).tolist()
         return torch.tensor(tokens, dtype=torch.long)
 
-    @cached_property
-    def tokenizer(self):
-        """The text LM's. Raises InputError where the model has no text tokens."""
-        if not self.slam.get('tokenizer'):
-            raise InputError('the model has no text tokens: train one on interleaved data')
-        return read_tokenizer(self.slam['tokenizer'])[0]
-
-    def encode_text(self, text, inside=False):
-        """The text LM's tokens of a text, list of int; inside: it continues other words, with a
-        space before it. Raises InputError where the model has no text tokens."""
-        return self.tokenizer.encode(' ' * inside + text, add_special_tokens=False).ids
-
     def allowed_tokens(self, kind='speech'):
         """Which tokens generation may choose, (vocab_size,) bool: of an interleaved model units,
         or the text LM's own tokens, and the end; of a unit LM all but PAD."""
-        allowed = torch.ones(self.config.vocab_size, dtype=torch.bool)
-        allowed[PAD] = False
-        if self.slam.get('tokenizer'):
-            is_text = torch.arange(len(allowed)) < self.offset
-            allowed = is_text if kind == 'text' else ~is_text
-            allowed[-2:] = False  # the switches
-            allowed[self.end] = True
+        tokens = torch.arange(self.config.vocab_size)
+        if not self.slam.get('tokenizer'):
+            return tokens != PAD
+        allowed = tokens < self.offset if kind == 'text' else tokens >= self.offset
+        allowed[-2:] = False  # the switches
+        allowed[self.end] = True
         return allowed
-
-    # ------------------------------------------------------------------ generation
 
     @torch.inference_mode()
     def generate(
@@ -380,204 +332,171 @@ class SLM(nn.Module):
         repetition_penalty=1.1,
         seed=None,
         compile=False,
-        ban_repeats=None,
         kind='speech',
     ):
-        """Continue prompts (defaults: Table 6 of the paper).
+        """Continue prompts (defaults: Table 6 of the paper). No unit follows itself where slam says
+        dedup. Raises: InputError if the model has fewer positions than prompt + continuation.
 
         prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. temperature: 0
         takes the most likely token. top_k: 0 is off. repetition_penalty: over prompt and
         continuation, as transformers defines it. seed: None draws from torch's own generator.
-        compile: torch.compile the step of one token; half a minute the first time. ban_repeats: no
-        unit directly after itself, as in de-duplicated units; None: where slam says dedup. kind:
-        'speech' or 'text', what an interleaved model continues with, after that switch.
+        compile: torch.compile the step of one token; half a minute the first time. kind: 'speech'
+        or 'text', what an interleaved model continues with, after that switch.
         Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
-        Raises: InputError if the model has fewer positions than prompt + continuation.
         """
-        tokens, seen, padding = self.pad_left(prompts)
-        (B, longest), device = tokens.shape, tokens.device
+        c, device = self.config, self.embed.weight.device
+        tokens, padding = (x.to(device) for x in pad_left(prompts))
+        B, longest = tokens.shape
         self.check_positions(longest + max_new_tokens)
+        seen = torch.zeros(B, c.vocab_size, device=device).scatter_(1, tokens, 1) > 0
+        columns = torch.arange(longest, device=device)  # places of the tokens in the cache
+        # Keys and values of each layer in turn, which CUDA graphs write in place. Widths come in
+        # steps of 128: few shapes, so little to compile.
+        width, empty = -(-(longest + max_new_tokens) // 128) * 128, self.embed.weight.new_zeros
+        cache = [empty(B, c.n_kv_head, width, c.head_dim) for _ in range(2 * c.n_layer)]
+        for tensor in cache if compile else ():
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
-        # `columns` are the places of the tokens in the cache, whose width comes in steps of 128:
-        # few shapes, so little to compile
-        columns = torch.arange(longest, device=device)
-        positions = (columns - padding).clamp(min=0)
-        width = -(-(longest + max_new_tokens) // 128) * 128
-        real = torch.arange(width, device=device) >= padding
-        cache = self.make_cache(B, width, compile)
-
-        # all random numbers at once
-        top_k = min(top_k or self.config.vocab_size, self.config.vocab_size)
-        noise = torch.empty(max_new_tokens, B, top_k, device=device)
+        # All random numbers at once; greedy is the best of one. Options are tensors: other numbers
+        # would compile the step again.
+        top_k = 1 if temperature == 0 else min(top_k or c.vocab_size, c.vocab_size)
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        noise = torch.empty(max_new_tokens, B, top_k, device=device)
         noise.exponential_(generator=generator)
-        options = self.sampling(temperature, top_p, repetition_penalty, ban_repeats, kind)
+        numbers = torch.tensor([temperature or 1, top_p, repetition_penalty], device=device)
+        options = numbers.unbind(), self.allowed_tokens(kind).to(device)
 
         # the first round takes the whole prompts, each further one the token before
-        rows, ended = [tokens[:, :0]], torch.zeros(B, 1, dtype=torch.bool, device=device)
+        rows, ended = [tokens[:, :0]], torch.zeros_like(padding, dtype=torch.bool)
         for i in range(max_new_tokens):
-            step = self.compile_step(device) if compile and i > 0 else self.next_tokens
-            new = step(tokens, positions, columns, real, cache, seen, noise[i], options)
-            tokens = torch.where(ended, PAD, new[:, None])
+            step = self.compiled_step if compile and i else self.next_tokens
+            new = step(tokens, columns, padding, cache, seen, noise[i], *options)
+            tokens = torch.where(ended, PAD, new)
             seen.scatter_(1, tokens, True)
             ended = ended | (tokens == self.end)
             rows.append(tokens)
             # reading the flag waits for a GPU: not every token
             if (device.type == 'cpu' or i % 16 == 15) and ended.all():
                 break
-            positions, columns = positions[:, -1:] + 1, columns[-1:] + 1
+            columns = columns[-1:] + 1
         rows = torch.cat(rows, dim=1).cpu()  # (B, steps)
         lengths = (rows != self.end).long().cumprod(dim=1).sum(dim=1)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
-    def pad_left(self, prompts):
-        """Prompts of any lengths side by side, so that all continue at the same column: tokens
-        (B, longest), which tokens a row has seen (B, vocab_size), and its padding (B, 1)."""
-        longest = max(map(len, prompts))
-        tokens = torch.full((len(prompts), longest), PAD)
-        seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - len(prompt) :] = prompt
-            seen[row, prompt] = True
-        padding = torch.tensor([[longest - len(prompt)] for prompt in prompts])
-        return [x.to(self.embed.weight.device) for x in (tokens, seen, padding)]
-
-    def sampling(self, temperature, top_p, penalty, ban_repeats, kind):
-        """The options of `choose`, most of them as tensors: other values compile nothing."""
-        device = self.embed.weight.device
-        ban_repeats = self.slam.get('dedup') if ban_repeats is None else ban_repeats
-        is_unit = torch.arange(self.config.vocab_size, device=device) >= self.offset
-        return dict(
-            temperature=torch.tensor(float(temperature or 1), device=device),
-            top_p=torch.tensor(float(top_p), device=device),
-            penalty=torch.tensor(float(penalty), device=device),
-            allowed=self.allowed_tokens(kind).to(device),
-            may_repeat=~is_unit if ban_repeats else torch.ones_like(is_unit),
-            greedy=temperature == 0,
-        )
-
-    def make_cache(self, B, width, compile):
-        """Keys and values of each layer in turn, a list of (B, n_kv_head, width, head_dim). For a
-        compiled step they keep their addresses from call to call, as CUDA graphs need it."""
-        c, weight, old = self.config, self.embed.weight, self.static_cache
-        shape = (B, c.n_kv_head, width, c.head_dim)
-        if compile and old and old[0].shape == shape and old[0].dtype == weight.dtype:
-            return old
-        cache = [weight.new_zeros(shape) for _ in range(2 * c.n_layer)]
-        if compile and weight.is_cuda:
-            self.static_cache = cache
-            for tensor in cache:
-                torch._dynamo.mark_static_address(tensor, guard=False)
-        return cache
-
-    def compile_step(self, device):
+    @cached_property
+    def compiled_step(self):
         """next_tokens compiled: CUDA graphs on a GPU, on a CPU no Python between the kernels."""
-        if self.compiled_step is None:
-            how = dict(mode='reduce-overhead')
-            if device.type == 'cpu':  # small kernels in one thread
-                how = dict(options={'cpp_wrapper': True, 'cpp.min_chunk_size': 8192})
-            how |= dict(fullgraph=True, dynamic=True)
-            self.compiled_step = torch.compile(self.next_tokens, **how)
-        return self.compiled_step
+        how = dict(mode='reduce-overhead')
+        if not self.embed.weight.is_cuda:  # small kernels in one thread
+            how = dict(options={'cpp_wrapper': True, 'cpp.min_chunk_size': 8192})
+        return torch.compile(self.next_tokens, fullgraph=True, dynamic=True, **how)
 
-    def next_tokens(self, tokens, positions, columns, real, cache, seen, noise, options):
+    def next_tokens(self, tokens, columns, padding, cache, seen, noise, numbers, allowed):
         """One round of generation: tokens (B, T) enter the cache at `columns` (T,), and the tokens
-        that follow them, (B,), are chosen.
+        that follow them, (B, 1), are chosen.
 
-        positions: (B, T). real: (B, width of the cache) bool, False on padding. cache: of
-        make_cache. seen, noise, options: as in choose.
+        padding: (B, 1), columns to the left of each prompt. seen: (B, V) bool, tokens that the
+        penalty is for. noise: (B, top_k) of Exp(1): argmax(p / noise) falls on each token with its
+        probability p. numbers: temperature, top_p and penalty. allowed: (V,) bool.
         """
-        T = tokens.shape[1]
-        places = torch.arange(real.shape[1], device=real.device)
-        visible = real[:, None, None] & (places <= columns[:, None])  # (B, 1, T, width)
-        if T > 1:  # padding sees itself: no NaN
-            visible = visible | (places == columns[:, None])
+        places = torch.arange(cache[0].shape[2], device=tokens.device)
+        visible = (places >= padding)[:, None, None] & (places <= columns[:, None])
+        visible = visible | (places == columns[:, None])  # padding sees itself: no NaN
         layers = iter(zip(cache[0::2], cache[1::2], strict=True))
 
         def attend(q, k, v):
             keys, values = next(layers)
             keys.index_copy_(2, columns, k)
             values.index_copy_(2, columns, v)
-            if T > 1:
-                return sdpa(q, keys, values, mask=visible)
-            # one new token: the query heads of a key's group as that many queries, no key is copied
-            groups = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[-1])
-            out = F.scaled_dot_product_attention(groups, keys, values, attn_mask=visible)
-            return out.reshape(q.shape)
+            return sdpa(q, keys, values, visible)
 
-        x = self.hidden(tokens, positions=positions, attend=attend)
-        return choose(self.logits(x[:, -1]).float(), tokens[:, -1:], seen, noise, options)
-
-    # ------------------------------------------------------------------ saving
+        x = self.hidden(tokens, positions=(columns - padding).clamp(min=0), attend=attend)
+        logits = self.logits(x[:, -1]).float()  # (B, V)
+        temperature, top_p, penalty = numbers
+        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(seen, penalised, logits)
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        if self.slam.get('dedup'):  # no unit follows itself
+            token = torch.arange(logits.shape[1], device=logits.device)
+            repeats = (token == tokens[:, -1:]) & (token >= self.offset)
+            logits = logits.masked_fill(repeats, -torch.inf)
+        logits, ids = (logits / temperature).topk(noise.shape[1], dim=-1)
+        probs = logits.softmax(-1)
+        before = probs.cumsum(-1) - probs  # the smallest set that holds top_p; 1 is off
+        probs = torch.where((before > top_p) & (top_p < 1), 0, probs)
+        return ids.gather(1, (probs / noise).argmax(-1, keepdim=True))
 
     def save_pretrained(self, folder, slam=None):
         """Write a checkpoint that transformers and load_slm open: config.json, model.safetensors
         and slam.json. A write that fails leaves the files that were there.
 
-        slam: dict for slam.json; None: self.slam. Where PARTS of it name folders, these are copied
-        in, so that the checkpoint is complete by itself. Raises: OSError naming the folder where it
-        cannot be written.
+        slam: dict for slam.json; None: self.slam. The folders of PARTS that it names are copied in,
+        so that the checkpoint is complete by itself.
         """
-        slam = dict(self.slam if slam is None else slam)
-        slam.setdefault('offset', OFFSET)
+        slam = dict(offset=OFFSET) | (self.slam if slam is None else slam)
         for part in PARTS:
             if os.path.isdir(str(slam.get(part) or '')):
-                copy_part(slam[part], folder, part)
+                copy_part(slam[part], os.path.join(folder, part), part)
                 slam[part] = part
-        hf, end = copy.deepcopy(self.hf_config), slam.get('end')
-        if end is not None:  # an interleaved model
-            hf.bos_token_id = hf.eos_token_id = hf.pad_token_id = end
+        hf, end = self.hf_config, slam.get('end')
+        ids = (PAD, BOS, EOS) if end is None else (end, end, end)  # an interleaved model has one
+        hf.pad_token_id, hf.bos_token_id, hf.eos_token_id = ids
+        theirs = empty_model(hf).to(self.embed.weight.dtype).to_empty(device='cpu')
+        for ours, other in matching(self, theirs.state_dict()):
+            other.copy_(ours)
+        theirs.tie_weights()
 
-        theirs = empty_model(hf).to(self.embed.weight.dtype)
-        tensors = to_theirs(self, theirs)
         new = os.path.join(folder, 'saving.tmp')  # its files are then renamed into place
         shutil.rmtree(new, ignore_errors=True)
         try:
-            theirs.save_pretrained(new, state_dict=tensors)
+            theirs.save_pretrained(new)
             with open(os.path.join(new, 'slam.json'), 'w', encoding='utf-8') as file:
                 json.dump(slam, file, indent=2)
             for name in os.listdir(new):
                 os.replace(os.path.join(new, name), os.path.join(folder, name))
-        except Exception as error:  # safetensors has an error of its own for a full disk
-            code = re.search(r'\(os error (\d+)\)', str(error))
-            if not code:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
         finally:
             shutil.rmtree(new, ignore_errors=True)
+
+
+def pad_left(prompts):
+    """Prompts of any lengths side by side, (B, longest), and the columns to the left of each,
+    (B, 1); these repeat its first token, so that a row contains no other tokens than its own."""
+    padding = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    rows = [F.pad(p, (n, 0), value=int(p[0])) for p, n in zip(prompts, padding, strict=True)]
+    return torch.stack(rows), torch.tensor(padding)[:, None]
 
 
 # -----------------------------------------------------------------------------
 # Attention within documents
 
-# flex_attention's blocks by the card's compute capability, so that ptxas spills no register; heads
-# of 128 features take 8 warps in backward. Every token sees itself: no row is empty.
-FLEX = dict(ROWS_GUARANTEED_SAFE=True, PRESCALE_QK=True, fwd_num_warps=8)
-FLEX |= dict(bwd_num_warps=4, bwd_num_stages=2)
-FLEX_OPTIONS = {
-    9: FLEX | dict(bwd_BLOCK_M1=64, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=64),
-    8: FLEX | dict(bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=32),
-}
-
 # cuDNN's attention plans anew for each shape, and here shapes vary
 torch.backends.cuda.enable_cudnn_sdp(False)
+compiled = lru_cache(torch.compile)
 
 
-def sdpa(q, k, v, mask=None, causal=False):
-    """Scaled dot-product attention; q (B, H, T, D), k and v (B, H_kv, S, D)."""
+def begins(ids):
+    """Where a row's ids (B, T) differ from the one before, (B, T) bool; the first one does."""
+    return F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+
+
+def sdpa(q, k, v, mask=None):
+    """Scaled dot-product attention, causal without a mask; q (B, H, T, D), k, v (B, H_kv, S, D)."""
     groups = q.shape[1] // k.shape[1]
+    if mask is not None and q.shape[2] == 1:  # a key's heads as so many queries: no key is copied
+        heads = q.reshape(len(q), k.shape[1], groups, -1)
+        return F.scaled_dot_product_attention(heads, k, v, attn_mask=mask).reshape(q.shape)
     if groups > 1 and not q.is_cuda:  # the CPU's fused kernel needs equal heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1 and q.is_cuda
-    )
+    how = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1 and q.is_cuda)
+    return F.scaled_dot_product_attention(q, k, v, **how)
 
 
 def attention_within(doc, branch):
     """How every layer attends: a function of q, k, v made once a forward. doc, branch: (B, T) or
     None, as in SLM.hidden."""
     if doc is None:
-        return partial(sdpa, causal=True)
+        return sdpa
+    B, T = doc.shape
 
     def visible(b, h, i, j):  # does token i of row b see token j? as flex_attention asks it
         seen = (doc[b, i] == doc[b, j]) & (j <= i)
@@ -586,116 +505,65 @@ def attention_within(doc, branch):
         return seen & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
 
     if doc.is_cuda:
-        return attend_flex(visible, *doc.shape, doc.device)
-    rows = torch.arange(len(doc), device=doc.device)[:, None, None]
-    i = torch.arange(doc.shape[1], device=doc.device)
+        return attend_flex(visible, B, T, doc.device)
     if doc.device.type != 'cpu' or torch.compiler.is_compiling():
-        # an ordinary mask, (B, 1, T, T)
-        return partial(sdpa, mask=visible(rows, None, i[:, None], i)[:, None])
+        rows, i = (torch.arange(n, device=doc.device) for n in (B, T))
+        return partial(sdpa, mask=visible(rows[:, None, None], None, i[:, None], i)[:, None])
 
     # one call a document: on a CPU the cost is then the sum of squares, not the square of the row
-    documents = []
-    for row, ids in enumerate(doc):
-        stop = 0
-        for length in torch.unique_consecutive(ids, return_counts=True)[1].tolist():
-            start, stop = stop, stop + length
-            inside, mask = torch.arange(start, stop), None
-            if branch is not None:
-                mask = visible(row, None, inside[:, None], inside)
-            documents.append((row, start, stop, mask))
-    return partial(attend_documents, documents=documents)
+    starts = begins(doc).flatten().nonzero()[:, 0]
+    lengths = torch.diff(starts, append=torch.tensor([B * T])).tolist()
+    masks = [None] * len(lengths)
+    if branch is not None:
+        branches = branch.flatten().split(lengths)
+        masks = [((ids == 0) | (ids == ids[:, None])).tril() for ids in branches]
 
+    def attend(q, k, v):
+        # (B, H, T, D) -> per document (1, H, length, D), and back
+        pieces = [x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v)]
+        out = [
+            sdpa(*(x.transpose(0, 1)[None] for x in qkv), mask)
+            for *qkv, mask in zip(*pieces, masks, strict=True)
+        ]
+        return torch.cat(out, dim=2).view(-1, B, T, q.shape[-1]).transpose(0, 1)
 
-def attend_documents(q, k, v, documents):
-    """Attention of each document to itself. documents: (row, start, stop, mask) in their order,
-    which cover all rows; mask: (T, T) bool, None: causal."""
-    B, H, T, D = q.shape
-    out = []
-    for row, start, stop, mask in documents:
-        q_k_v = (x[row : row + 1, :, start:stop] for x in (q, k, v))
-        out.append(sdpa(*q_k_v, mask=mask, causal=mask is None))
-    return torch.cat(out, dim=2).view(H, B, T, D).transpose(0, 1)
-
-
-@lru_cache(maxsize=1)
-def compiled_flex():
-    """flex_attention and create_block_mask for callers that are not compiled: the plain ones
-    materialise the (T, T) scores."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
+    return attend
 
 
 def attend_flex(visible, B, T, device):
     """Block-masked flash attention: blocks in which `visible` is nowhere true are not computed."""
-    if torch.compiler.is_compiling():
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    else:
-        flex_attention, create_block_mask = compiled_flex()
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if not torch.compiler.is_compiling():  # plain ones materialise the (T, T) scores
+        create_block_mask, flex_attention = compiled(create_block_mask), compiled(flex_attention)
     mask = create_block_mask(visible, B, None, T, T, device=device)
-    options = {}
-    if device.type == 'cuda':
-        options = FLEX_OPTIONS.get(torch.cuda.get_device_capability(device)[0], {})
+    # Blocks with which ptxas spills no register on an H200, and on smaller cards; every token sees
+    # itself: no row is empty.
+    small = 64 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 32
+    options = dict(ROWS_GUARANTEED_SAFE=True, PRESCALE_QK=True, fwd_num_warps=8, bwd_num_stages=2)
+    options |= dict(bwd_BLOCK_M1=small, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=small)
 
     def attend(q, k, v):
-        grouped, wide = q.shape[1] != k.shape[1], q.shape[-1] > 64
-        blocks = options | dict(bwd_num_warps=8) if options and wide else options or None
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=blocks)
+        blocks = options | dict(bwd_num_warps=4 if q.shape[-1] <= 64 else 8)
+        gqa = q.shape[1] != k.shape[1]
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa, kernel_options=blocks)
 
     return attend
 
 
 # -----------------------------------------------------------------------------
-# Generation: how the next token is chosen
-
-
-def choose(logits, last, seen, noise, options):
-    """The next token of each row, (B,).
-
-    logits: (B, V) fp32. last: (B, 1), the tokens before. seen: (B, V) bool, the tokens that the
-    repetition penalty is for. noise: as in draw. options: temperature, top_p (1 is off) and
-    penalty, tensors of shape (); allowed, the tokens that may be chosen at all, and may_repeat,
-    those that may come directly after themselves, (V,) bool; greedy, the most likely token.
-    """
-    penalty = options['penalty']
-    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
-    logits = torch.where(seen, penalised, logits)
-    repeats = torch.arange(logits.shape[1], device=logits.device) == last  # (B, V)
-    banned = ~options['allowed'] | (repeats & ~options['may_repeat'])
-    logits = logits.masked_fill(banned, -torch.inf)
-    if options['greedy']:
-        return logits.argmax(-1)
-    return draw(logits / options['temperature'], noise, options['top_p'])
-
-
-def draw(logits, noise, top_p):
-    """One token a row from softmax(logits) cut to the top k and to the smallest set of them that
-    holds top_p.
-
-    logits: (B, V). noise: (B, top_k) of Exp(1): argmax(p / noise) falls on each token with its
-    probability p. top_p: a number, 1 is off. Returns: (B,)
-    """
-    logits, ids = logits.topk(noise.shape[1], dim=-1)
-    probs = logits.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    probs = torch.where((before > top_p) & (top_p < 1), 0, probs)
-    return ids.gather(1, (probs / noise).argmax(-1, keepdim=True))[:, 0]
-
-
-# -----------------------------------------------------------------------------
 # Kinds of models: how transformers names and computes what Block has
-
 
 ACTIVATIONS = dict(
     relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=partial(F.gelu, approximate='tanh')
 )
 
 # transformers' names of our modules; several are joined, so that one product computes them
-QKV = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj')
+QKV = 'self_attn.q_proj self_attn.k_proj self_attn.v_proj'
 LLAMA = dict(embed='model.embed_tokens', blocks='model.layers', norm='model.norm', head='lm_head')
 LLAMA |= dict(norm1='input_layernorm', norm2='post_attention_layernorm', out='self_attn.o_proj')
 LLAMA |= dict(qkv=QKV, norm_q='self_attn.q_norm', norm_k='self_attn.k_norm')
-LLAMA |= dict(up=('mlp.gate_proj', 'mlp.up_proj'), down='mlp.down_proj')
+LLAMA |= dict(up='mlp.gate_proj mlp.up_proj', down='mlp.down_proj')
 PHI3 = LLAMA | dict(qkv='self_attn.qkv_proj', up='mlp.gate_up_proj')
 OPT = dict(embed='embed_tokens', embed_positions='embed_positions', norm='final_layer_norm')
 OPT |= dict(project_in='project_in', project_out='project_out', blocks='layers')
@@ -731,154 +599,113 @@ def their_names(name, kind):
     """The tensors of transformers that are joined in one of ours: 'blocks.3.up.weight' ->
     ['model.layers.3.mlp.gate_proj.weight', 'model.layers.3.mlp.up_proj.weight']."""
     *path, module, what = name.split('.')
-    theirs = KINDS[kind].get(module, module)
     prefix = f'{KINDS[kind]["blocks"]}.{path[1]}.' if path else ''
-    return [f'{prefix}{one}.{what}' for one in ((theirs,) if isinstance(theirs, str) else theirs)]
+    return [f'{prefix}{theirs}.{what}' for theirs in KINDS[kind].get(module, module).split()]
 
 
 def read_config(hf, dropout=0.0):
-    """What Block and SLM need to know of transformers' config, as a namespace of plain values.
+    """What SLM and Block need to know of transformers' config, as a namespace of plain values.
 
-    What the config only implies, such as biases, comes from the names of the tensors, and RoPE from
-    transformers' rotary module, so that every variant is right.
-    Raises: InputError naming the model type where Block cannot compute it.
+    What the config only implies, such as biases, comes from the tensors of transformers' model, and
+    RoPE from its rotary module. Raises: InputError where Block cannot compute that model type.
     """
     theirs = empty_model(hf)
-    names = set(theirs.state_dict())
+    tensors = theirs.state_dict()
 
-    def has(kind, module, what='weight'):
-        return their_names(f'blocks.0.{module}.{what}', kind)[0] in names
+    def size(kind, name):  # of transformers' tensor, () where there is none
+        tensor = tensors.get(their_names(f'blocks.0.{name}', kind)[0])
+        return () if tensor is None else tensor.shape
 
     def get(*keys, default=None):
         return next((x for key in keys if (x := getattr(hf, key, None)) is not None), default)
 
-    kind = next((kind for kind in KINDS if has(kind, 'qkv') and has(kind, 'up')), None)
+    kind = next((k for k in KINDS if size(k, 'qkv.weight') and size(k, 'up.weight')), None)
     act = get('hidden_act', 'activation_function')
-    if kind is None or act not in ACTIVATIONS:
-        raise InputError(f'model type {hf.model_type!r} (activation {act}) is not supported')
-    config = SimpleNamespace(
+    rotary = next((module for module in theirs.modules() if hasattr(module, 'inv_freq')), None)
+    rope = getattr(rotary, 'rope_type', None)  # two types change with the length of a text
+    if kind is None or act not in ACTIVATIONS or rope in ('dynamic', 'longrope'):
+        about = f'activation {act}, RoPE {rope}'
+        raise InputError(f'model type {hf.model_type!r} ({about}) is not supported')
+    modules = ('norm1', 'qkv', 'out', 'up', 'down')
+    context, n_head = hf.max_position_embeddings, hf.num_attention_heads
+    if get('sliding_window', default=context) < context:
+        reason = f'a sliding window of {hf.sliding_window} tokens is not supported'
+        raise InputError(f'{hf.model_type}: {reason}: use a context that is no longer')
+    if rotary is not None:
+        with torch.device('cpu'):
+            rotary = type(rotary)(hf)  # again, with numbers
+    return SimpleNamespace(
         kind=kind,
         vocab_size=hf.vocab_size,
         n_layer=hf.num_hidden_layers,
         n_embd=hf.hidden_size,
-        n_head=hf.num_attention_heads,
-        n_kv_head=get('num_key_value_heads', default=hf.num_attention_heads),
-        head_dim=get('head_dim', default=hf.hidden_size // hf.num_attention_heads),
-        n_ffn=get('intermediate_size', 'ffn_dim'),
+        n_head=n_head,
+        n_kv_head=get('num_key_value_heads', default=n_head),
+        head_dim=size(kind, 'out.weight')[1] // n_head,
+        n_ffn=size(kind, 'down.weight')[1],
         embed_dim=get('word_embed_proj_dim', default=hf.hidden_size),  # of embedding and head
-        context=hf.max_position_embeddings,  # tokens of a training row
-        max_positions=hf.max_position_embeddings,  # tokens of the longest utterance
+        context=context,  # tokens of a training row
+        max_positions=ROPE_POSITIONS if rotary else context,  # tokens of the longest utterance
         dropout=dropout,  # on the residual branches
         norm_eps=get('rms_norm_eps', 'layer_norm_eps', default=1e-5),
-        norm_bias=has(kind, 'norm1', 'bias'),  # LayerNorm
-        qk_norm=has(kind, 'norm_q'),  # of each head's query and key
-        qkv_bias=has(kind, 'qkv', 'bias'),
-        out_bias=has(kind, 'out', 'bias'),
-        mlp_bias=has(kind, 'down', 'bias'),
+        biases=[m for m in modules if size(kind, f'{m}.bias')],  # of norm1: all are LayerNorm
+        qk_norm=bool(size(kind, 'norm_q.weight')),  # of each head's query and key
         gated=kind in ('llama', 'phi3'),  # SwiGLU
         act=act,
         tied=hf.tie_word_embeddings,  # the head is the embedding
         pre_norm=get('do_layer_norm_before', default=True),  # False: OPT-350M
         parallel=get('use_parallel_residual', default=False),  # GPT-NeoX
-        rope_layers=get('no_rope_layers', default=[1] * hf.num_hidden_layers),  # 0s in SmolLM3
-        rope_freqs=[],  # radians a token of each pair of features; empty: learned positions
-        rope_scale=1.0,  # of cos and sin, in YaRN
+        rope_freqs=rotary.inv_freq.tolist() if rotary else [],  # radians a token
+        rope_scale=rotary.attention_scaling if rotary else 1.0,  # of cos and sin, in YaRN
     )
-    read_rope(config, hf, theirs)
-    slides = 'sliding_attention' in get('layer_types', default=['sliding_attention'])
-    if slides and get('sliding_window', default=config.context) < config.context:
-        raise InputError(
-            f'{hf.model_type} with a sliding window of {hf.sliding_window} tokens is not '
-            f'supported: use a context that is no longer, not {config.context}'
-        )
-    return config
 
 
-def read_rope(config, hf, theirs):
-    """Take RoPE's frequencies over from transformers' empty model, where it has RoPE."""
-    rotary = next((module for module in theirs.modules() if hasattr(module, 'inv_freq')), None)
-    if rotary is not None:
-        with torch.device('cpu'):
-            rotary = type(rotary)(hf)  # again, with numbers
-        config.rope_freqs, config.rope_scale = rotary.inv_freq.tolist(), rotary.attention_scaling
-        # two types change their frequencies in longer texts
-        original = hf.rope_parameters.get('original_max_position_embeddings')
-        limits = dict(dynamic=config.context, longrope=original)
-        config.max_positions = limits.get(rotary.rope_type, ROPE_POSITIONS)
-
-
-def layout(model):
-    """{our name: [their names]} of a model's tensors, a tied head left out."""
-    names = [name for name in model.state_dict() if name != 'head.weight' or not model.config.tied]
-    return {name: their_names(name, model.config.kind) for name in names}
-
-
-def by_head(name, tensor, config, first, second):
-    """GPT-NeoX's qkv: rows in groups (first, second, head_dim) -> (second, first, head_dim)."""
-    if config.kind != 'gpt_neox' or '.qkv.' not in name:
-        return tensor
-    return tensor.view(first, second, config.head_dim, -1).transpose(0, 1).reshape(tensor.shape)
-
-
-def from_theirs(tensors, model):
-    """Our state dict out of transformers', whose tensors are removed one by one. Raises InputError
-    naming a tensor that only one of the two has."""
-    c, names = model.config, layout(model)
-    if c.tied:
-        tensors.pop(their_names('head.weight', c.kind)[0], None)
-    if odd := set(tensors).symmetric_difference(chain(*names.values())):
+def matching(model, tensors):
+    """Yield (ours, theirs), views of one shape into a model and into the tensors of transformers'
+    model, which are removed from that dict. Raises InputError for a tensor that only one has."""
+    c, state = model.config, model.state_dict()
+    names = {name: their_names(name, c.kind) for name in state}
+    if odd := set(tensors).symmetric_difference(sum(names.values(), [])):
         model_type = model.hf_config.model_type
         raise InputError(f'model type {model_type!r} is not supported because of {min(odd)}')
-    ours = {}
-    for name, theirs in names.items():
-        parts = [tensors.pop(one) for one in theirs]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        ours[name] = by_head(name, tensor, c, c.n_head, 3)
-    if c.tied:
-        ours['head.weight'] = ours['embed.weight']
-    return ours
-
-
-def to_theirs(model, theirs):
-    """The tensors of a model on the CPU, by their names in transformers' model `theirs`."""
-    state, tensors, c = model.state_dict(), {}, model.config
-    rows = {name: len(tensor) for name, tensor in theirs.state_dict().items()}
-    for name, names in layout(model).items():
-        tensor = by_head(name, state[name].detach().cpu(), c, 3, c.n_head)
-        tensors |= zip(names, tensor.split([rows[one] for one in names]), strict=True)
-    return tensors
+    for name, tensor in state.items():
+        theirs = [tensors.pop(one) for one in names[name]]
+        for ours, other in zip(tensor.split([len(x) for x in theirs]), theirs, strict=True):
+            if c.kind == 'gpt_neox' and '.qkv.' in name:  # theirs goes head by head
+                ours = ours.view(3, c.n_head, c.head_dim, -1)
+                other = other.view(c.n_head, 3, c.head_dim, -1).transpose(0, 1)
+            yield ours, other
 
 
 # -----------------------------------------------------------------------------
 # Loading
 
 
-def shape(model_type, n_layer, n_embd, n_head, n_kv_head, n_ffn, context, **more):
-    """The type and the arguments of a transformers config."""
-    sizes = dict(num_hidden_layers=n_layer, hidden_size=n_embd, num_attention_heads=n_head)
-    sizes |= dict(max_position_embeddings=context)
-    if model_type == 'opt':
-        sizes |= dict(ffn_dim=n_ffn, word_embed_proj_dim=n_embd, dropout=0.0)
-    else:
-        sizes |= dict(intermediate_size=n_ffn, tie_word_embeddings=model_type != 'gpt_neox')
-    return model_type, sizes | (dict(num_key_value_heads=n_kv_head) if n_kv_head else {}) | more
-
-
-SMOL = dict(rms_norm_eps=1e-5, rope_theta=1e5)
 OPT_350M = dict(word_embed_proj_dim=512, do_layer_norm_before=False)
 PRESETS = {  # Table 7 of the paper, Slam (large)'s base, and a newer one of the first's size
-    'qwen2.5-0.5b': shape('qwen2', 24, 896, 14, 2, 4864, 32768, rope_theta=1e6),
-    'qwen2.5-1.5b': shape('qwen2', 28, 1536, 12, 2, 8960, 32768, rope_theta=1e6),
-    'smollm2-135m': shape('llama', 30, 576, 9, 3, 1536, 8192, **SMOL),
-    'mobilellm-125m': shape('llama', 30, 576, 9, 3, 1536, 2048, rms_norm_eps=1e-5),
-    'smollm2-360m': shape('llama', 32, 960, 15, 5, 2560, 8192, **SMOL),
-    'mobilellm-350m': shape('llama', 32, 960, 15, 5, 2560, 2048, rms_norm_eps=1e-5),
-    'opt-125m': shape('opt', 12, 768, 12, None, 3072, 2048),
-    'opt-350m': shape('opt', 24, 1024, 16, None, 4096, 2048, **OPT_350M),
-    'pythia-160m': shape('gpt_neox', 12, 768, 12, None, 3072, 2048),
-    'pythia-410m': shape('gpt_neox', 24, 1024, 16, None, 4096, 2048),
-    'qwen3-0.6b': shape('qwen3', 28, 1024, 16, 8, 3072, 40960, head_dim=128, rope_theta=1e6),
+    'qwen2.5-0.5b': ('qwen2', 24, 896, 14, 2, 4864, 32768, dict(rope_theta=1e6)),
+    'qwen2.5-1.5b': ('qwen2', 28, 1536, 12, 2, 8960, 32768, dict(rope_theta=1e6)),
+    'smollm2-135m': ('llama', 30, 576, 9, 3, 1536, 8192, dict(rms_norm_eps=1e-5, rope_theta=1e5)),
+    'mobilellm-125m': ('llama', 30, 576, 9, 3, 1536, 2048, dict(rms_norm_eps=1e-5)),
+    'smollm2-360m': ('llama', 32, 960, 15, 5, 2560, 8192, dict(rms_norm_eps=1e-5, rope_theta=1e5)),
+    'mobilellm-350m': ('llama', 32, 960, 15, 5, 2560, 2048, dict(rms_norm_eps=1e-5)),
+    'opt-125m': ('opt', 12, 768, 12, 12, 3072, 2048, {}),
+    'opt-350m': ('opt', 24, 1024, 16, 16, 4096, 2048, OPT_350M),
+    'pythia-160m': ('gpt_neox', 12, 768, 12, 12, 3072, 2048, {}),
+    'pythia-410m': ('gpt_neox', 24, 1024, 16, 16, 4096, 2048, {}),
+    'qwen3-0.6b': ('qwen3', 28, 1024, 16, 8, 3072, 40960, dict(head_dim=128, rope_theta=1e6)),
 }
+
+
+def new_config(model_type, n_layer, n_embd, n_head, n_kv_head, n_ffn, context, more):
+    """transformers' config of these sizes."""
+    sizes = dict(num_hidden_layers=n_layer, hidden_size=n_embd, num_attention_heads=n_head)
+    sizes |= dict(max_position_embeddings=context, tie_word_embeddings=model_type != 'gpt_neox')
+    if model_type == 'opt':
+        sizes |= dict(ffn_dim=n_ffn, dropout=0.0)
+    else:
+        sizes |= dict(intermediate_size=n_ffn, num_key_value_heads=n_kv_head)
+    return import_transformers().CONFIG_MAPPING[model_type](**sizes, **more)
 
 
 def load_slm(
@@ -894,34 +721,41 @@ def load_slm(
     sizes=None,
 ):
     """An SLM on the CPU: 'preset:NAME' (PRESETS) or 'scratch', a Llama, tied and without biases, of
-    sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn), both a cold start; or a folder or a hub
-    name, of which no code is run:
-
-    (a) a text LM: TWIST, everything but the embedding (and head) stays; the new vocabulary of
-    vocab_size (None: 502) rows begins as `embed_init`: 'first_rows' of the old one (what resizing
-    leaves; Hassid et al. 2023), 'random', or 'mean', its mean row. With `text`, meta.json of data
-    of text and units, all rows stay and those of units and switches are added likewise.
-    (b) a checkpoint of ours, or a public SLM (read_about). The vocabulary stays, in our order, and
-    vocab_size, if given, must fit in it.
+    sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn), both a cold start; or from a folder or a
+    hub name, of which no code is run:
+    (a) a text LM: TWIST (Hassid et al. 2023), all but embedding and head stays. These begin anew,
+    with vocab_size (None: 502) rows made as embed_init says (twist_rows). With `text`, meta.json of
+    interleaved data, the old rows stay and those of units and switches are added.
+    (b) a checkpoint of ours, or a public SLM (read_about). The vocabulary stays, in our order.
 
     context: tokens of a training row, noted in the config. rope_theta: in place of the old one.
-    Raises: InputError when there is no such checkpoint, its model type computes something that
-    Block does not, or data and model do not fit together.
+    Raises: InputError without such a checkpoint, for types that Block does not compute, and where
+    data and model do not fit together.
     """
-    if where == 'scratch' or where.startswith('preset:'):
-        hf = new_config(where, vocab_size or 502, sizes)
-        set_positions(hf, context, rope_theta)
-        model = SLM(hf, dropout, seed)
+    cold = where == 'scratch' or where.startswith('preset:')
+    if where == 'scratch':
+        hf = new_config('llama', **sizes, context=1024, more={})
+    elif cold:
+        if (name := where.removeprefix('preset:').lower()) not in PRESETS:
+            raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
+        hf = new_config(*PRESETS[name])
     else:
         folder = find_checkpoint(where)
-        hf, slam, order = read_about(folder, where)
-        set_positions(hf, context, rope_theta)
+        hf, slam, order, renames = read_about(folder, where)
         check_data_fit(hf.vocab_size, vocab_size, slam, folder, where, text)
-        model = convert(rename(read_tensors(folder), hf), hf, where, dropout)
-        embeddings = [model.embed] if model.config.tied else [model.embed, model.head]
-        for module in embeddings:
+    rope = getattr(hf, 'rope_parameters', None)
+    if rope and rope_theta:
+        rope['rope_theta'] = float(rope_theta)
+    if rope and context:  # learned positions stay as many as they are
+        hf.max_position_embeddings = context
+    if cold:
+        hf.vocab_size = vocab_size or 502
+        model = SLM(hf, dropout, seed)
+    else:
+        model = convert(folder, hf, renames, where, dropout)
+        for module in (model.embed, model.head):
             rows = old = module.weight.detach()
-            if slam is None:  # a text LM
+            if slam is None:
                 n = vocab_size - len(old) if text else vocab_size or 502
                 rows = twist_rows(old, n, embed_init, seed, where)
                 rows = torch.cat((old, rows)) if text else rows
@@ -931,64 +765,62 @@ def load_slm(
         if model.config.tied:
             model.head.weight = model.embed.weight
         hf.vocab_size = model.config.vocab_size = len(rows)
-        model.slam = {} if slam is None else dict(n_units=hf.vocab_size - OFFSET) | slam
-    hf.bos_token_id, hf.eos_token_id, hf.pad_token_id = BOS, EOS, PAD
+        model.slam = {} if slam is None else dict(n_units=len(rows) - OFFSET) | slam
     model.check_positions(context or 0)
     return model.to(dtype)
 
 
-def new_config(where, vocab_size, sizes):
-    """transformers' config of a preset, or of a Llama. Raises InputError naming the presets."""
-    name = where.removeprefix('preset:').lower()
-    if name not in PRESETS and where != 'scratch':
-        raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
-    model_type, arguments = PRESETS.get(name) or shape('llama', **sizes, context=1024)
-    arguments = arguments | dict(vocab_size=vocab_size, pad_token_id=PAD)
-    return import_transformers().CONFIG_MAPPING[model_type](**arguments)
-
-
-def set_positions(hf, context, rope_theta):
-    """Note another context (tokens) and RoPE theta in a config, where given. Learned positions
-    stay as many as they are; the other scaled RoPEs depend on their number."""
-    rope = getattr(hf, 'rope_parameters', None)
-    if rope and rope_theta:
-        rope['rope_theta'] = float(rope_theta)
-    if context and rope and rope.get('rope_type') in ('default', 'linear', 'llama3'):
-        hf.max_position_embeddings = context
-
-
-def convert(tensors, hf, where, dropout):
-    """An SLM of transformers' tensors. 24 tokens go through both models: a difference means that
-    transformers computes something that Block does not. Raises: InputError naming the type."""
+def convert(folder, hf, renames, where, dropout):
+    """An SLM of a checkpoint that transformers reads (of pickles the tensors alone). 24 tokens go
+    through both models: a difference means that transformers computes something that Block does
+    not. renames: {pattern: name} of tensors. Raises: InputError naming the model type."""
+    options = dict(config=hf, dtype=torch.float32, key_mapping=renames, output_loading_info=True)
+    options |= dict(ignore_mismatched_sizes=True)  # they are reported here
+    with torch.random.fork_rng(devices=[]), reading(where):
+        theirs, found = type(empty_model(hf)).from_pretrained(folder, **options)
+    odd = [*found['missing_keys'], *found['unexpected_keys'], *found['mismatched_keys']]
+    if odd:
+        raise InputError(f'{where}: missing, unexpected or of another shape: {min(map(str, odd))}')
+    if renames is SCALING:
+        for name, weight in theirs.state_dict().items():
+            if name.endswith(('q_proj.weight', 'k_proj.weight')):
+                # RoPE on features 2 i and 2 i + 1 -> on i and i + half a head
+                pairs = weight.view(-1, hf.head_dim // 2, 2, hf.hidden_size)
+                weight.copy_(pairs.transpose(1, 2).reshape(weight.shape).clone())
     tokens = torch.arange(24)[None] * 7919 % hf.vocab_size
-    model_class = type(empty_model(hf))
-    options = dict(state_dict=tensors, config=hf, dtype=torch.float32, output_loading_info=True)
-    with torch.random.fork_rng(devices=[]), reading(where):  # tensors of another shape: see below
-        theirs, found = model_class.from_pretrained(None, ignore_mismatched_sizes=True, **options)
-    for word in ('missing', 'unexpected', 'mismatched'):
-        if names := sorted(map(str, found[f'{word}_keys'])):
-            raise InputError(f'{where}: {word} {len(names)} tensors, such as {names[0]}')
     with torch.no_grad():
         expected = theirs.eval()(tokens, use_cache=False).logits
 
-    state = theirs.state_dict()
-    tensors.clear()
-    del theirs, options  # our model takes the tensors over, one by one
+    tensors = theirs.state_dict()
+    del theirs  # its tensors are freed as ours are filled
     with torch.device('meta'):
         model = SLM(hf, dropout)
+    empty = {name: torch.empty(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(empty, assign=True)
     with reading(where):
-        model.load_state_dict(from_theirs(state, model), assign=True)
-    if model.config.tied:
-        model.head.weight = model.embed.weight
-    model.make_rope()
+        for ours, other in matching(model, tensors):
+            ours.copy_(other)
     with torch.no_grad():
         difference = (model.eval()(tokens) - expected).abs().max() / expected.std()
     if not difference < 1e-3:
-        raise InputError(
-            f'{where}: model type {hf.model_type!r} is not supported: its logits and those of '
-            f'Block differ by {difference:.1g} standard deviations'
-        )
+        reason = f'logits differ from those of Block by {difference:.1g} standard deviations'
+        raise InputError(f'{where}: model type {hf.model_type!r} is not supported: its {reason}')
     return model.train()
+
+
+def twist_rows(old, n, embed_init, seed, where):
+    """The n rows (n, C) with which a unit embedding begins, out of the text LM's (V, C):
+    first_rows (what resizing leaves), random, or mean, the mean row of the old ones."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = dict(
+        first_rows=old[:n].clone(),
+        random=torch.empty(n, old.shape[1]).normal_(std=0.02, generator=generator),
+        mean=old.mean(0, keepdim=True).repeat(n, 1),
+    )
+    if len(rows.get(embed_init, ())) != n:
+        few = f'embed_init={embed_init} makes no {n} rows of the {len(old)} of {where}'
+        raise InputError(f'{few}: use random or mean')
+    return rows[embed_init]
 
 
 def find_checkpoint(where, tensors=True):
@@ -1011,30 +843,8 @@ def find_checkpoint(where, tensors=True):
         raise InputError(f'{reason}: download it elsewhere and pass the folder') from None
 
 
-def read_tensors(folder):
-    """A checkpoint's tensors by name: model.safetensors, pytorch_model.bin (read with weights_only:
-    no code runs), or their shards, in the folder itself."""
-    from safetensors.torch import load_file
-
-    for name in ('model.safetensors', 'pytorch_model.bin'):
-        names, tensors = [name], {}
-        if os.path.exists(index := os.path.join(folder, f'{name}.index.json')):
-            names = {os.path.basename(shard) for shard in read_json(index)['weight_map'].values()}
-        paths = [os.path.join(folder, name) for name in names]
-        for path in filter(os.path.exists, paths):
-            with reading(path):
-                if name.endswith('.safetensors'):
-                    tensors |= load_file(path)
-                else:
-                    tensors |= torch.load(path, map_location='cpu', weights_only=True)
-        if tensors:
-            return tensors
-    raise InputError(f'{folder} has no model.safetensors (or pytorch_model.bin)')
-
-
-def copy_part(source, folder, part):
-    """Copy an encoder, a vocoder or a tokenizer into folder/part: its files and nothing else."""
-    target = os.path.join(folder, part)
+def copy_part(source, target, part):
+    """Copy the files of an encoder, a vocoder or a tokenizer, and nothing else of its folder."""
     if os.path.realpath(source) == os.path.realpath(target):
         return
     for name in (f'{part}.json', f'{part}.safetensors', f'{part}_config.json'):
@@ -1044,80 +854,54 @@ def copy_part(source, folder, part):
                 shutil.copyfileobj(old, new)
 
 
-def twist_rows(old, n, embed_init, seed, where):
-    """The n rows (n, C) with which a unit embedding begins, out of the text LM's (V, C)."""
-    if embed_init == 'first_rows' and n > len(old):
-        few = f'{where} has {len(old)} embedding rows, too few for {n}'
-        raise InputError(f'{few}: use embed_init=random or mean')
-    generator = torch.Generator().manual_seed(seed)
-    if embed_init == 'first_rows':
-        return old[:n].clone()
-    if embed_init == 'mean':
-        return old.mean(0, keepdim=True).repeat(n, 1)
-    if embed_init == 'random':
-        return torch.empty(n, old.shape[1]).normal_(std=0.02, generator=generator)
-    raise InputError(f'embed_init {embed_init!r} is unknown: use first_rows, random or mean')
-
-
 # -----------------------------------------------------------------------------
 # Layouts of public SLMs, and text LMs beside units
 
 PUBLIC_UNITS = dict(encoder='mhubert25', vocoder='hifigan25', frame_rate=25.0, dedup=True)
 
-# tiagoCuervo/slm_scaling: its names in those of Llama's tensors, and in those of Llama's config
-SCALING = dict(layers='model.layers', norm='model.norm', tok_embeddings='model.embed_tokens')
-SCALING |= dict(attention_norm='input_layernorm', ffn_norm='post_attention_layernorm')
-SCALING |= dict(attention='self_attn', wq='q_proj', wk='k_proj', wv='v_proj', wo='o_proj')
-SCALING |= dict(feed_forward='mlp', w1='gate_proj', w2='down_proj', w3='up_proj')
-SCALING_CONFIG = dict(
-    dim='hidden_size', n_layers='num_hidden_layers', n_heads='num_attention_heads'
-)
-SCALING_CONFIG |= dict(n_kv_heads='num_key_value_heads', hidden_dim='intermediate_size')
-SCALING_CONFIG |= dict(block_size='max_position_embeddings', norm_eps='rms_norm_eps')
+# tiagoCuervo/slm_scaling: words in the names of its tensors, and transformers' words
+SCALING = dict(output='model.embed_tokens', tok_embeddings='model.embed_tokens')
+SCALING |= dict(layers='model.layers', norm='model.norm', attention_norm='input_layernorm')
+SCALING |= dict(ffn_norm='post_attention_layernorm', attention='self_attn', feed_forward='mlp')
+SCALING |= dict(wq='q_proj', wk='k_proj', wv='v_proj', wo='o_proj')
+SCALING |= dict(w1='gate_proj', w2='down_proj', w3='up_proj')
+SCALING = {rf'\b{theirs}\b': ours for theirs, ours in SCALING.items()}
 
 
 def read_about(folder, where):
     """What a checkpoint's json files contain, of ours or in one of the public layouts.
 
     Returns: transformers' config object; slam, None for a text LM, with its PARTS as full paths (of
-    those in the folder: others are not followed); and which of the checkpoint's tokens each of ours
-    is (None: they are equal).
+    those in the folder: others are not followed); which of the checkpoint's tokens each of ours is
+    (None: they are equal); and how its tensors are renamed, for `convert`.
     """
     path = os.path.join(folder, 'config.json')
-    about, slam, order = read_json(path), None, None
+    about, slam, order, renames = read_json(path), None, None, None
     with reading(path):
         kind, size = about.get('model_type'), about.get('vocab_size')
         if kind == 'speech_language_model':  # slprl/slam, SIMS: the text LM's under `lm.`
-            base, slam = about.get('base_model_name'), {}
+            base, slam, renames = about.get('base_model_name'), PUBLIC_UNITS, {r'^lm\.': ''}
             about = about['base_config'] | dict(vocab_size=size)
             if size > 20_000:  # no vocabulary of units is so large
-                slam = describe_sims(folder, where, base, size)
+                slam = PUBLIC_UNITS | describe_sims(folder, base, size)
         elif 'offset' in about:  # TWIST: unit u is token u + offset
-            first, slam = about.pop('offset'), {}
+            first, slam = about.pop('offset'), PUBLIC_UNITS
             bos, pad = about.get('bos_token_id'), about.get('pad_token_id') or 0
             bos = bos if isinstance(bos, int) and bos < first else 0
             order = torch.tensor([min(pad, size - 1), bos, *range(first, size)])
         elif kind == 'slm':  # slm_scaling: unit u is token u, then <S>, then padding
-            args = about['model_args']
-            about = {ours: args.get(theirs) for theirs, ours in SCALING_CONFIG.items()}
-            about = {key: value for key, value in about.items() if value is not None}
-            hidden = -(-int(8 * args['dim'] / 3) // 256) * 256  # Llama's rule
-            about = dict(intermediate_size=hidden, rms_norm_eps=1e-5) | about
-            about |= dict(model_type='llama', tie_word_embeddings=True)
-            about['vocab_size'] = size = args['vocab_size']
+            a, slam, renames = about['model_args'], PUBLIC_UNITS | dict(scoring='units'), SCALING
+            sizes = a['n_layers'], a['dim'], a['n_heads'], a.get('n_kv_heads') or a['n_heads']
+            wide = a.get('hidden_dim') or -(-int(8 * a['dim'] / 3) // 256) * 256  # Llama's rule
+            more = dict(rms_norm_eps=a.get('norm_eps') or 1e-5)
+            about = new_config('llama', *sizes, wide, a.get('block_size') or 2048, more).to_dict()
+            about['vocab_size'] = size = a['vocab_size']
             order = torch.tensor([size - 1, size - 2, *range(size - 2)])
-            slam = dict(scoring='units')
-        elif kind == 'mobilellm':  # facebook/MobileLLM: Llama, with code of its own
-            if about.get('layer_sharing'):
-                raise InputError(f'{where}: layer_sharing in config.json is not supported')
+        elif kind == 'mobilellm' and not about.get('layer_sharing'):  # Llama, with code of its own
             about |= dict(model_type='llama', tie_word_embeddings=about.get('share_embedding'))
         about.pop('auto_map', None)
-        configs = import_transformers().CONFIG_MAPPING
-        if about.get('model_type') not in configs:
-            raise InputError(f'{where}: model type {about.get("model_type")!r} is not supported')
-        hf = configs[about['model_type']].from_dict(about)
+        hf = import_transformers().AutoConfig.for_model(**about)
 
-    slam = None if slam is None else PUBLIC_UNITS | slam
     if os.path.exists(path := os.path.join(folder, 'slam.json')):  # ours
         slam = read_json(path)
         for part in PARTS:
@@ -1126,24 +910,7 @@ def read_about(folder, where):
                 slam[part] = os.path.abspath(inside)
             elif os.path.isabs(name) or '..' in name:
                 slam[part] = None
-    return hf, slam, order
-
-
-def rename(tensors, hf):
-    """Tensors of a public layout under transformers' names: slprl's without `lm.`; slm_scaling's
-    with their rows of queries and keys, for RoPE on features 2 i and 2 i + 1, in the order for
-    i and i + half a head."""
-    tensors = {name.removeprefix('lm.'): tensor for name, tensor in tensors.items()}
-    if 'layers.0.attention.wq.weight' not in tensors:
-        return tensors
-    renamed, half = {}, hf.head_dim // 2
-    for name, tensor in tensors.items():
-        if name.endswith(('wq.weight', 'wk.weight')):
-            tensor = tensor.view(-1, half, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        renamed['.'.join(SCALING.get(part, part) for part in name.split('.'))] = tensor
-    head = renamed.pop('output.weight', None)  # tied: a file may hold either, or both
-    renamed.setdefault('model.embed_tokens.weight', head)
-    return renamed
+    return hf, slam, order, renames
 
 
 def read_tokenizer(folder):
@@ -1163,19 +930,13 @@ def read_tokenizer(folder):
     return tokenizer, end, digest
 
 
-def describe_sims(folder, where, base, size):
+def describe_sims(folder, base, size):
     """slam of a public interleaved model (slprl/SIMS-7B, ...): after the tokens of its text LM's
     tokenizer come the units, `<speech>` and `<text>`. An utterance is scored as its units alone,
     behind what the tokenizer puts before all text (Llama's begin of text)."""
-    try:
-        if not os.path.exists(os.path.join(folder, 'tokenizer.json')):
-            folder = find_checkpoint(str(base), tensors=False)
-        tokenizer, end, _ = read_tokenizer(folder)
-    except InputError as error:
-        raise InputError(
-            f'{where}: a vocabulary of {size:,} is of an interleaved speech-text model: it needs '
-            f'tokenizer.json and tokenizer_config.json of its text LM, {base} ({error})'
-        ) from None
+    if not os.path.exists(os.path.join(folder, 'tokenizer.json')):
+        folder = find_checkpoint(str(base), tensors=False)
+    tokenizer, end, _ = read_tokenizer(folder)
     first = tokenizer.token_to_id('<Un0>') or tokenizer.get_vocab_size()
     prefix = [token for token in tokenizer.encode('').ids if token != end]
     slam = dict(n_units=size - 2 - first, offset=first, end=end, prefix=prefix, scoring='units')
@@ -1183,21 +944,18 @@ def describe_sims(folder, where, base, size):
 
 
 def check_data_fit(size, wanted, slam, folder, where, text):
-    """Raise InputError where a model, whose embedding has `size` rows, does not fit the data that
-    it is to learn from. wanted: their vocabulary, None if there are none. text: their meta.json,
-    None if they hold no text. folder: where `where` lies."""
+    """Raise InputError where a checkpoint of `size` tokens does not fit the data. wanted: their
+    vocabulary, None if there are none. text: their meta.json, None if they hold no text."""
     interleaved = (slam or {}).get('tokenizer')
-    if wanted is None:
-        return
-    if slam is not None and bool(text) != bool(interleaved):
-        raise InputError(f'of {where} and the data only one has text: start from a text LM')
-    if slam is not None and wanted > size:
-        raise InputError(f'{where} has {size} tokens: it cannot hold the {wanted - OFFSET} units')
-    if text:
+    fits = slam is None or wanted is None or bool(text) == bool(interleaved) and wanted <= size
+    if fits and text:
         known = read_tokenizer(interleaved or folder)[2], slam['offset'] if interleaved else size
-        if known != (text['tokenizer_sha256'], text['offset']) or interleaved and wanted != size:
-            reason = f'{where} and the data have different tokenizers or vocabularies'
-            raise InputError(f'{reason}: the data were made for {text["text_lm"]}')
+        fits = known == (text['tokenizer_sha256'], text['offset'])
+        fits = fits and (not interleaved or wanted == size)
+    if not fits:
+        made = f'made for {text["text_lm"]}' if text else 'without text'
+        reason = f'{where} ({size} tokens) and the data ({wanted} tokens, {made})'
+        raise InputError(f'{reason} have different tokenizers or vocabularies')
 
 
 # -----------------------------------------------------------------------------

@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from scipy.stats import chi2
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.generation import logits_process
 
 import model as M
-from model import BOS, EOS, OFFSET, InputError, load_slm
+from model import BOS, EOS, OFFSET, PAD, InputError, load_slm
 
 V = 42
 SIZES = dict(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=48)
@@ -31,13 +35,11 @@ LINEAR = dict(rope_type='linear', factor=2.0, rope_theta=1e4)
 EQUAL = {
     'llama': LLAMA,
     'llama untied, biases': UNTIED | dict(head_dim=16, attention_bias=True, mlp_bias=True),
-    'llama linear rope': LLAMA | dict(rope_parameters=LINEAR),
     'llama llama3 rope': LLAMA | dict(rope_parameters=LLAMA3),
     'llama yarn rope': LLAMA | dict(rope_parameters=YARN),
     'mistral': LLAMA | dict(sliding_window=None),
     'qwen2': LLAMA | dict(rope_theta=1e6),
     'qwen3': LLAMA | dict(head_dim=16),
-    'smollm3': LLAMA | dict(num_hidden_layers=4, no_rope_layer_interval=2),
     'phi3': UNTIED | dict(sliding_window=None),
     'stablelm': LLAMA | dict(partial_rotary_factor=0.25),
     'opt': OPT,
@@ -53,6 +55,8 @@ REFUSED = {
     'gemma2': LLAMA | dict(head_dim=8),
     'olmo2': LLAMA,
     'mixtral': LLAMA | dict(num_local_experts=2),
+    'smollm3': LLAMA | dict(num_hidden_layers=4, no_rope_layer_interval=2),
+    'llama dynamic rope': LLAMA | dict(rope_parameters=LINEAR | dict(rope_type='dynamic')),
     'gpt2': dict(n_embd=32, n_layer=2, n_head=4, vocab_size=V),
     'mamba': dict(hidden_size=32, num_hidden_layers=2, vocab_size=V),
     'mistral': LLAMA | dict(sliding_window=64),
@@ -102,13 +106,13 @@ def small(**sizes):
 
 
 def pack(lengths):
-    """Random tokens and doc ids for rows of utterances of these lengths."""
+    """Random rows of utterances of these lengths: tokens, doc ids, which tokens have one before
+    them in their utterance, and the utterances by themselves."""
     doc = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]
-    return torch.randint(OFFSET, V, torch.stack(doc).shape), torch.stack(doc)
-
-
-def utterances(tokens, lengths):
-    return [piece for row, sizes in zip(tokens, lengths, strict=True) for piece in row.split(sizes)]
+    doc = torch.stack(doc)
+    tokens = torch.randint(OFFSET, V, doc.shape)
+    alone = [u for row, sizes in zip(tokens, lengths, strict=True) for u in row.split(sizes)]
+    return tokens, doc, F.pad(doc[:, 1:] == doc[:, :-1], (1, 0)), alone
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -134,17 +138,21 @@ def test_logits_equal_transformers_and_round_trip(pair, tmp_path):
         assert again.config == ours.config
 
 
-def test_gradients_equal_transformers(pair):
+def test_packed_loss_and_gradients_equal_transformers_on_each_utterance(pair):
     hf, ours = pair
-    tokens = torch.randint(OFFSET, V, (2, 40))
-    loss = hf(tokens, labels=tokens).loss
+    tokens, doc, follows, alone = pack([[30, 50, 48], [100, 1, 27]])
+    sums = [hf(u[None], labels=u[None]).loss * (len(u) - 1) for u in alone if len(u) > 1]
+    expected = sum(sums) / follows.sum()
+    expected.backward()
+    targets = torch.where(follows, tokens, -100).roll(-1, dims=1)
+    loss = ours(tokens, targets, doc=doc)
     loss.backward()
-    mine = ours(tokens, F.pad(tokens[:, 1:], (0, 1), value=-100))
-    mine.backward()
-    assert abs(loss.item() - mine.item()) < 1e-5
-    theirs = M.from_theirs({name: p.grad for name, p in hf.named_parameters()}, ours)
-    mine = {name: p.grad for name, p in ours.named_parameters()}
-    torch.testing.assert_close(mine, {name: theirs[name] for name in mine}, atol=1e-5, rtol=1e-3)
+    assert abs(loss.item() - expected.item()) < 1e-5
+    for p in ours.parameters():
+        p.data = p.grad
+    grads = {name: p.grad for name, p in hf.state_dict(keep_vars=True).items()}
+    for mine, theirs in M.matching(ours, grads):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
 
 
 def test_cached_greedy_generation_equals_transformers(pair):
@@ -154,59 +162,32 @@ def test_cached_greedy_generation_equals_transformers(pair):
         prompts = [F.pad(torch.randint(OFFSET, V, (n - 1,)), (1, 0), value=BOS) for n in lengths]
         ids = torch.stack([F.pad(p, (longest - len(p), 0)) for p in prompts])
         options = dict(max_new_tokens=25, repetition_penalty=1.1)
-        expected = hf.generate(
-            ids,
-            attention_mask=(ids != 0).long(),
-            do_sample=False,
-            eos_token_id=EOS,
-            pad_token_id=0,
-            suppress_tokens=[0],
-            **options,
-        )[:, longest:].tolist()
+        more = dict(eos_token_id=EOS, pad_token_id=0, suppress_tokens=[0], do_sample=False)
+        expected = hf.generate(ids, attention_mask=(ids != 0).long(), **options, **more)
+        expected = expected[:, longest:].tolist()
         got = ours.generate(prompts, temperature=0, **options)
         for theirs, mine in zip(expected, got, strict=True):
             assert (theirs[: theirs.index(EOS)] if EOS in theirs else theirs) == mine.tolist()
 
 
-def test_packed_equals_alone_with_gradients(pair):
-    _, ours = pair
-    lengths = [[30, 50, 48], [100, 1, 27]]
-    tokens, doc = pack(lengths)
-    packed = ours(tokens, doc=doc)
-    alone = torch.cat([ours(u[None])[0] for u in utterances(tokens, lengths)]).view_as(packed)
-    assert (packed - alone).abs().max() < 1e-5
-    weight, grads = torch.randn_like(packed), []
-    for logits in (packed, alone):
-        ours.zero_grad()
-        (logits * weight).sum().backward()
-        grads.append({name: p.grad.clone() for name, p in ours.named_parameters()})
-    for name, one in grads[0].items():
-        assert (one - grads[1][name]).abs().max() < 1e-5 * max(1, one.abs().max()), name
-
-
 @pytest.mark.parametrize('name', REFUSED)
 def test_what_block_does_not_compute_is_refused(tmp_path, name):
-    random_hf(name, REFUSED[name]).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f'{name}.* not supported|{name}.*sliding window'):
-        load_text_lm(tmp_path)
-
-
-def test_a_sliding_window_that_covers_the_context_is_none(tmp_path):
-    hf = random_hf('mistral', LLAMA | dict(sliding_window=64))
+    hf = random_hf(name, REFUSED[name])
     hf.save_pretrained(tmp_path)
-    tokens = torch.randint(0, V, (1, 64))
-    with torch.no_grad():
-        ours = load_text_lm(tmp_path, context=64)
-        assert (ours(tokens) - hf(tokens).logits).abs().max() < 1e-4
+    with pytest.raises(InputError, match=f'{name.split()[0]}.*not supported'):
+        load_text_lm(tmp_path)
+    if name == 'mistral':  # a sliding window that covers the context is none
+        tokens = torch.randint(0, V, (1, 64))
+        with torch.no_grad():
+            ours = load_text_lm(tmp_path, context=64)
+            assert (ours(tokens) - hf(tokens).logits).abs().max() < 1e-4
 
 
 def test_every_attention_path_gives_the_same(monkeypatch):
     """The CPU's calls a document, the dense mask, and the block-masked kernel that CUDA uses (its
     CPU reference, forward)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     ours = small()
-    tokens, doc = pack([[30, 50, 48], [100, 1, 27]])
+    tokens, doc, _, _ = pack([[30, 50, 48], [100, 1, 27]])
     branch = torch.where(doc == 1, 1 + (torch.arange(128) > 60), 0)
 
     def logits():
@@ -217,7 +198,8 @@ def test_every_attention_path_gives_the_same(monkeypatch):
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)  # the dense mask
     assert (logits() - expected).abs().max() < 1e-5
     monkeypatch.undo()
-    monkeypatch.setattr(M, 'compiled_flex', lambda: (flex_attention, create_block_mask))
+    monkeypatch.setattr(M, 'compiled', lambda function: function)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
     monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
     assert (logits() - expected).abs().max() < 1e-5
 
@@ -239,41 +221,30 @@ def test_branches_see_the_prompt_and_themselves():
         assert abs(got - logits.log_softmax(-1)[8:-1].gather(1, tail[:, None]).sum()) < 1e-4
 
 
-def test_loss_and_logps_against_the_definition():
+def test_logps_against_the_definition():
     ours = small()
-    lengths = [[20, 44], [33, 31]]
-    tokens, doc = pack(lengths)
-    follows = doc[:, 1:] == doc[:, :-1]
-    targets = F.pad(torch.where(follows, tokens[:, 1:], -100), (0, 1), value=-100)
+    tokens, doc, follows, alone = pack([[20, 44], [33, 31]])
     with torch.no_grad():
-        sums = []
-        for u in utterances(tokens, lengths):
-            logp = ours(u[None])[0].double().log_softmax(-1)
-            sums.append(sum(logp[t, u[t + 1]].item() for t in range(len(u) - 1)))
-        mean = -sum(sums) / int(follows.sum())
-        assert abs(ours(tokens, targets, doc=doc).item() - mean) < 1e-5
+        logps = [ours(u[None])[0, :-1].double().log_softmax(-1) for u in alone]
+        sums = [x.gather(1, u[1:, None]).sum() for x, u in zip(logps, alone, strict=True)]
         segments = doc + torch.tensor([[0], [2]])
-        got = ours.logps(tokens, F.pad(follows, (1, 0)), doc, segments=segments, n=4)
-        torch.testing.assert_close(got, torch.tensor(sums), atol=1e-3, rtol=1e-5)
-        alone = ours.logps(tokens[:, :20], torch.arange(20).expand(2, -1) > 0)
-        assert abs(alone[0].item() - sums[0]) < 1e-3
+        got = ours.logps(tokens, follows, doc, segments=segments, n=4)
+        torch.testing.assert_close(got.double(), torch.stack(sums), atol=1e-3, rtol=1e-5)
+        first = ours.logps(tokens[:, :20], torch.arange(20).expand(2, -1) > 0)[0]
+        assert abs(first - sums[0]) < 1e-3
 
 
 OLD = dict(  # config.json as earlier versions wrote it, without what all families share
-    qwen2=dict(hidden_act='silu', rms_norm_eps=1e-6, intermediate_size=48, num_key_value_heads=2)
-    | dict(rope_theta=1e4, rope_scaling=None),
     llama=dict(hidden_act='silu', rms_norm_eps=1e-6, intermediate_size=48, num_key_value_heads=2)
-    | dict(rope_theta=1e4, rope_scaling=dict(rope_type='linear', factor=2.0), head_dim=8)
-    | dict(attention_bias=False, mlp_bias=False),
+    | dict(rope_theta=1e4, rope_scaling=dict(rope_type='linear', factor=2.0), head_dim=8),
     opt=dict(activation_function='relu', ffn_dim=48, word_embed_proj_dim=16, dropout=0.0)
-    | dict(do_layer_norm_before=False, attention_dropout=0.0, enable_bias=True)
-    | dict(_remove_final_layer_norm=False),
+    | dict(do_layer_norm_before=False, enable_bias=True, _remove_final_layer_norm=False),
+    gpt_neox=dict(hidden_act='gelu', layer_norm_eps=1e-5, intermediate_size=48, rotary_pct=0.25)
+    | dict(use_parallel_residual=True, rotary_emb_base=1e4, rope_theta=1e4, rope_scaling=None),
     # facebook/MobileLLM-125M: a model type and code of its own, which must not run
     mobilellm=LLAMA
     | dict(tie_word_embeddings=False, share_embedding=True, layer_sharing=False)
     | dict(auto_map={'AutoModelForCausalLM': 'modeling_mobilellm.MobileLLMForCausalLM'}),
-    gpt_neox=dict(hidden_act='gelu', layer_norm_eps=1e-5, intermediate_size=48, rotary_pct=0.25)
-    | dict(use_parallel_residual=True, rotary_emb_base=1e4, rope_theta=1e4, rope_scaling=None),
 )
 
 
@@ -286,8 +257,7 @@ def test_old_checkpoints_load(tmp_path, kind):
     hf = random_hf('llama', LLAMA) if kind == 'mobilellm' else random_hf(kind, OLD[kind] | about)
     tensors = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
     head = tensors.pop('lm_head.weight')
-    if kind == 'gpt_neox':  # the name before transformers 5
-        tensors['embed_out.weight'] = head
+    tensors |= {'embed_out.weight': head} if kind == 'gpt_neox' else {}  # before transformers 5
     save_file(tensors, tmp_path / 'model.safetensors')
     ours, tokens = load_slm(str(tmp_path)).eval(), torch.randint(0, V, (2, 30))
     with torch.no_grad():
@@ -295,91 +265,51 @@ def test_old_checkpoints_load(tmp_path, kind):
     assert ours.slam == dict(n_units=40, dedup=True)
 
 
-def forward_of_slm_scaling(state, args, tokens):
-    """The plain forward of tiagoCuervo/slm_scaling, RoPE as complex numbers over pairs: (T, V)."""
-    x, (T,), D = state['tok_embeddings.weight'][tokens], tokens.shape, args['dim'] // 4
-    angles = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, D, 2).double() / D))
-
-    def norm(x, name):
-        return F.rms_norm(x, x.shape[-1:], state[f'{name}.weight'], args['norm_eps'])
-
-    def rotated(x):
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * torch.polar(angles * 0 + 1, angles)).flatten(-2)
-
-    for i in range(args['n_layers']):
-        layer = f'layers.{i}.'
-        h = norm(x, layer + 'attention_norm')
-        q, k, v = (h @ state[f'{layer}attention.w{one}.weight'].T for one in 'qkv')
-        q, k, v = (each.unflatten(-1, (-1, D)).transpose(0, 1) for each in (q, k, v))
-        k, v = (each.repeat_interleave(4 // len(each), 0) for each in (k, v))
-        out = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
-        x = x + out.transpose(0, 1).flatten(1) @ state[layer + 'attention.wo.weight'].T
-        h = norm(x, layer + 'ffn_norm')
-        gate, down, up = (state[f'{layer}feed_forward.w{n}.weight'].T for n in (1, 2, 3))
-        x = x + (F.silu(h @ gate) * (h @ up)) @ down
-    return norm(x, 'norm') @ state['tok_embeddings.weight'].T
-
-
-@pytest.mark.parametrize(('lost', 'kv_heads'), [('output', None), ('tok_embeddings', 2)])
-def test_slm_scaling_scores_units_as_its_own_forward(tmp_path, lost, kv_heads):
+@pytest.mark.parametrize('kv_heads', [None, 2])
+def test_slm_scaling_is_llama_under_other_names_with_rope_on_pairs(tmp_path, kv_heads):
+    """tiagoCuervo/slm_scaling rotates features 2 i and 2 i + 1 together, and unit u is token u."""
+    config = dict(num_key_value_heads=kv_heads or 4, rms_norm_eps=1e-5, intermediate_size=256)
+    hf = random_hf('llama', LLAMA | config)
+    names = dict(input_layernorm='attention_norm', post_attention_layernorm='ffn_norm')
+    names |= dict(self_attn='attention', q_proj='wq', k_proj='wk', v_proj='wv', o_proj='wo')
+    names |= dict(mlp='feed_forward', gate_proj='w1', down_proj='w2', up_proj='w3')
+    names |= dict(embed_tokens='tok_embeddings' if kv_heads else 'output')
+    pairs, state = torch.arange(8).view(2, 4).T.flatten(), {}  # 0, 4, 1, 5, ...
+    for name, tensor in hf.model.state_dict().items():
+        if 'q_proj' in name or 'k_proj' in name:
+            tensor = tensor.view(-1, 8, 32)[:, pairs].reshape(-1, 32)
+        state['.'.join(names.get(word, word) for word in name.split('.'))] = tensor.clone()
+    save_file(state, tmp_path / 'model.safetensors')
     args = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=kv_heads, vocab_size=V)
     args |= dict(hidden_dim=None, norm_eps=1e-5, block_size=128)
-    wide = 256  # 2 / 3 of 4 * 32, rounded up to a multiple of 256
-    shapes = {f'attention.w{one}': (32, 32) for one in 'qo'}
-    shapes |= {f'attention.w{one}': (8 * (kv_heads or 4), 32) for one in 'kv'}
-    shapes |= {f'feed_forward.w{n}': (wide, 32) for n in (1, 3)} | {'feed_forward.w2': (32, wide)}
-    state = {'tok_embeddings.weight': torch.randn(V, 32), 'norm.weight': 1 + torch.randn(32) / 9}
-    for i in range(2):
-        for name in ('attention_norm', 'ffn_norm'):
-            state[f'layers.{i}.{name}.weight'] = 1 + torch.randn(32) / 9
-        for name, shape in shapes.items():
-            state[f'layers.{i}.{name}.weight'] = torch.randn(shape) * 0.15
-    saved = state | {'output.weight': state['tok_embeddings.weight'].clone()}
-    del saved[f'{lost}.weight']
-    save_file(saved, tmp_path / 'model.safetensors')
     (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='slm', model_args=args)))
 
     ours = load_slm(str(tmp_path)).eval()
-    units = torch.randint(0, V - 2, (40,))
-    exact = {name: tensor.double() for name, tensor in state.items()}
-    theirs = forward_of_slm_scaling(exact, args, units).log_softmax(-1).float()
+    units = torch.randint(0, V - 2, (1, 40))
     with torch.no_grad():
-        found = ours.logps((units + OFFSET)[None], (torch.arange(40) > 0)[None]) / 39
-        assert abs(found[0] - theirs[:-1].gather(1, units[1:, None]).mean()) < 1e-4
-        # the end of an utterance is token V - 2 there, <S> here
-        logits = ours((units + OFFSET)[None])[0]
-        ends = logits[:, EOS] - logits[:, OFFSET]
-        torch.testing.assert_close(ends, theirs[:, V - 2] - theirs[:, 0], atol=1e-4, rtol=1e-4)
-    ours.save_pretrained(tmp_path / 'ours')
-    again = load_slm(str(tmp_path / 'ours'))
-    assert again.hf_config.model_type == 'llama'
-    assert again.slam['scoring'] == 'units' and again.slam['n_units'] == V - OFFSET
-
-
-def write_public(folder, hf, **config):
-    """The layout of slprl/slam: transformers' model under `lm.`, its config inside."""
-    os.makedirs(folder, exist_ok=True)
-    state = {'lm.' + name: t.clone() for name, t in hf.state_dict().items() if 'head' not in name}
-    save_file(state, folder / 'model.safetensors')
-    config |= dict(model_type='speech_language_model', architectures=['UnitLM'], twist_init=True)
-    (folder / 'config.json').write_text(json.dumps(config))
+        theirs, mine = hf(units).logits, ours(units + OFFSET)
+    assert (mine[..., OFFSET:] - theirs[..., : V - 2]).abs().max() < 1e-4
+    assert (mine[..., EOS] - theirs[..., V - 2]).abs().max() < 1e-4  # the end of an utterance
+    assert ours.slam['scoring'] == 'units' and ours.slam['n_units'] == V - OFFSET
 
 
 def test_public_layout_gives_the_same_likelihoods(tmp_path):
-    hf = random_hf('qwen2', LLAMA)
+    """slprl/slam: transformers' model under `lm.`, its config inside."""
+    hf, tokens = random_hf('qwen2', LLAMA), torch.randint(OFFSET, V, (2, 50))
+    state = {'lm.' + name: t.clone() for name, t in hf.state_dict().items() if 'head' not in name}
+    save_file(state, tmp_path / 'model.safetensors')
     base = hf.config.to_dict() | dict(vocab_size=151936, torch_dtype='bfloat16')
-    write_public(tmp_path, hf, base_config=base, vocab_size=V)
+    config = dict(model_type='speech_language_model', base_config=base, vocab_size=V)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
     ours = load_slm(str(tmp_path)).eval()
-    tokens = torch.randint(OFFSET, V, (2, 50))
     with torch.no_grad():
         expected = hf(tokens).logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])
         got = ours.logps(tokens, torch.arange(50).expand(2, -1) > 0)
         torch.testing.assert_close(got, expected.sum((1, 2)), atol=1e-3, rtol=1e-5)
     assert ours.slam['n_units'] == V - OFFSET and ours.slam['encoder'] == 'mhubert25'
-    write_public(tmp_path, hf, base_config=base, vocab_size=152_438)
-    with pytest.raises(InputError, match='152,438.*interleaved speech-text model'):
-        load_slm(str(tmp_path))  # its tokenizer is missing
+    (tmp_path / 'config.json').write_text(json.dumps(config | dict(vocab_size=152_438)))
+    with pytest.raises(InputError, match='no checkpoint folder'):
+        load_slm(str(tmp_path))  # one of text and units, whose tokenizer is missing
 
 
 def test_twist_checkpoint_with_offset_comes_in_our_token_order(tmp_path):
@@ -405,12 +335,13 @@ def test_twist_keeps_all_but_the_embedding(tmp_path, name, embed_init):
     state = torch.get_rng_state()
     ours = load_slm(str(tmp_path), vocab_size=30, **options).eval()
     assert torch.equal(torch.get_rng_state(), state)
-    old = hf.get_input_embeddings().weight
+    assert ours.config.context == (128 if name.startswith('opt') else 64)
+    rows = hf.get_input_embeddings().weight.mean(0, keepdim=True).expand(30, -1)
     if embed_init == 'random':
         assert 0.015 < ours.embed.weight.std() < 0.025
-    if embed_init == 'mean':
-        torch.testing.assert_close(ours.embed.weight, old.mean(0, keepdim=True).expand(30, -1))
-    if embed_init == 'first_rows':
+    elif embed_init == 'mean':
+        torch.testing.assert_close(ours.embed.weight, rows)
+    else:
         rope = getattr(hf.config, 'rope_parameters', None)
         change = dict(rope_parameters=rope | dict(rope_theta=20000.0)) if rope else {}
         hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **change).eval()
@@ -418,17 +349,14 @@ def test_twist_keeps_all_but_the_embedding(tmp_path, name, embed_init):
         tokens = torch.randint(0, 30, (2, 40))
         with torch.no_grad():
             assert (ours(tokens) - hf(tokens).logits).abs().max() < 1e-4
-    assert ours.config.context == (64 if hf.config.model_type != 'opt' else 128)
 
 
 def test_sharded_and_pickled_checkpoints_load_and_code_does_not(tmp_path):
-    hf = random_hf('llama', UNTIED)
+    hf, tokens = random_hf('llama', UNTIED), torch.randint(0, V, (2, 30))
     hf.save_pretrained(tmp_path / 'shards', max_shard_size='10KB')
     assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 2
-    for name in ('pickle', 'evil'):
-        hf.config.save_pretrained(tmp_path / name)
+    hf.config.save_pretrained(tmp_path / 'pickle')
     torch.save(hf.state_dict(), tmp_path / 'pickle/pytorch_model.bin')
-    tokens = torch.randint(0, V, (2, 30))
     with torch.no_grad():
         for name in ('shards', 'pickle'):
             ours = load_text_lm(tmp_path / name)
@@ -438,9 +366,9 @@ def test_sharded_and_pickled_checkpoints_load_and_code_does_not(tmp_path):
         def __reduce__(self):
             return os.system, (f'touch {tmp_path}/owned',)
 
-    torch.save({'model.norm.weight': Evil()}, tmp_path / 'evil/pytorch_model.bin')
+    torch.save({'model.norm.weight': Evil()}, tmp_path / 'pickle/pytorch_model.bin')
     with pytest.raises(InputError, match='cannot be read'):
-        load_text_lm(tmp_path / 'evil')
+        load_text_lm(tmp_path / 'pickle')
     assert not (tmp_path / 'owned').exists()
 
 
@@ -450,80 +378,57 @@ def test_sharded_and_pickled_checkpoints_load_and_code_does_not(tmp_path):
         (dict(where='out/nothing'), 'no checkpoint folder'),
         (dict(where='{folder}'), 'config.json cannot be read'),
         (dict(where='preset:gpt-5'), 'there are qwen2.5-0.5b'),
-        (dict(context=500), '500 .* 128'),
-        (dict(vocab_size=502), 'too few for 502'),
-        (dict(embed_init='zeros'), 'use first_rows, random or mean'),
-        (dict(where='{folder}/ours', vocab_size=502), 'cannot hold the 500 units'),
+        (dict(context=500), '500 .* 128 positions'),
+        (dict(vocab_size=502), 'no 502 rows of the 42'),
+        (dict(embed_init='zeros'), 'use random or mean'),
+        (dict(where='{folder}/ours', vocab_size=502), '42 tokens.*502 tokens.*different'),
         (dict(tensors={'model.decoder.layers.0.fc1.weight': None}), 'missing.*0.fc1.weight'),
-        (dict(tensors={'model.adapter.weight': torch.zeros(2)}), 'unexpected.*adapter'),
-        (dict(tensors={'model.decoder.layers.0.fc1.weight': torch.zeros(3, 32)}), '0.fc1.weight'),
-        (dict(tensors=b'garbage'), 'model.safetensors cannot be read'),
+        (dict(tensors={'model.adapter.weight': torch.zeros(2)}), 'unexpected.*: model.adapter'),
+        (dict(tensors={'model.decoder.layers.0.fc1.weight': torch.zeros(3, 32)}), 'shape.*0.fc1'),
+        (dict(tensors=b'garbage'), 'opt cannot be read'),
         (dict(config=dict(model_type='speech_language_model')), 'base_config'),
-        (dict(config=dict(model_type='none_such')), "'none_such' is not supported"),
-        (dict(config=dict(num_attention_heads='many')), 'config.json cannot be read'),
+        (dict(config=dict(model_type='none_such')), 'none_such'),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_cause(tmp_path, mistake, message):
     random_hf('opt', OPT).save_pretrained(tmp_path / 'opt')
     ours = load_text_lm(tmp_path / 'opt')
     ours.save_pretrained(tmp_path / 'ours', dict(n_units=V - OFFSET))
-    with pytest.raises(InputError, match='129 .* 128 positions'):
-        ours(torch.zeros(1, 129, dtype=torch.long))
     with pytest.raises(InputError, match='160 .* 128 positions'):
         ours.generate([torch.ones(60, dtype=torch.long)], 100)
-    path, change = tmp_path / 'opt/model.safetensors', mistake.pop('tensors', {})
-    if change == b'garbage':
-        path.write_bytes(change)
-    elif change:
-        tensors = {name: t for name, t in (load_file(path) | change).items() if t is not None}
-        save_file(tensors, path)
+    path, tensors = tmp_path / 'opt/model.safetensors', mistake.pop('tensors', {})
+    if tensors == b'garbage':
+        path.write_bytes(tensors)
+    elif tensors:
+        tensors = load_file(path) | tensors
+        save_file({name: one for name, one in tensors.items() if one is not None}, path)
     path = tmp_path / 'opt/config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | mistake.pop('config', {})))
     mistake = dict(where='{folder}/opt', vocab_size=V) | mistake
-    mistake['where'] = mistake['where'].format(folder=tmp_path)
     with pytest.raises(InputError, match=message):
-        load_slm(**mistake)
+        load_slm(mistake.pop('where').format(folder=tmp_path), **mistake)
 
 
 @pytest.mark.parametrize('name', ['../../secret', '{secret}', '../secret'])
 def test_parts_outside_the_folder_are_not_followed(tmp_path, name):
     """slam.json naming a folder elsewhere does not bring that folder into the next checkpoint."""
-    secret = tmp_path / 'secret'
-    os.makedirs(secret)
-    (secret / 'encoder.json').write_text('{}')
+    os.makedirs(tmp_path / 'secret')
+    (tmp_path / 'secret/encoder.json').write_text('{}')
     small().save_pretrained(tmp_path / 'slm/evil')
-    about = dict(n_units=V - OFFSET, encoder=name.format(secret=secret), vocoder='hifigan25')
-    (tmp_path / 'slm/evil/slam.json').write_text(json.dumps(about))
+    about = dict(n_units=V - OFFSET, encoder=name.format(secret=tmp_path / 'secret'))
+    (tmp_path / 'slm/evil/slam.json').write_text(json.dumps(about | dict(vocoder='hifigan25')))
     ours = load_slm(str(tmp_path / 'slm/evil'))
     assert ours.slam['encoder'] is None and ours.slam['vocoder'] == 'hifigan25'
     ours.save_pretrained(tmp_path / 'next')
     assert not [path for path in (tmp_path / 'next').iterdir() if path.is_dir()]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
-    """Full here: no file may grow beyond 4 kB."""
-    import resource
-
-    ours = small()
-    ours.save_pretrained(tmp_path / 'slm')
-    before = {path.name: path.read_bytes() for path in (tmp_path / 'slm').iterdir()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(OSError) as caught:
-            ours.save_pretrained(tmp_path / 'slm', dict(n_units=1))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(tmp_path / 'slm') in caught.value.filename
-    assert {path.name: path.read_bytes() for path in (tmp_path / 'slm').iterdir()} == before
-
-
 def test_saved_folder_is_complete_by_itself(tmp_path):
-    os.makedirs(tmp_path / 'data/encoder')
-    (tmp_path / 'data/encoder/encoder.json').write_text('{}')
-    (tmp_path / 'data/encoder/notes.txt').write_text('not a part of an encoder')
-    slam = dict(encoder=str(tmp_path / 'data/encoder'), vocoder='hifigan25', n_units=V - OFFSET)
-    small().save_pretrained(tmp_path / 'slm', slam)
+    encoder = tmp_path / 'data/encoder'
+    os.makedirs(encoder)
+    (encoder / 'encoder.json').write_text('{}')
+    (encoder / 'notes.txt').write_text('not a part of an encoder')
+    small().save_pretrained(tmp_path / 'slm', dict(encoder=str(encoder), vocoder='hifigan25'))
     assert json.loads((tmp_path / 'slm/slam.json').read_text())['encoder'] == 'encoder'
     ours = load_slm(str(tmp_path / 'slm'))
     assert ours.slam['encoder'] == str(tmp_path / 'slm/encoder')
@@ -542,12 +447,12 @@ def test_seeds_and_no_unit_after_itself():
     assert all(len(new) <= 30 and (len(new) == 0 or new.min() >= OFFSET) for new in first)
     assert ours.generate(prompts, 0)[0].shape == (0,)
 
-    def repeats(**options):
-        rows = ours.generate(prompts * 8, 60, temperature=3.0, top_k=0, seed=4, **options)
+    def repeats():
+        rows = ours.generate(prompts * 8, 60, temperature=3.0, top_k=0, seed=4)
         rows = [torch.cat(pair) for pair in zip(prompts * 8, rows, strict=True)]
         return sum(int((row[1:] == row[:-1]).sum()) for row in rows)
 
-    assert repeats(ban_repeats=False) > 0 and repeats(ban_repeats=True) == 0
+    assert repeats() > 0
     ours.slam = dict(dedup=True)
     assert repeats() == 0
 
@@ -582,25 +487,23 @@ def test_compiled_generation_gives_the_same_tokens_and_compiles_once():
     'options', [dict(top_k=0), dict(top_k=5), dict(top_k=0, top_p=0.7), dict(top_k=8, top_p=0.9)]
 )
 def test_sampled_distribution(options):
-    """Chi-square of 20,000 draws against the distribution that transformers' own warpers leave."""
-    from transformers.generation import logits_process as theirs
-
-    logits, draws = torch.randn(1, 12) * 1.5, 20_000
-    warped = theirs.TemperatureLogitsWarper(0.8)(None, logits)
+    """Chi-square of 8,000 draws against the distribution that transformers' own warpers leave."""
+    ours, prompt = small(n_layer=1), torch.tensor([BOS, 7, 9])
+    with torch.no_grad():
+        logits = ours(prompt[None])[:, -1].index_fill(1, torch.tensor([PAD, EOS]), -torch.inf)
+    ours.allowed_tokens = lambda kind: torch.arange(V) >= OFFSET  # no end: each row has one token
+    warped = logits_process.TemperatureLogitsWarper(0.8)(None, logits)
     if options['top_k']:
-        warped = theirs.TopKLogitsWarper(options['top_k'])(None, warped)
+        warped = logits_process.TopKLogitsWarper(options['top_k'])(None, warped)
     if 'top_p' in options:
-        warped = theirs.TopPLogitsWarper(options['top_p'])(None, warped)
-    expected = warped.softmax(-1)[0] * draws
-    noise = torch.empty(draws, options['top_k'] or 12)
-    noise.exponential_(generator=torch.Generator().manual_seed(0))
-    top_p = torch.tensor(options.get('top_p', 1.0))
-    sampled = M.draw((logits / 0.8).expand(draws, -1), noise, top_p)
-    counts = torch.bincount(sampled, minlength=12).float()
+        warped = logits_process.TopPLogitsWarper(options['top_p'])(None, warped)
+    draws = dict(temperature=0.8, repetition_penalty=1.0, seed=0) | options
+    drawn = torch.cat(ours.generate([prompt] * 8000, 1, **draws))
+    counts, expected = torch.bincount(drawn, minlength=V), warped.softmax(-1)[0] * 8000
     assert counts[expected == 0].sum() == 0
-    live = expected > 0
-    chi2 = ((counts - expected)[live] ** 2 / expected[live]).sum()
-    assert chi2 < 31.3  # 99.9 % point of chi-square with 11 degrees of freedom
+    often = expected > 5
+    statistic = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    assert chi2.sf(float(statistic), int(often.sum())) > 1e-3
 
 
 def test_compiles_whole_and_once():
@@ -622,9 +525,6 @@ def test_compiles_whole_and_once():
 @pytest.mark.parametrize('name', ['llama', 'opt post-norm, projected', 'gpt_neox'])
 def test_flops_per_token_counts_every_product(name, tmp_path):
     """Against torch's own counter of a forward pass; backward costs twice that."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
     random_hf(name, EQUAL[name]).save_pretrained(tmp_path)
     ours, T = load_text_lm(tmp_path), 100
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
