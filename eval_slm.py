@@ -717,8 +717,7 @@ class Checkpoint:
         for (clip, text), units in zip(clips.items(), spoken[source], strict=True):
             wave = M.resample(voice.decode(units), voice.sample_rate, SAMPLE_RATE)
             items.append(dict(id=clip.path, seconds=clip.seconds, known=text, wave=wave))
-        self.items[source] = items
-        return items
+        return self.items.setdefault(source, items)
 
 
 def find_prompts(suites):
@@ -754,7 +753,7 @@ def cut_prompts(source, known):
                 end = min((end for *_, end in words), key=lambda end: abs(end - prompt_seconds))
                 clips[Clip(path, end)] = ' '.join(word for word, _, stop in words if stop <= end)
     if not clips:
-        raise InputError(f'no prompts for a {source}: they are too short, or their text is unknown')
+        raise InputError(f'no prompts for a {source}: too short, or of unknown text (--prompts)')
     return clips
 
 
@@ -965,7 +964,8 @@ if __name__ == '__main__':
     others = read_paper(suites, generated)
     columns = [make_column(task, suites) for task in results]
     table = make_table(record, columns, others)
-    notes = NOTES + [f'{name}: sampled with {how}.' for name, how in record['sampling'].items()]
+    sampling = record['sampling'].items() if generated else ()
+    notes = NOTES + [f'{name}: sampled with {how}.' for name, how in sampling]
     summary = f'{len(models)} models, {len(columns)} tasks, {len(rows)} scores'
     if html:
         made = f'{time.strftime("%d %B %Y, %H:%M")}, commit {(M.git_commit() or "unknown")[:7]}'
