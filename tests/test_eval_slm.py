@@ -23,15 +23,11 @@ N_UNITS = 30
 SIZES = dict(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=64)
 
 
-# --- what the tests run on
-
-
 def tone(path, seconds=0.5, seed=0):
     """A little audio file of changing tones, never the same for two seeds."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     rng, t = np.random.default_rng(seed), np.arange(1280) / M.SAMPLE_RATE
-    n = math.ceil(seconds / 0.08)
-    rows = zip(rng.uniform(100, 3000, n), rng.uniform(0.05, 0.5, n), strict=True)
+    rows = rng.uniform((100, 0.05), (3000, 0.5), (math.ceil(seconds / 0.08), 2))
     wave = np.concatenate([level * np.sin(2 * np.pi * pitch * t) for pitch, level in rows])
     soundfile.write(path, wave[: int(seconds * M.SAMPLE_RATE)], M.SAMPLE_RATE)
 
@@ -80,31 +76,22 @@ def rows_of(path, task):
     return [row for row in map(json.loads, open(path)) if row['task'] == task]
 
 
-# --- likelihoods
-
-
-@pytest.mark.parametrize('family', ['Llama', 'OPT'])
-def test_packed_likelihoods_are_those_of_transformers_one_by_one(tmp_path, family):
+def test_packed_likelihoods_are_those_of_transformers_one_by_one(tmp_path):
+    """Of OPT, whose learned positions end at its context."""
     torch.manual_seed(0)
-    shape = dict(vocab_size=52, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    shape |= dict(max_position_embeddings=300)
-    if family == 'Llama':
-        shape |= dict(intermediate_size=48, num_key_value_heads=2, initializer_range=0.3)
-    else:
-        shape |= dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, init_std=0.3)
-    config = getattr(transformers, family + 'Config')(**shape)
-    hf = getattr(transformers, family + 'ForCausalLM')(config).eval()
+    shape = dict(vocab_size=52, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    shape |= dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, init_std=0.3)
+    config = transformers.OPTConfig(max_position_embeddings=300, **shape)
+    hf = transformers.OPTForCausalLM(config).eval()
     hf.save_pretrained(tmp_path)
     (tmp_path / 'slam.json').write_text(json.dumps(dict(n_units=50)))
     slm = M.load_slm(str(tmp_path)).eval()
 
-    rng, utterances = np.random.default_rng(0), []
-    for _ in range(60):  # stories with one to three endings
-        start = rng.integers(0, 50, rng.integers(0, 80))
-        for _ in range(rng.integers(1, 4)):
-            utterances.append(np.concatenate((start, rng.integers(0, 50, rng.integers(1, 60)))))
+    rng = np.random.default_rng(0)
+    utterances = [rng.integers(0, 50, rng.integers(2, 140)) for _ in range(40)]
     utterances += [utterances[3].copy(), utterances[0][:5], [7]]
-    sums, counts = eval_slm.log_likelihoods(slm, utterances)
+    sums, counts, cut = eval_slm.log_likelihoods(slm, utterances)
+    assert not cut.any()
     for units, got, n in zip(utterances, sums, counts, strict=True):
         ids = torch.tensor([[1, *(int(u) + 2 for u in units), 1]])
         with torch.no_grad():
@@ -113,7 +100,7 @@ def test_packed_likelihoods_are_those_of_transformers_one_by_one(tmp_path, famil
     assert sums[-3] == sums[3]  # equal utterances tie exactly
 
     slm.slam['scoring'] = 'units'  # of a model trained without <S>: the units alone
-    (total,), (n,) = eval_slm.log_likelihoods(slm, [[5, 9, 3, 7]])
+    (total,), (n,), _ = eval_slm.log_likelihoods(slm, [[5, 9, 3, 7]])
     ids = torch.tensor([[7, 11, 5, 9]])
     with torch.no_grad():
         assert total / n == pytest.approx(-hf(ids, labels=ids).loss.item(), abs=2e-5) and n == 3
@@ -126,22 +113,41 @@ def test_packed_likelihoods_are_those_of_transformers_one_by_one(tmp_path, famil
 
 def test_cut_pairs_are_counted_and_the_suite_is_marked(tmp_path, checkpoint):
     """Stories whose endings lie beyond the context of 256 tokens; one pair of three fits."""
-    for i, seconds in enumerate((40, 40, 1)):
+    for i, seconds in enumerate((30, 30, 1)):
         tone(str(tmp_path / 's' / f'{i}_correct.wav'), seconds, i)
         start, _ = soundfile.read(tmp_path / 's' / f'{i}_correct.wav')
         start[-8000:] = start[:8000]  # another ending
         soundfile.write(tmp_path / 's' / f'{i}_incorrect.wav', start, M.SAMPLE_RATE)
     done = run(f'--init={checkpoint["a"]}', f'--tasks=own={tmp_path}/s', f'--out={tmp_path}/e.json')
     result = json.loads((tmp_path / 'e.json').read_text())['metrics']['a']['own']
-    assert (result['cut'], result['cut_equal'], result['pairs']) == (2, 2, 3)
+    assert result['cut'] == 2 and result['marked']
     assert [row['cut'] for row in rows_of(tmp_path / 'e.pairs.jsonl', 'own')] == [True, True, False]
-    assert '2 of 3 cut at 256 tokens' in done.stdout
-    assert '* a, own: 2 of 3 pairs are cut, 2 of them to equal tokens' in done.stdout
-    assert eval_slm.find_doubts(dict(cut=37, cut_equal=0, pairs=1871))
-    assert not eval_slm.find_doubts(dict(cut=18, cut_equal=0, pairs=1871))  # under 1 %
+    assert '2 of 3 cut at 256 tokens' in done.stdout and '* [' in done.stdout
+    assert '*: over 1% of the pairs are cut' in done.stdout
 
 
-# --- suites and the official average
+@pytest.mark.parametrize('to', ['text', 'speech'])
+def test_of_a_story_in_two_modalities_the_ending_alone_is_scored(tmp_path, listeners, to):
+    """By an interleaved model: 257 tokens of text, 30 units, two switches."""
+    slm = M.load_slm('scratch', 257 + N_UNITS + 2, context=40, sizes=SIZES).eval()
+    slm.save_pretrained(str(tmp_path), {})
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    V = slm.config.vocab_size
+    slm.slam.update(tokenizer=listeners[1], offset=257, end=256, n_units=N_UNITS)
+    units, words = np.array([3, 7, 2, 1, 19]), slm.encode_text('the dog ran', inside=to == 'text')
+    (total,), (n,), _ = eval_slm.log_likelihoods(slm, [(units, words, to)])
+    parts = [[V - 2, *(units + 257)], [V - 1, *words]]
+    begin, end = parts if to == 'text' else parts[::-1]
+    ids = torch.tensor([begin + end])
+    labels = ids.clone()
+    labels[:, : len(begin) + 1] = -100
+    with torch.no_grad():
+        wanted = -hf(ids, labels=labels).loss.item()
+    assert total / n == pytest.approx(wanted, abs=2e-5) and n == len(end) - 1
+    # beyond the context the beginning loses its start, the ending is whole
+    long = np.tile(units, 9) if to == 'text' else units, words if to == 'text' else 9 * words
+    tokens, given, cut = eval_slm.to_tokens(slm, (*long, to))
+    assert len(tokens) == 40 and cut > 0 and list(tokens[given - 1 :]) == [int(i) for i in end]
 
 
 def zerospeech(root, kind, split='dev', seed=0):
@@ -151,12 +157,8 @@ def zerospeech(root, kind, split='dev', seed=0):
         for voice in rng.sample(['amy', 'bob', 'cid', 'dan'], rng.randint(1, 4)):
             for j in range(1 + (rng.randint(1, 3) if kind == 'lexical' else 1)):
                 name = ''.join(rng.choices('abcdefgh', k=10))
-                row = dict(filename=name, voice=voice, correct=int(j == 0))
-                if kind == 'syntactic':
-                    row |= dict(id=i % 7, type=f't{i // 7}', subtype='s', transcription='x')
-                else:
-                    row |= dict(id=i, frequency=i % 4, word='w', phones='p', length=3)
-                rows.append(row)
+                row = dict(filename=name, voice=voice, correct=int(j == 0), id=i, subtype='s')
+                rows.append(row | dict(type=f't{i // 7}', frequency=i % 4))
     rng.shuffle(rows)
     for k, row in enumerate(rows):
         tone(os.path.join(folder, row['filename'] + '.wav'), 0.3, seed + k)
@@ -192,167 +194,104 @@ def test_the_official_average(tmp_path, kind):
     assert listings[0] == listings[1] == listings[2]
     pairs = listings[0]
 
-    def score_of(clip):
-        return score[os.path.splitext(os.path.basename(clip.files[0]))[0]]
-
-    gaps = [score_of(pair['pos']) - score_of(pair['neg']) for pair in pairs]
+    gaps = [score[a[:-4]] - score[b[:-4]] for a, b in map(names, pairs)]
     result, _ = eval_slm.summarise(pairs, [(np.sign(gap) + 1) / 2 for gap in gaps])
     keys = ('type', 'subtype', 'id') if kind == 'syntactic' else ('id',)
     assert result['score'] == pytest.approx(official(rows, score, keys)) and result['n'] == 14
-    if kind == 'syntactic':
-        parts = {t: lambda row, t=t: row['type'] == t for t in ('t0', 't1')}
-    else:
-        parts = {'in vocabulary': lambda row: row['frequency'] > 0}
-    for part, keep in parts.items():
-        wanted = official(rows, score, keys, keep)
-        assert result['types'][part]['score'] == pytest.approx(wanted)
-    voice = rows[0]['voice']
-    wanted = official([r for r in rows if r['voice'] == voice], score, keys)
-    assert result['voices'][voice]['score'] == pytest.approx(wanted)
-
-
-def touch(*paths):
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    part, keep = 't1', lambda row: row['type'] == 't1'
+    if kind == 'lexical':
+        part, keep = 'in vocabulary', lambda row: row['frequency'] > 0
+    wanted = official(rows, score, keys, keep)
+    assert result['types'][part]['score'] == pytest.approx(wanted)
 
 
 def names(pair):
-    """File names of a pair's two sides."""
-    return tuple('+'.join(map(os.path.basename, pair[side].files)) for side in ('pos', 'neg'))
+    return tuple(os.path.basename(pair[side].path) for side in ('pos', 'neg'))
 
 
-def test_storycloze_and_salmon_layouts(tmp_path):
-    story = tmp_path / 'sStoryCloze'
-    for n in (1, 2, 10, 11):
-        for side in ('correct', 'incorrect'):
-            touch(story / ('000' if n < 10 else '001') / f'{n}_{side}.wav')
-    touch(story / '.DS_Store', story / '000' / '._1_correct.wav')
-    row = dict(path='000/2_correct.wav', voice='f3', type='animals', text='A cat.')
+def test_storycloze_and_salmon_layouts(tmp_path, monkeypatch):
+    story, files = tmp_path / 'sStoryCloze', []
+    for n in (1, 2, 10):
+        files += [story / '00' / f'{n}_{side}.wav' for side in ('correct', 'incorrect')]
+        for part in eval_slm.SALMON.split():
+            files += [tmp_path / 'salmon' / part / f'sample_{n}_{x}.wav' for x in ('zoo', 'ape')]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    row = dict(path='00/2_correct.wav', voice='f3', type='animals', text='A cat.')
     (story / 'manifest.jsonl').write_text(json.dumps(row) + '\n')
-    for part in eval_slm.SALMON[:7]:
-        for n in (0, 1, 10):
-            folder = tmp_path / 'salmon' / part
-            touch(folder / f'sample_{n}_zebra.wav', folder / f'sample_{n}_apple.wav')
-
-    ((task, folder),) = eval_slm.find_task('sstorycloze', '', str(tmp_path))
-    pairs = eval_slm.list_folder(folder)
-    assert [names(pair)[0] for pair in pairs] == [f'{n}_correct.wav' for n in (1, 2, 10, 11)]
-    assert all(neg == pos.replace('correct', 'incorrect') for pos, neg in map(names, pairs))
-    assert (pairs[1]['voice'], pairs[1]['types'], pairs[1]['text']) == ('f3', ['animals'], 'A cat.')
-    assert not eval_slm.list_suite(task, folder, 'dev', '').official  # a manifest: own audio
-    parts = eval_slm.find_task('salmon', '', str(tmp_path))
-    assert len(parts) == 8  # the missing part is an error, not left out
-    for task, folder in parts[:7]:
-        found = eval_slm.list_suite(task, folder, 'dev', '')
-        wanted = {(f'sample_{n}_apple.wav', f'sample_{n}_zebra.wav') for n in (0, 1, 10)}
+    monkeypatch.setattr(eval_slm, 'data_dir', str(tmp_path))
+    suites = eval_slm.find_suites(['sstorycloze', 'salmon'])
+    stories = {names(pair): pair for pair in suites['sstorycloze'].pairs}
+    assert {*stories} == {(f'{n}_correct.wav', f'{n}_incorrect.wav') for n in (1, 2, 10)}
+    pair = stories['2_correct.wav', '2_incorrect.wav']
+    assert (pair['voice'], pair['types'], pair['text']) == ('f3', ['animals'], 'A cat.')
+    assert not suites.pop('sstorycloze').official and len(suites) == 8  # a manifest: own audio
+    for found in suites.values():
+        wanted = {(f'sample_{n}_ape.wav', f'sample_{n}_zoo.wav') for n in (1, 2, 10)}
         assert {names(pair) for pair in found.pairs} == wanted and found.official
 
 
-def test_voices_in_folders_and_mutual_beginnings(tmp_path):
-    """Multi-speaker StoryCloze: a sub-folder a voice, two endings of one beginning."""
-    for voice in ('anna', 'ben'):
-        for side in ('1_correct', '1_incorrect', '1_mutual', '2_correct', '2_incorrect'):
-            touch(tmp_path / voice / f'{side}.wav')
-    pairs = eval_slm.list_folder(str(tmp_path))
-    wanted = [('1', 'anna'), ('2', 'anna'), ('1', 'ben'), ('2', 'ben')]
-    assert [(pair['id'], pair['voice']) for pair in pairs] == wanted
-    assert names(pairs[0]) == ('1_mutual.wav+1_correct.wav', '1_mutual.wav+1_incorrect.wav')
-    result, items = eval_slm.summarise(pairs, [1, 1, 0, 1])  # voices first, then pairs
-    assert items == {'1': 0.5, '2': 1.0} and result['score'] == 75 and result['n'] == 2
-
-
-def test_own_pairs(tmp_path):
-    """A folder of pairs, a table of two paths, and unseen voices beside."""
-    suite(str(tmp_path / 'minimal'), 3)
-    suite(str(tmp_path / 'minimal_unseen'), 2)
-    tasks = eval_slm.find_task('minimal', '', str(tmp_path))
-    assert [task for task, _ in tasks] == ['minimal', 'minimal_unseen']
-    assert [len(eval_slm.list_suite(*task, 'dev', '').pairs) for task in tasks] == [3, 2]
-    row = dict(correct='minimal/0_correct.wav', incorrect='minimal/1_correct.wav', type='t')
-    row |= dict(voice='v')
-    (tmp_path / 'mine.csv').write_text(','.join(row) + '\n' + ','.join(row.values()) + '\n')
-    (tmp_path / 'mine.jsonl').write_text(json.dumps(row) + '\n')
-    for file in ('mine.csv', 'mine.jsonl'):
-        ((task, path),) = eval_slm.find_task('mine', str(tmp_path / file), str(tmp_path))
-        (pair,) = eval_slm.list_suite(task, path, 'dev', '').pairs
-        assert names(pair) == ('0_correct.wav', '1_correct.wav')
-        assert (pair['types'], pair['voice']) == (['t'], 'v')
-        assert all(os.path.exists(pair[side].files[0]) for side in ('pos', 'neg'))
-
-
 def test_a_corrected_file_at_the_same_path_is_scored_anew(tmp_path, checkpoint):
-    """Parquet and folder with exchanged sides: 100 minus the score."""
+    """Parquet, table and folder with exchanged sides: 100 minus the score."""
     pyarrow = pytest.importorskip('pyarrow')
     parquet = pytest.importorskip('pyarrow.parquet')
     suite(str(tmp_path / 'own'), 7)
 
-    def score(where):
-        run(f'--init={checkpoint["a"]}', f'--tasks=x={where}', f'--out={tmp_path}/e.json')
-        assert all(row['win'] in (0, 1) for row in rows_of(tmp_path / 'e.pairs.jsonl', 'x'))
-        return json.loads((tmp_path / 'e.json').read_text())['metrics']['a']['x']['score']
-
-    def write_parquet():
+    def score():
         rows = []
         for pair in eval_slm.list_folder(str(tmp_path / 'own')):
-            sounds = [open(pair[side].files[0], 'rb').read() for side in ('pos', 'neg')]
+            sounds = [open(pair[side].path, 'rb').read() for side in ('pos', 'neg')]
             a, b = (dict(bytes=sound, path='x') for sound in sounds)
             rows.append(dict(positive_audio=a, negative_audio=b))
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'own.parquet')
+        rows = [f'own/{i}_correct.wav,own/{i}_incorrect.wav' for i in range(7)]
+        (tmp_path / 'z.csv').write_text('\n'.join(['correct,incorrect', *rows]))
+        flags = f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json'
+        run(f'--init={checkpoint["a"]}', f'--tasks=own,z,x={tmp_path}/own.parquet', *flags)
+        assert all(row['win'] in (0, 1) for row in rows_of(tmp_path / 'e.pairs.jsonl', 'x'))
+        scores = json.loads((tmp_path / 'e.json').read_text())['metrics']['a']
+        assert scores['own']['score'] == scores['x']['score'] == scores['z']['score']
+        return scores['x']['score']
 
-    write_parquet()
-    before = score(tmp_path / 'own')
-    assert score(tmp_path / 'own.parquet') == before not in (0, 50, 100)
+    before = score()
+    assert before not in (0, 50, 100)
     for i in range(7):
         pos, neg = (tmp_path / 'own' / f'{i}_{side}.wav' for side in ('correct', 'incorrect'))
         sounds = pos.read_bytes(), neg.read_bytes()
         pos.write_bytes(sounds[1]), neg.write_bytes(sounds[0])
-    write_parquet()
-    assert score(tmp_path / 'own') == pytest.approx(100 - before)
-    assert score(tmp_path / 'own.parquet') == pytest.approx(100 - before)
+    assert score() == pytest.approx(100 - before)
 
 
-# --- cross-modal stories
+def test_a_broken_recording_is_named_and_what_was_finished_is_kept(tmp_path, checkpoint):
+    for name in ('good', 'bad'):
+        suite(str(tmp_path / name), 2)
+    (tmp_path / 'bad' / '1_incorrect.wav').write_bytes(b'RIFF')
+    flags = f'--init={checkpoint["a"]}', f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json'
+    assert '1_incorrect.wav' in run(*flags, '--tasks=good,bad', ok=False).stderr
+    assert list(json.loads((tmp_path / 'e.json').read_text())['metrics']['a']) == ['good']
 
 
-def test_cross_modal_suites_score_the_ending_alone(tmp_path):
-    """Cut at word times where the stories part; a long beginning loses its start."""
+def test_stories_are_cut_at_word_times_where_they_part(tmp_path):
     words = [['A', 0.0, 0.2], ['dog.', 0.2, 0.5], ['It', 0.7, 0.9], ['ran.', 0.9, 1.2]]
     other = [['A', 0.0, 0.2], ['dog.', 0.2, 0.6], ['He', 0.8, 1.0], ['sat.', 1.0, 1.3]]
     rows = [dict(path='0_correct.wav', words=words), dict(path='0_incorrect.wav', words=other)]
     (tmp_path / 'manifest.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     files = [str(tmp_path / row['path']) for row in rows]
-    pair = eval_slm.make_pair('0', *(eval_slm.Clip((file,)) for file in files))
-    (found,) = eval_slm.cross(eval_slm.Suite([pair]), str(tmp_path), 'text').pairs
-    begin = eval_slm.Clip((files[0],), 0.5)
-    assert found['pos'] == (begin, 'It ran.', 'text') and found['neg'] == (begin, 'He sat.', 'text')
-    (found,) = eval_slm.cross(eval_slm.Suite([pair]), str(tmp_path), 'speech').pairs
-    assert found['neg'] == (eval_slm.Clip((files[1],), start=0.8), 'A dog.', 'speech')
+    stories = eval_slm.Suite([eval_slm.make_pair('0', *files, {})], False)
+    (found,) = eval_slm.cross(stories, str(tmp_path), '_to_text').pairs
+    assert found['pos'] == found['neg'] == eval_slm.Clip(files[0], 0.5)
+    assert found['to'] == 'text' and found['texts'] == ['It ran.', 'He sat.']
+    (found,) = eval_slm.cross(stories, str(tmp_path), '_from_text').pairs
+    assert found['to'] == 'speech' and found['texts'] == ['A dog.', 'A dog.']
+    assert found['neg'] == eval_slm.Clip(files[1], start=0.8)
     os.remove(tmp_path / 'manifest.jsonl')
     with pytest.raises(M.InputError, match='0_correct.wav: no ending known'):
-        eval_slm.cross(eval_slm.Suite([pair]), str(tmp_path), 'text')
+        eval_slm.cross(stories, str(tmp_path), '_to_text')
 
     a = 'He is in. It is dead. He is sad and digs.'.split()
     assert eval_slm.find_ending(a, 'He is in. It is dead. He is glad.'.split()) == 6
     assert eval_slm.find_ending(a, 'He is out. It is dead.'.split()) == 2
-    assert eval_slm.cut_to_context([*range(10)], 7, 6) == ([4, 5, 6, 7, 8, 9], 3)
-    assert eval_slm.cut_to_context([*range(10)], 1, 6) == ([0, 1, 2, 3, 4, 5], 1)
-
-
-# --- statistics
-
-
-def test_interval_covers():
-    """Of 400 evaluations, about 95 % of the intervals hold the truth, alone and paired."""
-    rng, hits, paired = np.random.default_rng(0), 0, 0
-    for seed in range(400):
-        a = rng.choice([0, 0.5, 1], p=[0.3, 0.1, 0.6], size=300)  # truth 65
-        r = eval_slm.interval(a, draws=600, seed=seed)
-        hits += r['low'] <= 65 <= r['high']
-        b = np.where(rng.random(300) < 0.8, a, rng.choice([0, 1], size=300))  # truth 62
-        r = eval_slm.interval(a, b, draws=600, seed=seed)
-        paired += r['low'] <= 3 <= r['high']
-    assert 0.92 <= hits / 400 <= 0.975 and 0.92 <= paired / 400 <= 0.975, (hits, paired)
 
 
 def test_interval_is_the_bootstrap_of_resampled_items():
@@ -362,8 +301,6 @@ def test_interval_is_the_bootstrap_of_resampled_items():
     r = eval_slm.interval(values, transform=np.exp, draws=20000)
     assert r['score'] == pytest.approx(np.exp(values.mean()))
     assert [r['low'], r['high']] == pytest.approx(np.percentile(naive, (2.5, 97.5)), rel=0.01)
-    r = eval_slm.interval(values, values.copy(), transform=np.exp)
-    assert r['score'] == r['low'] == r['high'] == 0
     assert eval_slm.interval([0.5]) == dict(score=50.0, low=None, high=None, n=1)
 
 
@@ -381,8 +318,7 @@ def test_equal_arms_are_rarely_called_different(seeds, spread):
     rng = np.random.default_rng(0)
     different = 0
     a = rng.random((seeds, 200))
-    found = eval_slm.interval(a)['spread']
-    assert found == pytest.approx(100 * a.mean(1).std(ddof=1))
+    assert eval_slm.interval(a)['spread'] == pytest.approx(100 * a.mean(1).std(ddof=1))
     for run_number in range(500):
         skill = 0.4 + spread * rng.normal(size=(2, seeds, 1))
         right = 1 / (1 + np.exp(-(rng.normal(size=200) + skill)))
@@ -395,37 +331,30 @@ def test_equal_arms_are_rarely_called_different(seeds, spread):
 def test_checkpoints_and_arms(tmp_path):
     for name in ('a-s1', 'a-s2', 'b-s1', 'b-s2'):
         (tmp_path / name).mkdir()
-    text = f'{tmp_path}/a-s*,B={tmp_path}/b-s1+{tmp_path}/b-s2,untrained:x'
-    models, arms = eval_slm.find_checkpoints(text)
+    text = f'{tmp_path}/a-s*,B={tmp_path}/b-s1+{tmp_path}/b-s2,untrained:{tmp_path}/a-s1'
+    models, arms = eval_slm.find_models(text)
     assert list(models) == ['a-s1', 'a-s2', 'b-s1', 'b-s2', 'untrained']
     assert arms == {'a-s*': ['a-s1', 'a-s2'], 'B': ['b-s1', 'b-s2']}
     items = {name: dict(t={'1': i % 2, '2': 1}) for i, name in enumerate(models)}
     means, differences = eval_slm.compare(models, arms, items)
-    result = means['B']['metrics']['t']
-    assert means['B']['seeds'] == ['b-s1', 'b-s2'] and result['score'] == 75
+    assert means['B']['seeds'] == ['b-s1', 'b-s2'] and means['B']['metrics']['t']['score'] == 75
     assert list(differences) == ['a-s* - untrained', 'B - untrained', 'B - a-s*']
     assert differences['B - a-s*']['t']['score'] == 0
 
 
 def test_an_untrained_model_has_the_shape_and_random_weights(checkpoint):
-    trained = dict(M.load_slm(checkpoint['a']).named_parameters())
     fresh, again = (eval_slm.load_model('untrained:' + checkpoint['a']) for _ in range(2))
     for (name, new), same in zip(fresh.named_parameters(), again.parameters(), strict=True):
-        assert trained[name].shape == new.shape and torch.equal(new, same)
-        if new.ndim > 1:
-            assert new.std().item() == pytest.approx(0.02, rel=0.15), name
-        else:
-            assert bool((new == (0 if name.endswith('bias') else 1)).all())
+        spread = (0.02, 0) if new.ndim > 1 else (0, 0 if name.endswith('bias') else 1)
+        assert torch.equal(new, same), name
+        assert (new.std().item(), new.mean().item()) == pytest.approx(spread, rel=0.15, abs=0.003)
     assert fresh.slam['n_units'] == N_UNITS and not fresh.slam['compute']
-
-
-# --- models that listen
 
 
 @pytest.fixture(scope='session')
 def listeners(tmp_path_factory):
     """Folders of a random Whisper and a random Llama with tokenizers of their own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     root = tmp_path_factory.mktemp('listeners')
     torch.manual_seed(0)
@@ -438,20 +367,16 @@ def listeners(tmp_path_factory):
     shape = dict(num_mel_bins=20, d_model=16, max_target_positions=32, init_std=1.0)
     for part in ('encoder', 'decoder'):
         shape |= {f'{part}_layers': 1, f'{part}_attention_heads': 2, f'{part}_ffn_dim': 32}
-    ends = dict(decoder_start_token_id=257, eos_token_id=256, pad_token_id=256, bos_token_id=256)
-    whisper = transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(vocab_size=len(tokenizer), **shape, **ends)
-    )
-    whisper.generation_config.update(
-        max_length=20, suppress_tokens=list(range(100, 256)), begin_suppress_tokens=[256]
-    )
+    shape |= dict(decoder_start_token_id=257, eos_token_id=256, pad_token_id=256, bos_token_id=256)
+    config = transformers.WhisperConfig(vocab_size=len(tokenizer), **shape)
+    whisper = transformers.WhisperForConditionalGeneration(config)
+    whisper.generation_config.update(max_length=20, suppress_tokens=list(range(100, 256)))
+    whisper.generation_config.update(begin_suppress_tokens=[256])
     whisper.save_pretrained(root / 'asr')
 
     words = Tokenizer(models.BPE(vocab=letters | {'<s>': 256}, merges=[]))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    begin = dict(single='<s> $A', special_tokens=[('<s>', 256)])
-    words.post_processor = processors.TemplateProcessing(**begin)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token='<s>')
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token='<s>')
     fast.save_pretrained(root / 'lm')
     shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     config = transformers.LlamaConfig(vocab_size=257, initializer_range=0.5, **shape)
@@ -471,10 +396,9 @@ def test_generation_metrics_against_independent_lines(tmp_path, checkpoint, list
     knobs = dict(max_new_tokens=20, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)
     flags = [f'--{key}={value}' for key, value in knobs.items()]
     flags += [f'--asr={asr}', f'--text_lm={lm}', '--prompt_seconds=0.3', '--n_prompts=3']
-    done = run(
-        *(f'--init={checkpoint["a"]},{checkpoint["b"]}', '--tasks=sstorycloze,genppl,autobleu'),
-        *(f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json', '--seed=7', '--wer', *flags),
-    )
+    flags += [f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json', '--seed=7', '--wer']
+    flags += [f'--init={checkpoint["a"]},{checkpoint["b"]}', '--tasks=sstorycloze,genppl,autobleu']
+    done = run(*flags)
     got = json.loads((tmp_path / 'e.json').read_text())
     mine = [row for row in rows_of(tmp_path / 'e.pairs.jsonl', 'genppl') if row['model'] == 'a']
     files = [str(tmp_path / 'sstorycloze' / f'{i}_correct.wav') for i in range(3)]
@@ -492,15 +416,12 @@ def test_generation_metrics_against_independent_lines(tmp_path, checkpoint, list
     tokenizer = transformers.AutoTokenizer.from_pretrained(lm)
     llama = transformers.LlamaForCausalLM.from_pretrained(lm)
 
-    def hear(units):
-        x = processor(voc.decode(units).numpy(), sampling_rate=16000, return_tensors='pt')
-        return processor.batch_decode(whisper.generate(x.input_features), skip_special_tokens=True)
-
-    nlls, shares, texts = [], [], []
+    nlls, shares = [], []
     for head, tail, row in zip(heads, tails, mine, strict=True):
-        (text,) = hear(torch.cat((head, tail)))
+        wave = voc.decode(torch.cat((head, tail))).numpy()
+        x = processor(wave, sampling_rate=16000, return_tensors='pt').input_features
+        (text,) = processor.batch_decode(whisper.generate(x), skip_special_tokens=True)
         words = NLTKWordTokenizer().tokenize(text)
-        texts.append(text)
         assert row['text'] == text and (row['value'] is None) == (len(words) < 2)
         if len(words) > 1:
             ids = tokenizer(text, return_tensors='pt').input_ids
@@ -513,35 +434,21 @@ def test_generation_metrics_against_independent_lines(tmp_path, checkpoint, list
     for task, wanted in (('genppl', math.exp(np.mean(nlls))), ('autobleu', 100 * np.mean(shares))):
         assert result[task]['score'] == pytest.approx(wanted, rel=1e-4)
         assert result[task]['n'] == len(nlls) and result[task]['left_out'] == 3 - len(nlls)
-        assert result[task]['loops'] == np.mean([eval_slm.is_loop(text) for text in texts])
+        assert result[task]['short'] == pytest.approx(1 - len(nlls) / 3)
     assert 'common prompts' in done.stdout and f'n = {len(nlls)}' in done.stdout
-    errors = [row['value'] * 3 / 100 for row in rows_of(tmp_path / 'e.pairs.jsonl', 'wer')]
-    assert result['wer']['score'] == pytest.approx(100 * sum(errors[:3]) / 9)
+    assert result['wer']['n'] == 3
 
 
-@pytest.mark.parametrize(
-    ('text', 'loop'),
-    [
-        ('', False),
-        ('one two three four five six seven eight', False),  # each 5-gram once
-        ('no no no no no no no', True),
-        ('a b c d e x y z a b c d e w', True),  # 10 of 14
-        ('a b c d e x y z u v q r s t a b c d e w k l', False),  # 10 of 22
-        ("I don't know. I don't know. I don't know.", True),
-    ],
-)
-def test_loops_and_short_transcripts(text, loop):
-    assert eval_slm.is_loop(text) == loop
-    assert eval_slm.is_short(text) == (text == '') and eval_slm.is_short(' you')
-
-
-def test_a_value_of_broken_transcripts_is_marked():
-    column = dict(task='genppl', digits=1)
-    result = dict(score=27.5, low=20.0, high=36.0, n=50, left_out=0, short=0.04, loops=0.05)
-    assert eval_slm.format_cell(column, result).startswith('27.5\n[20.0, 36.0] n = 50 4 % short')
-    assert eval_slm.format_cell(column, result | dict(short=0.06)).startswith('27.5*')
-    assert eval_slm.format_cell(column, result | dict(loops=0.1)).startswith('27.5*')
-    assert 'on 50 common prompts' in eval_slm.format_cell(column, result, '+')
+def test_loops_and_short_transcripts():
+    for text, loops in {
+        'one two three four five six seven eight': False,  # each 5-gram once
+        'no no no no no no no': True,
+        'a b c d e x y z a b c d e w': True,  # 10 of 14
+        'a b c d e x y z u v q r s t a b c d e w k l': False,  # 10 of 22
+        "I don't know. I don't know. I don't know.": True,
+    }.items():
+        assert eval_slm.find_flaws(text) == (False, loops)
+    assert eval_slm.find_flaws('') == eval_slm.find_flaws(' you') == (True, False)
 
 
 def test_word_error_rate_is_all_errors_over_all_words():
@@ -558,45 +465,40 @@ class Judge(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
         Judge.calls.append(text := body['messages'][0]['content'])
         right = self.headers['Authorization'] == 'Bearer secret'
-        status = 401 if not right else 503 if len(Judge.calls) == 3 else 200
         answer = 'From \\boxed{1} to 5: fluent. The final answer is \\boxed{%d}.'
         reply = dict(choices=[dict(message=dict(content=answer % (1 + len(text) % 5)))])
-        self.send_response(status)
+        self.send_response(200 if right and len(Judge.calls) != 2 else 401)
         self.end_headers()
         self.wfile.write(json.dumps(reply).encode())
 
     def log_message(self, *args):
-        pass
+        """Not to stderr, which the test reads."""
 
 
 def test_gptscore_end_to_end(tmp_path, checkpoint, listeners, monkeypatch):
-    """Prompts of files of twice the length, cut at a word, with their own text where known."""
+    """Of prompts of twice the length whose words are known, cut at the end of a word."""
     server = HTTPServer(('127.0.0.1', 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     prompts = tmp_path / 'prompts'
-    for i, seconds in enumerate((0.7, 0.7, 0.5)):
-        tone(str(prompts / f'{i}.wav'), seconds, seed=i)
-    words = [['one', 0.0, 0.1], ['two', 0.1, 0.26], ['three', 0.3, 0.5]]
+    words = [['one', 0.0, 0.1], ['two', 0.1, 0.26], ['six', 0.3, 0.5]]
+    for i in range(2):  # the text of the second is not known
+        tone(str(prompts / f'{i}.wav'), 0.7, seed=i)
     (prompts / '0.json').write_text(json.dumps(dict(aligned_text=words)))
     flags = [f'--init={checkpoint["a"]}', '--tasks=gptscore', f'--prompts={prompts}']
     flags += [f'--out={tmp_path}/e.json', f'--asr={listeners[0]}', '--prompt_seconds=0.3']
     flags += ['--max_new_tokens=8', f'--judge=http://127.0.0.1:{server.server_port}/v1']
-    assert 'does not answer' in run(*flags, ok=False).stderr  # a wrong key, before all else
-    assert len(Judge.calls) == 1 and not (tmp_path / 'eval_cache').exists()
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+    assert '401' in run(*flags, ok=False).stderr  # a wrong key, before all else
     monkeypatch.setenv('OPENAI_API_KEY', 'secret')
+    Judge.calls.clear()
     run(*flags)
     server.shutdown()
+    (row,) = rows_of(tmp_path / 'e.pairs.jsonl', 'gptscore')
+    _, failed, asked = Judge.calls  # the second answer was an error
+    assert row['seconds'] == 0.26 and failed == asked
+    assert 'Beginning: one two\n' in asked and f'Continuation: {row["text"]}' in asked
     result = json.loads((tmp_path / 'e.json').read_text())['metrics']['a']['gptscore']
-    rows = rows_of(tmp_path / 'e.pairs.jsonl', 'gptscore')
-    assert [row['seconds'] for row in rows] == [0.26, 0.3]
-    asked = Judge.calls[2:]  # the first question failed and was repeated
-    assert 'Beginning: one two\n' in asked[0] and f'Continuation: {rows[0]["text"]}' in asked[0]
-    ratings = [1 + len(asked[i]) % 5 for i in (0, 2)]
-    assert [row['value'] for row in rows] == ratings and asked[0] == asked[1]
-    assert result['score'] == np.mean(ratings) and result['left_out'] == 0
-
-
-# --- the whole script
+    assert result['score'] == row['value'] == 1 + len(asked) % 5 and result['left_out'] == 0
 
 
 def test_models_end_to_end(tmp_path, checkpoint):
@@ -610,37 +512,24 @@ def test_models_end_to_end(tmp_path, checkpoint):
     done = run(*flags)
     first = out.read_bytes()
     result = json.loads(first)
-    assert list(result['metrics']) == ['a', 'b', 'untrained']
-    for task in ('grammar', 'sblimp', 'swuggy', 'swuggy_in_vocabulary'):
+    for task in ('grammar', 'sblimp', 'swuggy'):
         gap = result['metrics']['b'][task]['score'] - result['metrics']['a'][task]['score']
         assert result['differences']['b - a'][task]['score'] == pytest.approx(gap)
-    words = result['metrics']['a']['swuggy']['types']['in vocabulary']
-    inside = result['metrics']['a']['swuggy_in_vocabulary']
-    assert (inside['score'], inside['n']) == (pytest.approx(words['score']), words['n'])
-
-    # the side file holds what the scores are made of: the checkpoint's likelihoods
-    mine = [r for r in rows_of(tmp_path / 'out/eval.pairs.jsonl', 'grammar') if r['model'] == 'a']
-    assert np.mean([row['win'] for row in mine]) * 100 == result['metrics']['a']['grammar']['score']
-    hf = transformers.AutoModelForCausalLM.from_pretrained(checkpoint['a'])
-    enc = M.UnitEncoder.from_pretrained(M.load_slm(checkpoint['a']).slam['encoder'])
-    units = M.dedup(enc.encode(M.load_audio(mine[0]['neg'])))[0]
-    ids = torch.tensor([[1, *(units + 2), 1]])
-    assert mine[0]['score_neg'] == pytest.approx(-hf(ids, labels=ids).loss.item(), abs=1e-4)
 
     # the paper's rows stand in the column of their suite and split alone
     table = [line.split('|')[1:-1] for line in done.stdout.splitlines() if line.startswith('|')]
     cells = {row[0].strip(): [cell.strip() for cell in row] for row in table}
     column = cells['model'].index('sBLIMP')
     assert cells['Slam'][column] == '58.86' and cells['Slam'][1] == ''
-    assert 'slm_scaling 823M: sBLIMP is the mean over phenomena' in done.stdout
+    assert 'slm_scaling 823M sBLIMP is the mean over phenomena' in cells
     assert 'slprl/slam, released' not in cells  # of the test split
-    assert table[2][column].strip() == 'dev; n = 14; % of pairs, by mean log-likelihood'
+    assert table[2][column].strip() == 'dev; % of pairs, by mean log-likelihood'
 
     # the page holds it all, and nothing from elsewhere; the same command gives the same bytes
     page = open(tmp_path / 'r.html').read()
     assert 'http' not in page.replace('http://www.w3.org', '')
     shown = json.loads(page.split('type="application/json">')[1].split('</script>')[0])
-    assert shown['scores'] == result['metrics']
+    assert shown['metrics'] == result['metrics'] and len(shown['table']) == len(table) - 1
     run(*flags)
     assert out.read_bytes() == first
 
@@ -649,11 +538,9 @@ def test_models_end_to_end(tmp_path, checkpoint):
     ('args', 'message'),
     [
         (['--init={a},{tmp}/typo'], 'typo'),
-        (['--tasks=nothing'], "no 'nothing' in"),
-        (['--tasks=sblimp'], 'gold.csv is missing; expected the data as unpacked'),
+        (['--tasks=sblimp'], 'gold.csv cannot be read'),
         (['--tasks=own={tmp}/lone'], '1_correct.wav has no counterpart'),
-        (['--tasks=own={tmp}/bad.csv'], 'bad.csv, line 2: expected a path in correct'),
-        (['--tasks=sSC', '--split=all'], "split 'all' is not known"),
+        (['--tasks=own={tmp}/bad.csv'], 'bad.csv, line 2: expected correct or positive_audio'),
         (['--tasks=sSC', '--encoder={tmp}/other'], 'different encoders'),
         (['--tasks=sSC,genppl', '--asr=/no/whisper'], "no checkpoint folder '/no/whisper'"),
         (['--tasks=sSC,autobleu', '--asr={tmp}/ct2'], 'ct2 has the format CTranslate2'),
@@ -665,14 +552,13 @@ def test_mistakes_end_in_one_line_before_anything_is_computed(tmp_path, checkpoi
     tone(str(tmp_path / 'lone' / '1_correct.wav'))
     (tmp_path / 'bad.csv').write_text('right,wrong\na,b\n')
     for folder, file in (('ct2', 'model.bin'), ('gguf', 'lm.Q4.gguf')):
-        touch(tmp_path / folder / file)
-    (tmp_path / 'ct2' / 'config.json').write_text('{"suppress_ids": [1]}')
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).touch()
     enc = M.UnitEncoder.from_pretrained(M.load_slm(checkpoint['a']).slam['encoder'])
     enc.centroids = enc.centroids.flip(0)
     enc.save_pretrained(str(tmp_path / 'other'))
-    places = dict(a=checkpoint['a'], tmp=tmp_path)
     defaults = [f'--init={checkpoint["a"]}', '--tasks=sSC', f'--data_dir={tmp_path}']
-    args = [arg.format(**places) for arg in args]
+    args = [arg.format(a=checkpoint['a'], tmp=tmp_path) for arg in args]
     done = run(*defaults, f'--out={tmp_path}/e.json', *args, ok=False)
     assert message in done.stderr and done.stderr.count('\n') == 1 and not done.stdout
     assert not (tmp_path / 'eval_cache').exists() and not (tmp_path / 'e.json').exists()
