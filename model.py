@@ -1678,8 +1678,8 @@ def dedup(units):
     return torch.unique_consecutive(torch.as_tensor(units, dtype=torch.long), return_counts=True)
 
 
-def mel_spectrogram():
-    return transform('MelSpectrogram', SAMPLE_RATE, N_FFT, WINDOW, HOP, n_mels=N_MELS, center=False)
+def mel_filters():
+    return transform('MelScale', N_MELS, SAMPLE_RATE, n_stft=N_FFT // 2 + 1).fb  # (bins, N_MELS)
 
 
 def log_mel(wave):
@@ -1692,7 +1692,11 @@ def log_mel(wave):
     wave, parts = F.pad(wave, (side, side + max(0, HOP - len(wave)))), []
     for first in range(0, frames, 6000):  # a minute at a time
         last = min(frames, first + 6000) - 1
-        parts.append(mel_spectrogram()(wave[first * HOP : last * HOP + N_FFT]).T)
+        spectra = transform('Spectrogram', N_FFT, WINDOW, HOP, power=None, center=False)(
+            wave[first * HOP : last * HOP + N_FFT]
+        )
+        power = spectra.real.square() + spectra.imag.square()  # (bins, frames)
+        parts.append(power.T @ mel_filters())
     return torch.cat(parts).clamp_(min=1e-7).log_()
 
 
@@ -2096,7 +2100,7 @@ class TableVoice(nn.Module):
         mel = self.mel[frames].flatten(0, 1)  # (10 ms steps, N_MELS)
         mel = torch.cat((mel[:1], mel, mel[-1:])).T  # one step more on each side
         # an FFT bin has the energy of the bands around it, and none at 0 and 8 kHz
-        filters = mel_spectrogram().mel_scale.fb.to(mel.device)  # (bins, N_MELS)
+        filters = mel_filters().to(mel.device)
         spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)
         magnitude = torch.exp(0.5 * spread @ (mel - filters.sum(0).log()[:, None]))
         magnitude[[0, 1, -1]] = 0

@@ -1,7 +1,6 @@
 """Sound, UnitEncoder and UnitVocoder of model.py. Oracles: closed forms, brute force, torchaudio,
 transformers, scikit-learn and the published modules of HiFi-GAN."""
 
-import hashlib
 import io
 import itertools
 import json
@@ -397,7 +396,7 @@ def test_folders_of_earlier_versions_load(tmp_path):
     save_file(tensors, tmp_path / 'encoder.safetensors')
     (tmp_path / 'encoder.json').write_text(json.dumps(config))
     old = UnitEncoder.from_pretrained(str(tmp_path))
-    assert old.encoder_id == 'mfcc-OLD' and len(old.encode(speech(1.0))) == 25
+    assert old.encoder_id == 'mfcc-75252f5d7685' and len(old.encode(speech(1.0))) == 25
     old.save_pretrained(tmp_path)
     assert UnitEncoder.from_pretrained(str(tmp_path)).encoder_id == old.encoder_id
 
@@ -451,7 +450,8 @@ def test_the_public_encoder_offline(tmp_path, monkeypatch):
         UnitEncoder.from_pretrained('mhubert25', kmeans='')
     net = save_net('mHuBERT', tmp_path / 'mhubert-base-25hz', num_hidden_layers=12)
     theirs = hidden_states(net, F.pad(speech(1.3), (40, 40)), 11)
-    url, path = 'https://host.invalid/published.safetensors', tmp_path / 'published.safetensors'
+    path = tmp_path / 'published.safetensors'
+    url = (tmp_path / 'gone' / path.name).as_uri()
     monkeypatch.setitem(M.KMEANS, 'mhubert25', (url, '0' * 64))
     with pytest.raises(InputError, match=f'{url} .a copy may be put at {path}'):
         UnitEncoder.from_pretrained('mhubert25')
@@ -466,15 +466,6 @@ def test_the_public_encoder_offline(tmp_path, monkeypatch):
     assert again.encoder_id == encoder.encoder_id == 'mhubert25'
     own = UnitEncoder.from_pretrained('mhubert25', kmeans=str(path))
     assert own.encoder_id.startswith('hubert-')
-
-
-def test_fetch_downloads_once(tmp_path, monkeypatch):
-    monkeypatch.setenv('SLAM_CACHE', str(tmp_path / 'cache'))
-    (tmp_path / 'f.bin').write_bytes(b'abc')
-    url, sha256 = (tmp_path / 'f.bin').as_uri(), hashlib.sha256(b'abc').hexdigest()
-    for _ in range(2):
-        assert M.fetch(url, sha256) == str(tmp_path / 'cache' / 'f.bin')
-        (tmp_path / 'f.bin').unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------
@@ -534,10 +525,11 @@ def test_what_is_no_kmeans_file_is_one_line(tmp_path):
 # Vocoders
 
 UNITS = torch.tensor([29, 0, 4, 8, 4, 2, 11])
+SCALES = dict(hifi_gan=0.82, dur_predictor=5)  # of random weights: sound that is not clipped
 
 
 def save_hifigan(folder, speakers=0, styles=0):
-    """A random generator of the true layout as .pt and .json; -> transformers' own, and the path."""
+    """A random generator of the true layout as .pt and .json -> transformers' own, the path."""
     config = transformers.SeamlessM4TConfig(
         unit_hifi_gan_vocab_size=30,
         unit_embed_dim=12,
@@ -552,15 +544,14 @@ def save_hifigan(folder, speakers=0, styles=0):
     names |= {'hifi_gan.': '', 'upsampler': 'ups', 'conv1.': 'conv1.0.', 'conv2.': 'conv2.0.'}
     state = {}
     for name, tensor in oracle.state_dict().items():
-        tensor.mul_(40 if 'dur_predictor.proj' in name or 'embedding' in name else 4)
+        tensor.mul_(SCALES.get(name.split('.')[0], 3))
+        normed = name.startswith('hifi_gan.') and name.endswith('.weight')
         for theirs, published in names.items():
             name = name.replace(theirs, published)
-        if 'conv' in name or 'ups' in name and name.endswith('weight') and 'dur_' not in name:
-            if name.endswith('weight') and 'dur_' not in name:
-                norm = tensor.flatten(1).norm(dim=1).view(-1, 1, 1)
-                state |= {name + '_g': norm, name + '_v': 3 * tensor}
-                continue
-        if tensor.numel():
+        if normed:  # published with weight norm: w = g v / |v|
+            norm = tensor.flatten(1).norm(dim=1).view(-1, 1, 1)
+            state |= {name + '_g': norm, name + '_v': 3 * tensor}
+        elif tensor.numel():
             state[name] = tensor
     keys = ('upsample_rates', 'upsample_kernel_sizes', 'resblock_kernel_sizes')
     values = {key: getattr(config, key) for key in (*keys, 'resblock_dilation_sizes')}
@@ -580,13 +571,13 @@ def test_hifigan_is_the_published_function(speakers, styles, tmp_path):
     embedded = oracle.unit_embedding(UNITS)[None]
     expected = (oracle.dur_predictor(embedded)[0].exp() - 1).round().clamp(min=1)
     durations = vocoder.durations(UNITS)
-    assert durations.tolist() == expected.tolist() and durations.max() > 1
+    assert durations.tolist() == expected.tolist() and 1 < durations.max() < 50
     parts = [embedded[0].repeat_interleave(durations, 0)]
     for table, row, count in ((oracle.speaker_embedding, 3, speakers),):
         parts += [table.weight[row].expand(len(parts[0]), -1)] if count else []
     parts += [oracle.language_embedding.weight[2].expand(len(parts[0]), -1)] if styles else []
     wave = oracle.hifi_gan(torch.cat(parts, 1).T[None])[0]
-    assert 0.01 < wave.std() < 0.9 and len(wave) == hop * durations.sum()
+    assert 0.002 < wave.std() < 0.9 and len(wave) == hop * durations.sum()
     ours = vocoder.voice(UNITS.repeat_interleave(durations), 3, 2)
     assert torch.allclose(ours, wave, atol=1e-5)
     spoken = vocoder.decode(UNITS, speaker=3, style=2)
@@ -631,16 +622,9 @@ def test_the_table_speaks_its_units(tmp_path):
     assert (encoder.encode(wave) == units).float().mean() > 0.9
     assert wave.abs().max() <= M.VOICE_PEAK + 1e-6 and wave[0] == 0 == wave[-1]
     assert abs(wave.mean()) < 1e-3 and 0.5 < M.speech_level(wave) / M.VOICE_LEVEL < 1.2
-    assert vocoder.durations(runs).sum() == pytest.approx(len(units), rel=0.15)
-    assert len(vocoder.decode([])) == 0 and len(vocoder.decode([3], [1])) == 640
-
-
-def test_rounded_durations_keep_the_tempo():
-    mean = 1 + torch.rand(500)
-    tensors = dict(mel=torch.zeros(500, 4, 64), durations=mean)
-    config = dict(kind='table', n_units=500, frame_rate=25.0, sample_rate=16000)
-    rounded = UnitVocoder(config, tensors).durations(torch.arange(500))
+    rounded, mean = vocoder.durations(runs), vocoder.voice.durations[runs]
     assert (rounded >= 1).all() and (rounded.cumsum(0) - mean.cumsum(0)).abs().max() <= 0.51
+    assert len(vocoder.decode([])) == 0 and len(vocoder.decode([3], [1])) == 640
 
 
 CHANGES = [dict(kind='neural'), dict(frame_rate='fast'), dict(n_units=7), dict(n_units=10**12)]
@@ -655,7 +639,7 @@ def test_a_strangers_vocoder_is_one_line(change, tmp_path):
         UnitVocoder.from_pretrained(str(tmp_path / 'bad'))
     assert '\n' not in str(error.value)
     for name in ('none', 'none.pt'):
-        with pytest.raises(InputError, match=name):
+        with pytest.raises(InputError, match='none'):
             UnitVocoder.from_pretrained(str(tmp_path / name))
 
 
