@@ -35,7 +35,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -118,7 +117,7 @@ class Item(NamedTuple):
     """A sound file, a parquet file, or a row of a manifest, which stays on the disk."""
 
     path: str
-    root: str  # what all paths begin with, and names in units.jsonl do not
+    root: str  # what paths begin with, and names in units.jsonl do not
     at: int = 0  # of a row: its first byte in the manifest
     split: str = ''  # train, val or test, where the row or a folder says so
 
@@ -127,23 +126,20 @@ def find_paths(names):
     """The absolute paths that comma-separated names and globs mean, and hub: names as such."""
     found = []
     for name in filter(None, map(str.strip, names.split(','))):
-        hub = name.startswith('hub:')
-        exists = hub or os.path.exists(name)
-        paths = [name] if exists else sorted(glob.glob(name, recursive=True))
-        if not paths:
+        paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if not paths and not name.startswith('hub:'):
             raise InputError(f'{name}: no such file or folder')
-        found += paths if hub else map(os.path.abspath, paths)
+        found += map(os.path.abspath, paths) if paths else [name]
     return found
 
 
 def find_items():
     """--audio -> the items to encode, those of test sets too, which are counted and not read."""
-    paths, items = find_paths(audio), []
+    paths = find_paths(audio)
     local = [path for path in paths if not path.startswith('hub:')]
     folders = [path if os.path.isdir(path) else os.path.dirname(path) for path in local]
-    root = os.path.join(os.path.commonpath(folders), '') if folders else ''
-    for path in paths:
-        items += list_items(path, root if path in local else 'hub:')
+    root = os.path.join(os.path.commonpath(folders), '') if folders else 'hub:'
+    items = list(chain.from_iterable(list_items(path, root) for path in paths))
     if not items:
         raise InputError('--audio names nothing: give files, folders, manifests or hub:NAME')
     # where a folder or a row validates, all others train; else a hash decides when they are read
@@ -252,11 +248,14 @@ def rows_of(item):
             known = {OTHER_NAMES.get(key, key): row[key] for key in row if key not in columns}
             name = f'{item.path.removesuffix(".parquet")}/{number:05d}'
             yield known | dict(path=name, sounds=sounds, spans=[WHOLE])
-    elif os.path.exists(activity) and (found := read_json(activity).get('voice_activity')):
-        for spans in join_activity(found):
-            yield dict(path=item.path, sounds=[item.path], spans=spans)
     else:
-        yield dict(path=item.path, sounds=[item.path], spans=[WHOLE])
+        found = []
+        if os.path.exists(activity):
+            with reading(activity), open(activity, encoding='utf-8') as file:
+                content = json.load(file)
+                found = content['voice_activity'] if 'voice_activity' in content else []
+        for spans in join_activity(found or [WHOLE]):
+            yield dict(path=item.path, sounds=[item.path], spans=spans)
 
 
 def join_activity(activity, longest=60):
@@ -418,9 +417,9 @@ def cluster(frames, k):
     same for any number of threads. Raises InputError for too few frames, or nothing but silence."""
     from sklearn.cluster import MiniBatchKMeans
 
-    if len(frames) < k:
-        raise InputError(f'{len(frames)} frames are too few for {k} clusters: give more speech')
-    fitted = MiniBatchKMeans(k, batch_size=10_000, n_init=3, random_state=seed).fit(frames.numpy())
+    fitted = MiniBatchKMeans(k, batch_size=10_000, n_init=3, random_state=seed)
+    with reading('the speech to fit on'):  # too few frames
+        fitted.fit(frames.numpy())
     if not fitted.inertia_ > 0:
         raise InputError('the speech to fit on is silent, or no two of its sounds differ')
     return torch.from_numpy(fitted.cluster_centers_).float(), fitted.inertia_ / len(frames)
@@ -511,12 +510,12 @@ def rows_of_units(path):
             for half in halves_of(row):
                 if half.get('units') is None:
                     half['units'] = [int(u) for u in re.findall(r'<Un(\d+)>', half['audio_repr'])]
-                if not all(type(unit) is int and unit >= 0 for unit in half['units']):
-                    raise ValueError('expected `units`, numbers from 0')
+                (units, runs), n = dedup(half['units']), len(half['units'])
+                duration = half.get('duration') or [1] * n
+                if len(duration) != n or not all(type(u) is int and u >= 0 for u in half['units']):
+                    raise ValueError('expected `units`, numbers from 0, and a `duration` of each')
                 # runs of equal units become one
-                units, runs = dedup(half['units'])
-                frames = np.array(half.get('duration') or [1] * int(runs.sum()))
-                duration = [int(sum(part)) for part in np.split(frames, np.cumsum(runs)[:-1])]
+                duration = [int(sum(part)) for part in np.split(duration, np.cumsum(runs)[:-1])]
                 half |= dict(units=units.tolist(), duration=duration)
             check_marks(row, 'its times')
             name = row.setdefault('file_name', f'{os.path.basename(path)}:{number}')
@@ -531,13 +530,14 @@ def describe_units(paths):
     origins = {}
     for path in paths:
         folder = os.path.dirname(path)
-        meta = dict(encoder=encoder or None, encoder_id=encoder or None, n_units=n_units)
-        meta |= dict(frame_rate=frame_rate, vocoder={'mhubert25': 'hifigan25'}.get(encoder))
         if os.path.exists(os.path.join(folder, 'meta.json')):
             meta = read_json(os.path.join(folder, 'meta.json'))
             meta |= {part: os.path.join(folder, part) for part in PARTS if meta.get(part) == part}
-        elif os.path.isdir(encoder):
-            meta['encoder_id'] = read_json(os.path.join(encoder, 'encoder.json')).get('encoder_id')
+        else:
+            about = os.path.join(encoder, 'encoder.json')
+            name = read_json(about).get('encoder_id') if os.path.isdir(encoder) else encoder
+            meta = dict(encoder=encoder or None, encoder_id=name or None, n_units=n_units)
+            meta |= dict(frame_rate=frame_rate, vocoder={'mhubert25': 'hifigan25'}.get(encoder))
         if not meta['n_units']:
             raise InputError(f'{path}: no meta.json beside it; give --n_units and --encoder')
         origins[path] = {key: meta.get(key) for key in ORIGIN}
@@ -586,9 +586,10 @@ def pack(rows, origin, recipe):
                 seconds[row['split']] += length
                 yield row['split'], [BOS, *np.add(row['units'], OFFSET), EOS]
 
-    with ExitStack() as stack:
-        names = {name: os.path.join(out, f'{name}.jsonl') for name in ('units', 'pairs', 'failed')}
-        files = {name: stack.enter_context(write_atomic(names[name], 'wb')) for name in names}
+    names = (os.path.join(out, f'{kind}.jsonl') for kind in ('units', 'pairs', 'failed'))
+    units, pairs, failed = (write_atomic(name, 'wb') for name in names)
+    with units as units, pairs as pairs, failed as failed:
+        files = dict(units=units, pairs=pairs, failed=failed)
         meta |= write_tokens(out, documents(files), meta['dtype'])
     meta['hours'] = {split: round(seconds[split] / 3600, 4) for split in seconds}
     n_tokens, hours = sum(meta['tokens'].values()), seconds.total() / 3600
@@ -652,17 +653,15 @@ def documents_of(path):
     """Yields the texts of a .jsonl or of parquet files, and the documents of a .txt file: between
     <|endoftext|> if it has that, else blank lines. Raises InputError for rows without `text`."""
     with reading(path):
-        if path.endswith('.jsonl'):
-            yield from (row['text'] for _, row in read_jsonl(path))
-        elif is_shards(path) or os.path.isdir(path):
+        if is_shards(path) or os.path.isdir(path):
             yield from (row['text'] for row in read_parquet(path))
+        elif path.endswith('.jsonl'):
+            yield from (row['text'] for _, row in read_jsonl(path))
         else:
             with open(path, encoding='utf-8') as file:
                 text = file.read()
-            marked = '<|endoftext|>' in text
-            yield from split_documents(
-                text if marked else re.sub(r'\n\s*\n', '<|endoftext|>', text)
-            )
+            mark = '<|endoftext|>'
+            yield from split_documents(text if mark in text else re.sub(r'\n\s*\n', mark, text))
 
 
 def token_documents(kind, meta, encode):
@@ -695,11 +694,10 @@ def write_text_sets():
     os.makedirs(os.path.join(out, 'tokenizer'), exist_ok=True)
     for name in ('tokenizer.json', 'tokenizer_config.json'):
         shutil.copyfile(os.path.join(folder, name), os.path.join(out, 'tokenizer', name))
-    meta, text = read_json(os.path.join(out, 'meta.json')), os.path.join(folder, 'config.json')
-    with reading(text):
-        offset = read_json(text)['vocab_size']
-        if offset < tokenizer.get_vocab_size():
-            raise ValueError(f'vocab_size is {offset}, fewer than the tokenizer has')
+    meta = read_json(os.path.join(out, 'meta.json'))
+    offset = read_json(os.path.join(folder, 'config.json'))['vocab_size']
+    if offset < tokenizer.get_vocab_size():
+        raise InputError(f'{folder}: vocab_size is {offset}, fewer than the tokenizer has')
     size = offset + meta['n_units'] + 2
     meta |= dict(vocab_size=size, offset=offset, end=end, text_lm=text_lm, tokenizer_sha256=digest)
     meta['dtype'] = 'uint16' if size <= 65_536 else 'uint32'
@@ -708,7 +706,7 @@ def write_text_sets():
 
     encode = partial(tokenizer.encode, add_special_tokens=False)
     for kind in ('speech', 'text', 'interleaved'):
-        documents = tqdm(token_documents(kind, meta, encode), kind, unit=' documents')
+        documents = tqdm(token_documents(kind, meta, encode), kind)
         found = meta | write_tokens(os.path.join(out, kind), documents, meta['dtype'])
         with write_atomic(os.path.join(out, kind, 'meta.json')) as file:
             json.dump(found, file, indent=2)
