@@ -1790,8 +1790,10 @@ def reading(path):
     """Whatever a library raises while it reads this file becomes an InputError that names it."""
     try:
         yield
-    except (InputError, MemoryError):
+    except MemoryError:
         raise
+    except InputError as error:
+        raise InputError(error if str(path) in str(error) else f'{path}: {error}') from None
     except Exception as error:
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         raise InputError(f'{path} cannot be read: {reason}') from None

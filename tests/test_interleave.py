@@ -46,10 +46,9 @@ def make_rows(n, seed=0):
         frames = frames[: math.ceil(now * RATE)]
         change = np.flatnonzero(np.diff(frames, prepend=-1))
         row = dict(file_name=f'{i}.wav', units=frames[change].tolist(), words=words)
-        row |= dict(duration=np.diff(change, append=len(frames)).tolist())
-        row |= dict(
-            text=' '.join(word for word, *_ in words), split='val' if i % 8 == 7 else 'train'
-        )
+        row['duration'] = np.diff(change, append=len(frames)).tolist()
+        row['text'] = ' '.join(word for word, *_ in words)
+        row['split'] = 'val' if i % 8 == 7 else 'train'
         rows.append(row)
     return rows
 
@@ -128,9 +127,8 @@ def test_speech_and_text_sets(place):
     rows = [row for row in make_rows(48) if row['split'] == 'train']
     meta, documents = read_set(place, 'speech')
     assert meta['vocab_size'] == meta['offset'] + UNITS + 2 and meta['n_units'] == UNITS
-    assert (
-        meta['tokenizer'] == '../tokenizer' and (place / 'data/tokenizer/tokenizer.json').exists()
-    )
+    assert meta['tokenizer'] == '../tokenizer'
+    assert (place / 'data/tokenizer/tokenizer.json').exists()
     for row, document in zip(rows, documents, strict=True):
         assert document[0] == meta['vocab_size'] - 2
         assert (document[1:-1] - meta['offset']).tolist() == row['units']

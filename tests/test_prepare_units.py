@@ -98,10 +98,7 @@ def meta(folder):
 @pytest.fixture(scope='module')
 def encoder(tmp_path_factory):
     """A folder with an MFCC encoder of 40 units."""
-    folder, net = (
-        tmp_path_factory.mktemp('encoder') / 'encoder',
-        UnitEncoder.from_pretrained('mfcc'),
-    )
+    folder, net = tmp_path_factory.mktemp('encoder') / 'x', UnitEncoder.from_pretrained('mfcc')
     frames = torch.cat([net.features(torch.from_numpy(speech(20, seed))) for seed in range(3)])
     net.centroids, net.config['distortion'] = P.cluster(frames, 40)
     net.save_pretrained(folder)
@@ -115,10 +112,6 @@ def units_of(encoder, wave):
     return dict(units=units.tolist(), duration=durations.tolist())
 
 
-# -----------------------------------------------------------------------------
-# k-means, splits, hashes
-
-
 def test_k_means_is_as_good_as_scikit_learn():
     from sklearn.cluster import KMeans
 
@@ -128,10 +121,9 @@ def test_k_means_is_as_good_as_scikit_learn():
     theirs = KMeans(40, n_init=3, random_state=0).fit(x.numpy())
     assert distance < 1.05 * theirs.inertia_ / len(x)
     assert torch.equal(found, P.cluster(x, 40)[0])
-    with pytest.raises(InputError, match='too few'):
-        P.cluster(x[:5], 12)
-    with pytest.raises(InputError, match='silent'):
-        P.cluster(torch.zeros(50, 6), 2)
+    for frames, mistake in ((x[:5], 'speech to fit on'), (torch.zeros(50, 6), 'silent')):
+        with pytest.raises(InputError, match=mistake):
+            P.cluster(frames, 12)
 
 
 def test_splits_by_folder_and_by_name(monkeypatch):
@@ -177,9 +169,8 @@ def test_folders_of_files_and_voice_activity(run, encoder, tmp_path):
     os.symlink('100/wav.wav', os.fsencode(root / 'light') + b'/\xff.wav')  # a name not in UTF-8
     summary = run(f'--audio={root}', f'--encoder={encoder}', f'--out={tmp_path}/out')
     assert '1 of test sets left out' in summary and '3 failed' in summary and '.m4a' in summary
-    found = {
-        (row['file_name'], row.get('start')): row for row in rows(tmp_path / 'out/units.jsonl')
-    }
+    made = rows(tmp_path / 'out/units.jsonl')
+    found = {(row['file_name'], row.get('start')): row for row in made}
     odd = found.pop(next(key for key in found if key[0].endswith('\udcff.wav') or 'xff' in key[0]))
     assert odd['seconds'] == 90.0
     del waves['LibriSpeech/TEST/19/198/2.flac', None]
@@ -190,15 +181,8 @@ def test_folders_of_files_and_voice_activity(run, encoder, tmp_path):
     about = meta(tmp_path / 'out')
     assert about['failed'] == 3 and about['left_out'] == 1 and about['utterances']['val'] == 1
     assert about['encoder_id'] == UnitEncoder.from_pretrained(str(encoder)).encoder_id
-    assert {row['kind'] for row in rows(tmp_path / 'out/failed.jsonl')} == {'failed'}
-
-
-def test_a_test_set_named_alone_is_meant(run, encoder, tmp_path):
-    write(f'{tmp_path}/a/test-clean/1.wav', speech(1, 1))
-    write(f'{tmp_path}/a/other/1.wav', speech(1, 2))
-    names = f'--audio={tmp_path}/a/test-clean,{tmp_path}/a/other'
-    summary = run(names, f'--encoder={encoder}', f'--out={tmp_path}/out')
-    assert '2 utterances' in summary and '1 of a test set used' in summary
+    kinds = [row['kind'] for row in rows(tmp_path / 'out/failed.jsonl')]
+    assert sorted(kinds) == ['failed'] * 3 + ['of test sets left out']
 
 
 def test_segments_of_a_manifest(run, encoder, tmp_path):
@@ -257,7 +241,7 @@ def test_parquet_with_null_rows_and_pairs(run, encoder, tmp_path):
     assert '2 failed' in summary and '1 of test sets left out' in summary and '1 pairs' in summary
     found = rows(tmp_path / 'out/units.jsonl')
     assert [row['text'] for row in found] == ['a', 'b', 'd']
-    assert found[2]['file_name'] == 'train-0/00003-3.wav'
+    assert found[2]['file_name'] == 'train-0/00003'
     for row, i in zip(found, (0, 1, 3), strict=True):
         assert row.items() >= units_of(encoder, load_audio(io.BytesIO(audio[i]['bytes']))).items()
     (pair,) = rows(tmp_path / 'out/pairs.jsonl')
@@ -306,10 +290,6 @@ def test_lost_and_doubtful_sound(run, encoder, tmp_path):
     assert meta(tmp_path / 'partial')['failed'] == 0
 
 
-# -----------------------------------------------------------------------------
-# Units made elsewhere
-
-
 def test_units_made_elsewhere(run, tmp_path):
     """features.jsonl and tokens.jsonl as the public toolkits write them, and tokenised pairs."""
     feature = dict(units=[3, 3, 4], duration=[1, 2, 1], file_name='../audio/x.flac')
@@ -320,9 +300,8 @@ def test_units_made_elsewhere(run, tmp_path):
     args = f'--from_units={tmp_path}/a/*.jsonl', '--val_fraction=0', '--n_units=500'
     summary = run(*args, f'--out={tmp_path}/out', '--encoder=mhubert25')
     tokens = np.fromfile(tmp_path / 'out/train.bin', 'uint16').tolist()
-    assert tokens == [1, 5, 6, 1, 1, 14, 9, 1] and rows(tmp_path / 'out/units.jsonl')[0][
-        'duration'
-    ] == [3, 1]
+    assert tokens == [1, 5, 6, 1, 1, 14, 9, 1]
+    assert rows(tmp_path / 'out/units.jsonl')[0]['duration'] == [3, 1]
     assert rows(tmp_path / 'out/pairs.jsonl')[0]['chosen']['units'] == [1, 9]
     assert all(text in summary for text in ('1 pairs', '1 of test sets', '1 without units'))
     about = meta(tmp_path / 'out')
@@ -394,9 +373,7 @@ def test_token_files_are_the_units(corpus, whole):
         wanted = [[1, *(u + 2 for u in row['units']), 1] for row in units if row['split'] == split]
         assert tokens.tolist() == sum(wanted, [])
         assert len(tokens) == about['tokens'][split] and len(wanted) == about['utterances'][split]
-    expected = dict(
-        encoder='encoder', vocoder='vocoder', vocab_size=22, failed=3, files=43, pairs=0
-    )
+    expected = dict(encoder='encoder', vocoder='vocoder', vocab_size=22, failed=3, files=43)
     assert about.items() >= expected.items()
     rate = sum(len(row['units']) for row in units) / sum(row['seconds'] for row in units)
     assert about['tokens_per_second'] == pytest.approx(rate, abs=0.01)
@@ -454,12 +431,11 @@ def test_a_finished_folder_is_left_alone_and_others_refused(corpus, whole, run, 
     [
         (['--audio=nowhere'], 'nowhere: no such file'),
         ([''], '--audio names nothing'),
-        (['--audio=README.md', '--encoder=mfccc'], "no encoder 'mfccc'"),
         (['--audio=README.md', '--encoder=mfcc'], 'has no k-means'),
         (['--audio=README.md', '--encoder=mfcc', '--fit_kmeans=9'], 'no training speech'),
         (['--from_units=README.md', '--n_units=4'], 'README.md, line 1'),
-        (['--audio={}/rows.jsonl'], 'rows.jsonl, line 2: no '),
-        (['--audio={}/spans.jsonl'], 'spans.jsonl, line 1: expected 0 <= start < end'),
+        (['--audio={}/rows.jsonl'], "rows.jsonl, line 2 cannot be read: 'path'"),
+        (['--audio={}/spans.jsonl'], 'spans.jsonl, line 1 cannot be read: expected 0 <= start'),
         (['--audio={}/words.jsonl'], 'words.jsonl, line 1: its times: `words` must be'),
         (['--from_units={}/units.jsonl', '--n_units=4'], 'has unit 4: --n_units=4'),
         (['--from_units={}/units.jsonl', '--n_units=4', '--out={}/old'], 'made with other'),
