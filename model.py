@@ -1486,16 +1486,18 @@ class TableVoice(nn.Module):
 
     def forward(self, frames, speaker=0, style=0):
         """Units (frames,), one a frame -> (frames * 640,) samples at 25 Hz. It has one voice."""
-        mel = self.mel[frames].flatten(0, 1)  # (10 ms steps, N_MELS)
+        mel = (
+            self.mel[frames].flatten(0, 1).cpu()
+        )  # (10 ms steps, N_MELS); the same wave everywhere
         mel = torch.cat((mel[:1], mel, mel[-1:])).T  # one step more on each side
         # an FFT bin has the energy of the bands around it, and none at 0 and 8 kHz
-        filters = mel_filters().to(mel.device)
+        filters = mel_filters()
         spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)
         magnitude = torch.exp(0.5 * spread @ (mel - filters.sum(0).log()[:, None]))
         magnitude[[0, 1, -1]] = 0
         invert = transform('GriffinLim', N_FFT, 32, WINDOW, HOP, power=1, rand_init=False)
         # our steps are centred on their 10 ms, torchaudio's windows on multiples of 10 ms
-        return invert.to(mel.device)(magnitude)[HOP // 2 :][: (mel.shape[1] - 2) * HOP]
+        return invert(magnitude)[HOP // 2 :][: (mel.shape[1] - 2) * HOP]
 
 
 class HifiGan(nn.Module):
