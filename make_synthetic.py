@@ -914,8 +914,7 @@ def run_task(task, paths, settings, speaker):
     with write_atomic(os.path.join(folder, 'summary.json')) as file:
         json.dump(dict(made, settings=settings), file)
     why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none'
-    items = f'{task.name}: {settings["items"]:,} items, {hours:.2f} h, skipped: {why}'
-    log(f'{items}; {spent:.1f} s, {made["x_real_time"]:.0f} x real time')
+    log(f'{task.name}: {made["items"]:,} items, {hours:.2f} h, skipped: {why}; {spent:.1f} s')
 
 
 if __name__ == '__main__':
