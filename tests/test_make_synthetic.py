@@ -433,7 +433,7 @@ def test_a_suite_of_the_users_own_in_seen_and_unseen_voices(tmp_path):
         '--test_voices=de,gmw/en+f2', '--workers=1')  # fmt: skip
     for suite, voices in (('minimal', {'gmw/en'}), ('minimal_unseen', {'de', 'gmw/en+f2'})):
         pairs = list_folder(f'{tmp_path}/o/{suite}')
-        names = {os.path.basename(pair['pos'].files[0]) for pair in pairs}
+        names = {os.path.basename(pair['pos'].path) for pair in pairs}
         assert names == {'000000_correct.flac', '000002_correct.flac'}
         assert {pair['voice'] for pair in pairs} <= voices
         (skipped,) = rows_of(f'{tmp_path}/o/{suite}', 'skipped.jsonl')
