@@ -774,6 +774,11 @@ def convert(folder, hf, renames, where, dropout):
     """An SLM of a checkpoint that transformers reads (of pickles the tensors alone). 24 tokens go
     through both models: a difference means that transformers computes something that Block does
     not. renames: {pattern: name} of tensors. Raises: InputError naming the model type."""
+    for name in os.listdir(folder):
+        if name.endswith('.index.json'):
+            shards = read_json(os.path.join(folder, name)).get('weight_map', {}).values()
+            if any(os.path.basename(str(shard)) != shard for shard in shards):
+                raise InputError(f'{where}: {name} names a file outside of the folder')
     options = dict(config=hf, dtype=torch.float32, key_mapping=renames, output_loading_info=True)
     options |= dict(ignore_mismatched_sizes=True)  # they are reported here
     with torch.random.fork_rng(devices=[]), reading(where):
