@@ -3,7 +3,7 @@
     python train.py config/small_data.py --data=data/mine                    a GPU and a hub
     python train.py config/small_data.py --data=data/mine --init=scratch    neither: 2.6 M weights
 
-Set _hours to what prepare_units.py reports. A model overfits little speech after a few passes: watch
+Set _hours to what prepare_units.py reports. Little speech is overfitted after a few passes: watch
 the validation loss, and lower _epochs if it rises.
 """
 
