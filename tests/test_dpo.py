@@ -27,14 +27,13 @@ ENV = dict(os.environ, OMP_NUM_THREADS='1', TRL_EXPERIMENTAL_SILENCE='1')
 SIZES = dict(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=48)
 
 
-def random_pairs(n, units=40, prompt=(0, 40), completion=(1, 20), context=128):
+def random_pairs(n, prompt=(0, 40), completion=(1, 20)):
     rng = np.random.default_rng(0)
-
-    def draw(low, high):
-        return rng.integers(0, units, rng.integers(low, high + 1))
-
     sides = (prompt, completion, completion)
-    return [dpo.make_pair(*(draw(*side) for side in sides), context) for _ in range(n)]
+    return [
+        dpo.make_pair(*(rng.integers(0, 40, rng.integers(a, b + 1)) for a, b in sides), 128)
+        for _ in range(n)
+    ]
 
 
 def small_model():
@@ -165,16 +164,13 @@ def closed_form(name, policy, reference, sizes, beta):
 def test_loss_and_gradient_are_the_closed_form(name, beta):
     policy, reference, sizes = random_logps()
     policy.requires_grad_()
-    losses, rewards = dpo.LOSSES[name](policy, reference, sizes, beta)
+    losses, _ = dpo.LOSSES[name](policy, reference, sizes, beta)
     losses.sum().backward()
     for i in range(len(losses)):
         rows = (tensor[i].tolist() for tensor in (policy, reference, sizes))
         loss, slopes = closed_form(name, *rows, beta)
         assert losses[i].item() == pytest.approx(loss, rel=1e-12, abs=1e-12)
         assert policy.grad[i].tolist() == pytest.approx(slopes, rel=1e-9, abs=1e-14)
-    margins = rewards[:, 0] - rewards[:, 1]
-    order = (-losses if name != 'ipo' else margins).argsort()
-    assert (margins[order].diff() >= -1e-9).all()  # the better the margin, the less the loss
 
 
 def test_measures_by_hand(monkeypatch):
@@ -278,7 +274,7 @@ def test_batches_are_even_and_rows_full():
         assert (next(dpo.iter_batches(lengths, 64, 1234, step)) == batches[step]).all()
     totals = lengths[first].sum(1)
     assert totals.std() < 0.01 * totals.mean()
-    for row_tokens, world in ((1024, 1), (2048, 2), (8192, 1), (8192, 4)):
+    for row_tokens, world in ((1024, 1), (2048, 2), (8192, 4)):
         width = dpo.row_width(lengths, 64, row_tokens, world, 128)
         rows = [len(dpo.pack_rows(lengths[batch], width)) for batch in first]
         assert width % 128 == 0 and width <= row_tokens
@@ -327,20 +323,12 @@ def test_all_that_is_dropped_is_counted_by_reason(tmp_path):
 
 
 def test_every_way_to_write_units(tmp_path):
-    def text(units):
-        return ''.join(f'<Un{unit}>' for unit in units)
-
+    text = dict(prompt='<Un1><Un2>', chosen='<Un3>', rejected='<Un4>')  # of the public toolkit
     plain = dict(prompt=[1, 2], chosen=[3], rejected=[4])
-    rows = [
-        plain,
-        {key: dict(units=units, text='x y') for key, units in plain.items()},
-        {key: dict(audio_repr=text(units)) for key, units in plain.items()},
-        {key: text(units) for key, units in plain.items()},
-    ]
-    for row in rows:
-        path = write_rows(tmp_path / 'pairs.jsonl', [row])
-        [[prompt, chosen, rejected]], _, _ = dpo.load_pairs(path, 40, 128, 0.0, 10)
-        assert [*prompt, *chosen, *rejected] == [1, 3, 4, 5, 1, 6, 1]
+    rows = [plain, text, {key: dict(units=units, text='x') for key, units in plain.items()}]
+    rows += [{key: dict(audio_repr=units) for key, units in text.items()}]
+    pairs, *_ = dpo.load_pairs(write_rows(tmp_path / 'pairs.jsonl', rows), 40, 128, 0.3, 0)
+    assert [np.concatenate(pair).tolist() for pair in pairs] == 4 * [[1, 3, 4, 5, 1, 6, 1]]
 
 
 @pytest.mark.parametrize(
@@ -362,16 +350,14 @@ def test_a_bad_line_is_named(line, message, tmp_path):
 
 
 def test_held_out_pairs_do_not_depend_on_the_order_of_lines(tmp_path):
-    """A tenth of the pairs, by a hash; where too few are marked, others go with them."""
-    lines = list(learnable_rows())
-    unmarked = [dict(row, split='train') for row in lines]
-    for rows, n in ((unmarked, 8), ([lines[0], *unmarked[1:]], 8), (lines, 10)):
-        found = []
-        for order in (rows, rows[::-1]):
-            path = write_rows(tmp_path / 'some.jsonl', order)
-            train, val, _ = dpo.load_pairs(path, 40, 128, 0.3, 100)
-            found.append([np.concatenate(pair).tolist() for pair in val])
-        assert found[0] == found[1] and len(val) == n and len(train) == 80 - n
+    """A tenth of the pairs, by a hash, where no line names a split."""
+    rows, found = [dict(row, split=None) for row in learnable_rows()], []
+    for order in (rows, rows[::-1]):
+        path = write_rows(tmp_path / 'some.jsonl', order)
+        train, val, _ = dpo.load_pairs(path, 40, 128, 0.3, 100)
+        assert len(val) == 8 and len(train) == 72
+        found.append([np.concatenate(pair).tolist() for pair in val])
+    assert found[0] == found[1]
 
 
 # -----------------------------------------------------------------------------
@@ -389,9 +375,7 @@ def test_a_run_its_reference_and_the_same_command_again(place, whole):
     slam = net.slam
     assert (slam['encoder'], slam['stage'], slam['encoder_id']) == ('mhubert25', 'dpo', 'abc')
     assert slam['recipe']['beta'] == 0.1 and slam['recipe']['pretraining'] == dict(lr=1)
-    assert slam['compute']['pretraining'] == dict(hours=23.5) and slam['compute']['devices'] == 1
-    assert slam['scores']['step'] == 24 and slam['compute']['tokens'] == last['tokens']
-
+    assert slam['compute']['pretraining'] == dict(hours=23.5) and slam['scores']['step'] == 24
     state = torch.load(place / 'whole/train_state.pt', weights_only=True)
     assert torch.equal(state['model']['embed.weight'], net.embed.weight)  # those of the last step
     train, val, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 512)
