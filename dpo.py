@@ -426,7 +426,7 @@ if __name__ == '__main__':
         if val and eval_interval and (evaluate or over):
             policy = score_pairs(row_logps, val, width, torch_device, rank, world)
             scores = validate(policy, reference[len(train) :], sizes[len(train) :])
-            record |= scores
+            record |= (scores := scores | dict(step=step, tokens=seen))
         log_file.write(json.dumps(record) + '\n')
         if run:
             run.log(record, step=step)
@@ -436,7 +436,7 @@ if __name__ == '__main__':
         if rank == 0 and (save or over or halt):
             compute = dict(devices=world, device=machine, hours=elapsed / 3600, tokens=seen)
             compute['pretraining'] = model.slam.get('compute')
-            slam |= dict(scores=dict(scores, step=step, tokens=seen), compute=compute)
+            slam |= dict(scores=scores, compute=compute)
             state = dict(step=step, elapsed=elapsed, seen=seen, scores=scores, reference=reference)
             state |= dict(model=model.state_dict(), optimizer=adamw.state_dict(), config=config)
             save_run(out_dir, model, slam, state)

@@ -1156,6 +1156,10 @@ class UnitEncoder:
         public = where in KMEANS and kmeans is None and layer in (None, config['layer'])
         if layer is not None:
             config['layer'] = layer
+        if config['kind'] == 'mfcc' and (kmeans or layer is not None):
+            raise InputError(
+                'the encoder mfcc has no layers, and its k-means is fitted: --fit_kmeans'
+            )
         if kmeans or public:
             centroids = read_kmeans(kmeans or fetch(*KMEANS[where]))
             config |= dict(encoder_id=where if public else None, distortion=0.0)
@@ -1590,6 +1594,8 @@ class UnitVocoder:
         generator .pt with its .json beside it. Raises InputError if it is none of these."""
         from safetensors.torch import load_file
 
+        if not where:
+            raise InputError('there is no vocoder for these units: give one with --vocoder')
         path, about = (os.path.join(where, f'vocoder.{end}') for end in ('safetensors', 'json'))
         if where == 'hifigan25':
             path, about = fetch(*HIFIGAN[:2]), fetch(*HIFIGAN[2:])

@@ -3,8 +3,7 @@
     python sample.py --prompt=a.wav      # the public model continues the first 3 s
     python sample.py --init=out/demo/dpo --prompt=a.wav,folder,units.jsonl --html=page.html
     python sample.py --init=out/demo/units --prompt=a.wav --resynth   # what do the units keep?
-    python sample.py --init=out/mixed --prompt=a.wav --to=text        # speech, continued as text
-    python sample.py --init=out/mixed --from_text='Once upon a time'  # text, continued as speech
+    python sample.py --init=out/mixed --from_text='Once upon a time'  # or --prompt=a.wav --to=text
 
 A prompt is encoded into units, the model continues them, and the vocoder speaks both. Results: for
 each prompt a folder in `out` with prompt.wav, continuation.wav and full.wav (further samples:
@@ -69,7 +68,6 @@ html = ''  # also write this page: all results on one time axis, sound included
 encoder = ''  # in place of the checkpoint's own: 'mhubert25' or a folder
 vocoder = ''  # in place of the checkpoint's own: 'hifigan25', a folder, or a HiFi-GAN's .pt
 speaker = 0  # which of the vocoder's voices, if it has several
-style = 0  # row of a HiFi-GAN's style table
 batch_size = 16  # continuations at a time
 compile = False  # compile the model's step: half a minute once, then faster; for hundreds
 seed = 1234
@@ -89,6 +87,7 @@ class Prompt:
 
     name: str  # also of the folder of its results
     path: str | None = None  # of the recording
+    span: tuple = (0.0, None)  # of it: start and length in seconds
     wave: torch.Tensor | None = None  # (samples,) of the recording, the part that is used
     units: torch.Tensor | None = None  # (n,) int64
     duration: torch.Tensor | None = None  # (n,) int64, frames of each unit
@@ -102,8 +101,12 @@ def parse_row(row, path, number):
     p = Prompt(name, text=row.get('text'))
     with reading(f'{path}, line {number}'):
         p.words = [(word, float(end)) for word, _, end in row.get('words') or []]
-        if row.get('units') is None:
+        if row.get('units') is None:  # a recording, or a segment of one
+            start = float(row.get('start', row.get('offset')) or 0)
+            end = row.get('end') or start + float(row.get('duration') or 'inf')
+            p.words = [(word, t - start) for word, t in p.words if start < t <= end]
             p.path = os.path.join(os.path.dirname(path), row['path'])
+            p.span = (start, end - start if end < 1e9 else None)
             return p
         numbers = torch.tensor([row['units'], row['duration']])
         if numbers.dtype != torch.long or numbers[1].min() < 1:
@@ -122,8 +125,7 @@ def read_prompts(path, split):
         return [Prompt(os.path.basename(file), path=file) for file in find_audio(path)]
     prompts = []
     for number, row in read_jsonl(path):
-        name = str(row.get('split') or split)
-        if not split or split_of(name, default=name) == split_of(split, default=split):
+        if not split or split_of(row.get('split') or split) == split_of(split):
             prompts.append(parse_row(row, path, number))
     if not prompts:
         raise InputError(f'{path}: no row has split {split!r}; --split= takes all rows')
@@ -154,7 +156,7 @@ def encode_prompt(p, nets, seconds):
     of it, up to a word's end, or all of it (0). Raises InputError for a file that cannot be used,
     or units that the model does not have."""
     if p.path:
-        p.wave = load_audio(p.path)
+        p.wave = load_audio(p.path, SAMPLE_RATE, *p.span)
     length = len(p.wave) / SAMPLE_RATE if p.path else int(p.duration.sum()) / nets.frame_rate
     if 0 < seconds < length:  # up to the end of the last word within, or of the first word
         ends = [end for _, end in p.words]
@@ -238,7 +240,7 @@ def make_sample(p, k, new, nets):
     voice, folder, tag = nets.vocoder, os.path.join(out, p.name), f'-{k}' if k > 1 else ''
     units, duration = torch.cat((p.units, new)), torch.cat((p.duration, voice.durations(new)))
     # silence, if the model ended at once
-    wave = voice.decode(units, duration, speaker, style) if len(units) else torch.zeros(1600)
+    wave = voice.decode(units, duration, speaker) if len(units) else torch.zeros(1600)
     cut = round(int(p.duration.sum()) * voice.sample_rate / voice.frame_rate)
     name = 'resynth.wav' if resynth else f'full{tag}.wav'
     save_audio(os.path.join(folder, name), wave, voice.sample_rate)
@@ -309,7 +311,7 @@ if __name__ == '__main__':
         raise InputError('--to is speech or text; text goes without --resynth, --asr and --html')
 
     # what to begin with, and the networks that it takes
-    none = torch.zeros(0, dtype=torch.long)
+    none = torch.zeros(0).long()
     prompts, ids = find_prompts(prompt, split, max_prompts)
     name = 'from_text' if from_text else 'unprompted'
     prompts = prompts or [Prompt(name, units=none, duration=none, text=from_text or None)]

@@ -354,6 +354,7 @@ def validate(model, validation, device, autocast, rank=0, world=1):
 def format_record(record):
     """The line on the terminal for a record of log.jsonl."""
     left = (max_steps - record['step']) * batch_tokens / record['tokens_per_s']
+    left = min(left, (3600 * train_hours or math.inf) - record['elapsed'])
     scores = [f' | {key} {value:.4f}' for key, value in record.items() if key.startswith('val_')]
     line = f'step {record["step"]}/{max_steps} | loss {record["loss"]:.4f}{"".join(scores)} | norm '
     line += f'{record["norm"]:.2f} | lr {record["lr"]:.2e} | {record["tokens_per_s"]:,} tokens/s'
@@ -414,8 +415,8 @@ if __name__ == '__main__':
     if step:
         old, new = updater.param_groups[0]['lr'], learning_rate(step, step / max_steps)
         jump = f', where the learning rate was {old:.2e} and now is {new:.2e}'
-        other = state['config']['max_steps'] != max_steps
-        log(f'going on at step {step}{jump if other else ""}', rank)
+        jump = jump if state['config']['max_steps'] != max_steps else ''
+        log(f'going on at step {step}{jump}', rank)
     del state  # it holds a copy of the model
 
     # The log locks out_dir. A thread collates the next batch while the device works on this one.
@@ -479,7 +480,7 @@ if __name__ == '__main__':
         # Validate now and at the end, and log.
         if validation and (evaluate or over):
             scores = validate(model, validation, torch_device, autocast, rank, world)
-            record |= scores
+            record |= (scores := scores | dict(step=step, tokens=seen))
         log_file.write(json.dumps(record) + '\n')
         if run:
             run.log(record, step=step)
@@ -488,7 +489,7 @@ if __name__ == '__main__':
         # The checkpoint, with all that an exact continuation needs.
         if rank == 0 and (save or over or halt):
             compute = dict(devices=world, device=machine, hours=elapsed / 3600, tokens=seen)
-            slam |= dict(scores=dict(scores, step=step, tokens=seen), compute=compute)
+            slam |= dict(scores=scores, compute=compute)
             state = dict(step=step, elapsed=elapsed, seen=seen, place=place, scores=scores)
             state |= dict(model=model.state_dict(), optimizer=updater.state_dict(), config=config)
             save_run(out_dir, model, slam, state)
@@ -497,7 +498,7 @@ if __name__ == '__main__':
 
     log_file.close()
     stop_processes(world)
-    result = f', val loss {scores["val_loss"]:.4f}' if scores else ''
+    result = f', val loss {scores["val_loss"]:.4f} at step {scores["step"]}' if scores else ''
     log(f'{out_dir}: {step} steps, {seen:,} tokens, {format_time(elapsed)}{result}', rank)
     if not over:
         log('stopped and saved; the same command continues', rank)
