@@ -340,6 +340,7 @@ if __name__ == '__main__':
     state = dict(step=0, elapsed=0.0, seen=0, scores={}, reference=None, config=config)
     state = load_run(out_dir, state, config, FREE) if resume else state
     step, elapsed, seen, scores = (state[key] for key in ('step', 'elapsed', 'seen', 'scores'))
+    log_file = open_log(out_dir, step, rank)  # it locks out_dir
 
     # All rows have one width, so that they are compiled once.
     width = row_width(lengths, batch_pairs, row_tokens, world, multiple=128 if cuda else 8)
@@ -357,7 +358,6 @@ if __name__ == '__main__':
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
     log(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
     log(f'steps {step} to {last_step} of {batch_pairs} pairs, in rows of {width} tokens', rank)
-    log_file = open_log(out_dir, step, rank)
     run = start_tracker(tracker, config) if rank == 0 else None
 
     # The reference is the policy before its first step. The checkpoint keeps its log-probabilities.
@@ -429,7 +429,7 @@ if __name__ == '__main__':
             record |= (scores := scores | dict(step=step, tokens=seen))
         log_file.write(json.dumps(record) + '\n')
         if run:
-            run.log(record, step=step)
+            run.log({key: record[key] for key in record if key != 'step'}, step=step)
         log(format_record(record, last_step, len(val)), rank)
 
         # The checkpoint, with all that an exact continuation needs.

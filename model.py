@@ -1156,13 +1156,10 @@ class UnitEncoder:
         public = where in KMEANS and kmeans is None and layer in (None, config['layer'])
         if layer is not None:
             config['layer'] = layer
-        if config['kind'] == 'mfcc' and (kmeans or layer is not None):
-            raise InputError(
-                'the encoder mfcc has no layers, and its k-means is fitted: --fit_kmeans'
-            )
         if kmeans or public:
             centroids = read_kmeans(kmeans or fetch(*KMEANS[where]))
-            config |= dict(encoder_id=where if public else None, distortion=0.0)
+            # a file has no `distortion`, so that each frame takes its nearest centroid
+            config |= dict(encoder_id=where if public else None, distortion=0.0, switch=0.0)
         encoder = cls(config, centroids, device, net)
         if saved and encoder.vocoder == 'vocoder':
             encoder.vocoder = os.path.join(os.path.dirname(os.path.abspath(where)), 'vocoder')

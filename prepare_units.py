@@ -653,16 +653,16 @@ def interleave(row, speech, encode, meta):
 def documents_of(path):
     """Yields the texts of a .jsonl or of parquet files, and the documents of a .txt file: between
     <|endoftext|> if it has that, else blank lines. Raises InputError for rows without `text`."""
+    shards = is_shards(path) or os.path.isdir(path)
     with reading(path):
-        if is_shards(path) or os.path.isdir(path):
-            yield from (row['text'] for row in read_parquet(path))
-        elif path.endswith('.jsonl'):
-            yield from (row['text'] for _, row in read_jsonl(path))
+        if shards or path.endswith('.jsonl'):
+            rows = read_parquet(path) if shards else (row for _, row in read_jsonl(path))
+            texts = (row['text'] or '' for row in rows)
         else:
-            with open(path, encoding='utf-8') as file:
-                text = file.read()
-            mark = '<|endoftext|>'
-            yield from split_documents(text if mark in text else re.sub(r'\n\s*\n', mark, text))
+            with open(path, encoding='utf-8-sig') as file:
+                text, mark = file.read(), '<|endoftext|>'
+            texts = [text if mark in text else re.sub(r'\n\s*\n', mark, text)]
+        yield from chain.from_iterable(map(split_documents, texts))
 
 
 def token_documents(kind, meta, encode):

@@ -5,9 +5,8 @@
     python sample.py --init=out/demo/units --prompt=a.wav --resynth   # what do the units keep?
     python sample.py --init=out/mixed --from_text='Once upon a time'  # or --prompt=a.wav --to=text
 
-A prompt is encoded into units, the model continues them, and the vocoder speaks both. Results: for
-each prompt a folder in `out` with prompt.wav, continuation.wav and full.wav (further samples:
-full-2.wav ...), and for all units.jsonl, which can serve as prompts again, and sample.json.
+The vocoder speaks prompt and continuation. `out` gets, for each prompt, a folder with prompt.wav,
+continuation.wav and full.wav (then full-2.wav ...), and for all units.jsonl and sample.json.
 """
 
 from config import configure
@@ -116,9 +115,8 @@ def parse_row(row, path, number):
 
 
 def read_prompts(path, split):
-    """The prompts of a sound file, a folder, a manifest or a units file: its rows of `split`, by
-    any name that split_of knows, and those without a split; '': all rows. Raises InputError for a
-    bad row, and where no row is left."""
+    """The prompts of a sound file, a folder, a manifest or a units file: its rows of `split` and
+    those without a split; '': all. Raises InputError for a bad row, and where none is left."""
     manifest = os.path.join(path, 'manifest.jsonl')
     path = manifest if os.path.isfile(manifest) else path
     if not path.endswith('.jsonl'):

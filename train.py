@@ -367,9 +367,9 @@ if __name__ == '__main__':
     cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)
 
     # A step is a whole number of rows for each process, and a row has room for the longest chunk.
-    if batch_tokens % (row_tokens * world) or context > row_tokens:
+    if batch_tokens % (row_tokens * world) or context > row_tokens or max_steps < 1:
         rows = f'batch_tokens={batch_tokens} is no multiple of {world} x row_tokens={row_tokens}'
-        raise InputError(f'{rows}, or that is less than context={context}')
+        raise InputError(f'{rows}, or that is less than context={context}, or max_steps < 1')
     if os.path.abspath(init) == os.path.abspath(out_dir):
         raise InputError(f'init and out_dir are both {init}, which would be overwritten')
 
@@ -384,6 +384,8 @@ if __name__ == '__main__':
     state = dict(step=0, elapsed=0.0, seen=0, place=(0, 0, 0), scores={}, config=config)
     state = load_run(out_dir, state, config, FREE) if resume else state
     step, elapsed, seen, scores = (state[key] for key in ('step', 'elapsed', 'seen', 'scores'))
+    log_file = open_log(out_dir, step, rank)  # it locks out_dir
+    budget = 3600 * train_hours or math.inf  # seconds
     loader = Loader(sets, context, row_tokens, seed, state['place'])
     validation = collate_validation(val_sets)
 
@@ -410,17 +412,15 @@ if __name__ == '__main__':
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
     log(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
     n = loader.lengths[loader.order(0)].sum()
-    log(f'{n:,} tokens an epoch, {max_steps * batch_tokens / n:.3g} epochs', rank)
-    log(f'{loader.dropped} tokens dropped: what a cut at {context} leaves alone', rank)
+    epochs = f'{n:,} tokens an epoch, {max_steps * batch_tokens / n:.3g} epochs'
+    log(f'{epochs}; {loader.dropped} tokens dropped (single ones behind a cut)', rank)
     if step:
-        old, new = updater.param_groups[0]['lr'], learning_rate(step, step / max_steps)
-        jump = f', where the learning rate was {old:.2e} and now is {new:.2e}'
-        jump = jump if state['config']['max_steps'] != max_steps else ''
-        log(f'going on at step {step}{jump}', rank)
+        old = updater.param_groups[0]['lr']
+        new = learning_rate(step, max(step / max_steps, elapsed / budget))
+        log(f'going on at step {step}: the learning rate was {old:.2e}, it is {new:.2e}', rank)
     del state  # it holds a copy of the model
 
-    # The log locks out_dir. A thread collates the next batch while the device works on this one.
-    log_file = open_log(out_dir, step, rank)
+    # A thread collates the next batch while the device works on this one.
     run = start_tracker(tracker, config) if rank == 0 else None
     stopping = catch_signals(rank)
     batches = loader.iter_batches(batch_tokens // row_tokens, rank, world, pin=cuda)
@@ -428,7 +428,6 @@ if __name__ == '__main__':
     ahead = thread.submit(next, batches)
     sums = torch.zeros(2, device=torch_device)  # of loss and gradient norm, since the last report
     last_step, last_seen, clock = step, seen, time.perf_counter()  # at the last report
-    budget = 3600 * train_hours or math.inf  # seconds
     over, halt = step >= max_steps or elapsed >= budget, 0
     model.train()
 
@@ -483,7 +482,7 @@ if __name__ == '__main__':
             record |= (scores := scores | dict(step=step, tokens=seen))
         log_file.write(json.dumps(record) + '\n')
         if run:
-            run.log(record, step=step)
+            run.log({key: record[key] for key in record if key != 'step'}, step=step)
         log(format_record(record), rank)
 
         # The checkpoint, with all that an exact continuation needs.

@@ -480,7 +480,6 @@ def test_kmeans_of_scikit_learn_gives_its_clusters(tmp_path):
         kmeans = kind(20, random_state=state, n_init=1).fit(x)
         joblib.dump(kmeans, path)
         encoder = UnitEncoder.from_pretrained('mfcc', kmeans=path)
-        encoder.config['switch'] = 0
         assert np.array_equal(encoder.assign(torch.tensor(x).float()), kmeans.predict(x))
 
 

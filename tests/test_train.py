@@ -461,7 +461,7 @@ def test_two_processes_are_one_also_when_they_go_on(forty, data, tmp_path):
     out = str(shutil.copytree(forty[0], tmp_path / 'more'))
     done = run(*flags, f'--out_dir={out}', '--max_steps=44', '--log_interval=2', processes=2)
     assert done.returncode == 0, done.stderr
-    assert 'step 40, where the learning rate was 6.00e-05 and now is 1.77e-04' in done.stdout
+    assert 'step 40: the learning rate was 6.00e-05, it is 1.77e-04' in done.stdout
     assert [row['step'] for row in log_of(out)][-3:] == [40, 42, 44]
 
 
