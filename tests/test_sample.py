@@ -124,6 +124,15 @@ def test_prompts_in_folders_manifests_and_units_files(tmp_path):
     assert p.units.tolist() == [3, 4] and p.duration.tolist() == [1, 2] and p.text == 'x'
     assert ids == {f'{tmp_path}/u.jsonl': 'me'}
 
+    segment = dict(path='t.wav', offset=2.0, duration=3.0, words=[['a', 1, 1.5], ['b', 2.5, 3.5]])
+    write_jsonl(tmp_path / 's.jsonl', [segment, dict(path='t.wav', start=1.0)])
+    segments = sample.read_prompts(f'{tmp_path}/s.jsonl', '')
+    assert [p.span for p in segments] == [(2.0, 3.0), (1.0, None)]
+    assert segments[0].words == [('b', 1.5)]
+    write_jsonl(tmp_path / 's.jsonl', [dict(path='t.wav', split='half')])
+    with pytest.raises(sample.InputError, match='half'):
+        sample.read_prompts(f'{tmp_path}/s.jsonl', 'val')
+
 
 @pytest.mark.parametrize(
     ('seconds', 'frames', 'text'),
