@@ -27,6 +27,7 @@ import _ctypes
 import csv
 import ctypes
 import glob
+import html
 import json
 import math
 import multiprocessing.connection
@@ -99,7 +100,7 @@ MARK = '<|endoftext|>'
 # Columns that a task expects
 PAIR = 'prompt chosen rejected'.split()
 SWAG = 'sent1 sent2 gold-source label ending0 ending1 ending2 ending3'.split()
-HELLASWAG = 'ctx_a ctx_b endings label'.split()
+HELLASWAG = ['ctx_a', 'ctx_b', 'endings (list)', 'label']
 BLIMP = 'sentence_good sentence_bad linguistics_term UID pairID'.split()
 CLOZE = [*(f'InputSentence{i}' for i in (1, 2, 3, 4)), 'AnswerRightEnding']
 CLOZE += ['RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2']
@@ -221,8 +222,7 @@ def toy_words(rng, topic, he):
 
 
 def toy_story(rng, topic, outcome, who, mood):
-    """A story as dict: prompt (two sentences), the ending that follows, topic. outcome: good or
-    bad; who: he, she or they; mood: which of the two moods of the outcome."""
+    """dict(prompt: two sentences, ending, topic). mood: which of the two moods of the outcome."""
     words = toy_words(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
     first = rng.choice(FRAMES[7:] if who == 'they' else FRAMES[:7]).format(**words)
     verb, space, particle = rng.choice(TOPICS[topic][f'{outcome}_actions']).partition(' ')
@@ -267,10 +267,7 @@ def toy_minimal(rng, kind, fresh):
 def toy_rows(task, seed, n_stories, n_pairs, n_suite):
     """Yield the rows of a task: stories (text), pairs (prompt, chosen, rejected), and the suites
     grammar, sstory, tstory (right, wrong, type, alike: pairs with the same number share a voice).
-
-    All tasks are drawn in one order, and no sentence of grammar and no prompt is drawn twice, so
-    the training data and the suites have no prompt in common.
-    """
+    All are drawn in one order, no prompt twice: training data and suites have none in common."""
     rng, used = random.Random(f'{seed}/toy'), set()
 
     def fresh(topic=None, outcome=None, who=None, mood=None):
@@ -314,10 +311,7 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
 
 
 def read_lines(path):
-    """Yield the lines of a text file in UTF-8, or in UTF-16 if it begins with a byte order mark.
-
-    Raises InputError naming the line and the byte of anything else.
-    """
+    """Yield the lines of a file in UTF-8, or in UTF-16 with a mark; InputError names the line."""
     with open(path, 'rb') as file:
         utf16 = file.read(2) in (b'\xff\xfe', b'\xfe\xff')
     number = 0
@@ -376,10 +370,10 @@ def read_rows(kind, *expected):
             for key, value in row.items():
                 if value is None or isinstance(value, int | float):
                     row[key] = '' if value is None else str(value)
-            usable = {key for key in row if isinstance(row[key], str) or key == 'endings'}
+            there = [f'{key} ({type(value).__name__})' for key, value in row.items()]
+            usable = {*there, *(key for key in row if isinstance(row[key], str))}
             if not any(usable.issuperset(columns) for columns in expected):
-                wanted = '; or '.join(map(', '.join, expected))
-                there = ', '.join(f'{key} ({type(value).__name__})' for key, value in row.items())
+                wanted, there = '; or '.join(map(', '.join, expected)), ', '.join(there)
                 raise InputError(f'{name} row {number}: expected columns {wanted}; found {there}')
             if 'more cells than columns' in row:
                 raise InputError(f'{name} row {number}: more cells than columns')
@@ -487,12 +481,18 @@ def find_tasks():
 # English words for signs. In other languages the signs stay: espeak knows their names
 WORDS = {
     **{'½': 'one half', '¼': 'one quarter', '¾': 'three quarters', '⅓': 'one third'},
-    **{'⅔': 'two thirds', '²': 'squared', '³': 'cubed', '−': 'minus', '&': 'and', '%': 'percent'},
-    **{'°C': 'degrees Celsius', '°F': 'degrees Fahrenheit', '°': 'degrees', '+': 'plus'},
-    **{'<': 'less than', '>': 'greater than', '=': 'equals', '×': 'times', '№': 'number'},
+    **{'⅔': 'two thirds', '⅕': 'one fifth', '⅖': 'two fifths', '⅗': 'three fifths'},
+    **{'⅘': 'four fifths', '⅙': 'one sixth', '⅚': 'five sixths', '⅐': 'one seventh'},
+    **{'⅛': 'one eighth', '⅜': 'three eighths', '⅝': 'five eighths', '⅞': 'seven eighths'},
+    **{'⅑': 'one ninth', '⅒': 'one tenth', '⁄': 'over', '²': 'squared', '³': 'cubed', '+': 'plus'},
+    **{'°C': 'degrees Celsius', '°F': 'degrees Fahrenheit', '°': 'degrees', '>': 'greater than'},
+    **{'−': 'minus', '&': 'and', '%': 'percent', '×': 'times', '№': 'number', '=': 'equals'},
+    **{'<': 'less than', '≤': 'less than or equal to', '≥': 'greater than or equal to'},
     **{'$': 'dollars', '€': 'euros', '£': 'pounds', '¥': 'yen', '₹': 'rupees', '¢': 'cents'},
 }
-SIGNS = ''.join(WORDS) + '@#§±÷≠≤≥.,!?;:\'"()-/。！？،؟।'
+SCALES = dict.fromkeys('kK', 'thousand') | dict.fromkeys('mM', 'million')  # $5m
+SCALES |= dict.fromkeys(('b', 'B', 'bn'), 'billion')
+SIGNS = ''.join(WORDS) + '@#§±÷≠.,!?;:\'"()-/。！？،؟।'
 KEPT = re.compile('([½¼¾⅐-⅞¹²³⁰-⁻№]+)')  # NFKC would turn 3½ into 31⁄2 and 10² into 102
 QUOTES = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', '})
 
@@ -502,9 +502,12 @@ TAG = re.compile(
     r'<!--.*?-->|</?[a-zA-Z][\w:-]*(\s+[\w:-]+\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]+))*\s*/?>'
 )
 LINK = re.compile(r'https?://\S+|www\.\S+')
-STRAY = re.compile(r'(?<!\w)(?<!\w )[<>=]|[<>=](?! ?[\w−-])|#(?!\d)')
+STRAY = re.compile(r'(?<![\w°%])(?<![\w°%] )[<>=≤≥]|[<>=≤≥](?! ?[\w−$€£¥₹-])|#(?!\d)')
 POWER = re.compile(r'(?:(?<=\d)|(?<=\b\w))(?![²³](?![¹²³⁰-⁹]))[⁺⁻]?[¹²³⁰-⁹]+')
-MONEY = re.compile(r'([$€£¥₹]) ?(\d[\d,]*(?:\.\d+)?)( (?:hundred|thousand|million|billion)\b)?')
+MONEY = re.compile(
+    r'(\b[A-Z]{1,2}|)([$€£¥₹]) ?(\d+(?:[.,]\d+)*) ?'
+    r'((?:hundred|thousand|million|billion|trillion|bn|(?<! )[kKmMbB])\b|)'
+)
 
 # Where a stop has no space after it: The end.Next | What?yes | "Go!"he
 TIGHT = re.compile(
@@ -520,27 +523,25 @@ nfkc = partial(unicodedata.normalize, 'NFKC')
 def say_signs(document):
     """A text with English words for its signs: $5 -> 5 dollars, 3½ -> 3 and one half."""
     document = POWER.sub(lambda m: f' to the power of {nfkc(m[0])}', document)
-    document = MONEY.sub(lambda m: f'{m[2]}{m[3] or ""} {WORDS[m[1]]}', document)
-    document = re.sub(r'\b1 (dollar|euro|pound|rupee)s', r'1 \1', document)
-    document = re.sub(r'(?<=\d) ?(?=[½¼¾⅓⅔])', ' and ', document)
+    document = MONEY.sub(lambda m: f'{m[3]} {SCALES.get(m[4], m[4])} {m[1]} {m[2]}', document)
+    document = re.sub(r'(?<=\d) ?(?=[½¼¾⅐-⅞]|\b\d+⁄)', ' and ', document)
     document = re.sub(r'(?<=\d) ?– ?(?=\d)', ' to ', document)
     for sign, word in WORDS.items():
         document = document.replace(sign, f' {word} ')
-    return document
+    return re.sub(r'(?<![\d.,])1 +((?:[A-Z]+ +)?(?:dollar|euro|pound|rupee))s\b', r'1 \1', document)
 
 
 def clean(document, english=True):
-    """Only what a voice can say, with single spaces: without markup, links, control characters.
-
-    english: signs become English words.
-    """
-    # quotation marks decoded wrongly, as in TinyStories; markup and links
+    """Only what a voice can say, with single spaces. english: signs become English words."""
+    # entities of HTML; quotation marks decoded wrongly, as in TinyStories; markup and links
+    document = re.sub(r'&#?\w+;', lambda m: html.unescape(m[0]), document)
     document = re.sub('â€[œ\x9d]?', '"', re.sub('â€[˜™]', "'", document))
     document = LINK.sub(' ', TAG.sub(' ', document))
     # one form of each character, and words for signs
     parts = KEPT.split(document)
     parts[::2] = map(nfkc, parts[::2])
-    document = STRAY.sub(' ', ''.join(parts))
+    document = STRAY.sub(' ', ''.join(parts).replace('<=', '≤').replace('>=', '≥'))
+    document = re.sub(r'(?<![^\s("\'])(?<!\d )–(?=[$€£¥₹]?\d)', '−', document)
     document = (say_signs(document) if english else document).translate(QUOTES)
     # letters, digits and signs stay, invisible characters go, all else is a space
     for sign in {*document}.difference(SIGNS):
@@ -572,10 +573,7 @@ Speech = namedtuple('Speech', 'wave rate times')
 
 def word_times(sentence, wave, rate, marks):
     """[[word, start s, end s], ...] from marks, [(character, sample), ...], where words begin.
-
-    Words without a mark are interpolated by their position in the sentence. A word ends with its
-    sound, before the pause of a comma.
-    """
+    Words without a mark are interpolated. A word ends with its sound, before a comma's pause."""
     spans = [(match[0], *match.span()) for match in re.finditer(r'\S+', sentence)]
     known = {0: 0}
     for _, begin, end in spans:
@@ -871,18 +869,19 @@ def plan_task(task):
     settings = dict(text=digest, items=items, tts=tts, tts_model=tts_model, voices=task.voices)
     settings |= dict(speed=speed, pitch=pitch, pause=pause, seed=seed, val_share=val_share)
     folder = os.path.join(out, task.name)
-    if glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
+    old, summary = settings, os.path.join(folder, 'summary.json')
+    if os.path.exists(summary):
+        old = read_json(summary).get('settings', {})
+    elif glob.glob(f'{glob.escape(folder)}/parts/[0-9]*.jsonl'):
         old = read_json(os.path.join(folder, 'parts', 'settings.json'))
-        changed = ', '.join(key for key in settings if settings[key] != old.get(key))
-        if changed:
-            raise InputError(f'{folder} holds speech made with other {changed}: use another --out')
+    if changed := ', '.join(key for key in settings if settings[key] != old.get(key)):
+        raise InputError(f'{folder} holds speech made with other {changed}: use another --out')
     numbers = range(math.ceil(items / PART))
     return [os.path.join(folder, 'parts', f'{n:05d}.jsonl') for n in numbers], settings
 
 
 def merge_parts(task, folder, paths):
-    """Merge the part files into manifest.jsonl, skipped.jsonl and, for blimp, gold.csv -> the
-    seconds of speech, and the number of items skipped for each reason."""
+    """Merge the parts into manifest.jsonl, skipped.jsonl, gold.csv -> seconds, {reason: items}."""
     seconds, reasons = 0.0, Counter()
     names = [os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped')]
     with write_atomic(names[0]) as manifest, write_atomic(names[1]) as skipped:
@@ -921,6 +920,9 @@ if __name__ == '__main__':
     config = configure(globals())
     if tts not in BACKENDS:
         fail(f'--tts={tts}: expected {", ".join(BACKENDS)}')
+    for knob, span in dict(speed=speed, pitch=pitch).items():
+        if not re.fullmatch(r'\d*\.?\d+-\d*\.?\d+', span):
+            fail(f'--{knob}={span}: expected a range, LOW-HIGH')
 
     # Read all text first, and compare it with what is there: mistakes end the run before it speaks
     todo = []
@@ -931,7 +933,6 @@ if __name__ == '__main__':
         else:
             todo.append((wanted, paths, settings))
 
-    # Load the voices once; worker processes share them
     kind, _, network, _ = BACKENDS[tts]
     if todo:
         with reading(f'--tts={tts} --tts_model={tts_model or network}'):
@@ -940,6 +941,5 @@ if __name__ == '__main__':
             with reading(f'--voices={voice} of {tts}'):
                 speaker.speak('a', voice, 1.0, 50)
 
-    # One task after the other
     for wanted, paths, settings in todo:
         run_task(wanted, paths, settings, speaker)
