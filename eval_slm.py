@@ -82,8 +82,7 @@ SALMON = 'bg_alignment bg_all_consistency bg_domain_consistency gender_consisten
 SALMON += ' sentiment_alignment sentiment_consistency speaker_consistency'
 PAPER_TASKS = ('sblimp', 'sstorycloze', 'tstorycloze')
 TITLES = dict(sblimp='sBLIMP', swuggy='sWUGGY', sstorycloze='sSC', tstorycloze='tSC')
-# suffixes of a task's name for endings in the other modality than the beginnings
-CROSSINGS = ('_to_text', '_from_text')
+CROSSINGS = ('_to_text', '_from_text')  # of tasks whose endings are in the other modality
 # GenPPL and auto-BLEU of the paper were measured with these defaults (section 4 and Table 6)
 PROTOCOL = 'prompts n_prompts prompt_seconds max_new_tokens temperature top_k top_p asr text_lm'
 PROTOCOL = {name: globals()[name] for name in (*PROTOCOL.split(), 'repetition_penalty')}
@@ -104,8 +103,7 @@ Suite = namedtuple('Suite', 'pairs official')
 
 
 # -----------------------------------------------------------------------------
-# Suites: folders and files -> pairs. A new layout is a function that returns pairs, called in
-# list_suite
+# Suites: folders and files -> pairs. list_suite calls a function for each layout
 
 
 def make_pair(key, pos, neg, about):
@@ -134,12 +132,11 @@ def list_folder(folder):
     """Pairs of a folder and its sub-folders: <n>_correct, <n>_incorrect, or a part of SALMon,
     sample_<n>_*, where the first name is correct. Raises InputError for any other file."""
     files = [os.path.normpath(file) for file in M.find_audio(folder)]
-    rule, layout = r'(.+)_(correct|incorrect)', '<n>_correct, <n>_incorrect'
+    rule, layout = r'(.+)_(correct|incorrect)', '<n>_correct, <n>_incorrect in one folder'
     if all(os.path.basename(file).startswith('sample_') for file in files):
-        rule, layout = r'(.*?sample_\d+)_(.*)', 'two files sample_<n>_*.wav for each n'
+        rule, layout = r'((?:.*/)?sample_\d+)_([^/]*)', 'two files sample_<n>_*.wav in one folder'
 
-    # {n, with its sub-folder: {side: file}}
-    sides = defaultdict(dict)
+    sides = defaultdict(dict)  # {n, with its sub-folder: {side: file}}
     for file in files:
         match = re.fullmatch(rule, os.path.splitext(os.path.relpath(file, folder))[0])
         if not match or match[2] in sides[match[1]]:
@@ -156,27 +153,27 @@ def list_folder(folder):
 
 
 def list_table(where):
-    """Pairs of a table: .csv with the columns correct and incorrect (paths, from the file's
-    folder), or parquet with positive_audio and negative_audio. Raises InputError."""
-    rows = read_csv(where) if where.endswith('.csv') else M.read_parquet(where)
-    pairs = []
-    for line, row in enumerate(rows, 2):
-        sides = []
+    """Pairs of a .csv file, whose paths start at its folder, or of parquet. Raises InputError."""
+    is_csv, pairs = where.endswith('.csv'), {}
+    rows = read_csv(where) if is_csv else M.read_parquet(where)
+    for n, row in enumerate(rows, 2 if is_csv else 1):
+        sides, place = [], f'{where}, {"line" if is_csv else "row"} {n}'
         for names in (('correct', 'positive_audio'), ('incorrect', 'negative_audio')):
             audio = row.get(names[0]) or row.get(names[1])
             if not audio:
-                raise InputError(f'{where}, line {line}: expected {" or ".join(names)}')
+                raise InputError(f'{place}: expected {" or ".join(names)}')
             audio = audio if isinstance(audio, dict) else dict(path=audio)
             path = os.path.join(os.path.dirname(where), audio['path'] or '')
             if audio.get('bytes'):  # a file named by its content, so that no old copy is scored
-                path = os.path.join(
-                    os.path.dirname(out), 'eval_cache', M.content_hash(audio['bytes'])
-                )
+                name = M.content_hash(audio['bytes'])
+                path = os.path.join(os.path.dirname(out), 'eval_cache', name)
                 with M.write_atomic(path, 'wb') as file:
                     file.write(audio['bytes'])
             sides.append(path)
-        pairs.append(make_pair(row.get('id', line), *sides, row))
-    return pairs
+        pair = make_pair(n if row.get('id') in (None, '') else row['id'], *sides, row)
+        if pairs.setdefault((pair['id'], pair['voice']), pair) is not pair:
+            raise InputError(f'{place}: a second id {pair["id"]!r} of voice {pair["voice"]!r}')
+    return [*pairs.values()]
 
 
 def list_zerospeech(root, kind, split):
@@ -186,7 +183,10 @@ def list_zerospeech(root, kind, split):
     folder = next(filter(os.path.isdir, places), root)
     gold, lexical = os.path.join(folder, 'gold.csv'), kind == 'lexical'
     rows = read_csv(gold)
-    clips = {os.path.basename(os.path.splitext(path)[0]): path for path in M.find_audio(folder)}
+    files = M.find_audio(folder)
+    clips = {os.path.basename(os.path.splitext(path)[0]): path for path in files}
+    if len(clips) < len(files):  # which one gold.csv means is not known
+        raise InputError(f'{folder}: {len(files) - len(clips)} recordings have the name of another')
 
     # {(id, voice): (correct rows, wrong rows)}; a word has several non-words
     groups, pairs = defaultdict(lambda: ([], [])), []
@@ -204,8 +204,7 @@ def list_zerospeech(root, kind, split):
             raise InputError(f'{gold}: id {key}, voice {voice}: no correct or no wrong side')
         kind = correct[0].get('type')
         if lexical:  # how often LibriSpeech has the word
-            known = float(correct[0]['frequency'] or 0) >= 1
-            kind = 'in vocabulary' if known else 'out of vocabulary'
+            kind = ('in' if float(correct[0]['frequency'] or 0) >= 1 else 'out of') + ' vocabulary'
         for sides in product(correct, wrong):
             pos, neg = (clips[row['filename']] for row in sides)
             pairs.append(make_pair(key, pos, neg, dict(voice=voice, type=kind)))
@@ -242,7 +241,9 @@ def find_task(name):
 def find_suites(names):
     """{task: Suite} of tasks as the user names them, NAME or NAME=PATH: also the eight parts of
     SALMon, and NAME_unseen where it exists. Raises InputError."""
-    suites, fold = {}, 'test' if M.split_of(split) == 'test' else 'dev'
+    if split not in ('dev', 'test'):
+        raise InputError(f'--split={split} is not known: ZeroSpeech 2021 has dev and test')
+    suites = {}
     for text in names:
         name, _, path = text.partition('=')
         crossing = next((end for end in CROSSINGS if name.endswith(end)), '')
@@ -254,7 +255,7 @@ def find_suites(names):
         if base == 'salmon':
             places = {f'salmon_{part}': os.path.join(path, part) for part in SALMON.split()}
         for task, place in places.items():
-            suite = list_suite(task, place, fold)
+            suite = list_suite(task, place, split)
             suites[task + crossing] = cross(suite, place, crossing) if crossing else suite
     return suites
 
@@ -290,20 +291,13 @@ def cross(suite, path, crossing):
             pos = neg = Clip(files[0], times[0][first - 1][2])
         else:
             to, texts = 'speech', 2 * [' '.join(words[0][:first])]
-            starts = [story[first][1] for story in times]
-            pos, neg = (Clip(*side) for side in zip(files, (0, 0), starts, strict=True))
+            pos, neg = (Clip(f, 0, t[first][1]) for f, t in zip(files, times, strict=True))
         pairs.append(pair | dict(pos=pos, neg=neg, to=to, texts=texts))
     return suite._replace(pairs=pairs)
 
 
 # -----------------------------------------------------------------------------
 # Likelihoods: utterances -> units, computed once for an encoder -> the log-likelihood of each
-
-
-def load_clip(clip, notes=None):
-    """(samples,) of a clip at 16 kHz. notes: of load_audio."""
-    wave = M.load_audio(clip.path, notes=notes)
-    return wave[int(clip.start * SAMPLE_RATE) : int(clip.seconds * SAMPLE_RATE) or None]
 
 
 def encode_clips(clips, unit_encoder):
@@ -318,9 +312,12 @@ def encode_clips(clips, unit_encoder):
         path = os.path.join(os.path.dirname(out), 'eval_cache', f'units_{name}.json')
         if not os.path.exists(path):
             units = []
-            # the waves of 64 clips are in memory at once
             for start in tqdm(range(0, len(clips), 64), 'encoding', leave=False):
-                for wave in pool.map(lambda c: load_clip(c, notes), clips[start : start + 64]):
+                part = clips[start : start + 64]  # whose waves are in memory at once
+                waves = pool.map(lambda clip: M.load_audio(clip.path, notes=notes), part)
+                for clip, wave in zip(part, waves, strict=True):
+                    begin, end = (int(t * SAMPLE_RATE) for t in (clip.start, clip.seconds))
+                    wave = wave[begin : end or None]
                     units.append(M.dedup(unit_encoder.encode(wave))[0].tolist())
             with M.write_atomic(path) as file:
                 json.dump(dict(units=units), file)
@@ -364,9 +361,8 @@ def to_tokens(model, utterance):
 def log_likelihoods(model, utterances):
     """Log-likelihoods in nats of utterances, of to_tokens' kinds, each token given all before it.
 
-    Returns: sums (n,) and tokens predicted (n,), both of what fits the model's context, and whether
-    an utterance was cut to it (n,). Equal sequences are computed once, so that they tie exactly.
-    Raises InputError for units that the model does not have, and for NaN.
+    Returns: sums (n,) and tokens predicted (n,) of what fits the model's context, and whether each
+    was cut to it (n,). Equal sequences tie exactly. Raises InputError for unknown units, and NaN.
     """
     device, context = next(model.parameters()).device, model.config.context
     whole = [to_tokens(model, utterance) for utterance in utterances]
@@ -414,19 +410,17 @@ def percent(mean):
 def interval(a, b=None, transform=percent, draws=2000, seed=1234):
     """Score of an arm with a 95 % interval, or the difference a - b of two.
 
-    a, b: (seeds, items) of the same items, or (items,) of one checkpoint. An arm's score is the
-    mean over its seeds of transform(mean over items). The interval is a bootstrap over items plus
-    the spread of the seeds: Student's t of their pooled variance, because resampling two or three
-    seeds underestimates it. All items of one arm right or all wrong: the exact binomial bound
-    (Clopper and Pearson). Returns: dict(score, low, high, n items); of several seeds also `seeds`
-    and `spread`, their number and standard deviation.
+    a, b: (seeds, items) of the same items, or (items,) of one checkpoint. A score is the mean over
+    seeds of transform(mean over items), its interval a bootstrap over items plus the seeds' spread:
+    Student's t of their pooled variance, as resampling two or three seeds underestimates it. All or
+    no items right: Clopper and Pearson's exact bound. Returns: dict(score, low, high, n items), of
+    several seeds also `seeds`, their number, and `spread`, their standard deviation.
     """
     arms = [np.atleast_2d(np.asarray(arm, float)) for arm in (a, b) if arm is not None]
     n = arms[0].shape[1]
     rng = np.random.default_rng(seed)
 
-    # a resample of the items is a multinomial draw over the distinct columns: the same, far
-    # cheaper; the first row are the items as they are
+    # a resample of items is a multinomial draw over distinct columns; the first has all items
     columns, counts = np.unique(np.concatenate(arms), axis=1, return_counts=True)
     weights = np.concatenate((counts[None], rng.multinomial(n, counts / n, size=draws)))
     scores = transform(weights @ columns.T / n)  # (1 + draws, seeds of both arms)
@@ -435,8 +429,7 @@ def interval(a, b=None, transform=percent, draws=2000, seed=1234):
     difference = means[0] - (means[1] if b is not None else 0)
     result = dict(score=float(difference[0]), low=None, high=None, n=n)
 
-    # the variance of the seeds, pooled
-    freedom = sum(len(arm) - 1 for arm in arms)
+    freedom = sum(len(arm) - 1 for arm in arms)  # of the seeds' pooled variance
     squares = sum(np.square(arm[0] - arm[0].mean()).sum() for arm in scores)
     if freedom and b is None:
         result |= dict(seeds=len(arms[0]), spread=float(np.sqrt(squares / freedom)))
@@ -480,9 +473,10 @@ def summarise(pairs, wins, seed=1234):
     return result, items
 
 
-def compare(models, arms, items):
+def compare(models, arms, items, metrics):
     """({arm: dict(seeds=its checkpoints, metrics=results)}, {'b - a': results}) of arms and single
-    checkpoints, on the items that all of theirs share. items: {checkpoint: {task: {id: value}}}."""
+    checkpoints, on the items that all of theirs share; an arm has the remarks of its checkpoints.
+    items, metrics: {checkpoint: {task: {id: value}}}, {checkpoint: {task: result}}."""
     in_arms = {name for members in arms.values() for name in members}
     groups = {name: [name] for name in models if name not in in_arms} | arms
 
@@ -495,10 +489,12 @@ def compare(models, arms, items):
         return interval(*tables, transform=transform, seed=seed) if keys else None
 
     tasks = dict.fromkeys(task for found in items.values() for task in found)
-    means = {
-        arm: dict(seeds=members, metrics={task: result_of(task, arm) for task in tasks})
-        for arm, members in arms.items()
-    }
+    means = {arm: dict(seeds=members, metrics={}) for arm, members in arms.items()}
+    for (arm, members), task in product(arms.items(), tasks):
+        seeds, result = [metrics[member][task] for member in members], result_of(task, arm)
+        flaws = dict(marked=any(seed.get('marked') for seed in seeds))
+        flaws['remarks'] = [*dict.fromkeys(text for seed in seeds for text in seed['remarks'])]
+        means[arm]['metrics'][task] = result and result | flaws
     differences = {
         f'{b} - {a}': {task: result_of(task, b, a) for task in tasks}
         for a, b in combinations(groups, 2)
@@ -512,15 +508,10 @@ def compare(models, arms, items):
 
 @lru_cache(maxsize=4)
 def load_hf(model_class, processor_class, where):
-    """A transformers model and its tokenizer or processor. Raises InputError if there is none; the
-    format of a folder made for another library is named."""
+    """A transformers model and its tokenizer or processor. Raises InputError for another format."""
     import transformers
 
-    folder = M.find_checkpoint(where, tensors=False)  # fails at once without a network
-    about, files = os.path.join(folder, 'config.json'), ' '.join(os.listdir(folder))
-    if not os.path.exists(about) or 'model_type' not in M.read_json(about):
-        kind = 'GGUF' if '.gguf' in files else 'CTranslate2' if 'model.bin' in files else 'unknown'
-        raise InputError(f'{where} has the format {kind}: expected a folder of transformers')
+    M.find_checkpoint(where, tensors=False)  # fails at once without a network
     place = M.pick_device(device)
     with reading(where):
         processor = getattr(transformers, processor_class).from_pretrained(where)
@@ -528,9 +519,19 @@ def load_hf(model_class, processor_class, where):
     return model.eval().to(place, M.pick_dtype('auto', place)), processor
 
 
+def load_asr():
+    """Whisper, its processor and options. Raises InputError for a language that it lacks."""
+    model, processor = load_hf('WhisperForConditionalGeneration', 'WhisperProcessor', asr)
+    about = model.generation_config
+    codes = about.lang_to_id if getattr(about, 'is_multilingual', False) else {}
+    if codes and f'<|{asr_language}|>' not in codes:
+        raise InputError(f'--asr_language={asr_language}: {asr} has no such code (as en, de)')
+    return model, processor, dict(language=asr_language, task='transcribe') if codes else {}
+
+
 # how to open what a metric needs; main opens it before anything is computed
 OPEN = dict(
-    asr=lambda: load_hf('WhisperForConditionalGeneration', 'WhisperProcessor', asr),
+    asr=load_asr,
     text_lm=lambda: load_hf('AutoModelForCausalLM', 'AutoTokenizer', text_lm),
     judge=lambda: ask_judge('Reply with the word ready.'),
     dnsmos=lambda: importlib.import_module('speechmos.dnsmos'),  # has its weights in the package
@@ -539,10 +540,7 @@ OPEN = dict(
 
 def transcribe(waves, batch=16):
     """Whisper's transcripts of 16 kHz waves, of their first 30 s; '' for an empty one."""
-    model, processor = OPEN['asr']()
-    multilingual = getattr(model.generation_config, 'is_multilingual', False)
-    options = dict(language=asr_language, task='transcribe') if multilingual else {}
-    texts = []
+    (model, processor, options), texts = OPEN['asr'](), []
     for start in tqdm(range(0, len(waves), batch), 'transcribing', leave=False):
         sounds = [w.numpy() if len(w) else np.zeros(1) for w in waves[start : start + batch]]
         x = processor.feature_extractor(sounds, sampling_rate=SAMPLE_RATE, return_tensors='pt')
@@ -582,12 +580,15 @@ def ask_judge(question):
 
 
 def find_flaws(text, n=5):
-    """Whether a transcript is of fewer than two tokens; whether a repeated n-gram fills half."""
+    """Whether a transcript is of fewer than two words; whether a repeated n-gram fills half."""
     words, filled = M.tokenize_words(text), defaultdict(set)
     for i in range(len(words) - n + 1):
         filled[tuple(words[i : i + n])].update(range(i, i + n))
     loops = any(2 * len(at) >= len(words) for at in filled.values() if len(at) > n)
-    return len(words) < 2, loops
+    short = sum(any(map(str.isalnum, word)) for word in words) < 2
+    if not short and 'genppl' in split_list(tasks):  # or tokens of its LM
+        short = len(OPEN['text_lm']()[1](text).input_ids) < 2
+    return short, loops
 
 
 def each_transcript(rate):
@@ -596,8 +597,7 @@ def each_transcript(rate):
 
 
 def rate_relevance(items):
-    """GPTScore: a judge's rating, 1 to 5, of each continuation, given the text of its prompt: the
-    last boxed number of the answer."""
+    """GPTScore: a judge's rating of each continuation, the last boxed number of its answer."""
     ratings = []
     for item in tqdm(items, 'judging', leave=False):
         answer = ask_judge(JUDGE % (item['known'], item['text']))
@@ -698,14 +698,13 @@ class Checkpoint:
         self.sampling |= dict(top_p=top_p, repetition_penalty=float(penalty))
         self.items = {}  # {source of a metric: what `generate` returns}
 
-    def generate(self, source, known):
-        """Items of prompts from find_prompts: [dict(id, seconds, known: the prompt's text or None,
+    def generate(self, source, clips):
+        """Items of prompts from cut_prompts: [dict(id, seconds, known: the prompt's text or None,
         wave (samples,) at 16 kHz), ...]. source: what the wave is, see METRICS."""
         if source in self.items:
             return self.items[source]
         voice = M.UnitVocoder.from_pretrained(self.voice, device=self.place)
         M.check_encoder_ids(self.ids | {self.voice: voice.encoder_id})
-        clips = cut_prompts(source, known)
         heads = [torch.as_tensor(units) for units in encode_clips(clips, self.encoder).values()]
         tails, items = [], []
         for start in tqdm(range(0, len(heads), 32), 'continuing', leave=False):
@@ -753,13 +752,13 @@ def cut_prompts(source, known):
                 end = min((end for *_, end in words), key=lambda end: abs(end - prompt_seconds))
                 clips[Clip(path, end)] = ' '.join(word for word, _, stop in words if stop <= end)
     if not clips:
-        raise InputError(f'no prompts for a {source}: too short, or of unknown text (--prompts)')
+        what = {AFTER: ' of known words', AGAIN: ' of known text'}.get(source, '')
+        raise InputError(f'no prompts{what}: add a suite to --tasks or give --prompts')
     return clips
 
 
 # -----------------------------------------------------------------------------
-# The scores of one checkpoint. A result's `remarks` stand below its score in the table; `marked`
-# puts a * behind it
+# The scores of one checkpoint. In the table `remarks` stand below one, `marked` is a * behind it
 
 
 def score_suite(checkpoint, suite):
@@ -791,9 +790,9 @@ def score_suite(checkpoint, suite):
     return result, items, rows
 
 
-def score_generated(checkpoint, metric, known):
+def score_generated(checkpoint, metric, clips):
     """Result, {prompt: value} and rows for the pairs file, of one metric."""
-    found = checkpoint.generate(metric.source, known)
+    found = checkpoint.generate(metric.source, clips)
     if 'asr' in metric.needs and 'text' not in found[0]:
         for item, text in zip(found, transcribe([item['wave'] for item in found]), strict=True):
             item['text'] = text
@@ -822,7 +821,7 @@ def score_generated(checkpoint, metric, known):
 NOTES = [
     'Intervals: 95 %, bootstrap over pairs, of arms also seeds; exact if all or none are right.',
     f'*: over {MUCH_CUT:.0%} of the pairs are cut, so that their endings are not scored, or over '
-    f'{MUCH_BROKEN:.0%} of the transcripts are under two tokens or loop (a 5-gram fills half).',
+    f'{MUCH_BROKEN:.0%} of the transcripts are under two words or loop (a 5-gram fills half).',
 ]
 
 
@@ -845,7 +844,7 @@ def read_paper(suites, generated):
     rows = []
     for row in read_csv(os.path.join(ROOT, 'config', 'paper.csv')):
         scores = {task: row[task] for task in tasks if row[task]}
-        if M.split_of(row['split']) != M.split_of(split):
+        if row['split'] != split:
             scores.pop('sblimp', None)
         if scores and {row['rows'], 'all'} & {*split_list(paper)}:
             rows.append(row | dict(scores=scores))
@@ -933,7 +932,8 @@ if __name__ == '__main__':
     wanted = dict.fromkeys(split_list(tasks) + ['wer'] * wer)
     generated = [task for task in wanted if task in METRICS]
     suites = find_suites([task for task in wanted if task not in METRICS])
-    known = find_prompts(suites)
+    sources = dict.fromkeys(METRICS[task].source for task in generated)
+    clips = {source: cut_prompts(source, find_prompts(suites)) for source in sources}
     for part in dict.fromkeys(part for task in generated for part in METRICS[task].needs):
         with reading(part):
             OPEN[part]()
@@ -950,14 +950,14 @@ if __name__ == '__main__':
             if task in suites:
                 found = score_suite(checkpoint, suites[task])
             else:
-                found = score_generated(checkpoint, METRICS[task], known)
+                found = score_generated(checkpoint, METRICS[task], clips[METRICS[task].source])
             results[task], items[name][task], new = found
             rows += [dict(model=name, task=task) | row for row in new]
             save(record, rows)
         del checkpoint  # its memory is for the next one
 
     # the seeds of each arm, and the differences
-    record['arms'], record['differences'] = compare(models, arms, items)
+    record['arms'], record['differences'] = compare(models, arms, items, record['metrics'])
     save(record, rows)
 
     # what a person reads: the page, the table and notes, and one line of summary last
