@@ -537,8 +537,8 @@ def attend_flex(visible, B, T, device):
     if not torch.compiler.is_compiling():  # plain ones materialise the (T, T) scores
         create_block_mask, flex_attention = compiled(create_block_mask), compiled(flex_attention)
     mask = create_block_mask(visible, B, None, T, T, device=device)
-    # block sizes for which ptxas spills no register when it compiles for sm_90 or sm_86; every token
-    # sees itself: no row is empty
+    # block sizes for which ptxas, compiling for sm_90 or sm_86, spills no register; a token sees
+    # itself, so that no row is empty
     small = 64 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 32
     options = dict(ROWS_GUARANTEED_SAFE=True, PRESCALE_QK=True, fwd_num_warps=8, bwd_num_stages=2)
     options |= dict(bwd_BLOCK_M1=small, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=small)
