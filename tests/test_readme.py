@@ -25,7 +25,7 @@ MORE = {
         *('--init=scratch', '--n_layer=1', '--n_embd=32', '--n_head=2', '--n_kv_head=1'),
         *('--n_ffn=64', '--batch_tokens=2048', '--max_steps=3', '--warmup_steps=1'),
     ],
-    'sample.py': ['--max_prompts=2', '--max_new_tokens=10'],
+    'sample.py': ['--split=', '--max_prompts=2', '--max_new_tokens=10'],
 }
 
 

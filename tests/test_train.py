@@ -509,7 +509,7 @@ MISTAKES = [
 def places(data, forty, tmp_path_factory):
     """Folders that do not fit."""
     place = tmp_path_factory.mktemp('places')
-    found = dict(data=data, forty=forty[0], out=str(place / 'out'))
+    found = dict(data=data, forty=forty[0])
     found['other'] = write_set(str(place / 'other'), walks(3, 0), units=30)
     found['encoded'] = write_set(str(place / 'encoded'), walks(3, 0), encoder_id='xyz')
     found['changed'] = write_set(str(place / 'changed'), walks(150, 7), walks(10, 1))
@@ -522,12 +522,12 @@ def places(data, forty, tmp_path_factory):
 
 
 @pytest.mark.parametrize(('flags', 'message'), MISTAKES)
-def test_a_mistake_is_one_line(flags, message, places):
-    defaults = f'--data={places["data"]}', f'--out_dir={places["out"]}'
+def test_a_mistake_is_one_line(flags, message, places, tmp_path):
+    defaults = f'--data={places["data"]}', f'--out_dir={tmp_path}'
     done = inside(*defaults, *flags.format(**places).split())
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert message in done.stderr
-    assert not os.path.exists(f'{places["out"]}/train_state.pt')
+    assert not os.path.exists(f'{tmp_path}/train_state.pt')
 
 
 def test_a_folder_in_use_is_refused(forty, data):
