@@ -108,9 +108,9 @@ def parse_row(row, path, number):
             p.span = (start, end - start if end < 1e9 else None)
             return p
         numbers = torch.tensor([row['units'], row['duration']])
-        if numbers.dtype != torch.long or numbers[1].min() < 1:
+        if numbers.numel() and (numbers.dtype != torch.long or numbers[1].min() < 1):
             raise ValueError('expected units and as many durations')
-        p.units, p.duration = numbers
+        p.units, p.duration = numbers.long()  # none, of a sample that ended at once
     return p
 
 
@@ -210,7 +210,7 @@ def load_networks(prompts, ids, device):
     sizes = {known.get('n_units'), *(part.n_units for part in parts)} - {None}
     if len(sizes) > 1:
         raise InputError(f'{init}, {of_encoder} and {of_vocoder} have different units: {sizes}')
-    nets.n_units, nets.encoder_id = sizes.pop(), next(filter(None, ids.values()), None)
+    nets.n_units, nets.encoder_id = max(sizes, default=0), next(filter(None, ids.values()), None)
     nets.frame_rate = parts[-1].frame_rate if parts else known.get('frame_rate', 25.0)
     return nets
 
