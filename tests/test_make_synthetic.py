@@ -501,7 +501,7 @@ def test_ctrl_c_is_one_line_and_ends_the_workers(tmp_path):
     process = start(tmp_path, '--n_stories=4000', '--workers=2')
     wait_for_parts(process, tmp_path, 1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)  # its workers hold the pipe, too
+    _, error = process.communicate(timeout=300)  # its workers hold the pipe, too
     assert process.returncode == 130 and 'Traceback' not in error
     assert 'interrupted; run the same command' in error
 
