@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline on one CPU, offline: speech in, speech out. Each line below can be run by hand.
-#     bash runs/demo.sh               about 17 hours of speech, 8 minutes on 2 quiet cores
-#     DEMO=short bash runs/demo.sh    the same stages in 3 minutes, with too little speech to learn from
+#     bash runs/demo.sh               about 17 hours of speech
+#     DEMO=short bash runs/demo.sh    the same stages, with too little speech to learn from
 # Run it again to continue a run that was stopped; rm -r out/demo to start over.
 set -euo pipefail
 begin=$SECONDS
