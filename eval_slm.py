@@ -511,8 +511,11 @@ def load_hf(model_class, processor_class, where):
     """A transformers model and its tokenizer or processor. Raises InputError for another format."""
     import transformers
 
-    M.find_checkpoint(where, tensors=False)  # fails at once without a network
     place = M.pick_device(device)
+    for name in os.listdir(M.find_checkpoint(where, tensors=False)):  # fails without a network
+        if name == 'model.bin' or name.endswith('.gguf'):
+            kind = 'CTranslate2' if name == 'model.bin' else 'GGUF'
+            raise InputError(f'{where} is in the format of {kind}: give that of transformers')
     with reading(where):
         processor = getattr(transformers, processor_class).from_pretrained(where)
         model = getattr(transformers, model_class).from_pretrained(where)
@@ -667,16 +670,11 @@ def load_model(where):
     """The SLM of a checkpoint; of 'untrained:FOLDER' one of its shape with random weights: normal
     with standard deviation 0.02, biases 0, norms 1, drawn from the knob `seed`."""
     folder = where.removeprefix('untrained:')
-    model = M.load_slm(folder).eval()
+    model = M.load_slm(folder)
     if folder != where:
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.data.normal_(0, 0.02, generator=generator)
-            else:
-                weight.data.fill_(0 if name.endswith('bias') else 1)
-        model.slam = model.slam | dict(compute=None, scores=None, stage=None)
-    return model
+        slam, model = model.slam, M.SLM(model.hf_config, seed=seed)
+        model.slam = slam | dict(compute=None, scores=None, stage=None)
+    return model.eval()
 
 
 class Checkpoint:

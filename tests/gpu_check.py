@@ -77,8 +77,7 @@ def small_slm(layers=2, scale=1.0):
     """A model of SHAPE's width with few layers on the CPU, its matrices scaled."""
     import model
 
-    kind, sizes = model.PRESETS[SHAPE]
-    model.PRESETS['small'] = kind, sizes | dict(num_hidden_layers=layers)
+    model.PRESETS['small'] = 'qwen2', layers, *model.PRESETS[SHAPE][2:]
     slm = model.load_slm('preset:small', context=2048)
     with torch.no_grad():
         for parameter in slm.parameters():
@@ -496,7 +495,7 @@ def main():
         import model
 
         if arguments.layers:
-            model.PRESETS[SHAPE][1]['num_hidden_layers'] = arguments.layers
+            model.PRESETS[SHAPE] = 'qwen2', arguments.layers, *model.PRESETS[SHAPE][2:]
         if arguments.dry:  # a stand-in records no CUDA graphs
             torch._inductor.compile_fx.cudagraphify = lambda call, *_, **__: call
         return globals()[arguments.steps[0]]()
