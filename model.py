@@ -66,11 +66,11 @@ class Norm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE of features i and i + R / 2. x: (B, T, H, D); cos, sin: (B, T, 1, R), the first half of
-    sin negative."""
+    """Rotary position embedding: rotates features i and i + R / 2 of each head. x: (B, T, H, D);
+    cos, sin: (B, T, 1, R), the first half of sin negated."""
     R = cos.shape[-1]
     part = x[..., :R]
-    # roll, not cat: the compiler then makes one backward kernel for q and k, joined with v
+    # with roll in place of cat, the compiler makes one backward kernel for q, k and v
     rotated = part * cos + part.roll(R // 2, -1) * sin
     return rotated if R == x.shape[-1] else torch.cat((rotated, x[..., R:]), dim=-1)
 
@@ -392,12 +392,12 @@ class SLM(nn.Module):
         return torch.compile(self.next_tokens, fullgraph=True, dynamic=True, **how)
 
     def next_tokens(self, tokens, columns, padding, cache, seen, noise, numbers, allowed):
-        """One round of generation: tokens (B, T) enter the cache at `columns` (T,), and the tokens
-        that follow them, (B, 1), are chosen.
+        """One step of generation: writes tokens (B, T) to the cache at `columns` (T,) and samples
+        the next tokens (B, 1).
 
-        padding: (B, 1), columns to the left of each prompt. seen: (B, V) bool, tokens that the
-        penalty is for. noise: (B, top_k) of Exp(1): argmax(p / noise) falls on each token with its
-        probability p. numbers: temperature, top_p and penalty. allowed: (V,) bool.
+        padding: (B, 1), padding columns of each prompt. seen: (B, V) bool, tokens to penalise.
+        noise: (B, top_k) of Exp(1): argmax(p / noise) selects each token with probability p.
+        numbers: temperature, top_p and penalty. allowed: (V,) bool.
         """
         places = torch.arange(cache[0].shape[2], device=tokens.device)
         visible = (places >= padding)[:, None, None] & (places <= columns[:, None])
@@ -459,8 +459,8 @@ class SLM(nn.Module):
 
 
 def pad_left(prompts):
-    """Prompts of any lengths side by side, (B, longest), and the columns to the left of each,
-    (B, 1); these repeat its first token, so that a row contains no other tokens than its own."""
+    """Left-pad prompts: tokens (B, longest) and numbers of padding columns (B, 1). Padding repeats
+    the prompt's first token, so that the repetition penalty sees no other token."""
     padding = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
     rows = [F.pad(p, (n, 0), value=int(p[0])) for p, n in zip(prompts, padding, strict=True)]
     return torch.stack(rows), torch.tensor(padding)[:, None]
@@ -475,14 +475,14 @@ compiled = lru_cache(torch.compile)
 
 
 def begins(ids):
-    """Where a row's ids (B, T) differ from the one before, (B, T) bool; the first one does."""
+    """Marks where ids change along a row: (B, T) -> (B, T) bool, True in the first column."""
     return F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
 
 
 def sdpa(q, k, v, mask=None):
     """Scaled dot-product attention, causal without a mask; q (B, H, T, D), k, v (B, H_kv, S, D)."""
     groups = q.shape[1] // k.shape[1]
-    if mask is not None and q.shape[2] == 1:  # a key's heads as so many queries: no key is copied
+    if mask is not None and q.shape[2] == 1:  # heads that share a key as queries: no key is copied
         heads = q.reshape(len(q), k.shape[1], groups, -1)
         return F.scaled_dot_product_attention(heads, k, v, attn_mask=mask).reshape(q.shape)
     if groups > 1 and not q.is_cuda:  # the CPU's fused kernel needs equal heads
@@ -492,13 +492,13 @@ def sdpa(q, k, v, mask=None):
 
 
 def attention_within(doc, branch):
-    """How every layer attends: a function of q, k, v made once a forward. doc, branch: (B, T) or
-    None, as in SLM.hidden."""
+    """The attention function of q, k and v that all layers of one forward pass share. doc, branch:
+    (B, T) or None, as in SLM.hidden."""
     if doc is None:
         return sdpa
     B, T = doc.shape
 
-    def visible(b, h, i, j):  # does token i of row b see token j? as flex_attention asks it
+    def visible(b, h, i, j):  # True if token i of row b attends to token j; flex's mask_mod
         seen = (doc[b, i] == doc[b, j]) & (j <= i)
         if branch is None:
             return seen
@@ -510,7 +510,7 @@ def attention_within(doc, branch):
         rows, i = (torch.arange(n, device=doc.device) for n in (B, T))
         return partial(sdpa, mask=visible(rows[:, None, None], None, i[:, None], i)[:, None])
 
-    # one call a document: on a CPU the cost is then the sum of squares, not the square of the row
+    # one call a document: a CPU then computes no scores between different documents
     starts = begins(doc).flatten().nonzero()[:, 0]
     lengths = torch.diff(starts, append=torch.tensor([B * T])).tolist()
     masks = [None] * len(lengths)
@@ -531,14 +531,14 @@ def attention_within(doc, branch):
 
 
 def attend_flex(visible, B, T, device):
-    """Block-masked flash attention: blocks in which `visible` is nowhere true are not computed."""
+    """Flex attention with a block mask: blocks without a visible pair are not computed."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    if not torch.compiler.is_compiling():  # plain ones materialise the (T, T) scores
+    if not torch.compiler.is_compiling():  # uncompiled, they would materialise the (T, T) scores
         create_block_mask, flex_attention = compiled(create_block_mask), compiled(flex_attention)
     mask = create_block_mask(visible, B, None, T, T, device=device)
-    # block sizes for which ptxas, compiling for sm_90 or sm_86, spills no register; a token sees
-    # itself, so that no row is empty
+    # with these block sizes ptxas spills no register for sm_90 and sm_86; no row is empty, because
+    # each token attends to itself
     small = 64 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 32
     options = dict(ROWS_GUARANTEED_SAFE=True, PRESCALE_QK=True, fwd_num_warps=8, bwd_num_stages=2)
     options |= dict(bwd_BLOCK_M1=small, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=small)
@@ -587,7 +587,7 @@ def import_transformers():
 
 
 def empty_model(hf):
-    """transformers' model of a config, without memory for its tensors (meta device)."""
+    """transformers' model of a config on the meta device: its tensors take no memory."""
     model_class = import_transformers().MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf), None)
     if model_class is None:
         raise InputError(f'model type {hf.model_type!r} is not supported')
@@ -596,7 +596,7 @@ def empty_model(hf):
 
 
 def their_names(name, kind):
-    """The tensors of transformers that are joined in one of ours: 'blocks.3.up.weight' ->
+    """transformers' names of the tensors that one of ours joins: 'blocks.3.up.weight' ->
     ['model.layers.3.mlp.gate_proj.weight', 'model.layers.3.mlp.up_proj.weight']."""
     *path, module, what = name.split('.')
     prefix = f'{KINDS[kind]["blocks"]}.{path[1]}.' if path else ''
@@ -604,10 +604,10 @@ def their_names(name, kind):
 
 
 def read_config(hf, dropout=0.0):
-    """What SLM and Block need to know of transformers' config, as a namespace of plain values.
+    """The values of transformers' config that SLM and Block need, as a namespace.
 
-    What the config only implies, such as biases, comes from the tensors of transformers' model, and
-    RoPE from its rotary module. Raises: InputError where Block cannot compute that model type.
+    What the config does not state, such as biases, is read from the tensors of transformers' model,
+    RoPE from its rotary module. Raises InputError for a model type that Block cannot compute.
     """
     theirs = empty_model(hf)
     tensors = theirs.state_dict()
@@ -661,8 +661,8 @@ def read_config(hf, dropout=0.0):
 
 
 def matching(model, tensors):
-    """Yield (ours, theirs), views of one shape into a model and into the tensors of transformers'
-    model, which are removed from that dict. Raises InputError for a tensor that only one has."""
+    """Yield pairs (ours, theirs) of matching tensors of the two models, views of one shape; removes
+    theirs from `tensors`. Raises InputError for a tensor without a partner."""
     c, state = model.config, model.state_dict()
     names = {name: their_names(name, c.kind) for name in state}
     if odd := set(tensors).symmetric_difference(sum(names.values(), [])):
@@ -728,8 +728,8 @@ def load_slm(
     interleaved data, the old rows stay and those of units and switches are added.
     (b) a checkpoint of ours, or a public SLM (read_about). The vocabulary stays, in our order.
 
-    context: tokens of a training row, noted in the config. rope_theta: in place of the old one.
-    Raises: InputError without such a checkpoint, for types that Block does not compute, and where
+    context: tokens of a training row, saved in the config. rope_theta: replaces the checkpoint's.
+    Raises InputError for a missing checkpoint, for model types that Block does not compute, and if
     data and model do not fit together.
     """
     cold = where == 'scratch' or where.startswith('preset:')
@@ -771,9 +771,9 @@ def load_slm(
 
 
 def convert(folder, hf, renames, where, dropout):
-    """An SLM of a checkpoint that transformers reads (of pickles the tensors alone). 24 tokens go
-    through both models: a difference means that transformers computes something that Block does
-    not. renames: {pattern: name} of tensors. Raises: InputError naming the model type."""
+    """An SLM from a checkpoint that transformers reads (of pickles only tensors). 24 tokens go
+    through both models; if their logits differ, transformers computes what Block does not.
+    renames: {pattern: name} of tensors. Raises InputError naming the model type."""
     for name in os.listdir(folder):
         if name.endswith('.index.json'):
             shards = read_json(os.path.join(folder, name)).get('weight_map', {}).values()
@@ -1098,7 +1098,8 @@ KMEANS = dict(  # published centroids: where, and their sha256 (of hubert50's no
     hubert50=('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None),
 )
 ENCODERS = dict(  # pad: zeros added at each end of the wave
-    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, vocoder='vocoder'),
+    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.0, c0=0.4, range=9.0, mean=0.7, switch=1.0)
+    | dict(vocoder='vocoder'),
     mhubert25=dict(model='slprl/mhubert-base-25hz', layer=11, pad=40, vocoder='hifigan25'),
     hubert50=dict(model='facebook/hubert-base-ls960', layer=9, pad=0, vocoder=None),
 )
@@ -1190,6 +1191,7 @@ class UnitEncoder:
             return config['encoder_id']
         keys = ['layer', 'pad'] if self.net else ['n_cep', 'lifter', 'c0', 'range']
         keys += ['switch', 'distortion'] if config.get('switch') else []
+        keys += ['mean'] if config.get('mean') else []
         settings = [float(config.get(key, 0)) for key in keys]
         # without a mask that is random, and the weight norm, which each machine rounds in its way
         weights = sorted(self.net.state_dict().items()) if self.net else []
@@ -1273,7 +1275,12 @@ def mfcc(wave, config):
     loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
     relative = (mel + (config['range'] - loud)).clamp_(min=0)
     halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
-    return (halves @ cepstral_basis(*(config[key] for key in ('n_cep', 'lifter', 'c0')))).flatten(1)
+    cepstra = halves @ cepstral_basis(*(config[key] for key in ('n_cep', 'lifter', 'c0')))
+    if share := config.get('mean'):  # a part of the mean of speech, which differs by voice
+        speech = (energy.view(-1, 2, 2).mean(2) > loud - 4)[:, :, None]
+        mean = (cepstra * speech).sum((0, 1)) / speech.sum().clamp(min=1)
+        cepstra[:, :, 1:] -= share * mean[1:]
+    return cepstra.flatten(1)
 
 
 def cheapest_path(costs, price):
