@@ -720,7 +720,7 @@ def load_slm(
     text=None,
     sizes=None,
 ):
-    """An SLM on the CPU: 'preset:NAME' (PRESETS) or 'scratch', a Llama, tied and without biases, of
+    """An SLM on the CPU: 'preset:NAME' (PRESETS) or 'scratch', a tied Qwen2, a Llama with biases, of
     sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn), both a cold start; or from a folder or a
     hub name, of which no code is run:
     (a) a text LM: TWIST (Hassid et al. 2023), all but embedding and head stays. These begin anew,
@@ -734,7 +734,7 @@ def load_slm(
     """
     cold = where == 'scratch' or where.startswith('preset:')
     if where == 'scratch':
-        hf = new_config('llama', **sizes, context=1024, more={})
+        hf = new_config('qwen2', **sizes, context=1024, more={})
     elif cold:
         if (name := where.removeprefix('preset:').lower()) not in PRESETS:
             raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
