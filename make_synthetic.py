@@ -847,6 +847,7 @@ def share_work(task, speaker, missing, paths):
         except (OSError, InputError) as error:  # one line, and exit code 2
             report_error(type(error), error, error.__traceback__)
 
+    resample(torch.zeros(441), 22050, SAMPLE_RATE)  # workers inherit torchaudio
     context = multiprocessing.get_context('fork')  # it shares what is loaded
     group = [context.Process(target=worker, args=(n,), daemon=True) for n in range(processes)]
     for process in group:
