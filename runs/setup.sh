@@ -44,5 +44,7 @@ except (ImportError, OSError, RuntimeError) as error:
     sys.exit(f'torchaudio cannot be imported beside torch {torch.__version__} ({reason}): {mend}')
 PYTHON
 
+# without compiled files each process would compile every package anew, for seconds
+unset PYTHONDONTWRITEBYTECODE
 # threads that wait for each other yield soon: on a busy machine spinning costs most of the time
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-100000}
