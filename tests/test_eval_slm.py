@@ -14,65 +14,65 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import run_script
+from conftest import (
+    assert_one_line,
+    fit_parts,
+    read_jsonl,
+    run_script,
+    save_text_tokenizer,
+    save_whisper,
+    small_slm,
+    speech,
+    write_jsonl,
+)
 
 import eval_slm
 import model as M
 
 N_UNITS = 30
-SIZES = dict(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=64)
 
 
 def tone(path, seconds=0.5, seed=0):
-    """A little audio file of changing tones, never the same for two seeds."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    rng, t = np.random.default_rng(seed), np.arange(1280) / M.SAMPLE_RATE
-    rows = rng.uniform((100, 0.05), (3000, 0.5), (math.ceil(seconds / 0.08), 2))
-    wave = np.concatenate([level * np.sin(2 * np.pi * pitch * t) for pitch, level in rows])
-    soundfile.write(path, wave[: int(seconds * M.SAMPLE_RATE)], M.SAMPLE_RATE)
+    """A little audio file, never the same for two seeds."""
+    M.save_audio(path, speech(seed, seconds))
 
 
-def suite(folder, n, seed=0, seconds=0.3):
+def suite(folder, n):
     for i in range(n):
         for j, side in enumerate(('correct', 'incorrect')):
-            tone(f'{folder}/{i}_{side}.wav', seconds + 0.05 * (i % 5), seed + 2 * i + j)
+            tone(f'{folder}/{i}_{side}.wav', 0.3 + 0.05 * (i % 5), 2 * i + j)
 
 
 @pytest.fixture(scope='session')
 def checkpoint(tmp_path_factory):
     """Two SLMs with an encoder and a vocoder of their own: {'a': folder, 'b': folder}."""
-    root, waves = tmp_path_factory.mktemp('checkpoints'), []
-    for seed in range(20):
-        tone(str(root / 'x.wav'), 2.0, seed)
-        waves.append(M.load_audio(str(root / 'x.wav')))
-    enc = M.UnitEncoder.from_pretrained('mfcc')
-    features = torch.cat([enc.features(wave) for wave in waves])
-    enc.centroids = features[7::33][:N_UNITS].clone()
-    enc.config['distortion'] = enc.distance(features)
-    enc.save_pretrained(str(root / 'encoder'))
-    table = M.UnitTable(N_UNITS, 25.0)
-    for wave in waves:
-        table.add(wave, enc.encode(wave))
-    table.finish(enc.encoder_id).save_pretrained(str(root / 'vocoder'))
-    slam = dict(encoder=str(root / 'encoder'), vocoder=str(root / 'vocoder'), n_units=N_UNITS)
-    slam |= dict(frame_rate=25.0, encoder_id=enc.encoder_id)
+    root = tmp_path_factory.mktemp('checkpoints')
+    slam = fit_parts(root, [speech(seed, 2.0) for seed in range(20)], N_UNITS)
     for seed, name in enumerate('ab'):
-        slm = M.load_slm('scratch', N_UNITS + 2, context=256, sizes=SIZES, seed=seed)
-        with torch.no_grad():
-            for p in slm.parameters():
-                p.mul_(5)  # far from uniform
-        slm.save_pretrained(str(root / name), slam)
+        small_slm(N_UNITS + 2, 256, seed).save_pretrained(root / name, slam)
     return {name: str(root / name) for name in 'ab'}
 
 
-def run(*args, ok=True):
+@pytest.fixture(scope='session')
+def listeners(tmp_path_factory):
+    """Folders of a random Whisper, and of a random Llama with a tokenizer."""
+    root = tmp_path_factory.mktemp('listeners')
+    save_whisper(root / 'asr')
+    save_text_tokenizer(root / 'lm')
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlamaConfig(vocab_size=257, initializer_range=0.5, **shape)
+    transformers.LlamaForCausalLM(config).save_pretrained(root / 'lm')
+    return str(root / 'asr'), str(root / 'lm')
+
+
+def run(*args, code=0):
     result = run_script('eval_slm.py', *args, '--device=cpu')
-    assert result.returncode == (0 if ok else 2), result.stderr
+    assert result.returncode == code, result.stderr
     return result
 
 
 def rows_of(path, task):
-    return [row for row in map(json.loads, open(path)) if row['task'] == task]
+    return [row for row in read_jsonl(path) if row['task'] == task]
 
 
 def test_packed_likelihoods_are_those_of_transformers_one_by_one(tmp_path):
@@ -83,7 +83,7 @@ def test_packed_likelihoods_are_those_of_transformers_one_by_one(tmp_path):
     config = transformers.OPTConfig(max_position_embeddings=300, **shape)
     hf = transformers.OPTForCausalLM(config).eval()
     hf.save_pretrained(tmp_path)
-    (tmp_path / 'slam.json').write_text(json.dumps(dict(n_units=50)))
+    write_jsonl(tmp_path / 'slam.json', [dict(n_units=50)])
     slm = M.load_slm(str(tmp_path)).eval()
 
     rng = np.random.default_rng(0)
@@ -128,7 +128,7 @@ def test_cut_pairs_are_counted_and_the_suite_is_marked(tmp_path, checkpoint):
 @pytest.mark.parametrize('to', ['text', 'speech'])
 def test_of_a_story_in_two_modalities_the_ending_alone_is_scored(tmp_path, listeners, to):
     """By an interleaved model: 257 tokens of text, 30 units, two switches."""
-    slm = M.load_slm('scratch', 257 + N_UNITS + 2, context=40, sizes=SIZES).eval()
+    slm = small_slm(257 + N_UNITS + 2, context=40).eval()
     slm.save_pretrained(str(tmp_path), {})
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     V = slm.config.vocab_size
@@ -149,9 +149,9 @@ def test_of_a_story_in_two_modalities_the_ending_alone_is_scored(tmp_path, liste
     assert len(tokens) == 40 and cut > 0 and list(tokens[given - 1 :]) == [int(i) for i in end]
 
 
-def zerospeech(root, kind, split='dev', seed=0):
+def zerospeech(root, kind):
     """A ZeroSpeech folder, several voices and unequal counts: rows of gold.csv, in no order."""
-    rng, rows, folder = random.Random(seed), [], os.path.join(root, kind, split)
+    rng, rows, folder = random.Random(kind), [], os.path.join(root, kind, 'dev')
     for i in range(14):
         for voice in rng.sample(['amy', 'bob', 'cid', 'dan'], rng.randint(1, 4)):
             for j in range(1 + (rng.randint(1, 3) if kind == 'lexical' else 1)):
@@ -160,7 +160,7 @@ def zerospeech(root, kind, split='dev', seed=0):
                 rows.append(row | dict(type=f't{i // 7}', frequency=i % 4))
     rng.shuffle(rows)
     for k, row in enumerate(rows):
-        tone(os.path.join(folder, row['filename'] + '.wav'), 0.3, seed + k)
+        tone(os.path.join(folder, row['filename'] + '.wav'), 0.3, k)
     with open(os.path.join(folder, 'gold.csv'), 'w', newline='') as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -217,7 +217,7 @@ def test_storycloze_and_salmon_layouts(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     row = dict(path='00/2_correct.wav', voice='f3', type='animals', text='A cat.')
-    (story / 'manifest.jsonl').write_text(json.dumps(row) + '\n')
+    write_jsonl(story / 'manifest.jsonl', [row])
     monkeypatch.setattr(eval_slm, 'data_dir', str(tmp_path))
     suites = eval_slm.find_suites(['sstorycloze', 'salmon'])
     stories = {names(pair): pair for pair in suites['sstorycloze'].pairs}
@@ -265,7 +265,7 @@ def test_a_broken_recording_is_named_and_what_was_finished_is_kept(tmp_path, che
     suite(str(tmp_path / 'good'), 2), suite(str(tmp_path / 'bad'), 2)
     (tmp_path / 'bad' / '1_incorrect.wav').write_bytes(b'RIFF')
     flags = f'--init={checkpoint["a"]}', f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json'
-    assert '1_incorrect.wav' in run(*flags, '--tasks=good,bad', ok=False).stderr
+    assert_one_line(run(*flags, '--tasks=good,bad', code=2), '1_incorrect.wav')
     assert list(json.loads((tmp_path / 'e.json').read_text())['metrics']['a']) == ['good']
 
 
@@ -273,7 +273,7 @@ def test_stories_are_cut_at_word_times_where_they_part(tmp_path):
     words = [['A', 0.0, 0.2], ['dog.', 0.2, 0.5], ['It', 0.7, 0.9], ['ran.', 0.9, 1.2]]
     other = [['A', 0.0, 0.2], ['dog.', 0.2, 0.6], ['He', 0.8, 1.0], ['sat.', 1.0, 1.3]]
     rows = [dict(path='0_correct.wav', words=words), dict(path='0_incorrect.wav', words=other)]
-    (tmp_path / 'manifest.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    write_jsonl(tmp_path / 'manifest.jsonl', rows)
     files = [str(tmp_path / row['path']) for row in rows]
     stories = eval_slm.Suite([eval_slm.make_pair('0', *files, {})], False)
     (found,) = eval_slm.cross(stories, str(tmp_path), '_to_text').pairs
@@ -349,39 +349,6 @@ def test_an_untrained_model_has_the_shape_and_random_weights(checkpoint):
     assert fresh.slam['n_units'] == N_UNITS and not fresh.slam['compute']
 
 
-@pytest.fixture(scope='session')
-def listeners(tmp_path_factory):
-    """Folders of a random Whisper and a random Llama with tokenizers of their own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    root = tmp_path_factory.mktemp('listeners')
-    torch.manual_seed(0)
-    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = transformers.WhisperTokenizer(vocab=letters | {'<|endoftext|>': 256}, merges=[])
-    special = ('startoftranscript', 'en', 'transcribe', 'notimestamps')
-    tokenizer.add_special_tokens(dict(additional_special_tokens=[f'<|{s}|>' for s in special]))
-    extractor = transformers.WhisperFeatureExtractor(feature_size=20)
-    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(root / 'asr')
-    shape = dict(num_mel_bins=20, d_model=16, max_target_positions=32, init_std=1.0)
-    for part in ('encoder', 'decoder'):
-        shape |= {f'{part}_layers': 1, f'{part}_attention_heads': 2, f'{part}_ffn_dim': 32}
-    shape |= dict(decoder_start_token_id=257, eos_token_id=256, pad_token_id=256, bos_token_id=256)
-    config = transformers.WhisperConfig(vocab_size=len(tokenizer), **shape)
-    whisper = transformers.WhisperForConditionalGeneration(config)
-    whisper.generation_config.update(max_length=20, suppress_tokens=list(range(100, 256)))
-    whisper.generation_config.update(begin_suppress_tokens=[256])
-    whisper.save_pretrained(root / 'asr')
-
-    words = Tokenizer(models.BPE(vocab=letters | {'<s>': 256}, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token='<s>')
-    fast.save_pretrained(root / 'lm')
-    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    config = transformers.LlamaConfig(vocab_size=257, initializer_range=0.5, **shape)
-    transformers.LlamaForCausalLM(config).save_pretrained(root / 'lm')
-    return str(root / 'asr'), str(root / 'lm')
-
-
 def test_generation_metrics_against_independent_lines(tmp_path, checkpoint, listeners):
     """GenPPL and auto-BLEU of prompt + continuation, and the word error rate."""
     from nltk.tokenize import NLTKWordTokenizer
@@ -389,8 +356,7 @@ def test_generation_metrics_against_independent_lines(tmp_path, checkpoint, list
     asr, lm = listeners
     suite(str(tmp_path / 'sstorycloze'), 4)
     rows = [dict(path=f'{i}_correct.wav', text='One two, three!') for i in range(4)]
-    text = ''.join(json.dumps(row) + '\n' for row in rows)
-    (tmp_path / 'sstorycloze' / 'manifest.jsonl').write_text(text)
+    write_jsonl(tmp_path / 'sstorycloze/manifest.jsonl', rows)
     knobs = dict(max_new_tokens=20, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)
     flags = [f'--{key}={value}' for key, value in knobs.items()]
     flags += [f'--asr={asr}', f'--text_lm={lm}', '--prompt_seconds=0.3', '--n_prompts=3']
@@ -492,7 +458,7 @@ def test_gptscore_end_to_end(tmp_path, checkpoint, listeners, monkeypatch):
     flags += [f'--out={tmp_path}/e.json', f'--asr={listeners[0]}', '--prompt_seconds=0.3']
     flags += ['--max_new_tokens=8', f'--judge=http://127.0.0.1:{server.server_port}/v1']
     monkeypatch.setattr('time.sleep', lambda seconds: None)
-    assert '401' in run(*flags, ok=False).stderr  # a wrong key, before all else
+    assert_one_line(run(*flags, code=2), '401')  # a wrong key, before all else
     monkeypatch.setenv('OPENAI_API_KEY', 'secret')
     Judge.calls.clear()
     run(*flags)
@@ -509,7 +475,7 @@ def test_models_end_to_end(tmp_path, checkpoint):
     data, out = tmp_path / 'data', tmp_path / 'out' / 'eval.json'
     suite(str(data / 'grammar'), 12)
     zerospeech(str(data), 'syntactic')
-    zerospeech(str(data), 'lexical', seed=900)
+    zerospeech(str(data), 'lexical')
     flags = [f'--init={checkpoint["a"]},{checkpoint["b"]},untrained:{checkpoint["a"]}']
     flags += [f'--data_dir={data}', f'--out={out}', f'--html={tmp_path}/r.html', '--seed=1']
     flags += ['--tasks=grammar,sblimp,swuggy', '--paper=results,peers']
@@ -563,6 +529,10 @@ def test_mistakes_end_in_one_line_before_anything_is_computed(tmp_path, checkpoi
     enc.save_pretrained(str(tmp_path / 'other'))
     defaults = [f'--init={checkpoint["a"]}', '--tasks=sSC', f'--data_dir={tmp_path}']
     args = [arg.format(a=checkpoint['a'], tmp=tmp_path) for arg in args]
-    done = run(*defaults, f'--out={tmp_path}/e.json', *args, ok=False)
-    assert message in done.stderr and done.stderr.count('\n') == 1 and not done.stdout
-    assert not (tmp_path / 'eval_cache').exists() and not (tmp_path / 'e.json').exists()
+    done = run(*defaults, f'--out={tmp_path}/e.json', *args, code=2)
+    assert_one_line(done, message)
+    assert (
+        not done.stdout
+        and not (tmp_path / 'eval_cache').exists()
+        and not (tmp_path / 'e.json').exists()
+    )

@@ -10,49 +10,45 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, assert_one_line, fork_script, read_jsonl, run_script, small_slm, torchrun
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 import model
 import train
 from model import BOS, OFFSET, load_slm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ENV = dict(os.environ, OMP_NUM_THREADS='1')
 SMALL = dict(n_layer=2, n_embd=32, n_head=2, n_kv_head=1, n_ffn=64)
 TINY = [
-    *('--init=scratch', *(f'--{key}={value}' for key, value in SMALL.items())),
+    *('train.py', '--init=scratch', *(f'--{key}={value}' for key, value in SMALL.items())),
     *('--context=32', '--row_tokens=64', '--batch_tokens=256', '--max_steps=40', '--lr=5e-3'),
     *('--train_hours=0', '--warmup_steps=5', '--eval_interval=20', '--save_interval=20'),
     *('--log_interval=1', '--grad_clip=1', '--val_data=', '--device=cpu'),
 ]
 
 
-def small_model(**changes):
-    return load_slm('scratch', vocab_size=22, context=32, sizes=SMALL, **changes)
+def small_model():
+    return small_slm(22, context=32, sizes=SMALL)
 
 
 def write_set(folder, utterances, val=(), units=20, **more):
     """A folder as prepare_units.py leaves it."""
-    os.makedirs(os.path.join(folder, 'encoder'), exist_ok=True)
+    os.makedirs(f'{folder}/encoder')
     counts = {}
     for split, rows in (('train', utterances), ('val', val)):
         tokens = [token for row in rows for token in (BOS, *(int(u) + OFFSET for u in row), BOS)]
-        np.array(tokens, np.uint16).tofile(os.path.join(folder, split + '.bin'))
+        np.array(tokens, np.uint16).tofile(f'{folder}/{split}.bin')
         counts[split] = len(tokens)
     meta = dict(vocab_size=units + OFFSET, n_units=units, offset=OFFSET, dtype='uint16')
     meta |= dict(tokens=counts, dedup=True, frame_rate=25.0, encoder_id='abc')
     meta |= dict(encoder='encoder', vocoder='hifigan25')
-    with open(os.path.join(folder, 'meta.json'), 'w') as file:
-        json.dump(meta | more, file)
-    with open(os.path.join(folder, 'encoder', 'encoder.json'), 'w') as file:
-        file.write('{}')
+    for name, content in (('meta.json', meta | more), ('encoder/encoder.json', {})):
+        with open(f'{folder}/{name}', 'w') as file:
+            json.dump(content, file)
     return str(folder)
 
 
@@ -65,41 +61,23 @@ def walks(n, seed, longest=100, units=20):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return write_set(str(tmp_path_factory.mktemp('data') / 'units'), walks(150, 0), walks(10, 1))
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """A script that runs in this process leaves its signal handlers."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def run(*args, processes):
-    """The program under torchrun."""
-    line = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    line += [f'--nproc_per_node={processes}', 'train.py', *TINY, *args]
-    return subprocess.run(line, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    return write_set(tmp_path_factory.mktemp('data') / 'units', walks(150, 0), walks(10, 1))
 
 
 def inside(*args):
-    """The program in this process."""
-    return run_script('train.py', *TINY, *args)
+    return run_script(*TINY, *args)
 
 
 def log_of(out):
-    with open(os.path.join(out, 'log.jsonl')) as file:
-        return [json.loads(line) for line in file]
+    return read_jsonl(f'{out}/log.jsonl')
 
 
 def losses(out):
     return [row['loss'] for row in log_of(out)]
 
 
-def read(path):
-    with open(path, 'rb') as file:
+def weights_of(out):
+    with open(f'{out}/model.safetensors', 'rb') as file:
         return file.read()
 
 
@@ -110,7 +88,7 @@ def read(path):
 def make_loader(tmp_path, lengths, context=1024, row_tokens=8192, seed=0):
     """A loader over utterances of so many tokens, random units."""
     units = np.random.default_rng(0).integers(0, 20, max(lengths))
-    folder = write_set(str(tmp_path / 'lengths'), [units[: length - 2] for length in lengths])
+    folder = write_set(tmp_path / 'lengths', [units[: length - 2] for length in lengths])
     return train.Loader(train.open_data(folder), context, row_tokens, seed)
 
 
@@ -164,21 +142,20 @@ def test_rows_are_full(tmp_path):
     assert filled[-1] <= 8192 and np.mean(filled[len(filled) // 200 :]) > 0.99 * 8192
 
 
-@pytest.mark.parametrize(
-    ('name', 'world', 'tokens'),
-    [
-        *(('slam_a5000', 1, 1.4e9), ('slam_h200', 1, 1.4e9), ('slam_scaled', 2, 16.7e9)),
-        *(('slam_large', 2, 6.1e9), ('slam_interleaved', 1, None), ('twist_350m', 1, None)),
-        *(('twist_350m_stinystories', 1, None), ('gslm', 1, None), ('small_data', 1, None)),
-        ('demo', 1, None),
-    ],
-)
-def test_the_arithmetic_of_the_recipes(name, world, tokens, monkeypatch):
-    """Knobs that train.py has, whole rows for the processes, and the paper's tokens."""
+# a recipe -> its processes, and the tokens of the paper
+RECIPES = dict(slam_a5000=(1, 1.4e9), slam_h200=(1, 1.4e9), slam_scaled=(2, 16.7e9))
+RECIPES |= dict(slam_large=(2, 6.1e9), slam_interleaved=(1, 0), twist_350m=(1, 0), gslm=(1, 0))
+RECIPES |= dict(twist_350m_stinystories=(1, 0), small_data=(1, 0), demo=(1, 0))
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_the_arithmetic_of_the_recipes(name, monkeypatch):
+    """Knobs that train.py has, and whole rows for the processes."""
     monkeypatch.chdir(ROOT)
-    names = read_block(os.path.join(ROOT, 'train.py'))[1]
+    names = read_block('train.py')[1]
     knobs = {key: getattr(train, key) for key in names}
     knobs |= run_config(f'config/{name}.py', knobs)
+    world, tokens = RECIPES[name]
     assert set(knobs) == set(names)
     assert knobs['batch_tokens'] % (knobs['row_tokens'] * world) == 0
     assert knobs['context'] <= knobs['row_tokens']
@@ -220,7 +197,7 @@ def test_a_place_is_three_integers_and_resumes(tmp_path, monkeypatch):
 
 
 def test_mixture_takes_weights_and_repeats_nothing_early(tmp_path):
-    a, b = (write_set(str(tmp_path / name), walks(n, n)) for name, n in (('a', 30), ('b', 40)))
+    a, b = (write_set(tmp_path / name, walks(n, n)) for name, n in (('a', 30), ('b', 40)))
     loader = train.Loader(train.open_data(f'{a}:2,{b}:0.5'), 32, 64, 0)
     n = np.diff(loader.first)
     orders = [loader.order(epoch) for epoch in range(4)]
@@ -236,7 +213,7 @@ def test_mixture_takes_weights_and_repeats_nothing_early(tmp_path):
 
 def test_balanced_weights_are_shares_of_tokens(tmp_path):
     """3 to 1, and an epoch as long as both sets."""
-    a, b = (write_set(str(tmp_path / name), walks(n, n)) for name, n in (('a', 30), ('b', 40)))
+    a, b = (write_set(tmp_path / name, walks(n, n)) for name, n in (('a', 30), ('b', 40)))
     sets = train.balance(train.open_data(f'{a}:3,{b}'))
     loader = train.Loader(sets, 32, 64, 0)
     order = np.concatenate([loader.order(epoch) for epoch in range(10)])
@@ -251,8 +228,6 @@ def test_balanced_weights_are_shares_of_tokens(tmp_path):
 
 def test_loss_and_gradient_are_those_of_unpacked_utterances(data, tmp_path):
     """A packed batch against each chunk alone through transformers, a mean over all predictions."""
-    from transformers import AutoModelForCausalLM
-
     rows, shares, *_ = next(train.Loader(train.open_data(data), 32, 64, 0).iter_batches(6))
     ours = small_model()
     packed = 0
@@ -278,7 +253,7 @@ def test_loss_and_gradient_are_those_of_unpacked_utterances(data, tmp_path):
 
 
 def test_validation_is_the_mean_over_tokens(data, monkeypatch, tmp_path):
-    other = write_set(str(tmp_path / 'other'), walks(5, 0), walks(30, 7, 20))
+    other = write_set(tmp_path / 'other', walks(5, 0), walks(30, 7, 20))
     for knob, value in (('context', 32), ('row_tokens', 64)):
         monkeypatch.setattr(train, knob, value)
     sets = train.open_data(f'{data}:2,{other}', 'val')
@@ -379,8 +354,6 @@ def forty(data, tmp_path_factory):
 
 
 def test_a_run_learns_and_leaves_a_checkpoint(forty, data):
-    from transformers import AutoModelForCausalLM
-
     out, done = forty
     rows, curve = log_of(out), losses(out)
     assert len(curve) == 40 and np.mean(curve[-5:]) < curve[0] - 0.2
@@ -393,7 +366,8 @@ def test_a_run_learns_and_leaves_a_checkpoint(forty, data):
     assert f'{loader.lengths.sum():,} tokens an epoch' in done.stdout
     assert f'{loader.dropped} tokens dropped' in done.stdout
 
-    slam = json.loads(read(out + '/slam.json'))
+    ours = load_slm(out)
+    slam = ours.slam
     assert os.path.exists(os.path.join(out, slam['encoder'], 'encoder.json'))
     assert slam['vocoder'] == 'hifigan25' and slam['n_units'] == 20 and slam['dedup'] is True
     assert slam['encoder_id'] == 'abc' and slam['stage'] == 'pretraining'
@@ -402,28 +376,12 @@ def test_a_run_learns_and_leaves_a_checkpoint(forty, data):
     assert slam['compute']['tokens'] == rows[-1]['tokens'] and slam['compute']['devices'] == 1
     tokens = torch.arange(1, 12)[None]
     theirs = AutoModelForCausalLM.from_pretrained(out)(tokens).logits
-    torch.testing.assert_close(load_slm(out)(tokens), theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours(tokens), theirs, atol=1e-5, rtol=1e-4)
 
     weights = os.stat(f'{out}/model.safetensors').st_mtime_ns
     again = inside(f'--data={data}', f'--out_dir={out}')  # a finished run is left alone
     assert again.returncode == 0 and len(log_of(out)) == 40
     assert os.stat(f'{out}/model.safetensors').st_mtime_ns == weights
-
-
-# the signal comes from inside the run: from outside it would come at another step each time
-SIGNALLED = """
-import os, runpy, signal, sys
-sys.argv = {argv!r}
-import model
-
-def log_and_signal(text, rank=0, log=model.log):
-    log(text, rank)
-    for _ in range({times} if text.startswith('step 25/') else 0):
-        os.kill(os.getpid(), signal.{name})
-
-model.log = log_and_signal
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
 
 
 @pytest.mark.parametrize(
@@ -434,35 +392,34 @@ def test_a_stopped_run_resumes_bit_for_bit(forty, data, tmp_path, name, times, c
     """The first Ctrl-C or SIGTERM saves; the second ends the run at once."""
     out = str(tmp_path / 'slm')
     flags = f'--data={data}', f'--out_dir={out}'
-    body = SIGNALLED.format(argv=['train.py', *TINY, *flags], name=name, times=times)
-    stopped = subprocess.run([sys.executable, '-c', body], cwd=ROOT, env=ENV, capture_output=True)
-    assert stopped.returncode == code, stopped.stderr
+    about = dict(at='step 25/', number=getattr(signal, name), times=times)
+    process = fork_script(*TINY, *flags, **about)
+    process.join()
+    assert process.exitcode == code
     saved = torch.load(out + '/train_state.pt', weights_only=True)['step']
-    assert saved == 20 if code < 0 else saved == len(losses(out)) >= 25
+    with open(out + '/log.jsonl') as file:
+        assert saved == 20 if code < 0 else saved == len(file.readlines()) >= 25
     with open(out + '/log.jsonl', 'a') as file:
         file.write('{"step": 2')  # incomplete
     resumed = inside(*flags)
     assert resumed.returncode == 0 and f'going on at step {saved}' in resumed.stdout
     assert losses(out) == losses(forty[0])
-    assert read(f'{out}/model.safetensors') == read(f'{forty[0]}/model.safetensors')
+    assert weights_of(out) == weights_of(forty[0])
 
 
-def test_two_processes_are_one_also_when_they_go_on(forty, data, tmp_path):
+def test_two_processes_are_one_also_when_they_go_on(data, tmp_path):
     """And a run that is made longer reports how its learning rate changes."""
-    flags, out = (f'--data={data}', '--eval_interval=6'), str(tmp_path / 'slm')
-    done = run(*flags, f'--out_dir={out}', '--max_steps=12', processes=2)
-    assert done.returncode == 0 and done.stdout.count('step 12/12') == 1, done.stderr
-    inside(*flags, f'--out_dir={tmp_path}/one', '--max_steps=12')
-    for ours, theirs in zip(log_of(out), log_of(tmp_path / 'one'), strict=True):
+    flags, out = (f'--data={data}', '--eval_interval=6'), str(tmp_path / 'one')
+    assert inside(*flags, f'--out_dir={out}', '--max_steps=12').returncode == 0
+    two = str(shutil.copytree(out, tmp_path / 'two'))
+    printed = torchrun(*TINY, *flags, f'--out_dir={two}', '--max_steps=20')
+    assert printed.count('step 20/20') == 1
+    assert 'step 12: the learning rate was 2.16e-04, it is 2.56e-03' in printed
+    assert inside(*flags, f'--out_dir={out}', '--max_steps=20').returncode == 0
+    for ours, theirs in zip(log_of(two), log_of(out), strict=True):
         for key in ('loss', 'tokens', 'val_loss'):
             assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), abs=1e-5)
-    assert load_slm(out).slam['compute']['devices'] == 2
-
-    out = str(shutil.copytree(forty[0], tmp_path / 'more'))
-    done = run(*flags, f'--out_dir={out}', '--max_steps=44', '--log_interval=2', processes=2)
-    assert done.returncode == 0, done.stderr
-    assert 'step 40: the learning rate was 6.00e-05, it is 1.77e-04' in done.stdout
-    assert [row['step'] for row in log_of(out)][-3:] == [40, 42, 44]
+    assert load_slm(two).slam['compute']['devices'] == 2
 
 
 def test_the_clock_is_an_extra_limit(data, tmp_path):
@@ -479,54 +436,46 @@ def test_the_clock_is_an_extra_limit(data, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
     flags = f'--data={data}', f'--out_dir={tmp_path}/slm', '--grad_clip=0', '--eval_interval=0'
     assert inside(*flags, '--max_steps=3').returncode == 0
-    before = read(f'{tmp_path}/slm/model.safetensors')
+    before = weights_of(tmp_path / 'slm')
     state = torch.load(f'{tmp_path}/slm/train_state.pt', weights_only=True)
     state['model']['embed.weight'][5] = math.nan
     torch.save(state, f'{tmp_path}/slm/train_state.pt')
     done = inside(*flags)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert 'not finite at step 4' in done.stderr and 'last checkpoint is kept' in done.stderr
-    assert read(f'{tmp_path}/slm/model.safetensors') == before
-
-
-MISTAKES = [
-    ('--schedule=linear', "schedule 'linear' is unknown"),
-    ('--batch_tokens=100', 'batch_tokens=100 is no multiple of 1 x row_tokens=64'),
-    ('--data=nowhere', 'nowhere'),
-    ('--data={data}:0', 'weight must be above 0'),
-    ('--data={data},{other}', 'differ in vocab_size'),
-    ('--data={data},{encoded}', 'different encoders'),
-    ('--data={broken}', 'does not fit its meta.json'),
-    ('--data={bare}', 'no folder encoder/'),
-    ('--tracker=paper', "tracker 'paper' is not known"),
-    ('--init={forty} --out_dir={forty}', 'would be overwritten'),
-    ('--out_dir={forty} --lr=0.1', 'is a run with lr=0.005, not 0.1'),
-    ('--out_dir={forty} --data={changed}', 'is a run with data'),
-]
+    assert_one_line(done, 'not finite at step 4')
+    assert 'last checkpoint is kept' in done.stderr and weights_of(tmp_path / 'slm') == before
 
 
 @pytest.fixture(scope='module')
 def places(data, forty, tmp_path_factory):
     """Folders that do not fit."""
     place = tmp_path_factory.mktemp('places')
-    found = dict(data=data, forty=forty[0])
-    found['other'] = write_set(str(place / 'other'), walks(3, 0), units=30)
-    found['encoded'] = write_set(str(place / 'encoded'), walks(3, 0), encoder_id='xyz')
-    found['changed'] = write_set(str(place / 'changed'), walks(150, 7), walks(10, 1))
-    for name in ('broken', 'bare'):
-        found[name] = write_set(str(place / name), walks(3, 0))
-    with open(f'{found["broken"]}/train.bin', 'r+b') as file:
-        file.truncate(20)
-    shutil.rmtree(f'{found["bare"]}/encoder')
-    return found
+    write_set(place / 'other', walks(3, 0), units=30)
+    write_set(place / 'encoded', walks(3, 0), encoder_id='xyz')
+    write_set(place / 'changed', walks(150, 7), walks(10, 1))
+    os.truncate(write_set(place / 'broken', walks(3, 0)) + '/train.bin', 20)
+    shutil.rmtree(write_set(place / 'bare', walks(3, 0)) + '/encoder')
+    return dict(data=data, forty=forty[0], place=place)
 
 
-@pytest.mark.parametrize(('flags', 'message'), MISTAKES)
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--schedule=linear', "schedule 'linear' is unknown"),
+        ('--batch_tokens=100', 'batch_tokens=100 is no multiple of 1 x row_tokens=64'),
+        ('--data=nowhere', 'nowhere'),
+        ('--data={data},{place}/other', 'differ in vocab_size'),
+        ('--data={data},{place}/encoded', 'different encoders'),
+        ('--data={place}/broken', 'does not fit its meta.json'),
+        ('--data={place}/bare', 'no folder encoder/'),
+        ('--tracker=paper', "tracker 'paper' is not known"),
+        ('--init={forty} --out_dir={forty}', 'would be overwritten'),
+        ('--out_dir={forty} --lr=0.1', 'is a run with lr=0.005, not 0.1'),
+        ('--out_dir={forty} --data={place}/changed', 'is a run with data'),
+    ],
+)
 def test_a_mistake_is_one_line(flags, message, places, tmp_path):
     defaults = f'--data={places["data"]}', f'--out_dir={tmp_path}'
-    done = inside(*defaults, *flags.format(**places).split())
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert message in done.stderr
+    assert_one_line(inside(*defaults, *flags.format(**places).split()), message)
     assert not os.path.exists(f'{tmp_path}/train_state.pt')
 
 
