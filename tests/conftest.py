@@ -29,20 +29,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Scripts
 
 
-def run_script(name, *args):
+def run_script(name, *args, folder=ROOT):
     """A script with these arguments, in this process, which has loaded its libraries already.
 
-    Returns: its returncode, stdout and stderr, as subprocess.run has them.
+    folder: where it runs. Returns: its returncode, stdout and stderr, as subprocess.run has them.
     """
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = sys.argv, os.getcwd()
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [name, *map(str, args)]
-    os.chdir(ROOT)
+    os.chdir(folder)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                runpy.run_path(name, run_name='__main__')
+                runpy.run_path(os.path.join(ROOT, name), run_name='__main__')
             except (OSError, M.InputError) as error:
                 config.report_error(type(error), error, error.__traceback__)
     except SystemExit as error:

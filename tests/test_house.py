@@ -7,7 +7,6 @@ import config
 
 import ast
 import os
-import random
 import re
 import signal
 import subprocess
@@ -79,17 +78,6 @@ def test_scripts_share_only_model_and_config(script):
         assert imported[0] == 'config'
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_the_main_body_assigns_no_knob(script):
-    """A knob is a constant: what is derived from it has a name of its own."""
-    block = re.split(r'^# -{20,}\n', (ROOT / f'{script}.py').read_text(), flags=re.M)[1]
-    knobs = {target.id for node in ast.parse(block).body for target in node.targets}
-    body = [node for node in ast.walk(main_of(tree_of(script))) if isinstance(node, ast.Assign)]
-    found = [name for node in body for target in node.targets for name in ast.walk(target)]
-    found = [name for name in found if isinstance(name, ast.Name)]
-    assert not knobs & {name.id for name in found if isinstance(name.ctx, ast.Store)}
-
-
 def test_nothing_names_a_machine():
     files = [path for end in ('py', 'sh', 'md', 'html') for path in ROOT.glob(f'*/*.{end}')]
     files = [path for path in [*files, *ROOT.glob('*.[pm]*')] if path.is_file()]
@@ -97,6 +85,17 @@ def test_nothing_names_a_machine():
     for path in files:
         text = path.read_text(encoding='utf-8')
         assert not re.search(r'(/home/|/root/|/Users/|/work/|\.\./shared)\w', text), path
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('config/[a-z]*.py')), ids=lambda path: path.stem)
+def test_recipes_set_knobs_of_their_script(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = dict(eval='eval_slm', synthetic='make_synthetic', units='prepare_units')
+    names |= dict(dpo='dpo', sample='sample')
+    script = names.get(path.stem.split('_')[-1], 'train')
+    block, known = config.read_block(f'{script}.py')
+    exec(block, knobs := {})
+    assert set(config.run_config(path, knobs)) <= set(known)
 
 
 @pytest.fixture
@@ -197,37 +196,6 @@ def test_write_atomic_is_whole_or_not_there(tmp_path):
         with M.write_atomic(path) as file:
             file.write('grüß')
         assert path.read_text(encoding='utf-8') == 'grüß'
-
-
-def test_names_of_splits():
-    names = dict(train='train', TEST='test', validation='val', devil='?', training_set='train')
-    for name, wanted in {**names, 'dev-clean': 'val', 'train.100': 'train'}.items():
-        assert M.split_of(name, default='?') == wanted
-    with pytest.raises(M.InputError, match='devil'):
-        M.split_of('devil')
-
-
-def test_auto_bleu_by_hand():
-    assert M.auto_bleu('a b a b'.split()) == 2 / 3  # ab twice of ab, ba, ab
-    assert M.auto_bleu(['a']) == M.auto_bleu([]) == 0
-    assert M.auto_bleu('a b c a b c'.split(), n=3) == 2 / 4
-
-
-def test_pack_rows_against_the_plain_definition():
-    """Best fit decreasing: every row is looked at for every length."""
-    rng = random.Random(0)
-    for _ in range(30):
-        lengths = [rng.randint(1, 40) for _ in range(rng.randint(0, 60))]
-        rows, room = [], []
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            fits = [(left, row) for row, left in enumerate(room) if left >= lengths[i]]
-            row = min(fits)[1] if fits else len(rows)
-            if not fits:
-                rows.append([])
-                room.append(40)
-            rows[row].append(i)
-            room[row] -= lengths[i]
-        assert M.pack_rows(lengths, 40) == rows
 
 
 if __name__ == '__main__':
