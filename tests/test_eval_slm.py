@@ -208,26 +208,24 @@ def names(pair):
 
 
 def test_storycloze_and_salmon_layouts(tmp_path, monkeypatch):
-    story, files = tmp_path / 'sStoryCloze', []
-    for n in (1, 2, 10):
-        files += [story / '00' / f'{n}_{side}.wav' for side in ('correct', 'incorrect')]
-        for part in eval_slm.SALMON.split():
-            files += [tmp_path / 'salmon' / part / f'sample_{n}_{x}.wav' for x in ('zoo', 'ape')]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+    folders = {'sStoryCloze/00': ('correct', 'incorrect')}
+    folders |= {f'salmon/{part}': ('zoo', 'ape') for part in eval_slm.SALMON.split()}
+    for folder, (a, b) in folders.items():
+        (tmp_path / folder).mkdir(parents=True)
+        prefix = 'sample_' if 'salmon' in folder else ''
+        for n in (1, 2, 10):
+            for side in (a, b):
+                (tmp_path / folder / f'{prefix}{n}_{side}.wav').touch()
     row = dict(path='00/2_correct.wav', voice='f3', type='animals', text='A cat.')
-    write_jsonl(story / 'manifest.jsonl', [row])
+    write_jsonl(tmp_path / 'sStoryCloze/manifest.jsonl', [row])
     monkeypatch.setattr(eval_slm, 'data_dir', str(tmp_path))
     suites = eval_slm.find_suites(['sstorycloze', 'salmon'])
-    stories = {names(pair): pair for pair in suites['sstorycloze'].pairs}
+    stories = {names(pair): pair for pair in suites.pop('sstorycloze').pairs}
     assert {*stories} == {(f'{n}_correct.wav', f'{n}_incorrect.wav') for n in (1, 2, 10)}
     pair = stories['2_correct.wav', '2_incorrect.wav']
     assert (pair['voice'], pair['types'], pair['text']) == ('f3', ['animals'], 'A cat.')
-    assert not suites.pop('sstorycloze').official and len(suites) == 8  # a manifest: own audio
-    for found in suites.values():
-        wanted = {(f'sample_{n}_ape.wav', f'sample_{n}_zoo.wav') for n in (1, 2, 10)}
-        assert {names(pair) for pair in found.pairs} == wanted and found.official
+    wanted = {(f'sample_{n}_ape.wav', f'sample_{n}_zoo.wav') for n in (1, 2, 10)}
+    assert [{names(pair) for pair in found.pairs} for found in suites.values()] == 8 * [wanted]
 
 
 def test_a_corrected_file_at_the_same_path_is_scored_anew(tmp_path, checkpoint):
@@ -286,10 +284,6 @@ def test_stories_are_cut_at_word_times_where_they_part(tmp_path):
     with pytest.raises(M.InputError, match='0_correct.wav: no ending known'):
         eval_slm.cross(stories, str(tmp_path), '_to_text')
 
-    a = 'He is in. It is dead. He is sad.'.split()
-    assert eval_slm.find_ending(a, 'He is in. It is dead. He is glad.'.split()) == 6
-    assert eval_slm.find_ending(a, 'He is out. It is dead.'.split()) == 2
-
 
 def test_interval_is_the_bootstrap_of_resampled_items():
     values = np.random.default_rng(0).normal(3, 1, 80)  # as genppl: exp of a mean
@@ -338,15 +332,6 @@ def test_checkpoints_and_arms(tmp_path):
     assert means['B']['seeds'] == ['b-s1', 'b-s2'] and means['B']['metrics']['t']['score'] == 75
     assert list(differences) == ['a-s* - untrained', 'B - untrained', 'B - a-s*']
     assert differences['B - a-s*']['t']['score'] == 0
-
-
-def test_an_untrained_model_has_the_shape_and_random_weights(checkpoint):
-    fresh, again = (eval_slm.load_model('untrained:' + checkpoint['a']) for _ in range(2))
-    for (name, new), same in zip(fresh.named_parameters(), again.parameters(), strict=True):
-        spread = (0.02, 0) if new.ndim > 1 else (0, 0 if name.endswith('bias') else 1)
-        assert torch.equal(new, same), name
-        assert (new.std().item(), new.mean().item()) == pytest.approx(spread, rel=0.15, abs=0.003)
-    assert fresh.slam['n_units'] == N_UNITS and not fresh.slam['compute']
 
 
 def test_generation_metrics_against_independent_lines(tmp_path, checkpoint, listeners):
@@ -434,11 +419,13 @@ class Judge(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
         Judge.calls.append(text := body['messages'][0]['content'])
-        right = self.headers['Authorization'] == 'Bearer secret'
-        answer = 'From \\boxed{1} to 5: fluent. The final answer is \\boxed{%d}.'
-        reply = dict(choices=[dict(message=dict(content=answer % (1 + len(text) % 5)))])
-        self.send_response(200 if right and len(Judge.calls) != 2 else 401)
+        right = self.headers['Authorization'] == 'Bearer secret' and len(Judge.calls) != 2
+        answer = (
+            f'From \\boxed{{1}} to 5: fluent. The final answer is \\boxed{{{1 + len(text) % 5}}}.'
+        )
+        self.send_response(200 if right else 401)
         self.end_headers()
+        reply = dict(choices=[dict(message=dict(content=answer))])
         self.wfile.write(json.dumps(reply).encode())
 
     def log_message(self, *args):
@@ -516,7 +503,6 @@ def test_models_end_to_end(tmp_path, checkpoint):
         (['--tasks=own={tmp}/twice.csv'], "twice.csv, line 4: a second id '1' of voice ''"),
         (['--tasks=genppl'], 'no prompts: add a suite to --tasks or give --prompts'),
         (['--wer'], 'no prompts of known text: add a suite'),
-        (['--split=train'], '--split=train is not known'),
     ],
 )
 def test_mistakes_end_in_one_line_before_anything_is_computed(tmp_path, checkpoint, args, message):

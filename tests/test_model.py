@@ -3,6 +3,7 @@
 Checkpoints are small and random, written by transformers.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -160,7 +161,7 @@ def test_cached_greedy_generation_equals_transformers(pair):
 
 
 def test_packed_loss_and_gradients_equal_transformers_on_each_utterance(pair, tmp_path):
-    hf, ours = pair
+    hf, ours = copy.deepcopy(pair)
     tokens, doc, follows, alone = pack([[30, 50, 48], [100, 1, 27]])
     sums = [hf(u[None], labels=u[None]).loss * (len(u) - 1) for u in alone if len(u) > 1]
     expected = sum(sums) / follows.sum()
@@ -189,9 +190,8 @@ def test_what_block_does_not_compute_is_refused(tmp_path, name):
         assert_same_logits(load_text_lm(tmp_path, context=64), hf, 1, 64)
 
 
-def test_every_attention_path_gives_the_same(monkeypatch):
-    """The CPU's calls a document, the dense mask, and the block-masked kernel that CUDA uses (its
-    CPU reference, forward)."""
+def test_the_block_masked_kernel_of_cuda_gives_the_same(monkeypatch):
+    """Its reference on the CPU, forward. test_training_compiles has the third path, dense masks."""
     ours = small()
     tokens, doc, _, _ = pack([[30, 50, 48], [100, 1, 27]])
     branch = torch.where(doc == 1, 1 + (torch.arange(128) > 60), 0)
@@ -201,9 +201,6 @@ def test_every_attention_path_gives_the_same(monkeypatch):
             return torch.stack((ours(tokens, doc=doc), ours(tokens, doc=doc * 0, branch=branch)))
 
     expected = logits()
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)  # the dense mask
-    assert (logits() - expected).abs().max() < 1e-5
-    monkeypatch.undo()
     monkeypatch.setattr(M, 'compiled', lambda function: function)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
     monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
@@ -235,9 +232,7 @@ def test_logps_against_the_definition():
         sums = [x.gather(1, u[1:, None]).sum() for x, u in zip(logps, alone, strict=True)]
         segments = doc + torch.tensor([[0], [2]])
         got = ours.logps(tokens, follows, doc, segments=segments, n=4)
-        torch.testing.assert_close(got.double(), torch.stack(sums), atol=1e-3, rtol=1e-5)
-        first = ours.logps(tokens[:, :20], torch.arange(20).expand(2, -1) > 0)[0]
-        assert abs(first - sums[0]) < 1e-3
+    torch.testing.assert_close(got.double(), torch.stack(sums), atol=1e-3, rtol=1e-5)
 
 
 OLD = dict(  # config.json as earlier versions wrote it, without what all families share
@@ -312,9 +307,6 @@ def test_public_layout_gives_the_same_likelihoods(tmp_path):
         got = ours.logps(tokens, torch.arange(50).expand(2, -1) > 0)
         torch.testing.assert_close(got, expected.sum((1, 2)), atol=1e-3, rtol=1e-5)
     assert ours.slam['n_units'] == V - OFFSET and ours.slam['encoder'] == 'mhubert25'
-    (tmp_path / 'config.json').write_text(json.dumps(config | dict(vocab_size=152_438)))
-    with pytest.raises(InputError, match='no checkpoint folder'):
-        load_slm(str(tmp_path))  # one of text and units, whose tokenizer is missing
 
 
 def test_twist_checkpoint_with_offset_comes_in_our_token_order(tmp_path):
@@ -377,10 +369,7 @@ def folders(tmp_path_factory):
     """A text LM, opt, and a checkpoint of ours, ours."""
     place = tmp_path_factory.mktemp('folders')
     random_hf('opt', OPT).save_pretrained(place / 'opt')
-    ours = load_text_lm(place / 'opt')
-    ours.save_pretrained(place / 'ours', dict(n_units=V - OFFSET))
-    with pytest.raises(InputError, match='160 .* 128 positions'):
-        ours.generate([torch.ones(60, dtype=torch.long)], 100)
+    load_text_lm(place / 'opt').save_pretrained(place / 'ours', dict(n_units=V - OFFSET))
     return place
 
 
@@ -437,15 +426,14 @@ def test_a_saved_folder_is_complete_by_itself_and_follows_nothing_outside(tmp_pa
 def test_seeds_and_no_unit_after_itself():
     presets = [load_slm('preset:opt-125m', vocab_size=12, seed=3).embed.weight for _ in range(2)]
     assert torch.equal(*presets)
-    ours, prompts = small(), [torch.tensor([BOS, 5, 6]), torch.tensor([BOS])]
+    ours, prompts = small(), prompts_of(3, 1) * 8
     first, again, other = (ours.generate(prompts, 30, seed=seed) for seed in (1, 1, 2))
     assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
-    assert all(len(new) <= 30 and (len(new) == 0 or new.min() >= OFFSET) for new in first)
+    assert all(len(new) <= 30 and (new >= OFFSET).all() for new in first)
     assert ours.generate(prompts, 0)[0].shape == (0,)
 
     def repeats():
-        rows = ours.generate(prompts * 8, 60, temperature=3.0, top_k=0, seed=4)
-        rows = [torch.cat(pair) for pair in zip(prompts * 8, rows, strict=True)]
+        rows = ours.generate(prompts, 60, temperature=3.0, top_k=0, seed=4)
         return sum(int((row[1:] == row[:-1]).sum()) for row in rows)
 
     assert repeats() > 0
@@ -508,9 +496,9 @@ def test_training_compiles_whole_and_once(counters):
 def test_sampled_distribution(options):
     """Chi-square of 8,000 draws against the distribution that transformers' own warpers leave."""
     ours, prompt = small(n_layer=1), torch.tensor([BOS, 7, 9])
+    ours.allowed_tokens = lambda kind: torch.arange(V) >= OFFSET  # no end: each row has one token
     with torch.no_grad():
         logits = ours(prompt[None])[:, -1].index_fill(1, torch.tensor([PAD, EOS]), -torch.inf)
-    ours.allowed_tokens = lambda kind: torch.arange(V) >= OFFSET  # no end: each row has one token
     warped = logits_process.TemperatureLogitsWarper(0.8)(None, logits)
     if options['top_k']:
         warped = logits_process.TopKLogitsWarper(options['top_k'])(None, warped)
