@@ -85,16 +85,10 @@ def weights_of(out):
 # Chunks, rows, batches
 
 
-def make_loader(tmp_path, lengths, context=1024, row_tokens=8192, seed=0):
-    """A loader over utterances of so many tokens."""
-    folder = write_set(tmp_path / 'lengths', [np.zeros(length - 2) for length in lengths])
-    return train.Loader(train.open_data(folder), context, row_tokens, seed)
-
-
-def epoch_of(loader, epoch=0):
-    """The rows of an epoch, as arrays of chunks."""
-    rows = itertools.dropwhile(lambda row: row[1][0] < epoch, loader.iter_rows())
-    return [chunks for chunks, _ in itertools.takewhile(lambda row: row[1][0] == epoch, rows)]
+def first_epoch(loader):
+    """Its rows, as arrays of chunks."""
+    rows = itertools.takewhile(lambda row: row[1][0] == 0, loader.iter_rows())
+    return [chunks for chunks, _ in rows]
 
 
 def test_chunks_against_the_plain_definition(data):
@@ -114,7 +108,7 @@ def test_rows_hold_whole_chunks_as_the_file_has_them(data):
     loader = train.Loader(train.open_data(data), 32, 64, seed=3)
     file = np.fromfile(os.path.join(data, 'train.bin'), np.uint16)
     seen = np.zeros(len(loader.lengths), int)
-    for chunks in epoch_of(loader):
+    for chunks in first_epoch(loader):
         tokens, targets, doc = loader.collate(chunks)
         at = 0
         for i in chunks:
@@ -134,9 +128,10 @@ def test_rows_hold_whole_chunks_as_the_file_has_them(data):
 
 def test_rows_are_full(tmp_path):
     """Stories of 45 to 90 s: chunks of 1,024 and remainders."""
-    lengths = np.random.default_rng(1).integers(800, 1500, 4000).tolist()
-    loader = make_loader(tmp_path, lengths)
-    filled = sorted(loader.lengths[chunks].sum() for chunks in epoch_of(loader))
+    lengths = np.random.default_rng(1).integers(800, 1500, 4000)
+    folder = write_set(tmp_path / 'lengths', [np.zeros(length - 2) for length in lengths])
+    loader = train.Loader(train.open_data(folder), 1024, 8192, 0)
+    filled = sorted(loader.lengths[chunks].sum() for chunks in first_epoch(loader))
     # the last rows of a block take what is left; a run has hundreds of rows in a block
     assert filled[-1] <= 8192 and np.mean(filled[len(filled) // 200 :]) > 0.99 * 8192
 
@@ -153,12 +148,16 @@ def test_the_arithmetic_of_the_recipes():
 
 
 @pytest.mark.parametrize('world', [1, 2, 3])
-def test_processes_share_the_same_rows_in_the_same_order(data, world):
+def test_processes_share_the_rows_in_one_order_and_resume(data, world, monkeypatch):
+    monkeypatch.setattr(train, 'BLOCK_ROWS', 5)
     sets = train.open_data(data)
-    whole = train.Loader(sets, 32, 64, 5)
+    whole, place = train.Loader(sets, 32, 64, 5), None
     rows = [chunks for chunks, _ in itertools.islice(whole.iter_rows(), 6 * 60)]
     parts = [train.Loader(sets, 32, 64, 5).iter_batches(6, rank, world) for rank in range(world)]
     for n in range(60):  # into the third epoch
+        if n in (1, 8, 31, 59):  # a checkpoint keeps three integers
+            assert [type(number) for number in place] == [int] * 3
+            parts[0] = train.Loader(sets, 32, 64, 5, place).iter_batches(6, 0, world)
         batches = [next(part) for part in parts]
         expected = [whole.collate(chunks) for chunks in rows[6 * n : 6 * n + 6]]
         predicted = np.array([(row[1] >= 0).sum() for row in expected])
@@ -169,18 +168,6 @@ def test_processes_share_the_same_rows_in_the_same_order(data, world):
             assert n_tokens == sum((row[2] >= 0).sum() for row in expected)
             assert place == batches[0][3]
     assert place[0] >= 2
-
-
-def test_a_place_is_three_integers_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, 'BLOCK_ROWS', 5)
-    loader = make_loader(tmp_path, [20] * 100, 32, 64)
-    batches = list(itertools.islice(loader.iter_batches(4), 60))
-    assert max(place[1] for *_, place in batches) > 2
-    for n in (0, 7, 30, 58):
-        loader.place = batches[n][3]
-        assert [type(part) for part in loader.place] == [int] * 3
-        assert (next(loader.iter_batches(4))[0] == batches[n + 1][0]).all()
-    assert len({place for *_, place in batches}) == 60 and batches[-1][3][0] >= 2
 
 
 def test_mixture_takes_weights_and_repeats_nothing_early(tmp_path):
@@ -216,20 +203,16 @@ def test_balanced_weights_are_shares_of_tokens(tmp_path):
 def test_loss_and_gradient_are_those_of_unpacked_utterances(data, tmp_path):
     """A packed batch against each chunk alone through transformers, a mean over all predictions."""
     rows, shares, *_ = next(train.Loader(train.open_data(data), 32, 64, 0).iter_batches(6))
-    ours = small_model()
-    packed = 0
+    ours, packed = small_model(), 0
     for (tokens, targets, doc), share in zip(rows, shares, strict=True):
         part = ours(tokens[None], targets[None], doc=doc[None]) * share
         part.backward()
         packed += part.item()
 
     ours.save_pretrained(tmp_path, {})
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    chunks = []
-    for tokens, _, doc in rows:
-        chunks += [tokens[doc == d] for d in doc.unique() if d >= 0]
+    theirs, alone = AutoModelForCausalLM.from_pretrained(tmp_path), 0
+    chunks = [tokens[doc == d] for tokens, _, doc in rows for d in doc.unique() if d >= 0]
     total = sum(len(chunk) - 1 for chunk in chunks)
-    alone = 0
     for chunk in chunks:
         part = theirs(chunk[None], labels=chunk[None]).loss * (len(chunk) - 1) / total
         part.backward()
@@ -288,15 +271,12 @@ def test_schedules_match_their_closed_forms(monkeypatch):
     assert rate(500, 'inverse_sqrt') == pytest.approx(peak * math.sqrt(10_000 / 10_500))
 
 
-@pytest.mark.parametrize(
-    ('name', 'rate', 'dropout'),
-    [('adamw', 5e-3, 0.2), ('adalomo', 5e-2, 0), ('ademamix', 5e-3, 0), ('lion', 1e-3, 0)],
-)
-def test_each_optimizer_lowers_the_loss_and_resumes(name, rate, dropout, data, tmp_path):
+@pytest.mark.parametrize(('name', 'rate'), dict(adamw=5e-3, adalomo=5e-2, ademamix=5e-3).items())
+def test_each_optimizer_lowers_the_loss_and_resumes(name, rate, data, tmp_path):
     """Bit for bit, dropout included."""
-    if name in ('ademamix', 'lion'):
+    if name == 'ademamix':
         pytest.importorskip('pytorch_optimizer')
-    flags = f'--data={data}', f'--optimizer={name}', f'--lr={rate}', f'--dropout={dropout}'
+    flags = f'--data={data}', f'--optimizer={name}', f'--lr={rate}', '--dropout=0.1'
     flags += '--schedule=inverse_sqrt', '--warmup_fraction=0', '--eval_interval=0'
     for out, stops in (('once', [24]), ('twice', [16, 24])):
         for stop in stops:
