@@ -86,10 +86,12 @@ def torchrun(name, *args):
     return done.stdout
 
 
-def assert_one_line(done, message):
-    """A user's mistake: exit code 2, and one line that names it."""
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert message in done.stderr
+def run_checked(name, *args, mistake=None, folder=ROOT):
+    """run_script of what succeeds, or of what ends with code 2 and a line that has `mistake`."""
+    done = run_script(name, *args, folder=folder)
+    assert done.returncode == (0 if mistake is None else 2), done.stderr
+    assert mistake is None or mistake in done.stderr and done.stderr.count('\n') == 1, done.stderr
+    return done
 
 
 # -----------------------------------------------------------------------------

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    assert_one_line,
     fork_script,
     read_jsonl,
-    run_script,
+    run_checked,
     small_slm,
     torchrun,
     write_jsonl,
@@ -88,15 +87,13 @@ def flags(place, out, **knobs):
     return ['dpo.py', *(f'--{key}={value}' for key, value in (settings | knobs).items())]
 
 
-def inside(place, out, **knobs):
-    return run_script(*flags(place, out, **knobs))
+def inside(place, out, mistake=None, **knobs):
+    return run_checked(*flags(place, out, **knobs), mistake=mistake)
 
 
 @pytest.fixture(scope='module')
 def whole(place):
-    done = inside(place, 'whole')
-    assert done.returncode == 0, done.stderr
-    return done
+    return inside(place, 'whole')
 
 
 def read_log(folder):
@@ -104,10 +101,6 @@ def read_log(folder):
     clocks = ('elapsed', 'pairs_per_s')
     rows = read_jsonl(folder / 'log.jsonl')
     return [{key: row[key] for key in row if key not in clocks} for row in rows]
-
-
-# -----------------------------------------------------------------------------
-# The losses
 
 
 @pytest.mark.parametrize(
@@ -149,10 +142,6 @@ def test_learning_rate_is_the_inverse_square_root(monkeypatch):
         monkeypatch.setattr(dpo, 'warmup_steps', warmup)
         for step, share in cases.items():
             assert dpo.learning_rate(step) == pytest.approx(share * dpo.lr)
-
-
-# -----------------------------------------------------------------------------
-# Log-probabilities, rows and batches
 
 
 def test_packed_logps_and_gradients_are_transformers(place):
@@ -214,10 +203,6 @@ def trl_step(trl, rows, policy, reference, beta):
     return trainer._compute_loss(policy, batch, False)
 
 
-# -----------------------------------------------------------------------------
-# Rows and batches
-
-
 def test_batches_are_even_and_rows_full():
     """The paper's batch and lengths like SpokenSwag's: 94 % of what is computed is used."""
     rng = np.random.default_rng(0)
@@ -236,10 +221,6 @@ def test_batches_are_even_and_rows_full():
         assert max(rows) % world == 0 and max(rows) == min(rows)
         assert totals.sum() / (sum(rows) * width) > (0.94 if row_tokens > 1024 else 0.88)
     assert dpo.row_width(np.array([2000, 30]), 2, 1024, 1, 128) == 2048  # the longest has room
-
-
-# -----------------------------------------------------------------------------
-# Reading
 
 
 def test_all_that_is_dropped_is_counted_by_reason(tmp_path):
@@ -297,10 +278,6 @@ def test_held_out_pairs_do_not_depend_on_the_order_of_lines(tmp_path):
     assert found[0] == found[1]
 
 
-# -----------------------------------------------------------------------------
-# Runs
-
-
 def test_a_run_its_reference_and_the_same_command_again(place, whole):
     log = read_log(place / 'whole')
     last = log[-1]
@@ -321,7 +298,7 @@ def test_a_run_its_reference_and_the_same_command_again(place, whole):
     torch.testing.assert_close(state['reference'], expected, rtol=1e-5, atol=1e-3)
 
     weights = (place / 'whole/model.safetensors').stat().st_mtime_ns
-    assert inside(place, 'whole').returncode == 0
+    inside(place, 'whole')
     assert (place / 'whole/model.safetensors').stat().st_mtime_ns == weights
 
 
@@ -333,8 +310,7 @@ def test_a_stopped_run_resumes_bit_for_bit(place, whole, name, code):
     assert process.exitcode == code
     step = torch.load(place / name / 'train_state.pt', weights_only=True)['step']
     assert step == 6 if name == 'SIGKILL' else step >= 10
-    done = inside(place, name)
-    assert done.returncode == 0 and f'steps {step} to 24' in done.stdout, done.stderr
+    assert f'steps {step} to 24' in inside(place, name).stdout
     ours, theirs = (
         torch.load(place / run / 'train_state.pt', weights_only=True) for run in (name, 'whole')
     )
@@ -355,16 +331,15 @@ def test_the_clock_and_epochs_end_a_run_after_one_step_at_least(place):
     """The reference's pass alone takes longer than train_hours; a fifth of an epoch of two."""
     knobs = dict(train_hours=1e-9, log_interval=1, max_steps=0)
     for _ in range(2):  # the second time there is nothing to do
-        assert inside(place, 'clock', **knobs).returncode == 0
+        inside(place, 'clock', **knobs)
         assert read_log(place / 'clock')[-1]['step'] == 1
     assert (place / 'clock/model.safetensors').exists()
-    assert inside(place, 'fifth', batch_pairs=32, epochs=0.2, max_steps=30).returncode == 0
+    inside(place, 'fifth', batch_pairs=32, epochs=0.2, max_steps=30)
     assert read_log(place / 'fifth')[-1]['step'] == 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(place):
-    done = inside(place, 'wild', lr=1e30, warmup_steps=0, save_interval=0)
-    assert_one_line(done, 'not finite at step 2')
+    inside(place, 'wild', 'not finite at step 2', lr=1e30, warmup_steps=0, save_interval=0)
     assert not (place / 'wild/model.safetensors').exists()
 
 
@@ -375,22 +350,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(place):
         (dict(init='nowhere'), 'nowhere'),
         (dict(data='nowhere.jsonl'), 'nowhere.jsonl'),
         (dict(batch_pairs=100), '70 pairs to train on are no batch of 100'),
-        (dict(out_dir='{init}'), 'would be overwritten'),
-        (dict(out_dir='{whole}', beta=0.2), 'is a run with beta=0.1, not 0.2'),
-        (dict(out_dir='{whole}', data='{few}'), 'is a run with data'),
-        (dict(data='{other}'), 'different encoders'),
-        (dict(data='{bad}'), "line 2 cannot be read: 'rejected'"),
-        (dict(data='{far}'), 'line 1 cannot be read'),
+        (dict(out_dir='{place}/init'), 'would be overwritten'),
+        (dict(out_dir='{place}/whole', beta=0.2), 'is a run with beta=0.1, not 0.2'),
+        (dict(out_dir='{place}/whole', data='{place}/few.jsonl'), 'is a run with data'),
+        (dict(data='{place}/other/pairs.jsonl'), 'different encoders'),
+        (dict(data='{place}/bad.jsonl'), "line 2 cannot be read: 'rejected'"),
+        (dict(data='{place}/far.jsonl'), 'line 1 cannot be read'),
     ],
 )
 def test_a_mistake_is_one_line(place, whole, knobs, message):
-    names = dict(init=place / 'init', whole=place / 'whole', few=place / 'few.jsonl')
-    names['other'] = write_jsonl(place / 'other/pairs.jsonl', learnable_rows())
-    write_jsonl(names['few'], list(learnable_rows())[:60])
-    write_jsonl(place / 'other/meta.json', [dict(encoder_id='xyz')])
-    names |= dict(bad=place / 'bad.jsonl', far=place / 'far.jsonl')
     pair = dict(prompt=[1], chosen=[2], rejected=[40])  # units are 0 to 39
-    write_jsonl(names['far'], [pair])
-    write_jsonl(names['bad'], [dict(pair, rejected=[3]), dict(prompt=[1], chosen=[2])])
-    knobs = {key: str(value).format(**names) for key, value in knobs.items()}
-    assert_one_line(inside(place, 'wrong', **knobs), message)
+    write_jsonl(place / 'far.jsonl', [pair])
+    write_jsonl(place / 'bad.jsonl', [dict(pair, rejected=[3]), dict(prompt=[1], chosen=[2])])
+    write_jsonl(place / 'few.jsonl', list(learnable_rows())[:60])
+    write_jsonl(place / 'other/pairs.jsonl', learnable_rows())
+    write_jsonl(place / 'other/meta.json', [dict(encoder_id='xyz')])
+    knobs = {key: str(value).format(place=place) for key, value in knobs.items()}
+    inside(place, 'wrong', message, **knobs)

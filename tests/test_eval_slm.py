@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from fractions import Fraction
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -15,10 +16,9 @@ import soundfile
 import torch
 import transformers
 from conftest import (
-    assert_one_line,
     fit_parts,
     read_jsonl,
-    run_script,
+    run_checked,
     save_text_tokenizer,
     save_whisper,
     small_slm,
@@ -30,6 +30,7 @@ import eval_slm
 import model as M
 
 N_UNITS = 30
+run = partial(run_checked, 'eval_slm.py', '--device=cpu')
 
 
 def tone(path, seconds=0.5, seed=0):
@@ -63,12 +64,6 @@ def listeners(tmp_path_factory):
     config = transformers.LlamaConfig(vocab_size=257, initializer_range=0.5, **shape)
     transformers.LlamaForCausalLM(config).save_pretrained(root / 'lm')
     return str(root / 'asr'), str(root / 'lm')
-
-
-def run(*args, code=0):
-    result = run_script('eval_slm.py', *args, '--device=cpu')
-    assert result.returncode == code, result.stderr
-    return result
 
 
 def rows_of(path, task):
@@ -263,7 +258,7 @@ def test_a_broken_recording_is_named_and_what_was_finished_is_kept(tmp_path, che
     suite(str(tmp_path / 'good'), 2), suite(str(tmp_path / 'bad'), 2)
     (tmp_path / 'bad' / '1_incorrect.wav').write_bytes(b'RIFF')
     flags = f'--init={checkpoint["a"]}', f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json'
-    assert_one_line(run(*flags, '--tasks=good,bad', code=2), '1_incorrect.wav')
+    run(*flags, '--tasks=good,bad', mistake='1_incorrect.wav')
     assert list(json.loads((tmp_path / 'e.json').read_text())['metrics']['a']) == ['good']
 
 
@@ -445,7 +440,7 @@ def test_gptscore_end_to_end(tmp_path, checkpoint, listeners, monkeypatch):
     flags += [f'--out={tmp_path}/e.json', f'--asr={listeners[0]}', '--prompt_seconds=0.3']
     flags += ['--max_new_tokens=8', f'--judge=http://127.0.0.1:{server.server_port}/v1']
     monkeypatch.setattr('time.sleep', lambda seconds: None)
-    assert_one_line(run(*flags, code=2), '401')  # a wrong key, before all else
+    run(*flags, mistake='401')  # a wrong key, before all else
     monkeypatch.setenv('OPENAI_API_KEY', 'secret')
     Judge.calls.clear()
     run(*flags)
@@ -515,8 +510,7 @@ def test_mistakes_end_in_one_line_before_anything_is_computed(tmp_path, checkpoi
     enc.save_pretrained(str(tmp_path / 'other'))
     defaults = [f'--init={checkpoint["a"]}', '--tasks=sSC', f'--data_dir={tmp_path}']
     args = [arg.format(a=checkpoint['a'], tmp=tmp_path) for arg in args]
-    done = run(*defaults, f'--out={tmp_path}/e.json', *args, code=2)
-    assert_one_line(done, message)
+    done = run(*defaults, f'--out={tmp_path}/e.json', *args, mistake=message)
     assert (
         not done.stdout
         and not (tmp_path / 'eval_cache').exists()

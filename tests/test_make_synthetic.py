@@ -11,27 +11,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, assert_one_line, fork_script, read_jsonl, run_script, write_jsonl
+from conftest import ROOT, fork_script, read_jsonl, run_checked, write_jsonl
 
 import make_synthetic as ms
 from model import InputError
 
 TASKS = ('stories', 'pairs', 'grammar', 'sstory', 'tstory')
 VOICE = 'gmw/en+m3'
+run = partial(run_checked, 'make_synthetic.py')
 SMALL = ('config/demo_synthetic.py', '--n_stories=60', '--n_pairs=20', '--n_suite=24')
-
-
-def run(*args):
-    """The script in this process, and its workers."""
-    result = run_script('make_synthetic.py', *args)
-    assert result.returncode == 0, result.stderr
-    return result
 
 
 def rows_of(folder, name='manifest.jsonl'):
@@ -74,9 +69,6 @@ def made(tmp_path_factory):
     return out
 
 
-# --- the toy language
-
-
 def test_toy_is_rich_and_its_parts_share_no_prompt():
     toy = {task: list(ms.toy_rows(task, 1234, 3000, 700, 200)) for task in TASKS}
     words = Counter(w for row in toy['stories'] for w in re.findall('[a-z]+', row['text'].lower()))
@@ -97,9 +89,6 @@ def test_toy_is_rich_and_its_parts_share_no_prompt():
             Counter(ms.sentences(row[side])[-1] for row in toy[task]) for side in (good, bad)
         )
         assert right == wrong
-
-
-# --- how it sounds
 
 
 def test_manifests_and_audio_of_the_demo(made):
@@ -171,8 +160,6 @@ def test_word_times_between_marks_are_interpolated():
     assert times == [['yes,', 0, 0.4], ['sir', 0.5, 1.0]]
 
 
-# --- text
-
 SAID = {
     '“Hi” — she\u00a0said…  *so* <b>it</b> goes \U0001f600 http://x.y/z !': (
         '"Hi", she said. so it goes!'
@@ -226,9 +213,6 @@ def test_sentences():
     long = ' '.join(f'word{i}' + ',' * (i % 7 == 0) for i in range(400))
     pieces = ms.sentences(long)
     assert all(len(piece) <= 300 for piece in pieces) and ' '.join(pieces) == ms.clean(long)
-
-
-# --- files
 
 
 def test_swag_hellaswag_and_own_pairs(tmp_path, monkeypatch):
@@ -368,8 +352,6 @@ def test_a_suite_of_the_users_own_in_seen_and_unseen_voices(tmp_path):
         assert skipped['reason'] == 'whose two texts sound the same'
 
 
-# --- the work
-
 STORIES = ('config/demo_synthetic.py', '--n_stories=160', '--n_suite=0', '--n_pairs=0')
 STORIES += ('--task=stories',)
 
@@ -390,8 +372,7 @@ def test_one_process_makes_what_three_do(made, tmp_path):
     assert run(*args).stdout.count('nothing to do') == 3
     for changed, gone in (('--pitch=10-20', 'parts'), ('--n_stories=61', 'summary.json')):
         (tmp_path / 'stories' / gone).rename(tmp_path / 'gone')
-        other = run_script('make_synthetic.py', *args, changed)
-        assert_one_line(other, f'with other {"pitch" if "pitch" in changed else "text"}')
+        run(*args, changed, mistake=f'with other {"pitch" if "pitch" in changed else "text"}')
         (tmp_path / 'gone').rename(tmp_path / 'stories' / gone)
 
 
@@ -456,11 +437,7 @@ def test_mistakes_are_one_line(content, args, says, tmp_path, monkeypatch):
         path = tmp_path / ('a.jsonl' if content.startswith('{') else 'a.csv')
         path.write_text(content)
         args = [*args, f'--text={path}']
-    args = f'--out={tmp_path}/o', '--workers=1', *args
-    assert_one_line(run_script('make_synthetic.py', *args), says)
-
-
-# --- the networks
+    run(f'--out={tmp_path}/o', '--workers=1', *args, mistake=says)
 
 
 def test_vits(tmp_path, monkeypatch):
@@ -490,8 +467,7 @@ def test_vits(tmp_path, monkeypatch):
     assert row['text'] == 'The dog is here. A cat?' and 'words' not in row
     waves = [(tmp_path / f'{name}/stories/{row["path"]}').read_bytes() for name in 'abc']
     assert waves[0] == waves[1] != waves[2]
-    wrong = run_script('make_synthetic.py', *args, f'--out={tmp_path}/d', '--voices=2')
-    assert_one_line(wrong, 'its voices are 0 to 1')
+    run(*args, f'--out={tmp_path}/d', '--voices=2', mistake='its voices are 0 to 1')
 
 
 def test_kokoro(monkeypatch):

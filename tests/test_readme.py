@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 
-from conftest import ROOT, run_script
+from conftest import ROOT, run_checked
 
 SENTENCES = """Der Hund schläft im Garten. Die Katze sitzt auf dem Dach. Wir gehen heute ins Kino.
 Morgen kommt meine Schwester. Das Wetter ist schön. Ich trinke gerne Kaffee. Er liest ein Buch.
@@ -40,9 +40,7 @@ def readme_commands(section):
 def run(folder, command):
     script, *flags = command
     flags = [SMALLER.get(flag, flag) for flag in flags] + MORE.get(script, [])
-    done = run_script(script, *flags, '--device=cpu', folder=folder)
-    assert done.returncode == 0, f'{command}: {done.stderr[-500:]}'
-    return done.stdout
+    return run_checked(script, *flags, '--device=cpu', folder=folder).stdout
 
 
 def test_your_own_language(tmp_path):

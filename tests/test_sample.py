@@ -4,6 +4,7 @@ synthetic speech and on 8 kHz recordings."""
 import json
 import os
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import nltk
@@ -13,10 +14,9 @@ import soundfile
 import torch
 import transformers
 from conftest import (
-    assert_one_line,
     fit_parts,
     read_jsonl,
-    run_script,
+    run_checked,
     save_text_tokenizer,
     save_whisper,
     small_slm,
@@ -28,6 +28,7 @@ import model as M
 import sample
 
 N_UNITS = 40
+run = partial(run_checked, 'sample.py', '--device=cpu')
 
 
 @pytest.fixture(scope='module')
@@ -47,13 +48,6 @@ def data(tmp_path_factory):
     write_jsonl(root / 'units/meta.json', [meta])
     small_slm(N_UNITS + 2, 512).save_pretrained(root / 'slm', slam | dict(dedup=True))
     return {name: str(root / name) for name in ('audio', 'units', 'slm')}
-
-
-def run(*args):
-    """sample.py with these arguments -> its lines on stdout."""
-    done = run_script('sample.py', '--device=cpu', *args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 def test_prompts_in_folders_manifests_and_units_files(tmp_path):
@@ -121,7 +115,8 @@ def test_greedy_generation_is_transformers(data, monkeypatch):
 def test_continuations(data, tmp_path):
     args = [f'--init={data["slm"]}', f'--prompt={data["audio"]}', '--num_samples=2']
     args += ['--max_new_tokens=40', '--batch_size=3']
-    lines = run(*args, f'--out={tmp_path}/a', f'--html={tmp_path}/page.html')
+    done = run(*args, f'--out={tmp_path}/a', f'--html={tmp_path}/page.html')
+    lines = done.stdout.splitlines()
     assert len(lines) == 5 and lines[-1].startswith('4 samples, repeated ')
     rows = read_jsonl(tmp_path / 'a/units.jsonl')
     assert [row['file_name'] for row in rows[1:3]] == ['0/full-2.wav', '1/full.wav']
@@ -167,9 +162,9 @@ def test_resynthesis_of_8_khz_recordings_with_transcripts(data, tmp_path):
         result = json.loads((tmp_path / 'r/sample.json').read_text())
         assert result['frames_unchanged'] > 60 and 'wer' not in result
     flags = ['--resynth', f'--asr={tmp_path}/asr', f'--out={tmp_path}/s', page]
-    lines = run(f'--init={data["slm"]}', f'--prompt={data["audio"]}', *flags)
+    done = run(f'--init={data["slm"]}', f'--prompt={data["audio"]}', *flags)
     rows = read_jsonl(tmp_path / 's/units.jsonl')
-    printed = ''.join(''.join(lines).split())  # whitespace aside: the transcripts are rubbish
+    printed = ''.join(done.stdout.split())  # whitespace aside: the transcripts are rubbish
     assert all(''.join(row['transcript'].split()) in printed for row in rows)
     words = [row['text'].split() for row in rows]
     errors = sum(row['word_errors'] for row in rows)
@@ -191,11 +186,10 @@ def test_text_of_an_interleaved_model_needs_no_other_network(tmp_path):
     write_jsonl(tmp_path / 'u.jsonl', [dict(units=[1, 2, 9], duration=[2, 1, 1])])
     init, out = f'--init={tmp_path}/slm', f'--out={tmp_path}/out'
     for flag in (f'--prompt={tmp_path}/u.jsonl', '--from_text=Once'):
-        lines = run(init, out, flag, '--to=text', '--num_samples=2', '--max_new_tokens=9')
+        done = run(init, out, flag, '--to=text', '--num_samples=2', '--max_new_tokens=9')
         texts = json.loads((tmp_path / 'out/sample.json').read_text())['texts']
-        assert len(texts) == 2 and texts[1].splitlines()[-1] in '\n'.join(lines)
-    done = run_script('sample.py', init, out, '--from_text=Once')
-    assert_one_line(done, 'none/vocoder.json')
+        assert len(texts) == 2 and texts[1].splitlines()[-1] in done.stdout
+    run(init, out, '--from_text=Once', mistake='none/vocoder.json')
 
 
 MISTAKES = {
@@ -226,6 +220,5 @@ def test_mistakes_are_one_line(data, tmp_path):
     table.finish(None).save_pretrained(tmp_path / 'small')
     for message, args in MISTAKES.items():
         args = [re.sub('=(.*[.]|small)', rf'={tmp_path}/\1', arg) for arg in args.split()]
-        done = run_script('sample.py', f'--init={data["slm"]}', f'--out={tmp_path}/o', *args)
-        assert_one_line(done, message)
+        run(f'--init={data["slm"]}', f'--out={tmp_path}/o', *args, mistake=message)
         assert not (tmp_path / 'o').exists()

@@ -5,16 +5,16 @@ from config import read_block, run_config
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import shutil
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, fork_script, read_jsonl, run_script, small_slm, torchrun
+from conftest import ROOT, fork_script, read_jsonl, run_checked, small_slm, torchrun, write_jsonl
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +29,7 @@ TINY = [
     *('--train_hours=0', '--warmup_steps=5', '--eval_interval=20', '--save_interval=20'),
     *('--log_interval=1', '--grad_clip=1', '--val_data=', '--device=cpu'),
 ]
+inside = partial(run_checked, *TINY)
 
 
 def small_model():
@@ -46,9 +47,8 @@ def write_set(folder, utterances, val=(), units=20, **more):
     meta = dict(vocab_size=units + OFFSET, n_units=units, offset=OFFSET, dtype='uint16')
     meta |= dict(tokens=counts, dedup=True, frame_rate=25.0, encoder_id='abc')
     meta |= dict(encoder='encoder', vocoder='hifigan25')
-    for name, content in (('meta.json', meta | more), ('encoder/encoder.json', {})):
-        with open(f'{folder}/{name}', 'w') as file:
-            json.dump(content, file)
+    write_jsonl(f'{folder}/meta.json', [meta | more])
+    write_jsonl(f'{folder}/encoder/encoder.json', [{}])
     return str(folder)
 
 
@@ -64,10 +64,6 @@ def data(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp('data') / 'units', walks(150, 0), walks(10, 1))
 
 
-def inside(*args):
-    return run_script(*TINY, *args)
-
-
 def log_of(out):
     return read_jsonl(f'{out}/log.jsonl')
 
@@ -79,10 +75,6 @@ def losses(out):
 def weights_of(out):
     with open(f'{out}/model.safetensors', 'rb') as file:
         return file.read()
-
-
-# -----------------------------------------------------------------------------
-# Chunks, rows, batches
 
 
 def first_epoch(loader):
@@ -196,10 +188,6 @@ def test_balanced_weights_are_shares_of_tokens(tmp_path):
     assert sum(tokens) == pytest.approx(10 * sum(len(each.tokens) for each in sets), rel=0.02)
 
 
-# -----------------------------------------------------------------------------
-# Losses, schedules, optimizers
-
-
 def test_loss_and_gradient_are_those_of_unpacked_utterances(data, tmp_path):
     """A packed batch against each chunk alone through transformers, a mean over all predictions."""
     rows, shares, *_ = next(train.Loader(train.open_data(data), 32, 64, 0).iter_batches(6))
@@ -280,8 +268,7 @@ def test_each_optimizer_lowers_the_loss_and_resumes(name, rate, data, tmp_path):
     flags += '--schedule=inverse_sqrt', '--warmup_fraction=0', '--eval_interval=0'
     for out, stops in (('once', [24]), ('twice', [16, 24])):
         for stop in stops:
-            done = inside(*flags, f'--out_dir={tmp_path}/{out}', f'--max_steps={stop}')
-            assert done.returncode == 0, done.stderr
+            inside(*flags, f'--out_dir={tmp_path}/{out}', f'--max_steps={stop}')
     curve = losses(tmp_path / 'once')
     assert np.mean(curve[-5:]) < np.mean(curve[:5]) - 0.2 and losses(tmp_path / 'twice') == curve
 
@@ -308,16 +295,10 @@ def test_adalomo_is_that_of_its_authors(data, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
 
 
-# -----------------------------------------------------------------------------
-# The program
-
-
 @pytest.fixture(scope='module')
 def forty(data, tmp_path_factory):
     out = str(tmp_path_factory.mktemp('run') / 'slm')
-    done = inside(f'--data={data}', f'--out_dir={out}')
-    assert done.returncode == 0, done.stderr
-    return out, done
+    return out, inside(f'--data={data}', f'--out_dir={out}')
 
 
 def test_a_run_learns_and_leaves_a_checkpoint(forty, data):
@@ -345,7 +326,7 @@ def test_a_run_learns_and_leaves_a_checkpoint(forty, data):
     torch.testing.assert_close(ours(tokens), theirs, atol=1e-5, rtol=1e-4)
 
     written = os.stat(f'{out}/model.safetensors').st_mtime_ns
-    assert inside(f'--data={data}', f'--out_dir={out}').returncode == 0  # it is left alone
+    inside(f'--data={data}', f'--out_dir={out}')  # it is left alone
     assert os.stat(f'{out}/model.safetensors').st_mtime_ns == written
 
 
@@ -366,8 +347,7 @@ def test_a_stopped_run_resumes_bit_for_bit(forty, data, tmp_path, name, times, c
         assert saved == 20 if code < 0 else saved == len(file.readlines()) >= 25
     with open(out + '/log.jsonl', 'a') as file:
         file.write('{"step": 2')  # incomplete
-    resumed = inside(*flags)
-    assert resumed.returncode == 0 and f'going on at step {saved}' in resumed.stdout
+    assert f'going on at step {saved}' in inside(*flags).stdout
     assert losses(out) == losses(forty[0])
     assert weights_of(out) == weights_of(forty[0])
 
@@ -375,12 +355,12 @@ def test_a_stopped_run_resumes_bit_for_bit(forty, data, tmp_path, name, times, c
 def test_two_processes_are_one_also_when_they_go_on(data, tmp_path):
     """And a run that is made longer reports how its learning rate changes."""
     flags, out = (f'--data={data}', '--eval_interval=6'), str(tmp_path / 'one')
-    assert inside(*flags, f'--out_dir={out}', '--max_steps=12').returncode == 0
+    inside(*flags, f'--out_dir={out}', '--max_steps=12')
     two = str(shutil.copytree(out, tmp_path / 'two'))
     printed = torchrun(*TINY, *flags, f'--out_dir={two}', '--max_steps=20')
     assert printed.count('step 20/20') == 1
     assert 'step 12: the learning rate was 2.16e-04, it is 2.56e-03' in printed
-    assert inside(*flags, f'--out_dir={out}', '--max_steps=20').returncode == 0
+    inside(*flags, f'--out_dir={out}', '--max_steps=20')
     for ours, theirs in zip(log_of(two), log_of(out), strict=True):
         for key in ('loss', 'tokens', 'val_loss'):
             assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), abs=1e-5)
@@ -392,21 +372,21 @@ def test_the_clock_is_an_extra_limit(data, tmp_path):
     out = str(tmp_path / 'slm')
     flags = f'--data={data}', f'--out_dir={out}', '--log_interval=2', '--eval_interval=0'
     for _ in range(2):  # the second time there is nothing to do
-        done = inside(*flags, '--max_steps=1000000', '--train_hours=1e-12')
-        assert done.returncode == 0 and log_of(out)[-1]['step'] == 2
+        inside(*flags, '--max_steps=1000000', '--train_hours=1e-12')
+        assert log_of(out)[-1]['step'] == 2
     assert os.path.exists(f'{out}/model.safetensors')
-    assert inside(*flags, '--max_steps=4').returncode == 0 and log_of(out)[-1]['step'] == 4
+    inside(*flags, '--max_steps=4')
+    assert log_of(out)[-1]['step'] == 4
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
     flags = f'--data={data}', f'--out_dir={tmp_path}/slm', '--grad_clip=0', '--eval_interval=0'
-    assert inside(*flags, '--max_steps=3').returncode == 0
+    inside(*flags, '--max_steps=3')
     before = weights_of(tmp_path / 'slm')
     state = torch.load(f'{tmp_path}/slm/train_state.pt', weights_only=True)
     state['model']['embed.weight'][5] = math.nan
     torch.save(state, f'{tmp_path}/slm/train_state.pt')
-    done = inside(*flags)
-    assert_one_line(done, 'not finite at step 4')
+    done = inside(*flags, mistake='not finite at step 4')
     assert 'last checkpoint is kept' in done.stderr and weights_of(tmp_path / 'slm') == before
 
 
@@ -440,11 +420,11 @@ def places(data, forty, tmp_path_factory):
 )
 def test_a_mistake_is_one_line(flags, message, places, tmp_path):
     defaults = f'--data={places["data"]}', f'--out_dir={tmp_path}'
-    assert_one_line(inside(*defaults, *flags.format(**places).split()), message)
+    inside(*defaults, *flags.format(**places).split(), mistake=message)
     assert not os.path.exists(f'{tmp_path}/train_state.pt')
 
 
 def test_a_folder_in_use_is_refused(forty, data):
     with model.open_log(forty[0], 40):
-        done = inside(f'--data={data}', f'--out_dir={forty[0]}', '--max_steps=42')
-    assert done.returncode == 2 and 'another process is training' in done.stderr
+        flags = f'--data={data}', f'--out_dir={forty[0]}', '--max_steps=42'
+        inside(*flags, mistake='another process is training')
