@@ -225,13 +225,9 @@ def test_batches_are_even_and_rows_full():
 
 def test_all_that_is_dropped_is_counted_by_reason(tmp_path):
     pair = dict(prompt=[1, 2, 3], chosen=[4, 5], rejected=[6])
-    texts = [
-        ('Ann went to the market and bought bread.', 'She ate the bread at home.'),
-        ('the dog saw the dog and the dog saw the dog again', 'the dog saw the dog'),
-        ('He rows, rows, rows; rows, rows, rows the boat.', 'Then he rows, rows, rows again!'),
-    ]
-    rows = [dict(pair, prompt_text=prompt, chosen_text=chosen) for prompt, chosen in texts]
-    rows += [
+    rows = [
+        dict(pair, prompt_text='Ann went to the market.', chosen_text='She ate at home.'),
+        dict(pair, prompt_text='He rows, rows, rows; he', chosen_text='rows, rows, rows again!'),
         dict(prompt=[1], chosen=[], rejected=[5]),
         dict(prompt=[1], chosen=[5], rejected=[5]),
         dict(prompt=[], chosen=list(range(30)), rejected=[5]),
@@ -244,7 +240,7 @@ def test_all_that_is_dropped_is_counted_by_reason(tmp_path):
     train, val, count = dpo.load_pairs(path, 30, 16, 0.3, 1)
     assert len(train) == 2 and len(val) == 1
     assert count == {
-        'dropped: auto-BLEU': 2,
+        'dropped: auto-BLEU': 1,
         'dropped: empty or equal': 2,
         'dropped: test split': 1,
         'cut to the context': 2,

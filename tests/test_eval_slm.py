@@ -113,7 +113,7 @@ def test_cut_pairs_are_counted_and_the_suite_is_marked(tmp_path, checkpoint):
         start[-8000:] = start[:8000]  # another ending
         soundfile.write(tmp_path / 's' / f'{i}_incorrect.wav', start, M.SAMPLE_RATE)
     done = run(f'--init={checkpoint["a"]}', f'--tasks=own={tmp_path}/s', f'--out={tmp_path}/e.json')
-    result = json.loads((tmp_path / 'e.json').read_text())['metrics']['a']['own']
+    result = M.read_json(tmp_path / 'e.json')['metrics']['a']['own']
     assert result['cut'] == 2 and result['marked']
     assert [row['cut'] for row in rows_of(tmp_path / 'e.pairs.jsonl', 'own')] == [True, True, False]
     assert '2 of 3 cut at 256 tokens' in done.stdout and '* [' in done.stdout
@@ -241,7 +241,7 @@ def test_a_corrected_file_at_the_same_path_is_scored_anew(tmp_path, checkpoint):
         flags = f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json'
         run(f'--init={checkpoint["a"]}', f'--tasks=own,z,x={tmp_path}/own.parquet', *flags)
         assert all(row['win'] in (0, 1) for row in rows_of(tmp_path / 'e.pairs.jsonl', 'x'))
-        scores = json.loads((tmp_path / 'e.json').read_text())['metrics']['a']
+        scores = M.read_json(tmp_path / 'e.json')['metrics']['a']
         assert scores['own']['score'] == scores['x']['score'] == scores['z']['score']
         return scores['x']['score']
 
@@ -259,7 +259,7 @@ def test_a_broken_recording_is_named_and_what_was_finished_is_kept(tmp_path, che
     (tmp_path / 'bad' / '1_incorrect.wav').write_bytes(b'RIFF')
     flags = f'--init={checkpoint["a"]}', f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json'
     run(*flags, '--tasks=good,bad', mistake='1_incorrect.wav')
-    assert list(json.loads((tmp_path / 'e.json').read_text())['metrics']['a']) == ['good']
+    assert list(M.read_json(tmp_path / 'e.json')['metrics']['a']) == ['good']
 
 
 def test_stories_are_cut_at_word_times_where_they_part(tmp_path):
@@ -343,7 +343,7 @@ def test_generation_metrics_against_independent_lines(tmp_path, checkpoint, list
     flags += [f'--data_dir={tmp_path}', f'--out={tmp_path}/e.json', '--seed=7', '--wer']
     flags += [f'--init={checkpoint["a"]},{checkpoint["b"]}', '--tasks=sstorycloze,genppl,autobleu']
     done = run(*flags)
-    got = json.loads((tmp_path / 'e.json').read_text())
+    got = M.read_json(tmp_path / 'e.json')
     mine = [row for row in rows_of(tmp_path / 'e.pairs.jsonl', 'genppl') if row['model'] == 'a']
     files = [str(tmp_path / 'sstorycloze' / f'{i}_correct.wav') for i in range(3)]
     assert [row['id'] for row in mine] == files and got['sampling']['a'] == knobs
@@ -415,9 +415,7 @@ class Judge(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
         Judge.calls.append(text := body['messages'][0]['content'])
         right = self.headers['Authorization'] == 'Bearer secret' and len(Judge.calls) != 2
-        answer = (
-            f'From \\boxed{{1}} to 5: fluent. The final answer is \\boxed{{{1 + len(text) % 5}}}.'
-        )
+        answer = f'From \\boxed{{1}} to 5: fluent. So it is \\boxed{{{1 + len(text) % 5}}}.'
         self.send_response(200 if right else 401)
         self.end_headers()
         reply = dict(choices=[dict(message=dict(content=answer))])
@@ -449,7 +447,7 @@ def test_gptscore_end_to_end(tmp_path, checkpoint, listeners, monkeypatch):
     _, failed, asked = Judge.calls  # the second answer was an error
     assert row['seconds'] == 0.26 and failed == asked
     assert 'Beginning: one two\n' in asked and f'Continuation: {row["text"]}' in asked
-    result = json.loads((tmp_path / 'e.json').read_text())['metrics']['a']['gptscore']
+    result = M.read_json(tmp_path / 'e.json')['metrics']['a']['gptscore']
     assert result['score'] == row['value'] == 1 + len(asked) % 5 and result['left_out'] == 0
 
 
@@ -511,8 +509,4 @@ def test_mistakes_end_in_one_line_before_anything_is_computed(tmp_path, checkpoi
     defaults = [f'--init={checkpoint["a"]}', '--tasks=sSC', f'--data_dir={tmp_path}']
     args = [arg.format(a=checkpoint['a'], tmp=tmp_path) for arg in args]
     done = run(*defaults, f'--out={tmp_path}/e.json', *args, mistake=message)
-    assert (
-        not done.stdout
-        and not (tmp_path / 'eval_cache').exists()
-        and not (tmp_path / 'e.json').exists()
-    )
+    assert not done.stdout and not list(tmp_path.glob('e*'))  # neither a result nor a cache

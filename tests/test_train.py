@@ -234,29 +234,26 @@ def test_validation_is_the_mean_over_tokens(data, monkeypatch, tmp_path):
 def test_schedules_match_their_closed_forms(monkeypatch):
     peak, low = 1e-3, 5e-5
     knobs = dict(max_steps=1000, lr=peak, min_lr=low, warmup_steps=100, warmup_fraction=0.01)
-    for knob, value in knobs.items():
-        monkeypatch.setattr(train, knob, value)
 
-    def rate(step, kind, progress=None):
-        monkeypatch.setattr(train, 'schedule', kind)
+    def rate(kind, step, progress=None, **changes):
+        for knob, value in {**knobs, 'schedule': kind, **changes}.items():
+            monkeypatch.setattr(train, knob, value)
         return train.learning_rate(step, step / 1000 if progress is None else progress)
 
     for kind in ('cosine', 'inverse_sqrt'):
-        rates = [rate(step, kind) for step in (0, 49, 99)]
+        rates = [rate(kind, step) for step in (0, 49, 99)]
         assert rates == pytest.approx([peak / 100, peak / 2, peak])
     for step in (100, 300, 550, 999):
         cosine = low + (peak - low) * (1 + math.cos(math.pi * (step - 100) / 900)) / 2
-        assert rate(step, 'cosine') == pytest.approx(cosine)
-        assert rate(step, 'inverse_sqrt') == pytest.approx(peak * math.sqrt(100 / step))
+        assert rate('cosine', step) == pytest.approx(cosine)
+        assert rate('inverse_sqrt', step) == pytest.approx(peak * math.sqrt(100 / step))
     # the hours are ahead of the steps: cosine follows them, inverse_sqrt does not
-    assert rate(300, 'cosine', 0.55) == pytest.approx((peak + low) / 2)
-    assert rate(300, 'inverse_sqrt', 1.0) == rate(300, 'inverse_sqrt')
+    assert rate('cosine', 300, 0.55) == pytest.approx((peak + low) / 2)
+    assert rate('inverse_sqrt', 300, 1.0) == rate('inverse_sqrt', 300)
     # the longer warm-up holds; without one the time scale is 10,000 steps
-    monkeypatch.setattr(train, 'warmup_fraction', 0.2)
-    assert rate(99, 'cosine') == pytest.approx(peak / 2)
-    for knob in ('warmup_fraction', 'warmup_steps'):
-        monkeypatch.setattr(train, knob, 0)
-    assert rate(500, 'inverse_sqrt') == pytest.approx(peak * math.sqrt(10_000 / 10_500))
+    assert rate('cosine', 99, warmup_fraction=0.2) == pytest.approx(peak / 2)
+    late = rate('inverse_sqrt', 500, warmup_fraction=0, warmup_steps=0)
+    assert late == pytest.approx(peak * math.sqrt(10_000 / 10_500))
 
 
 @pytest.mark.parametrize(('name', 'rate'), dict(adamw=5e-3, adalomo=5e-2, ademamix=5e-3).items())
