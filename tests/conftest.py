@@ -14,6 +14,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 import model as M
@@ -146,33 +147,22 @@ def fit_parts(folder, waves, n_units):
     return parts | dict(encoder_id=encoder.encoder_id, n_units=n_units, frame_rate=25.0)
 
 
-def letters():
-    """A vocabulary of bytes, as GPT-2 writes them: {character: token}."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return {character: token for token, character in enumerate(sorted(ByteLevel.alphabet()))}
-
-
-def save_text_tokenizer(folder):
-    """A tokenizer of bytes, with token 256 as the end of a document."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.BPE(vocab=letters() | {'<|end|>': 256}, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token='<|end|>').save_pretrained(folder)
-
-
-def save_whisper(folder):
-    """A random Whisper, which writes ASCII without sense."""
+@pytest.fixture(scope='session')
+def listeners(tmp_path_factory):
+    """Folders of a random Whisper, which writes ASCII without sense, and of a random Llama with a
+    tokenizer of bytes, in which token 256 ends a document."""
+    import tokenizers
     import transformers
 
     torch.manual_seed(0)
-    tokenizer = transformers.WhisperTokenizer(letters() | {'<|endoftext|>': 256}, merges=[])
+    asr, lm = (str(tmp_path_factory.mktemp(name)) for name in ('asr', 'lm'))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    letters = {letter: token for token, letter in enumerate(alphabet)}
+    tokenizer = transformers.WhisperTokenizer(letters | {'<|endoftext|>': 256}, merges=[])
     special = ('startoftranscript', 'en', 'transcribe', 'notimestamps')
     tokenizer.add_special_tokens(dict(additional_special_tokens=[f'<|{s}|>' for s in special]))
     extractor = transformers.WhisperFeatureExtractor(feature_size=20)
-    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
+    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(asr)
     shape = dict(num_mel_bins=20, d_model=16, max_target_positions=32, init_std=1.0)
     for part in ('encoder', 'decoder'):
         shape |= {f'{part}_layers': 1, f'{part}_attention_heads': 2, f'{part}_ffn_dim': 32}
@@ -181,4 +171,13 @@ def save_whisper(folder):
     whisper = transformers.WhisperForConditionalGeneration(config)
     whisper.generation_config.update(max_length=20, suppress_tokens=list(range(100, 256)))
     whisper.generation_config.update(begin_suppress_tokens=[256])
-    whisper.save_pretrained(folder)
+    whisper.save_pretrained(asr)
+
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(letters | {'<|end|>': 256}, merges=[]))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token='<|end|>')
+    fast.save_pretrained(lm)
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlamaConfig(vocab_size=257, initializer_range=0.5, **shape)
+    transformers.LlamaForCausalLM(config).save_pretrained(lm)
+    return asr, lm

@@ -11,14 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    fork_script,
-    read_jsonl,
-    run_checked,
-    small_slm,
-    torchrun,
-    write_jsonl,
-)
+from conftest import fork_script, read_jsonl, run_checked, small_slm, torchrun, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import dpo

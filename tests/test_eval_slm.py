@@ -12,19 +12,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 import transformers
-from conftest import (
-    fit_parts,
-    read_jsonl,
-    run_checked,
-    save_text_tokenizer,
-    save_whisper,
-    small_slm,
-    speech,
-    write_jsonl,
-)
+from conftest import fit_parts, read_jsonl, run_checked, small_slm, speech, write_jsonl
 
 import eval_slm
 import model as M
@@ -33,15 +23,10 @@ N_UNITS = 30
 run = partial(run_checked, 'eval_slm.py', '--device=cpu')
 
 
-def tone(path, seconds=0.5, seed=0):
-    """A little audio file, never the same for two seeds."""
-    M.save_audio(path, speech(seed, seconds))
-
-
 def suite(folder, n):
     for i in range(n):
         for j, side in enumerate(('correct', 'incorrect')):
-            tone(f'{folder}/{i}_{side}.wav', 0.3 + 0.05 * (i % 5), 2 * i + j)
+            M.save_audio(f'{folder}/{i}_{side}.wav', speech(2 * i + j, 0.3 + 0.05 * (i % 5)))
 
 
 @pytest.fixture(scope='session')
@@ -52,18 +37,6 @@ def checkpoint(tmp_path_factory):
     for seed, name in enumerate('ab'):
         small_slm(N_UNITS + 2, 256, seed).save_pretrained(root / name, slam)
     return {name: str(root / name) for name in 'ab'}
-
-
-@pytest.fixture(scope='session')
-def listeners(tmp_path_factory):
-    """Folders of a random Whisper, and of a random Llama with a tokenizer."""
-    root = tmp_path_factory.mktemp('listeners')
-    save_whisper(root / 'asr')
-    save_text_tokenizer(root / 'lm')
-    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    config = transformers.LlamaConfig(vocab_size=257, initializer_range=0.5, **shape)
-    transformers.LlamaForCausalLM(config).save_pretrained(root / 'lm')
-    return str(root / 'asr'), str(root / 'lm')
 
 
 def rows_of(path, task):
@@ -108,10 +81,9 @@ def test_packed_likelihoods_are_those_of_transformers_one_by_one(tmp_path):
 def test_cut_pairs_are_counted_and_the_suite_is_marked(tmp_path, checkpoint):
     """Stories whose endings lie beyond the context of 256 tokens; one pair of three fits."""
     for i, seconds in enumerate((30, 30, 1)):
-        tone(str(tmp_path / 's' / f'{i}_correct.wav'), seconds, i)
-        start, _ = soundfile.read(tmp_path / 's' / f'{i}_correct.wav')
-        start[-8000:] = start[:8000]  # another ending
-        soundfile.write(tmp_path / 's' / f'{i}_incorrect.wav', start, M.SAMPLE_RATE)
+        wave = speech(i, seconds)
+        M.save_audio(tmp_path / f's/{i}_correct.wav', wave)
+        M.save_audio(tmp_path / f's/{i}_incorrect.wav', torch.cat((wave[:-8000], wave[:8000])))
     done = run(f'--init={checkpoint["a"]}', f'--tasks=own={tmp_path}/s', f'--out={tmp_path}/e.json')
     result = M.read_json(tmp_path / 'e.json')['metrics']['a']['own']
     assert result['cut'] == 2 and result['marked']
@@ -155,7 +127,7 @@ def zerospeech(root, kind):
                 rows.append(row | dict(type=f't{i // 7}', frequency=i % 4))
     rng.shuffle(rows)
     for k, row in enumerate(rows):
-        tone(os.path.join(folder, row['filename'] + '.wav'), 0.3, k)
+        M.save_audio(os.path.join(folder, row['filename'] + '.wav'), speech(k, 0.3))
     with open(os.path.join(folder, 'gold.csv'), 'w', newline='') as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -432,7 +404,7 @@ def test_gptscore_end_to_end(tmp_path, checkpoint, listeners, monkeypatch):
     prompts = tmp_path / 'prompts'
     words = [['one', 0.0, 0.1], ['two', 0.1, 0.26], ['six', 0.3, 0.5]]
     for i in range(2):  # the text of the second is not known
-        tone(str(prompts / f'{i}.wav'), 0.7, seed=i)
+        M.save_audio(prompts / f'{i}.wav', speech(i, 0.7))
     (prompts / '0.json').write_text(json.dumps(dict(aligned_text=words)))
     flags = [f'--init={checkpoint["a"]}', '--tasks=gptscore', f'--prompts={prompts}']
     flags += [f'--out={tmp_path}/e.json', f'--asr={listeners[0]}', '--prompt_seconds=0.3']
@@ -500,7 +472,7 @@ def test_models_end_to_end(tmp_path, checkpoint):
 )
 def test_mistakes_end_in_one_line_before_anything_is_computed(tmp_path, checkpoint, args, message):
     suite(str(tmp_path / 'sSC'), 1)
-    tone(str(tmp_path / 'lone' / '1_correct.wav'))
+    M.save_audio(tmp_path / 'lone/1_correct.wav', speech(0, 0.5))
     (tmp_path / 'bad.csv').write_text('right,wrong\na,b\n')
     (tmp_path / 'twice.csv').write_text('\ufeffcorrect,incorrect,id\na,b,\na,b,1\na,b,1', 'utf-8')
     enc = M.UnitEncoder.from_pretrained(M.load_slm(checkpoint['a']).slam['encoder'])

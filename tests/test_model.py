@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SIZES
+from conftest import small_slm
 from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -101,10 +101,6 @@ def pair(request, tmp_path_factory):
     return hf, load_text_lm(folder)
 
 
-def small(**sizes):
-    return randomize(load_slm('scratch', sizes=SIZES | sizes, vocab_size=V, context=128))
-
-
 def prompts_of(*lengths):
     """Random prompts of so many tokens."""
     return [F.pad(torch.randint(OFFSET, V, (n - 1,)), (1, 0), value=BOS) for n in lengths]
@@ -190,7 +186,7 @@ def test_what_block_does_not_compute_is_refused(tmp_path, name):
 
 def test_the_block_masked_kernel_of_cuda_gives_the_same(monkeypatch):
     """Its reference on the CPU, forward. test_training_compiles has the third path, dense masks."""
-    ours = small()
+    ours = small_slm(V)
     tokens, doc, _, _ = pack([[30, 50, 48], [100, 1, 27]])
     branch = torch.where(doc == 1, 1 + (torch.arange(128) > 60), 0)
 
@@ -206,7 +202,7 @@ def test_the_block_masked_kernel_of_cuda_gives_the_same(monkeypatch):
 
 
 def test_branches_see_the_prompt_and_themselves():
-    ours = small()
+    ours = small_slm(V)
     prompt, one, two = (torch.randint(OFFSET, V, (n,)) for n in (9, 5, 7))
     tokens = torch.cat((prompt, one, two))[None]
     branch = torch.tensor([[0] * 9 + [1] * 5 + [2] * 7])
@@ -223,7 +219,7 @@ def test_branches_see_the_prompt_and_themselves():
 
 
 def test_logps_against_the_definition():
-    ours = small()
+    ours = small_slm(V)
     tokens, doc, follows, alone = pack([[20, 44], [33, 31]])
     with torch.no_grad():
         logps = [ours(u[None])[0, :-1].double().log_softmax(-1) for u in alone]
@@ -404,7 +400,7 @@ def test_a_saved_folder_is_complete_by_itself_and_follows_nothing_outside(tmp_pa
         (tmp_path / name / 'encoder.json').write_text('{}')
         (tmp_path / name / 'notes.txt').write_text('not a part of an encoder')
     slam = dict(encoder=str(tmp_path / 'data/encoder'), vocoder='hifigan25')
-    small().save_pretrained(tmp_path / 'slm', slam)
+    small_slm(V).save_pretrained(tmp_path / 'slm', slam)
     assert json.loads((tmp_path / 'slm/slam.json').read_text())['encoder'] == 'encoder'
     ours = load_slm(str(tmp_path / 'slm'))
     assert ours.slam['encoder'] == str(tmp_path / 'slm/encoder')
@@ -421,9 +417,7 @@ def test_a_saved_folder_is_complete_by_itself_and_follows_nothing_outside(tmp_pa
 
 
 def test_seeds_and_no_unit_after_itself():
-    presets = [load_slm('preset:opt-125m', vocab_size=12, seed=3).embed.weight for _ in range(2)]
-    assert torch.equal(*presets)
-    ours, prompts = small(), prompts_of(3, 1) * 8
+    ours, prompts = small_slm(V), prompts_of(3, 1) * 8
     first, again, other = (ours.generate(prompts, 30, seed=seed) for seed in (1, 1, 2))
     assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
     assert all(len(new) <= 30 and (new >= OFFSET).all() for new in first)
@@ -439,7 +433,7 @@ def test_seeds_and_no_unit_after_itself():
 
 
 def test_a_large_vocabulary_goes_through_the_head_in_pieces(monkeypatch):
-    ours, tokens = small(), torch.randint(OFFSET, V, (2, 50))
+    ours, tokens = small_slm(V), torch.randint(OFFSET, V, (2, 50))
     mask = torch.arange(50).expand(2, -1) > 0
     found = []
     for numbers in (M.LOGITS_AT_ONCE, 7 * V):  # 100 rows at once, or 7
@@ -466,7 +460,7 @@ def counters(monkeypatch):
 
 def test_generation_compiles_once(counters):
     """Whatever the batch, the prompts' lengths and the number of tokens."""
-    ours = small()
+    ours = small_slm(V)
     for lengths, n in (((3, 9, 2), 20), ((1, 4, 17, 5, 5), 30), ((8, 8, 8, 30, 1, 2, 3), 25)):
         prompts, options = prompts_of(*lengths), dict(top_k=5, top_p=0.9, seed=n)
         plain = ours.generate(prompts, n, **options)
@@ -475,7 +469,7 @@ def test_generation_compiles_once(counters):
 
 
 def test_training_compiles_whole_and_once(counters):
-    ours = small()
+    ours = small_slm(V)
     compiled = torch.compile(ours, fullgraph=True)
     for step in range(4):
         doc = torch.randint(0, 5, (2, 64)).sort(dim=1).values
@@ -492,7 +486,7 @@ def test_training_compiles_whole_and_once(counters):
 )
 def test_sampled_distribution(options):
     """Chi-square of 8,000 draws against the distribution that transformers' own warpers leave."""
-    ours, prompt = small(n_layer=1), torch.tensor([BOS, 7, 9])
+    ours, prompt = small_slm(V), torch.tensor([BOS, 7, 9])
     ours.allowed_tokens = lambda kind: torch.arange(V) >= OFFSET  # no end: each row has one token
     with torch.no_grad():
         logits = ours(prompt[None])[:, -1].index_fill(1, torch.tensor([PAD, EOS]), -torch.inf)

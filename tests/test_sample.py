@@ -13,16 +13,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import (
-    fit_parts,
-    read_jsonl,
-    run_checked,
-    save_text_tokenizer,
-    save_whisper,
-    small_slm,
-    speech,
-    write_jsonl,
-)
+from conftest import fit_parts, read_jsonl, run_checked, small_slm, speech, write_jsonl
 
 import model as M
 import sample
@@ -146,15 +137,14 @@ def test_continuations(data, tmp_path):
     assert sorted(os.listdir(tmp_path / 'e/unprompted')) == ['continuation.wav', 'full.wav']
 
 
-def test_resynthesis_of_8_khz_recordings_with_transcripts(data, tmp_path):
-    save_whisper(tmp_path / 'asr')
+def test_resynthesis_of_8_khz_recordings_with_transcripts(data, tmp_path, listeners):
     M.save_audio(tmp_path / 'phone/call.wav', M.resample(speech(3, 2), 16000, 8000), 8000)
     page = f'--html={tmp_path}/page.html'
     for init in (data['units'], data['units'] + '/encoder', data['slm']):
         run(f'--init={init}', f'--prompt={tmp_path}/phone', '--resynth', f'--out={tmp_path}/r')
         result = json.loads((tmp_path / 'r/sample.json').read_text())
         assert result['frames_unchanged'] > 60 and 'wer' not in result
-    flags = ['--resynth', f'--asr={tmp_path}/asr', f'--out={tmp_path}/s', page]
+    flags = ['--resynth', f'--asr={listeners[0]}', f'--out={tmp_path}/s', page]
     done = run(f'--init={data["slm"]}', f'--prompt={data["audio"]}', *flags)
     rows = read_jsonl(tmp_path / 's/units.jsonl')
     printed = ''.join(done.stdout.split())  # whitespace aside: the transcripts are rubbish
@@ -170,11 +160,10 @@ def test_resynthesis_of_8_khz_recordings_with_transcripts(data, tmp_path):
     assert shown in (tmp_path / 'page.html').read_text()
 
 
-def test_text_of_an_interleaved_model_needs_no_other_network(tmp_path):
+def test_text_of_an_interleaved_model_needs_no_other_network(tmp_path, listeners):
     """From units to words and from words to words; only sound needs a vocoder."""
-    save_text_tokenizer(tmp_path / 'text')
     slm = small_slm(257 + 10 + 2)
-    slam = dict(tokenizer=str(tmp_path / 'text'), offset=257, end=256, n_units=10, frame_rate=25.0)
+    slam = dict(tokenizer=listeners[1], offset=257, end=256, n_units=10, frame_rate=25.0)
     slm.save_pretrained(str(tmp_path / 'slm'), slam | dict(encoder='none', vocoder='none'))
     write_jsonl(tmp_path / 'u.jsonl', [dict(units=[1, 2, 9], duration=[2, 1, 1])])
     init, out = f'--init={tmp_path}/slm', f'--out={tmp_path}/out'
