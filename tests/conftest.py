@@ -22,6 +22,7 @@ import model as M
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZES = dict(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=48)
 torch.set_num_threads(1)
+os.environ['OMP_NUM_THREADS'] = '1'
 # pytest started in the background of a shell ignores SIGINT, and so would scripts that it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -81,8 +82,7 @@ def torchrun(name, *args):
     """A script in two processes -> what it prints."""
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     line = [sys.executable, *launch, name, *map(str, args)]
-    environment = dict(os.environ, OMP_NUM_THREADS='1')
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -37,11 +37,10 @@ def packed_logps(net, pairs, width):
 def their_logps(theirs, pairs):
     """Each completion in a sequence of its own, by transformers' model: (n, 2)."""
     found = []
-    for prompt, *completions in pairs:
-        for completion in completions:
-            tokens = torch.from_numpy(np.append(prompt, completion))[None]
-            logps = theirs(tokens).logits.log_softmax(-1)[0, :-1]
-            found.append(logps.gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum())
+    for prompt, completion in ((pair[0], side) for pair in pairs for side in pair[1:]):
+        tokens = torch.from_numpy(np.append(prompt, completion))[None]
+        logps = theirs(tokens).logits.log_softmax(-1)[0, :-1]
+        found.append(logps.gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum())
     return torch.stack(found).view(-1, 2)
 
 

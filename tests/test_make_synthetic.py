@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,13 +36,8 @@ def rows_of(folder, name='manifest.jsonl'):
 
 def contents(folder):
     """{path: bytes} of a folder, without summary.json, which has times."""
-    found = {}
-    for top, _, names in os.walk(folder):
-        for name in names:
-            if name != 'summary.json':
-                with open(os.path.join(top, name), 'rb') as file:
-                    found[os.path.relpath(os.path.join(top, name), folder)] = file.read()
-    return found
+    paths = (path for path in Path(folder).rglob('*.*') if path.name != 'summary.json')
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def write_csv(path, columns, *rows):
