@@ -192,6 +192,7 @@ def test_storycloze_and_salmon_layouts(tmp_path, monkeypatch):
     pair = stories['2_correct.wav', '2_incorrect.wav']
     assert (pair['voice'], pair['types'], pair['text']) == ('f3', ['animals'], 'A cat.')
     wanted = {(f'sample_{n}_ape.wav', f'sample_{n}_zoo.wav') for n in (1, 2, 10)}
+    assert all(found.official for found in suites.values())
     assert [{names(pair) for pair in found.pairs} for found in suites.values()] == 8 * [wanted]
 
 

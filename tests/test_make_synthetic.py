@@ -299,7 +299,7 @@ def test_hostile_text_is_spoken_or_skipped_and_never_executed(tmp_path):
     assert 'skipped: 1 with nothing to say;' in done.stdout
     rows = rows_of(f'{tmp_path}/o/stories')
     assert [row['text'] for row in rows] == [text for text in hostile.values() if text]
-    assert max(row['seconds'] for row in rows) < 4
+    assert max(row['seconds'] for row in rows[:2]) < 3
     (skipped,) = rows_of(f'{tmp_path}/o/stories', 'skipped.jsonl')
     assert skipped['n'] == 4 and rows_of(f'{tmp_path}/o/stories', 'summary.json')[0]['skipped'] == 1
 
