@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import runpy
 import signal
-import subprocess
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ import model as M
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZES = dict(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=48)
 torch.set_num_threads(1)
-os.environ['OMP_NUM_THREADS'] = '1'
+os.environ['OMP_NUM_THREADS'] = '1'  # of processes that tests start
 # pytest started in the background of a shell ignores SIGINT, and so would scripts that it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -57,7 +57,7 @@ def run_script(name, *args, folder=ROOT):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-def fork_script(name, *args, at='', number=0, times=1):
+def fork_script(name, *args, at='', number=0, times=1, **environment):
     """A script in a process of its own that need not load the libraries: multiprocessing.Process.
 
     at: the process gets the signal `number`, `times` times, when it logs a line that begins so;
@@ -71,6 +71,7 @@ def fork_script(name, *args, at='', number=0, times=1):
 
     def child():
         M.log = log_and_signal
+        os.environ.update(environment)
         sys.exit(run_script(name, *args).returncode)
 
     process = multiprocessing.get_context('fork').Process(target=child)
@@ -78,13 +79,20 @@ def fork_script(name, *args, at='', number=0, times=1):
     return process
 
 
-def torchrun(name, *args):
-    """A script in two processes -> what it prints."""
-    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    line = [sys.executable, *launch, name, *map(str, args)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def run_in_two(name, *args):
+    """A script twice, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        place = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]))
+    ranks = [dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2') for rank in '01']
+    group = [fork_script(name, *args, **place, **rank) for rank in ranks]
+    try:
+        for process in group:
+            process.join()
+            assert process.exitcode == 0
+    finally:
+        for process in group:
+            process.kill()
 
 
 def run_checked(name, *args, mistake=None, folder=ROOT):

@@ -1,7 +1,4 @@
-"""SLM against transformers: the same function, packed, cached and on disk.
-
-Checkpoints are small and random, written by transformers.
-"""
+"""SLM against transformers: the same function, packed, cached and on disk."""
 
 import copy
 import json
@@ -58,9 +55,7 @@ REFUSED = {
     'olmo2': LLAMA,
     'smollm3': LLAMA | dict(num_hidden_layers=4, no_rope_layer_interval=2),
     'llama dynamic rope': LLAMA | dict(rope_parameters=LINEAR | dict(rope_type='dynamic')),
-    'gpt2': dict(n_embd=32, n_layer=2, n_head=4, vocab_size=V),
     'mistral': LLAMA | dict(sliding_window=64),
-    'qwen2': LLAMA | dict(use_sliding_window=True, sliding_window=64, max_window_layers=0),
 }
 PAPER = {'Qwen2.5-0.5B': 358_347_904, 'SmolLM2-135M': 106_492_608, 'MobileLLM-125M': 106_492_608}
 PAPER |= {'SmolLM2-360M': 315_117_120, 'MobileLLM-350M': 315_117_120, 'OPT-125M': 87_015_936}
