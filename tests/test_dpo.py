@@ -147,50 +147,6 @@ def test_packed_logps_and_gradients_are_transformers(place):
         torch.testing.assert_close(net.blocks[1].down.weight.grad, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_loss_and_gradient_of_a_batch_are_those_of_trl(place, tmp_path):
-    """DPOTrainer on padded batches with its reference model, for a policy that has left it."""
-    trl = pytest.importorskip('trl')
-    policy, reference = their_model(place / 'init'), their_model(place / 'init')
-    generator = torch.Generator().manual_seed(3)
-    for parameter in policy.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    policy.save_pretrained(tmp_path)
-    shutil.copy(place / 'init/slam.json', tmp_path)
-    ours, pairs = load_slm(str(tmp_path)), random_pairs(8, prompt=(5, 20))
-    names = 'prompt_ids', 'chosen_ids', 'rejected_ids'
-    rows = [dict(zip(names, [part.tolist() for part in pair], strict=True)) for pair in pairs]
-    expected = trl_step(trl, rows, policy, reference, 0.1)
-    expected.backward()
-
-    with torch.no_grad():
-        known = packed_logps(load_slm(str(place / 'init')), pairs, 256)
-    loss = dpo.dpo_loss(packed_logps(ours, pairs, 256), known, None, 0.1)[0].mean()
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    gradient = dict(policy.named_parameters())['model.layers.1.mlp.down_proj.weight'].grad
-    torch.testing.assert_close(ours.blocks[1].down.weight.grad, gradient, rtol=1e-3, atol=1e-5)
-
-
-def trl_step(trl, rows, policy, reference, beta):
-    """The loss of TRL's DPOTrainer on padded batches of these rows."""
-    from accelerate import Accelerator
-    from trl.trainer import dpo_trainer
-
-    trainer = object.__new__(trl.DPOTrainer)  # its loss alone: a whole one wants a text tokenizer
-    outputs = 'log_probs', 'entropy', 'mean_logits', 'is_top1'
-    dpo_trainer.add_fused_lm_head(policy, outputs=outputs)
-    dpo_trainer.add_fused_lm_head(reference)
-    trainer.__dict__ |= dict(
-        model=policy, ref_model=reference, accelerator=Accelerator(cpu=True), beta=beta,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None), loss_types=['sigmoid'],
-        loss_weights=[1.0], label_smoothing=0.0, f_divergence_type='reverse_kl', ld_alpha=None,
-        aux_loss_enabled=False, precompute_ref_logps=False, use_weighting=False, _tp_size=1,
-        _metrics=dict(train=defaultdict(list), eval=defaultdict(list)), _total_train_tokens=0,
-    )  # fmt: skip
-    batch = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(rows)
-    return trainer._compute_loss(policy, batch, False)
-
-
 def test_batches_are_even_and_rows_full():
     """The paper's batch and lengths like SpokenSwag's: 94 % of what is computed is used."""
     rng = np.random.default_rng(0)
@@ -351,3 +307,47 @@ def test_a_mistake_is_one_line(place, whole, knobs, message):
     write_jsonl(place / 'other/meta.json', [dict(encoder_id='xyz')])
     knobs = {key: str(value).format(place=place) for key, value in knobs.items()}
     inside(place, 'wrong', message, **knobs)
+
+
+def test_loss_and_gradient_of_a_batch_are_those_of_trl(place, tmp_path):
+    """DPOTrainer on padded batches with its reference model, for a policy that has left it."""
+    trl = pytest.importorskip('trl')
+    policy, reference = their_model(place / 'init'), their_model(place / 'init')
+    generator = torch.Generator().manual_seed(3)
+    for parameter in policy.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    policy.save_pretrained(tmp_path)
+    shutil.copy(place / 'init/slam.json', tmp_path)
+    ours, pairs = load_slm(str(tmp_path)), random_pairs(8, prompt=(5, 20))
+    names = 'prompt_ids', 'chosen_ids', 'rejected_ids'
+    rows = [dict(zip(names, [part.tolist() for part in pair], strict=True)) for pair in pairs]
+    expected = trl_step(trl, rows, policy, reference, 0.1)
+    expected.backward()
+
+    with torch.no_grad():
+        known = packed_logps(load_slm(str(place / 'init')), pairs, 256)
+    loss = dpo.dpo_loss(packed_logps(ours, pairs, 256), known, None, 0.1)[0].mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    gradient = dict(policy.named_parameters())['model.layers.1.mlp.down_proj.weight'].grad
+    torch.testing.assert_close(ours.blocks[1].down.weight.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def trl_step(trl, rows, policy, reference, beta):
+    """The loss of TRL's DPOTrainer on padded batches of these rows."""
+    from accelerate import Accelerator
+    from trl.trainer import dpo_trainer
+
+    trainer = object.__new__(trl.DPOTrainer)  # its loss alone: a whole one wants a text tokenizer
+    outputs = 'log_probs', 'entropy', 'mean_logits', 'is_top1'
+    dpo_trainer.add_fused_lm_head(policy, outputs=outputs)
+    dpo_trainer.add_fused_lm_head(reference)
+    trainer.__dict__ |= dict(
+        model=policy, ref_model=reference, accelerator=Accelerator(cpu=True), beta=beta,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None), loss_types=['sigmoid'],
+        loss_weights=[1.0], label_smoothing=0.0, f_divergence_type='reverse_kl', ld_alpha=None,
+        aux_loss_enabled=False, precompute_ref_logps=False, use_weighting=False, _tp_size=1,
+        _metrics=dict(train=defaultdict(list), eval=defaultdict(list)), _total_train_tokens=0,
+    )  # fmt: skip
+    batch = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(rows)
+    return trainer._compute_loss(policy, batch, False)
