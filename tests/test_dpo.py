@@ -1,30 +1,21 @@
 """dpo.py: losses against closed forms and TRL, log-probabilities against transformers, pairs that
 are dropped, and runs that are killed or shared by two processes."""
 
-from config import read_block, run_config
-
 import itertools
-import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import fork_script, read_jsonl, run_checked, run_in_two, small_slm, write_jsonl
+from transformers import AutoModelForCausalLM
 
 import dpo
-from model import EOS, OFFSET, InputError, load_slm
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ENV = dict(os.environ, OMP_NUM_THREADS='1', TRL_EXPERIMENTAL_SILENCE='1')
-SIZES = dict(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_ffn=48)
+from model import EOS, OFFSET, load_slm
 
 
 def random_pairs(n, prompt=(0, 40), completion=(1, 20)):
@@ -34,14 +25,6 @@ def random_pairs(n, prompt=(0, 40), completion=(1, 20)):
         dpo.make_pair(*(rng.integers(0, 40, rng.integers(a, b + 1)) for a, b in sides), 128)
         for _ in range(n)
     ]
-
-
-def small_model():
-    net = load_slm('scratch', vocab_size=40 + OFFSET, context=128, sizes=SIZES)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in net.parameters():  # far from uniform predictions, else every test is easy
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return net
 
 
 def packed_logps(net, pairs, width):
@@ -54,24 +37,15 @@ def packed_logps(net, pairs, width):
 def their_logps(theirs, pairs):
     """Each completion in a sequence of its own, by transformers' model: (n, 2)."""
     found = []
-    for prompt, *completions in pairs:
-        for completion in completions:
-            tokens = torch.from_numpy(np.append(prompt, completion))[None]
-            logps = theirs(tokens).logits.log_softmax(-1)[0, :-1]
-            found.append(logps.gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum())
+    for prompt, completion in ((pair[0], side) for pair in pairs for side in pair[1:]):
+        tokens = torch.from_numpy(np.append(prompt, completion))[None]
+        logps = theirs(tokens).logits.log_softmax(-1)[0, :-1]
+        found.append(logps.gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum())
     return torch.stack(found).view(-1, 2)
 
 
 def their_model(folder):
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def write_rows(path, rows):
-    with open(path, 'w') as file:
-        file.writelines(json.dumps(row) + '\n' for row in rows)
-    return str(path)
 
 
 def learnable_rows(n=80, units=40):
@@ -92,18 +66,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('dpo')
     slam = dict(encoder='mhubert25', vocoder='hifigan25', n_units=40, dedup=True, encoder_id='abc')
     slam |= dict(recipe=dict(lr=1), compute=dict(hours=23.5), stage='pretraining')
-    small_model().save_pretrained(folder / 'init', slam)
-    write_rows(folder / 'pairs.jsonl', learnable_rows())
+    small_slm(40 + OFFSET).save_pretrained(folder / 'init', slam)
+    write_jsonl(folder / 'pairs.jsonl', learnable_rows())
     return folder
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """A script that runs in this process leaves its signal handlers."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def flags(place, out, **knobs):
@@ -111,69 +76,44 @@ def flags(place, out, **knobs):
     settings |= dict(batch_pairs=8, row_tokens=256, context=128, lr=1e-3, warmup_steps=4)
     settings |= dict(max_steps=24, epochs=0, train_hours=0, eval_interval=8, save_interval=6)
     settings |= dict(log_interval=2, device='cpu')
-    return [f'--{key}={value}' for key, value in (settings | knobs).items()]
+    return ['dpo.py', *(f'--{key}={value}' for key, value in (settings | knobs).items())]
 
 
-def inside(place, out, **knobs):
-    """The program in this process."""
-    return run_script('dpo.py', *flags(place, out, **knobs))
+def inside(place, out, mistake=None, **knobs):
+    return run_checked(*flags(place, out, **knobs), mistake=mistake)
 
 
 @pytest.fixture(scope='module')
 def whole(place):
-    done = inside(place, 'whole')
-    assert done.returncode == 0, done.stderr
-    return done
+    return inside(place, 'whole')
 
 
 def read_log(folder):
-    with open(folder / 'log.jsonl') as file:
-        rows = [json.loads(line) for line in file]
+    """log.jsonl without the times."""
     clocks = ('elapsed', 'pairs_per_s')
+    rows = read_jsonl(folder / 'log.jsonl')
     return [{key: row[key] for key in row if key not in clocks} for row in rows]
-
-
-# -----------------------------------------------------------------------------
-# The losses
-
-
-def random_logps(n=50):
-    generator = torch.Generator().manual_seed(0)
-    policy, reference = -200 * torch.rand(2, n, 2, generator=generator, dtype=torch.float64)
-    sizes = torch.randint(1, 60, (n, 2), generator=generator)
-    return policy, reference, sizes
-
-
-def closed_form(name, policy, reference, sizes, beta):
-    """A pair's loss, and its derivative in the log-probabilities of chosen and rejected."""
-    (pc, pr), (rc, rr), (nc, nr) = policy, reference, sizes
-    if name == 'dpo':
-        scale, margin = (beta, -beta), beta * ((pc - rc) - (pr - rr))
-    if name == 'simpo':
-        scale, margin = (beta / nc, -beta / nr), beta * (pc / nc - pr / nr) - 0.5 * beta
-    if name == 'ipo':
-        distance = (pc - rc) / nc - (pr - rr) / nr - 1 / (2 * beta)
-        return distance**2, [2 * distance / nc, -2 * distance / nr]
-    loss = math.log1p(math.exp(-margin)) if margin > -30 else -margin
-    return loss, [-s / (1 + math.exp(margin)) for s in scale]
 
 
 @pytest.mark.parametrize(
     ('name', 'beta'), [('dpo', 0.1), ('dpo', 0.5), ('ipo', 0.1), ('ipo', 1), ('simpo', 2)]
 )
-def test_loss_and_gradient_are_the_closed_form(name, beta):
-    policy, reference, sizes = random_logps()
-    policy.requires_grad_()
-    losses, _ = dpo.LOSSES[name](policy, reference, sizes, beta)
-    losses.sum().backward()
-    for i in range(len(losses)):
-        rows = (tensor[i].tolist() for tensor in (policy, reference, sizes))
-        loss, slopes = closed_form(name, *rows, beta)
-        assert losses[i].item() == pytest.approx(loss, rel=1e-12, abs=1e-12)
-        assert policy.grad[i].tolist() == pytest.approx(slopes, rel=1e-9, abs=1e-14)
+def test_losses_are_their_closed_forms(name, beta):
+    rng = np.random.default_rng(0)
+    policy, reference = -200 * rng.random((2, 50, 2))
+    sizes = rng.integers(1, 60, (50, 2))
+    scores = beta * policy / sizes if name == 'simpo' else beta * (policy - reference)
+    margins = scores[:, 0] - scores[:, 1] - (0.5 * beta if name == 'simpo' else 0)
+    expected = np.logaddexp(0, -margins)
+    if name == 'ipo':
+        gaps = (policy - reference) / sizes
+        expected = (gaps[:, 0] - gaps[:, 1] - 1 / (2 * beta)) ** 2
+    tensors = map(torch.from_numpy, (policy, reference, sizes))
+    losses, _ = dpo.LOSSES[name](*tensors, beta)
+    assert losses.numpy() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-def test_measures_by_hand(monkeypatch):
+def test_measures_by_hand():
     rewards = torch.tensor([[1.0, 0.5], [-1.0, 0.0], [2.0, 2.0]])  # won, lost, a tie
     assert dpo.measure(torch.tensor([1.0, 2.0, 3.0]), rewards).tolist() == [6.0, 1.5, -0.5]
     policy, reference = torch.tensor([[-5.0, -9.0], [-8.0, -4.0]]), torch.zeros(2, 2)
@@ -186,18 +126,10 @@ def test_measures_by_hand(monkeypatch):
     assert 'WARNING' not in dpo.format_record(record | scores | dict(val_drift=-0.2), 2, 64)
 
 
-def test_learning_rate_is_the_inverse_square_root(monkeypatch):
-    for warmup, cases in (
-        (100, {0: 0.01, 49: 0.5, 99: 1.0, 100: 1.0, 400: 0.5, 812: math.sqrt(100 / 812)}),
-        (0, {0: 1.0, 813: math.sqrt(10000 / 10813)}),
-    ):
-        monkeypatch.setattr(dpo, 'warmup_steps', warmup)
-        for step, share in cases.items():
-            assert dpo.learning_rate(step) == pytest.approx(share * dpo.lr)
-
-
-# -----------------------------------------------------------------------------
-# Log-probabilities, rows and batches
+def test_learning_rate_is_the_inverse_square_root():
+    shares = {0: 0.01, 49: 0.5, 99: 1.0, 100: 1.0, 400: 0.5, 812: math.sqrt(100 / 812)}
+    found = [dpo.learning_rate(step) / dpo.lr for step in shares]
+    assert found == pytest.approx(list(shares.values()))
 
 
 def test_packed_logps_and_gradients_are_transformers(place):
@@ -213,6 +145,168 @@ def test_packed_logps_and_gradients_are_transformers(place):
         torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-3)
         dpo.dpo_loss(packed, reference, None, 0.1)[0].mean().backward()
         torch.testing.assert_close(net.blocks[1].down.weight.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_batches_are_even_and_rows_full():
+    """The paper's batch and lengths like SpokenSwag's: 94 % of what is computed is used."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 90, 5000) + rng.integers(15, 60, 5000) + rng.integers(15, 60, 5000)
+    batches = list(itertools.islice(dpo.iter_batches(lengths, 64, 1234, 0), 160))
+    first = np.array(batches[:78])
+    assert len(np.unique(first)) == first.size and (first != np.array(batches[78:156])).any()
+    for step in (5, 78, 100):
+        assert (next(dpo.iter_batches(lengths, 64, 1234, step)) == batches[step]).all()
+    totals = lengths[first].sum(1)
+    assert totals.std() < 0.01 * totals.mean()
+    for row_tokens, world in ((1024, 1), (2048, 2), (8192, 4)):
+        width = dpo.row_width(lengths, 64, row_tokens, world, 128)
+        rows = [len(dpo.pack_rows(lengths[batch], width)) for batch in first]
+        assert width % 128 == 0 and width <= row_tokens
+        assert max(rows) % world == 0 and max(rows) == min(rows)
+        assert totals.sum() / (sum(rows) * width) > (0.94 if row_tokens > 1024 else 0.88)
+    assert dpo.row_width(np.array([2000, 30]), 2, 1024, 1, 128) == 2048  # the longest has room
+
+
+def test_all_that_is_dropped_is_counted_by_reason(tmp_path):
+    pair = dict(prompt=[1, 2, 3], chosen=[4, 5], rejected=[6])
+    rows = [
+        dict(pair, prompt_text='Ann went to the market.', chosen_text='She ate at home.'),
+        dict(pair, prompt_text='He rows, rows, rows; he', chosen_text='rows, rows, rows again!'),
+        dict(prompt=[1], chosen=[], rejected=[5]),
+        dict(prompt=[1], chosen=[5], rejected=[5]),
+        dict(prompt=[], chosen=list(range(30)), rejected=[5]),
+        dict(prompt=list(range(30)), chosen=[5], rejected=[6], split='validation'),
+        dict(pair, split='Test'),
+        dict(pair, split='dev-clean'),  # the same as the first
+        dict(prompt=[7], chosen=[8], rejected=[9], split='val'),
+    ]
+    path = write_jsonl(tmp_path / 'pairs.jsonl', rows)
+    train, val, count = dpo.load_pairs(path, 30, 16, 0.3, 1)
+    assert len(train) == 2 and len(val) == 1
+    assert count == {
+        'dropped: auto-BLEU': 1,
+        'dropped: empty or equal': 2,
+        'dropped: test split': 1,
+        'cut to the context': 2,
+        'dropped from val: also in train': 1,
+        'dropped from val: beyond val_pairs': 1,
+    }
+    _, val, _ = dpo.load_pairs(path, 30, 16, 0.3, 10)
+    prompt, chosen, _ = max(val, key=lambda pair: len(pair[0]))
+    assert prompt.tolist() == [OFFSET + unit for unit in range(16, 30)]
+    assert chosen.tolist() == [OFFSET + 5, EOS]
+    assert dpo.load_pairs(path, 30, 16, 0.0, 10)[2]['dropped: auto-BLEU'] == 0
+
+
+def test_every_way_to_write_units(tmp_path):
+    text = dict(prompt='<Un1><Un2>', chosen='<Un3>', rejected='<Un4>')  # of the public toolkit
+    plain = dict(prompt=[1, 2], chosen=[3], rejected=[4])
+    rows = [plain, text, {key: dict(units=units, text='x') for key, units in plain.items()}]
+    rows += [{key: dict(audio_repr=units) for key, units in text.items()}]
+    pairs, *_ = dpo.load_pairs(write_jsonl(tmp_path / 'pairs.jsonl', rows), 40, 128, 0.3, 0)
+    assert [np.concatenate(pair).tolist() for pair in pairs] == 4 * [[1, 3, 4, 5, 1, 6, 1]]
+
+
+def test_held_out_pairs_do_not_depend_on_the_order_of_lines(tmp_path):
+    """A tenth of the pairs, by a hash, where no line names a split."""
+    rows, found = [dict(row, split=None) for row in learnable_rows()], []
+    for order in (rows, rows[::-1]):
+        path = write_jsonl(tmp_path / 'some.jsonl', order)
+        train, val, _ = dpo.load_pairs(path, 40, 128, 0.3, 100)
+        assert len(val) == 8 and len(train) == 72
+        found.append([np.concatenate(pair).tolist() for pair in val])
+    assert found[0] == found[1]
+
+
+def test_a_run_its_reference_and_the_same_command_again(place, whole):
+    log = read_log(place / 'whole')
+    last = log[-1]
+    assert [row['step'] for row in log if 'val_loss' in row] == [8, 16, 24]
+    assert last['val_accuracy'] > 0.9 and last['val_loss'] < 0.6 and last['val_drift'] != 0
+    assert {'loss', 'accuracy', 'margin', 'norm', 'lr', 'tokens'} <= set(log[0])
+    assert '70 pairs to train on, 10 held out' in whole.stdout
+    net = load_slm(str(place / 'whole'))
+    slam = net.slam
+    assert (slam['encoder'], slam['stage'], slam['encoder_id']) == ('mhubert25', 'dpo', 'abc')
+    assert slam['recipe']['beta'] == 0.1 and slam['recipe']['pretraining'] == dict(lr=1)
+    assert slam['compute']['pretraining'] == dict(hours=23.5) and slam['scores']['step'] == 24
+    state = torch.load(place / 'whole/train_state.pt', weights_only=True)
+    assert torch.equal(state['model']['embed.weight'], net.embed.weight)  # those of the last step
+    train, val, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 512)
+    with torch.no_grad():
+        expected = their_logps(their_model(place / 'init'), train + val)
+    torch.testing.assert_close(state['reference'], expected, rtol=1e-5, atol=1e-3)
+
+    weights = (place / 'whole/model.safetensors').stat().st_mtime_ns
+    inside(place, 'whole')
+    assert (place / 'whole/model.safetensors').stat().st_mtime_ns == weights
+
+
+@pytest.mark.parametrize(('name', 'code'), [('SIGKILL', -9), ('SIGTERM', 143)])
+def test_a_stopped_run_resumes_bit_for_bit(place, whole, name, code):
+    """The weights, the optimizer and the log of a run that nothing disturbed."""
+    process = fork_script(*flags(place, name), at='step 10/24', number=getattr(signal, name))
+    process.join()
+    assert process.exitcode == code
+    step = torch.load(place / name / 'train_state.pt', weights_only=True)['step']
+    assert step == 6 if name == 'SIGKILL' else step >= 10
+    assert f'steps {step} to 24' in inside(place, name).stdout
+    ours, theirs = (
+        torch.load(place / run / 'train_state.pt', weights_only=True) for run in (name, 'whole')
+    )
+    for key, value in theirs['model'].items():
+        assert torch.equal(ours['model'][key], value)
+    if name == 'SIGKILL':  # another signal leaves a line of its own
+        assert read_log(place / name) == read_log(place / 'whole')
+
+
+def test_two_processes_are_one(place, whole):
+    run_in_two(*flags(place, 'two'))
+    for a, b in zip(read_log(place / 'two'), read_log(place / 'whole'), strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], abs=1e-4) for key in a)
+
+
+def test_the_clock_and_epochs_end_a_run_after_one_step_at_least(place):
+    """The reference's pass alone takes longer than train_hours; a fifth of an epoch of two."""
+    knobs = dict(train_hours=1e-9, log_interval=1, max_steps=0)
+    for _ in range(2):  # the second time there is nothing to do
+        inside(place, 'clock', **knobs)
+        assert read_log(place / 'clock')[-1]['step'] == 1
+    assert (place / 'clock/model.safetensors').exists()
+    inside(place, 'fifth', batch_pairs=32, epochs=0.2, max_steps=30)
+    assert read_log(place / 'fifth')[-1]['step'] == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(place):
+    inside(place, 'wild', 'not finite at step 2', lr=1e30, warmup_steps=0, save_interval=0)
+    assert not (place / 'wild/model.safetensors').exists()
+
+
+@pytest.mark.parametrize(
+    ('knobs', 'message'),
+    [
+        (dict(loss='dro'), "loss 'dro' is unknown"),
+        (dict(init='nowhere'), 'nowhere'),
+        (dict(data='nowhere.jsonl'), 'nowhere.jsonl'),
+        (dict(batch_pairs=100), '70 pairs to train on are no batch of 100'),
+        (dict(out_dir='{place}/init'), 'would be overwritten'),
+        (dict(out_dir='{place}/whole', beta=0.2), 'is a run with beta=0.1, not 0.2'),
+        (dict(out_dir='{place}/whole', data='{place}/few.jsonl'), 'is a run with data'),
+        (dict(data='{place}/other/pairs.jsonl'), 'different encoders'),
+        (dict(data='{place}/bad.jsonl'), "line 2 cannot be read: 'rejected'"),
+        (dict(data='{place}/far.jsonl'), '0 to 39'),
+    ],
+)
+def test_a_mistake_is_one_line(place, whole, knobs, message):
+    pair = dict(prompt=[1], chosen=[2], rejected=[40])  # units are 0 to 39
+    write_jsonl(place / 'far.jsonl', [pair])
+    write_jsonl(place / 'bad.jsonl', [dict(pair, rejected=[3]), dict(prompt=[1], chosen=[2])])
+    write_jsonl(place / 'few.jsonl', list(learnable_rows())[:60])
+    write_jsonl(place / 'other/pairs.jsonl', learnable_rows())
+    write_jsonl(place / 'other/meta.json', [dict(encoder_id='xyz')])
+    knobs = {key: str(value).format(place=place) for key, value in knobs.items()}
+    inside(place, 'wrong', message, **knobs)
 
 
 def test_loss_and_gradient_of_a_batch_are_those_of_trl(place, tmp_path):
@@ -257,237 +351,3 @@ def trl_step(trl, rows, policy, reference, beta):
     )  # fmt: skip
     batch = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(rows)
     return trainer._compute_loss(policy, batch, False)
-
-
-# -----------------------------------------------------------------------------
-# Rows and batches
-
-
-def test_batches_are_even_and_rows_full():
-    """The paper's batch and lengths like SpokenSwag's: 94 % of what is computed is used."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(20, 90, 5000) + rng.integers(15, 60, 5000) + rng.integers(15, 60, 5000)
-    batches = list(itertools.islice(dpo.iter_batches(lengths, 64, 1234, 0), 160))
-    first = np.array(batches[:78])
-    assert len(np.unique(first)) == first.size and (first != np.array(batches[78:156])).any()
-    for step in (5, 78, 100):
-        assert (next(dpo.iter_batches(lengths, 64, 1234, step)) == batches[step]).all()
-    totals = lengths[first].sum(1)
-    assert totals.std() < 0.01 * totals.mean()
-    for row_tokens, world in ((1024, 1), (2048, 2), (8192, 4)):
-        width = dpo.row_width(lengths, 64, row_tokens, world, 128)
-        rows = [len(dpo.pack_rows(lengths[batch], width)) for batch in first]
-        assert width % 128 == 0 and width <= row_tokens
-        assert max(rows) % world == 0 and max(rows) == min(rows)
-        assert totals.sum() / (sum(rows) * width) > (0.94 if row_tokens > 1024 else 0.88)
-    assert dpo.row_width(np.array([2000, 30]), 2, 1024, 1, 128) == 2048  # the longest has room
-
-
-# -----------------------------------------------------------------------------
-# Reading
-
-
-def test_all_that_is_dropped_is_counted_by_reason(tmp_path):
-    pair = dict(prompt=[1, 2, 3], chosen=[4, 5], rejected=[6])
-    texts = [
-        ('Ann went to the market and bought bread.', 'She ate the bread at home.'),
-        ('the dog saw the dog and the dog saw the dog again', 'the dog saw the dog'),
-        ('He rows, rows, rows; rows, rows, rows the boat.', 'Then he rows, rows, rows again!'),
-    ]
-    rows = [dict(pair, prompt_text=prompt, chosen_text=chosen) for prompt, chosen in texts]
-    rows += [
-        dict(prompt=[1], chosen=[], rejected=[5]),
-        dict(prompt=[1], chosen=[5], rejected=[5]),
-        dict(prompt=[], chosen=list(range(30)), rejected=[5]),
-        dict(prompt=list(range(30)), chosen=[5], rejected=[6], split='validation'),
-        dict(pair, split='Test'),
-        dict(pair, split='dev-clean'),  # the same as the first
-        dict(prompt=[7], chosen=[8], rejected=[9], split='val'),
-    ]
-    path = write_rows(tmp_path / 'pairs.jsonl', rows)
-    train, val, count = dpo.load_pairs(path, 30, 16, 0.3, 1)
-    assert len(train) == 2 and len(val) == 1
-    assert count == {
-        'dropped: auto-BLEU': 2,
-        'dropped: empty or equal': 2,
-        'dropped: test split': 1,
-        'cut to the context': 2,
-        'dropped from val: also in train': 1,
-        'dropped from val: beyond val_pairs': 1,
-    }
-    _, val, _ = dpo.load_pairs(path, 30, 16, 0.3, 10)
-    prompt, chosen, _ = max(val, key=lambda pair: len(pair[0]))
-    assert prompt.tolist() == [OFFSET + unit for unit in range(16, 30)]
-    assert chosen.tolist() == [OFFSET + 5, EOS]
-    assert dpo.load_pairs(path, 30, 16, 0.0, 10)[2]['dropped: auto-BLEU'] == 0
-
-
-def test_every_way_to_write_units(tmp_path):
-    text = dict(prompt='<Un1><Un2>', chosen='<Un3>', rejected='<Un4>')  # of the public toolkit
-    plain = dict(prompt=[1, 2], chosen=[3], rejected=[4])
-    rows = [plain, text, {key: dict(units=units, text='x') for key, units in plain.items()}]
-    rows += [{key: dict(audio_repr=units) for key, units in text.items()}]
-    pairs, *_ = dpo.load_pairs(write_rows(tmp_path / 'pairs.jsonl', rows), 40, 128, 0.3, 0)
-    assert [np.concatenate(pair).tolist() for pair in pairs] == 4 * [[1, 3, 4, 5, 1, 6, 1]]
-
-
-@pytest.mark.parametrize(
-    ('line', 'message'),
-    [
-        ('{"prompt": {"units": [1]}, "cho', 'line 2'),
-        ('{"prompt": [1], "chosen": [1]}', "line 2 cannot be read: 'rejected'"),
-        ('{"prompt": [1], "chosen": [1.5], "rejected": [1]}', 'line 2 cannot be read'),
-        ('[1, 2]', 'line 2'),
-        ('{"prompt": [1], "chosen": [40], "rejected": [1]}', 'line 2.*0 to 39'),
-        ('{"prompt": [1], "chosen": [2], "rejected": [1], "split": "x"}', "line 2.*split 'x'"),
-    ],
-)
-def test_a_bad_line_is_named(line, message, tmp_path):
-    path = tmp_path / 'pairs.jsonl'
-    path.write_text('{"prompt": [1, 2], "chosen": [3], "rejected": [4]}\n' + line + '\n')
-    with pytest.raises(InputError, match=message):
-        dpo.load_pairs(str(path), 40, 128, 0.3, 10)
-
-
-def test_held_out_pairs_do_not_depend_on_the_order_of_lines(tmp_path):
-    """A tenth of the pairs, by a hash, where no line names a split."""
-    rows, found = [dict(row, split=None) for row in learnable_rows()], []
-    for order in (rows, rows[::-1]):
-        path = write_rows(tmp_path / 'some.jsonl', order)
-        train, val, _ = dpo.load_pairs(path, 40, 128, 0.3, 100)
-        assert len(val) == 8 and len(train) == 72
-        found.append([np.concatenate(pair).tolist() for pair in val])
-    assert found[0] == found[1]
-
-
-# -----------------------------------------------------------------------------
-# Runs
-
-
-def test_a_run_its_reference_and_the_same_command_again(place, whole):
-    log = read_log(place / 'whole')
-    last = log[-1]
-    assert [row['step'] for row in log if 'val_loss' in row] == [8, 16, 24]
-    assert last['val_accuracy'] > 0.9 and last['val_loss'] < 0.6 and last['val_drift'] != 0
-    assert {'loss', 'accuracy', 'margin', 'norm', 'lr', 'tokens'} <= set(log[0])
-    assert '70 pairs to train on, 10 held out' in whole.stdout
-    net = load_slm(str(place / 'whole'))
-    slam = net.slam
-    assert (slam['encoder'], slam['stage'], slam['encoder_id']) == ('mhubert25', 'dpo', 'abc')
-    assert slam['recipe']['beta'] == 0.1 and slam['recipe']['pretraining'] == dict(lr=1)
-    assert slam['compute']['pretraining'] == dict(hours=23.5) and slam['scores']['step'] == 24
-    state = torch.load(place / 'whole/train_state.pt', weights_only=True)
-    assert torch.equal(state['model']['embed.weight'], net.embed.weight)  # those of the last step
-    train, val, _ = dpo.load_pairs(str(place / 'pairs.jsonl'), 40, 128, 0.3, 512)
-    with torch.no_grad():
-        expected = their_logps(their_model(place / 'init'), train + val)
-    torch.testing.assert_close(state['reference'], expected, rtol=1e-5, atol=1e-3)
-
-    weights = (place / 'whole/model.safetensors').stat().st_mtime_ns
-    assert inside(place, 'whole').returncode == 0
-    assert (place / 'whole/model.safetensors').stat().st_mtime_ns == weights
-
-
-# the signal comes from inside the run: from outside it would come at another step each time
-SIGNALLED = """
-import os, runpy, signal, sys
-sys.argv = {argv!r}
-import model
-
-def log_and_signal(text, rank=0, log=model.log):
-    log(text, rank)
-    if text.startswith('step 10/24'):
-        os.kill(os.getpid(), signal.{name})
-
-model.log = log_and_signal
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-
-
-@pytest.mark.parametrize(('name', 'code'), [('SIGKILL', -9), ('SIGTERM', 143)])
-def test_a_stopped_run_resumes_bit_for_bit(place, whole, name, code):
-    """The weights, the optimizer and the log of a run that nothing disturbed."""
-    body = SIGNALLED.format(argv=['dpo.py', *flags(place, name)], name=name)
-    stopped = subprocess.run([sys.executable, '-c', body], cwd=ROOT, env=ENV, capture_output=True)
-    assert stopped.returncode == code, stopped.stderr
-    step = torch.load(place / name / 'train_state.pt', weights_only=True)['step']
-    assert step == 6 if name == 'SIGKILL' else step >= 10
-    done = inside(place, name)
-    assert done.returncode == 0 and f'steps {step} to 24' in done.stdout, done.stderr
-    ours, theirs = (
-        torch.load(place / run / 'train_state.pt', weights_only=True) for run in (name, 'whole')
-    )
-    for key, value in theirs['model'].items():
-        assert torch.equal(ours['model'][key], value)
-    if name == 'SIGKILL':  # another signal leaves a line of its own
-        assert read_log(place / name) == read_log(place / 'whole')
-
-
-def test_two_processes_are_one(place, whole):
-    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    line = [sys.executable, *launch, 'dpo.py', *flags(place, 'two')]
-    done = subprocess.run(line, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for a, b in zip(read_log(place / 'two'), read_log(place / 'whole'), strict=True):
-        assert a.keys() == b.keys()
-        assert all(a[key] == pytest.approx(b[key], abs=1e-4) for key in a)
-
-
-def test_recipes_have_knobs_of_dpo(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    names = read_block('dpo.py')[1]
-    for name in ('slam_dpo', 'slam_scaled_dpo', 'demo_dpo'):
-        assert set(run_config(f'config/{name}.py', dict.fromkeys(names))) <= set(names)
-
-
-def test_the_clock_and_epochs_end_a_run_after_one_step_at_least(place):
-    """The reference's pass alone takes longer than train_hours; a fifth of an epoch of two."""
-    knobs = dict(train_hours=1e-9, log_interval=1, max_steps=0)
-    for _ in range(2):  # the second time there is nothing to do
-        assert inside(place, 'clock', **knobs).returncode == 0
-        assert read_log(place / 'clock')[-1]['step'] == 1
-    assert (place / 'clock/model.safetensors').exists()
-    assert inside(place, 'fifth', batch_pairs=32, epochs=0.2, max_steps=30).returncode == 0
-    assert read_log(place / 'fifth')[-1]['step'] == 1
-
-
-@pytest.mark.parametrize(('loss', 'beta'), [('ipo', 1.0), ('simpo', 2.0)])
-def test_the_other_losses_learn_too(place, loss, beta):
-    assert inside(place, loss, loss=loss, beta=beta, eval_interval=2).returncode == 0
-    first, *_, last = [row for row in read_log(place / loss) if 'val_loss' in row]
-    assert last['val_loss'] < first['val_loss'] and last['val_drift'] != 0
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(place):
-    done = inside(place, 'wild', lr=1e30, warmup_steps=0, save_interval=0)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert 'not finite at step 2' in done.stderr
-    assert not (place / 'wild/model.safetensors').exists()
-
-
-@pytest.mark.parametrize(
-    ('knobs', 'message'),
-    [
-        (dict(loss='dro'), "loss 'dro' is unknown"),
-        (dict(init='nowhere'), 'nowhere'),
-        (dict(data='nowhere.jsonl'), 'nowhere.jsonl'),
-        (dict(batch_pairs=100), '70 pairs to train on are no batch of 100'),
-        (dict(out_dir='{init}'), 'would be overwritten'),
-        (dict(out_dir='{whole}', beta=0.2), 'is a run with beta=0.1, not 0.2'),
-        (dict(out_dir='{whole}', data='{few}'), 'is a run with data'),
-        (dict(data='{other}'), 'different encoders'),
-        (dict(tracker='paper'), "tracker 'paper' is not known"),
-        (dict(dtype='float16'), 'float16'),
-    ],
-)
-def test_a_mistake_is_one_line(place, whole, knobs, message):
-    names = dict(init=place / 'init', whole=place / 'whole', few=place / 'few.jsonl')
-    names['other'] = place / 'other/pairs.jsonl'
-    write_rows(names['few'], list(learnable_rows())[:60])
-    os.makedirs(place / 'other', exist_ok=True)
-    write_rows(names['other'], learnable_rows())
-    write_rows(place / 'other/meta.json', [dict(encoder_id='xyz')])
-    knobs = {key: str(value).format(**names) for key, value in knobs.items()}
-    done = inside(place, 'wrong', **knobs)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert message in done.stderr

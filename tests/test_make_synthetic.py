@@ -11,48 +11,33 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import run_script
+import torch
+from conftest import ROOT, fork_script, read_jsonl, run_checked, write_jsonl
 
 import make_synthetic as ms
-from make_synthetic import MOODS, QUALITIES, TOPICS, toy_rows
 from model import InputError
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TASKS = ('stories', 'pairs', 'grammar', 'sstory', 'tstory')
 VOICE = 'gmw/en+m3'
+run = partial(run_checked, 'make_synthetic.py')
 SMALL = ('config/demo_synthetic.py', '--n_stories=60', '--n_pairs=20', '--n_suite=24')
 
 
-def run(*args, check=True):
-    """The script in this process, which has loaded torch already, and its workers."""
-    result = run_script('make_synthetic.py', *args)
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
 def rows_of(folder, name='manifest.jsonl'):
-    with open(os.path.join(folder, name), encoding='utf-8') as file:
-        return [json.loads(line) for line in file]
-
-
-def summary_of(folder):
-    return rows_of(folder, 'summary.json')[0]
+    return read_jsonl(f'{folder}/{name}')
 
 
 def contents(folder):
     """{path: bytes} of a folder, without summary.json, which has times."""
-    found = {}
-    for top, _, names in os.walk(folder):
-        for name in names:
-            if name != 'summary.json':
-                with open(os.path.join(top, name), 'rb') as file:
-                    found[os.path.relpath(os.path.join(top, name), folder)] = file.read()
-    return found
+    paths = (path for path in Path(folder).rglob('*.*') if path.name != 'summary.json')
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def write_csv(path, columns, *rows):
@@ -73,11 +58,6 @@ def espeak():
 
 
 @pytest.fixture(scope='module')
-def toy():
-    return {task: list(toy_rows(task, 1234, 9000, 2000, 500)) for task in TASKS}
-
-
-@pytest.fixture(scope='module')
 def made(tmp_path_factory):
     """A small run of all the toy tasks by 3 workers."""
     out = str(tmp_path_factory.mktemp('made'))
@@ -85,57 +65,26 @@ def made(tmp_path_factory):
     return out
 
 
-# --- the toy language
-
-
-def test_toy_is_rich_and_its_parts_share_no_prompt(toy):
-    assert len(TOPICS) >= 8 and len(toy['stories']) == 9000
+def test_toy_is_rich_and_its_parts_share_no_prompt():
+    toy = {task: list(ms.toy_rows(task, 1234, 3000, 700, 200)) for task in TASKS}
     words = Counter(w for row in toy['stories'] for w in re.findall('[a-z]+', row['text'].lower()))
-    assert len(words) >= 300
+    assert len(toy['stories']) == 3000 and len(words) >= 300
     prompts = [row['prompt'] for row in toy['pairs']]
     prompts += [' '.join(ms.sentences(row['text'])[:2]) for row in toy['stories']]
     spoken = {sentence for prompt in prompts for sentence in (prompt, *ms.sentences(prompt))}
     for suite in TASKS[2:]:
-        assert len(toy[suite]) == 500
+        assert len(toy[suite]) == 200
         prompts += [' '.join(ms.sentences(row['right'])[:2]) for row in toy[suite]]
     assert len(set(prompts)) == len(prompts)
     assert not spoken & {row[side] for row in toy['grammar'] for side in ('right', 'wrong')}
 
-
-def read_outcome(sentence):
-    """(topic, thing, outcome) of a second sentence or an ending, by its single words."""
-    topics = {thing.split()[0]: topic for topic in TOPICS for thing in TOPICS[topic]['things']}
-    words = sentence.lower().strip('.').split()
-    (thing,) = (word for word in words if word in topics)
-    (outcome,) = {
-        side for side in MOODS for word in words if word in f'{QUALITIES[side]} {MOODS[side]}'
-    }
-    topic = TOPICS[topics[thing]]
-    known = topic[outcome] + [verb.split()[0][:3] for verb in topic[f'{outcome}_actions']]
-    assert any(word in known or word[:3] in known for word in words), sentence
-    return topics[thing], thing, outcome
-
-
-def test_toy_endings_are_right_as_often_as_wrong_and_follow_from_the_story(toy):
-    for suite in ('sstory', 'tstory'):
+    # an ending is right as often as wrong: none is known by itself
+    sides = [('sstory', 'right', 'wrong'), ('tstory', 'right', 'wrong')]
+    for task, good, bad in [*sides, ('pairs', 'chosen', 'rejected')]:
         right, wrong = (
-            Counter(ms.sentences(row[side])[-1] for row in toy[suite])
-            for side in ('right', 'wrong')
+            Counter(ms.sentences(row[side])[-1] for row in toy[task]) for side in (good, bad)
         )
         assert right == wrong
-        for row in toy[suite]:
-            event, right = map(read_outcome, ms.sentences(row['right'])[1:])
-            wrong = read_outcome(ms.sentences(row['wrong'])[2])
-            same_thing, same_outcome = wrong[:2] == event[:2], wrong[2] == event[2]
-            assert event == right and same_thing == (suite == 'sstory') != same_outcome
-    chosen, rejected = (Counter(row[key] for row in toy['pairs']) for key in ('chosen', 'rejected'))
-    assert chosen == rejected
-    for row in toy['stories']:
-        _, second, third = ms.sentences(row['text'])
-        assert read_outcome(second) == read_outcome(third)
-
-
-# --- how it sounds
 
 
 def test_manifests_and_audio_of_the_demo(made):
@@ -144,7 +93,7 @@ def test_manifests_and_audio_of_the_demo(made):
         assert len(rows) == dict(stories=60, pairs=20).get(task, 48)
         for row in rows:
             for role in ('prompt_', 'chosen_', 'rejected_') if task == 'pairs' else ('',):
-                wave, rate = soundfile.read(os.path.join(made, task, row[role + 'path']))
+                wave, rate = soundfile.read(f'{made}/{task}/{row[role + "path"]}')
                 assert rate == 16000 and wave.ndim == 1 and len(wave) % 640 == 0
                 assert abs(len(wave) / rate - row[role + 'seconds']) < 1e-3
                 assert 0.1 < np.abs(wave).max() < 0.999 and abs(wave.mean()) < 0.01
@@ -160,24 +109,8 @@ def test_manifests_and_audio_of_the_demo(made):
     assert {'train'} <= {row['split'] for row in rows_of(f'{made}/stories')} <= {'train', 'val'}
 
 
-def speak_text(espeak, text):
-    return ms.speak_text(text, VOICE, espeak)[1]
-
-
-def test_prompt_and_ending_laid_end_to_end_are_the_whole(espeak):
-    texts = 'A dog barks. It is old. She runs.', 'A dog barks. It is old.', 'She runs.'
-    whole, prompt, ending = (speak_text(espeak, text) for text in texts)
-    assert np.array_equal(whole.wave, np.concatenate([prompt.wave, ending.wave]))
-    seconds = len(prompt.wave) / 16000
-    for key in ('words', 'phones'):
-        later = [[name, a + seconds, b + seconds] for name, a, b in ending.times[key]]
-        joined = prompt.times[key] + later
-        assert [name for name, *_ in whole.times[key]] == [name for name, *_ in joined]
-        spans = [[span[1:] for span in times] for times in (whole.times[key], joined)]
-        assert np.allclose(*spans, atol=2e-3)
-
-
 def test_espeak_speaks_a_sentence_always_alike(espeak):
+    """So that a story begins as its prompt, sentence by sentence."""
     texts = ['The old man has a dog.', 'She is here.']
     for voice in (VOICE, 'gmw/en+Annie', 'de+f2'):
         first = [espeak.speak(text, voice, 1.1, 40) for text in texts]
@@ -185,6 +118,8 @@ def test_espeak_speaks_a_sentence_always_alike(espeak):
         again = [espeak.speak(text, voice, 1.1, 40) for text in texts[::-1]][::-1]
         for one, two in zip(first, again, strict=True):
             assert np.array_equal(one.wave, two.wave) and one.times == two.times
+    whole, *parts = (ms.speak_text(text, VOICE, espeak)[1] for text in (' '.join(texts), *texts))
+    assert np.array_equal(whole.wave, np.concatenate([part.wave for part in parts]))
     slow, fast = (len(espeak.speak(texts[0], 'gmw/en', speed, 50).wave) for speed in (0.8, 1.6))
     assert 1.6 < slow / fast < 2.4
 
@@ -216,20 +151,13 @@ def test_word_times_between_marks_are_interpolated():
     wave = np.ones(1000, np.float32)
     times = ms.word_times('of the dog', wave, 1000, [(0, 0), (7, 700)])
     assert times == [['of', 0, 0.3], ['the', 0.3, 0.7], ['dog', 0.7, 1.0]]
-    assert [start for _, start, _ in ms.word_times('a b c d', wave, 1000, [])] == pytest.approx(
-        [0, 2 / 7, 4 / 7, 6 / 7], abs=1e-3
-    )
     wave[400:500] = 0  # the pause of a comma belongs to no word
     times = ms.word_times('yes, sir', wave, 1000, [(0, 0), (5, 500)])
     assert times == [['yes,', 0, 0.4], ['sir', 0.5, 1.0]]
 
 
-# --- text
-
 SAID = {
-    '“Hi” — she\u00a0said…  *so* <b>it</b> goes \U0001f600 http://x.y/z !': (
-        '"Hi", she said. so it goes!'
-    ),
+    '“Hi” — she\u00a0said…  *so* <b>it</b> \U0001f600 http://x.y/z !': '"Hi", she said. so it!',
     'â€œItâ€™s me,â€\x9d': '"It\'s me,"',
     'It is −5 today, –5°C.': 'It is minus 5 today, minus 5 degrees Celsius.',
     'Add 3½ cups, ¼ egg, ⅔ of it.': 'Add 3 and one half cups, one quarter egg, two thirds of it.',
@@ -253,22 +181,20 @@ def test_signs_that_carry_meaning_are_spoken(text):
 
 
 def test_signs_in_other_languages_are_spoken_in_that_language(espeak):
+    def phones(text):
+        return ''.join(name for name, _, _ in espeak.speak(text, 'de', 1.0, 50).times['phones'])
+
     text = 'Es sind −5 °C & 3½ €, und 5 < 6.'
     assert ms.clean(text, english=False) == text
-    phones = [name for name, _, _ in espeak.speak(text, 'de', 1.0, 50).times['phones']]
-    spoken = ''.join(phones)
     for word in ('minus', 'Grad C und', 'ein halb Euro', 'kleiner'):
-        expected = ''.join(n for n, _, _ in espeak.speak(word, 'de', 1.0, 50).times['phones'])
-        assert expected[:4] in spoken, word
+        assert phones(word)[:4] in phones(text), word
     assert ms.speak_text('5 < 6', 'de', espeak)[0] == '5 < 6'
     assert ms.speak_text('5 < 6', 'en-us', espeak)[0] == '5 less than 6'
 
 
 def test_sentences():
     cases = {
-        'Mr. Fox ran. "Stop!" he said. J. Doe left': [
-            *('Mr. Fox ran.', '"Stop!"', 'he said.', 'J. Doe left'),
-        ],
+        'Mr. Fox ran. "Stop!" J. Doe left': ['Mr. Fox ran.', '"Stop!"', 'J. Doe left'],
         'Wait...what is it?': ['Wait.', 'what is it?'],
         'The end.Next came Dr.Who.': ['The end.', 'Next came Dr. Who.'],
         'What?Yes!no': ['What?', 'Yes!', 'no'],
@@ -283,9 +209,6 @@ def test_sentences():
     assert all(len(piece) <= 300 for piece in pieces) and ' '.join(pieces) == ms.clean(long)
 
 
-# --- files
-
-
 def test_swag_hellaswag_and_own_pairs(tmp_path, monkeypatch):
     four = ['eats.', 'flies.', 'swims.', 'melts.']
     columns = 'sent1 sent2 gold-source ending0 ending1 ending2 ending3 label'
@@ -295,31 +218,27 @@ def test_swag_hellaswag_and_own_pairs(tmp_path, monkeypatch):
         ['the cat the cat the cat', 'the', 'gold', 'cat.', 'b.', 'c.', 'd.', 0],
         ['Of the test split.', 'He', 'gold', *four, ''],
     ]
-    swag = write_csv(tmp_path / 'swag.csv', columns, *rows)
-    found = items_of(monkeypatch, 'pairs', swag)
+    found = items_of(monkeypatch, 'pairs', write_csv(tmp_path / 'swag.csv', columns, *rows))
     reasons = ['', 'without a gold label', 'with auto-BLEU of 0.3 or more', 'without a gold label']
     assert [item['skip'] for item in found] == reasons
-    texts = found[0]['texts']
-    assert (texts['prompt'], texts['chosen']) == ('A man sits.', 'He swims.')
-    assert texts['rejected'] in ('He eats.', 'He flies.', 'He melts.')
+    wrong = found[0]['texts'].pop('rejected')
+    assert found[0]['texts'] == dict(prompt='A man sits.', chosen='He swims.')
+    assert wrong in ('He eats.', 'He flies.', 'He melts.')
     hella = [dict(ctx_a='A man sits.', ctx_b='he', endings=four, label=2)]
     hella += [dict(ctx_a='[header] A man', ctx_b='he', endings=four, label='1')]
-    (tmp_path / 'h.jsonl').write_text('\n'.join(map(json.dumps, hella)))
-    one, two = items_of(monkeypatch, 'pairs', tmp_path / 'h.jsonl')
+    one, two = items_of(monkeypatch, 'pairs', write_jsonl(tmp_path / 'h.jsonl', hella))
     assert one['texts']['chosen'] == 'he swims.' and one['texts']['rejected'] != 'he swims.'
     assert one['skip'] == '' and two['skip'] == 'with brackets, slashes or links'
     plain = dict(prompt='A b.', chosen='C d.', rejected='E f.')
-    (tmp_path / 'plain.jsonl').write_text(json.dumps(plain))
-    assert items_of(monkeypatch, 'pairs', tmp_path / 'plain.jsonl')[0]['texts'] == plain
+    (item,) = items_of(monkeypatch, 'pairs', write_jsonl(tmp_path / 'plain.jsonl', [plain]))
+    assert item['texts'] == plain
 
 
 def test_storycloze(tmp_path, monkeypatch):
-    columns = (
-        'InputSentence1 InputSentence2 InputSentence3 InputSentence4 RandomFifthSentenceQuiz1 '
-        'RandomFifthSentenceQuiz2 AnswerRightEnding'
-    )
+    columns = [f'InputSentence{n}' for n in (1, 2, 3, 4)]
+    columns += ['RandomFifthSentenceQuiz1', 'RandomFifthSentenceQuiz2', 'AnswerRightEnding']
     rows = [['A.', 'B.', 'C.', f'D {i}.', f'One {i}.', f'Two {i}.', 1 + i % 2] for i in range(8)]
-    path = write_csv(tmp_path / 'cloze.csv', columns, *rows)
+    path = write_csv(tmp_path / 'cloze.csv', ' '.join(columns), *rows)
     right = [('One', 'Two')[i % 2] + f' {i}.' for i in range(8)]
     same, topic = (items_of(monkeypatch, task, path) for task in ('sstorycloze', 'tstorycloze'))
     for i in range(8):
@@ -365,51 +284,39 @@ def test_text_is_utf_8_or_utf_16_with_a_mark(name, encoding, tmp_path, monkeypat
         assert item['texts'][''].strip() == story
 
 
-HOSTILE = dict(
-    nul='A dog\0 ran.',
-    markup='<speak><audio src="x"/>A <break time="9s"/>dog ran.</speak>',
-    phonemes="A dog [[h@l'oU]] ran.",
-    control='A dog \x01200S ran \x1b[31m here.',
-    arabic='كلب \u202eركض\u202c هنا.',
-    nothing='[[]] <> \ud83d \u200b',
-    zalgo='d\u0336\u0336\u0336o\u0336g ran.',
-)
-
-
 def test_hostile_text_is_spoken_or_skipped_and_never_executed(tmp_path):
-    with open(tmp_path / 'hostile.jsonl', 'w') as file:
-        file.writelines(json.dumps(dict(text=text)) + '\n' for text in HOSTILE.values())
+    hostile = {
+        'A dog\0 ran.': 'A dog ran.',
+        '<speak><audio src="x"/>A <break time="9s"/>dog ran.</speak>': 'A dog ran.',
+        "A dog [[h@l'oU]] ran.": "A dog h@l'oU ran.",
+        'A dog \x01200S ran \x1b[31m here.': 'A dog 200S ran 31m here.',
+        '[[]] <> \ud83d \u200b': None,
+    }
+    write_jsonl(tmp_path / 'hostile.jsonl', [dict(text=text) for text in hostile])
     done = run(f'--text={tmp_path}/hostile.jsonl', f'--out={tmp_path}/o', '--workers=1')
     assert 'skipped: 1 with nothing to say;' in done.stdout
-    folder, names = f'{tmp_path}/o/stories', list(HOSTILE)
-    skipped = [names[row['n']] for row in rows_of(folder, 'skipped.jsonl')]
-    assert skipped == ['nothing'] and summary_of(folder)['skipped'] == 1
-    said = {names[int(row['path'][4:10])]: row for row in rows_of(folder)}
-    assert said.keys() == HOSTILE.keys() - {*skipped}
-    for name in ('nul', 'markup'):
-        assert said[name]['text'] == 'A dog ran.' and said[name]['seconds'] < 3
-    assert said['control']['text'] == 'A dog 200S ran 31m here.'
-    assert said['phonemes']['text'] == "A dog h@l'oU ran."
+    rows = rows_of(f'{tmp_path}/o/stories')
+    assert [row['text'] for row in rows] == [text for text in hostile.values() if text]
+    assert max(row['seconds'] for row in rows[:2]) < 3
+    (skipped,) = rows_of(f'{tmp_path}/o/stories', 'skipped.jsonl')
+    assert skipped['n'] == 4 and rows_of(f'{tmp_path}/o/stories', 'summary.json')[0]['skipped'] == 1
 
 
 def test_blimp_is_read_back_by_the_evaluation(tmp_path):
-    rows = [
-        dict(sentence_good=f'These {noun}s are here.', sentence_bad=f'This {noun}s are here.')
-        for noun in ('dog', 'cat', 'king')
-    ]
-    rows.append(dict(sentence_good='\ud83d', sentence_bad='***'))  # half an emoji
-    with open(tmp_path / 'b.jsonl', 'w') as file:
-        for i, row in enumerate(rows):
-            about = dict(linguistics_term='agreement', UID='det_noun', pairID=str(i))
-            file.write(json.dumps(row | about) + '\n')
+    sides = [(f'These {noun} are here.', f'This {noun} are here.') for noun in ('dogs', 'cats')]
+    rows = []
+    for i, (good, bad) in enumerate([*sides, ('\ud83d', '***')]):  # half an emoji
+        rows.append(dict(sentence_good=good, sentence_bad=bad, linguistics_term='agreement'))
+        rows[-1] |= dict(UID='det_noun', pairID=str(i))
+    write_jsonl(tmp_path / 'b.jsonl', rows)
     voices, out = {VOICE, 'en-us+f2'}, f'{tmp_path}/o/blimp'
     run('--task=blimp', f'--text={tmp_path}/b.jsonl', f'--out={tmp_path}/o', '--workers=1',
         f'--voices={",".join(sorted(voices))}')  # fmt: skip
     from eval_slm import list_zerospeech
 
     pairs = list_zerospeech(out, 'syntactic', 'dev')
-    assert len(pairs) == 6 and {pair['voice'] for pair in pairs} == voices
-    assert len(rows_of(out, 'skipped.jsonl')) == 2 == summary_of(out)['skipped']
+    assert len(pairs) == 4 and {pair['voice'] for pair in pairs} == voices
+    assert len(rows_of(out, 'skipped.jsonl')) == 2
     # the official scorer needs these columns, files by name without extension, and pairs by id and
     # voice, one correct and one not
     with open(f'{out}/syntactic/dev/gold.csv') as file:
@@ -417,9 +324,8 @@ def test_blimp_is_read_back_by_the_evaluation(tmp_path):
     assert list(gold[0]) == 'id filename voice type subtype correct transcription'.split()
     assert {os.path.exists(f'{out}/syntactic/dev/{row["filename"]}.wav') for row in gold} == {True}
     sides = Counter((row['id'], row['voice'], row['correct']) for row in gold)
-    assert len(sides) == 12 and {*sides.values()} == {1}
-    starts = {row['transcription'].split()[0] for row in gold if row['correct'] == '1'}
-    assert starts == {'These'}
+    assert len(sides) == 8 and {*sides.values()} == {1}
+    assert all(row['transcription'].startswith('These') for row in gold if row['correct'] == '1')
 
 
 def test_a_suite_of_the_users_own_in_seen_and_unseen_voices(tmp_path):
@@ -435,14 +341,10 @@ def test_a_suite_of_the_users_own_in_seen_and_unseen_voices(tmp_path):
         '--test_voices=de,gmw/en+f2', '--workers=1')  # fmt: skip
     for suite, voices in (('minimal', {'gmw/en'}), ('minimal_unseen', {'de', 'gmw/en+f2'})):
         pairs = list_folder(f'{tmp_path}/o/{suite}')
-        names = {os.path.basename(pair['pos'].path) for pair in pairs}
-        assert names == {'000000_correct.flac', '000002_correct.flac'}
-        assert {pair['voice'] for pair in pairs} <= voices
+        assert len(pairs) == 2 and {pair['voice'] for pair in pairs} <= voices
         (skipped,) = rows_of(f'{tmp_path}/o/{suite}', 'skipped.jsonl')
         assert skipped['reason'] == 'whose two texts sound the same'
 
-
-# --- the work
 
 STORIES = ('config/demo_synthetic.py', '--n_stories=160', '--n_suite=0', '--n_pairs=0')
 STORIES += ('--task=stories',)
@@ -464,30 +366,24 @@ def test_one_process_makes_what_three_do(made, tmp_path):
     assert run(*args).stdout.count('nothing to do') == 3
     for changed, gone in (('--pitch=10-20', 'parts'), ('--n_stories=61', 'summary.json')):
         (tmp_path / 'stories' / gone).rename(tmp_path / 'gone')
-        other = run(*args, changed, check=False)
-        name = 'pitch' if 'pitch' in changed else 'text'
-        assert other.returncode == 2 and re.fullmatch(f'.*with other {name}.*\n', other.stderr)
+        run(*args, changed, mistake=f'with other {"pitch" if "pitch" in changed else "text"}')
         (tmp_path / 'gone').rename(tmp_path / 'stories' / gone)
 
 
-def start(out, *args):
-    command = [sys.executable, 'make_synthetic.py', *STORIES, f'--out={out}', *args]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_parts(process, out, n):
+def wait_for_parts(out, n, is_alive):
     while len(list(out.glob('*/parts/0*.jsonl'))) < n:
         time.sleep(0.005)
-        assert process.poll() is None, process.stderr.read()
+        assert is_alive()
 
 
 def test_killed_runs_are_continued_to_the_same_files(whole, tmp_path):
     """kill -9 of the parent alone, whose workers end by themselves; the next run begins at once."""
     for n, workers in ((1, 2), (2, 1)):
-        process = start(tmp_path, f'--workers={workers}')
-        wait_for_parts(process, tmp_path, n)
+        args = *STORIES, f'--out={tmp_path}', f'--workers={workers}'
+        process = fork_script('make_synthetic.py', *args)
+        wait_for_parts(tmp_path, n, process.is_alive)
         process.kill()
-        process.wait()
+        process.join()
     kept = {path: os.stat(path).st_mtime_ns for path in tmp_path.glob('*/parts/0*.jsonl')}
     (tmp_path / 'stories' / 'summary.json').unlink(missing_ok=True)
     run(*STORIES, '--workers=2', f'--out={tmp_path}')
@@ -497,39 +393,36 @@ def test_killed_runs_are_continued_to_the_same_files(whole, tmp_path):
     assert all(os.stat(path).st_mtime_ns == kept[path] for path in sorted(kept)[:2])
 
 
-def test_ctrl_c_is_one_line_and_ends_the_workers(tmp_path):
-    process = start(tmp_path, '--n_stories=4000', '--workers=2')
-    wait_for_parts(process, tmp_path, 1)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize(
+    ('killed', 'code', 'message'),
+    [('worker', 2, 'a worker was killed'), ('run', 130, 'interrupted; run the same command')],
+)
+def test_ctrl_c_or_a_killed_worker_ends_a_run(tmp_path, killed, code, message):
+    command = [sys.executable, 'make_synthetic.py', *STORIES, f'--out={tmp_path}']
+    command += ['--workers=2', '--n_stories=4000']
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for_parts(tmp_path, 1, lambda: process.poll() is None)
+    if killed == 'worker':
+        found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True)
+        os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=300)  # its workers hold the pipe, too
-    assert process.returncode == 130 and 'Traceback' not in error
-    assert 'interrupted; run the same command' in error
-
-
-def test_a_killed_worker_ends_the_run(tmp_path):
-    process = start(tmp_path, '--n_stories=4000', '--workers=2')
-    wait_for_parts(process, tmp_path, 1)
-    found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True)
-    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 2 and 'a worker was killed' in error
+    assert process.returncode == code and message in error and 'Traceback' not in error
 
 
 @pytest.mark.parametrize(
     ('content', 'args', 'says'),
     [
         ('', ['--text=nowhere.txt'], 'nowhere.txt'),
-        ('', ['--task=sing'], 'stories'),
         ('', ['--voices=xx-nobody', '--n_stories=3'], 'xx-nobody'),
         ('', ['--tts=kokoro', '--n_stories=3'], 'kokoro'),
-        ('', ['--speed=1.2'], '--speed=1.2: expected'),
         ('', ['--pitch=slow'], '--pitch=slow: expected'),
         ('', ['--out=README.md', '--n_stories=1'], 'README.md'),
         ('a,b\n1,2\n', [], 'a.csv row 1: expected columns text; found a (str), b (str)'),
         ('text\nOne, two.\n', [], 'a.csv row 1: more cells than columns'),
         ('ctx_a,ctx_b,endings,label\nA,B,abcd,2', ['--task=pairs'], 'endings (list), label; found'),
         ('{"text": "A."}\n[1]\n', [], 'a.jsonl, line 2'),
-        ('{"text": ["A."]}', [], 'text (list)'),
     ],
 )
 def test_mistakes_are_one_line(content, args, says, tmp_path, monkeypatch):
@@ -538,18 +431,12 @@ def test_mistakes_are_one_line(content, args, says, tmp_path, monkeypatch):
         path = tmp_path / ('a.jsonl' if content.startswith('{') else 'a.csv')
         path.write_text(content)
         args = [*args, f'--text={path}']
-    result = run(f'--out={tmp_path}/o', '--workers=1', *args, check=False)
-    lines = result.stderr.strip().splitlines()
-    assert result.returncode == 2 and len(lines) == 1 and says in lines[0], result.stderr
-
-
-# --- the networks
+    run(f'--out={tmp_path}/o', '--workers=1', *args, mistake=says)
 
 
 def test_vits(tmp_path, monkeypatch):
     """A small random network of the published layout: words of the text, the seed and the voice
     determine the sound."""
-    import torch
     from transformers import VitsConfig, VitsModel, VitsTokenizer
 
     torch.manual_seed(0)
@@ -574,48 +461,23 @@ def test_vits(tmp_path, monkeypatch):
     assert row['text'] == 'The dog is here. A cat?' and 'words' not in row
     waves = [(tmp_path / f'{name}/stories/{row["path"]}').read_bytes() for name in 'abc']
     assert waves[0] == waves[1] != waves[2]
-    wrong = run(*args, f'--out={tmp_path}/d', '--voices=2', check=False)
-    assert wrong.returncode == 2 and 'its voices are 0 to 1' in wrong.stderr
+    run(*args, f'--out={tmp_path}/d', '--voices=2', mistake='its voices are 0 to 1')
 
 
-def test_kokoro(monkeypatch):
-    """The adapter, against what KPipeline of kokoro 0.9.4 returns: parts with .audio and tokens;
-    punctuation marks are tokens; the noise comes from torch."""
-    import torch
+def test_words_of_kokoro_begin_where_its_tokens_do():
+    """KPipeline of kokoro 0.9.4 yields parts with .audio and tokens, among them punctuation marks,
+    the last one without times."""
 
-    made = []
+    def pipeline(sentence, voice, speed):
+        for half in (('"', 'Yes', ',', '"'), ('he', 'said', '.')):
+            starts = [0.05, 0.15, 0.25][: len(half) - 1] + [None]
+            tokens = zip(half, starts, strict=True)
+            tokens = [SimpleNamespace(text=text, start_ts=start) for text, start in tokens]
+            yield SimpleNamespace(tokens=tokens, audio=torch.rand(12000) + 0.1)
 
-    class KPipeline:
-        def __init__(self, language, repo_id, model):
-            made.append((language, repo_id, model))
-
-        def __call__(self, text, voice, speed):
-            for half in (('"', 'Yes', ',', '"'), ('he', 'said', '.')):
-                tokens = [
-                    SimpleNamespace(text=token, start_ts=0.1 * i + 0.05, end_ts=0.1 * i + 0.14)
-                    for i, token in enumerate(half)
-                ]
-                tokens[-1].start_ts = tokens[-1].end_ts = None
-                english = tokens if voice[0] in 'ab' else None
-                yield SimpleNamespace(tokens=english, audio=torch.rand(12000) + 0.1)
-
-    def model(name):
-        return torch.nn.Identity()
-
-    monkeypatch.setitem(sys.modules, 'kokoro', SimpleNamespace(KPipeline=KPipeline, KModel=model))
-    for key, value in dict(tts='kokoro', device='cpu').items():
-        monkeypatch.setattr(ms, key, value)
-    speaker = ms.Kokoro('hexgrad/Kokoro-82M')
-    for voice in ('af_heart', 'ff_siwis'):
-        speaker.speak('a', voice, 1.0, 50)
-    assert [language for language, *_ in made] == ['a', 'f']
+    speaker = object.__new__(ms.Kokoro)  # without its network
+    speaker.pipeline = dict(a=pipeline).get
     wave, rate, times = speaker.speak('"Yes," he said.', 'af_heart', 1.0, 50)
     assert rate == 24000 and len(wave) == 24000
     assert [word for word, _, _ in times['words']] == ['"Yes,"', 'he', 'said.']
     assert [start for _, start, _ in times['words']] == [0.05, 0.55, 0.65]
-    said, speech = ms.speak_text('"Yes," 5 < 6.', 'af_heart', speaker)
-    assert said == '"Yes," 5 less than 6.'
-    ms.speak_sentence.cache_clear()
-    assert np.array_equal(speech.wave, ms.speak_text('"Yes," 5 < 6.', 'af_heart', speaker)[1].wave)
-    assert ms.speak_text('Oui, 5 < 6.', 'ff_siwis', speaker)[0] == 'Oui, 5 < 6.'
-    assert speaker.speak('Oui.', 'ff_siwis', 1.0, 50).times == {}

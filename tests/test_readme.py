@@ -4,10 +4,9 @@ the encoder (no download here) and sizes."""
 import os
 import re
 import shlex
-import subprocess
-import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from conftest import ROOT, run_checked
+
 SENTENCES = """Der Hund schläft im Garten. Die Katze sitzt auf dem Dach. Wir gehen heute ins Kino.
 Morgen kommt meine Schwester. Das Wetter ist schön. Ich trinke gerne Kaffee. Er liest ein Buch.
 Die Kinder spielen am Fluss. Das Brot ist frisch. Sie singt ein altes Lied.""".split('. ')
@@ -41,16 +40,7 @@ def readme_commands(section):
 def run(folder, command):
     script, *flags = command
     flags = [SMALLER.get(flag, flag) for flag in flags] + MORE.get(script, [])
-    environment = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    done = subprocess.run(
-        [sys.executable, os.path.join(ROOT, script), *flags],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f'{command}: {done.stderr[-500:]}'
-    return done.stdout
+    return run_checked(script, *flags, '--device=cpu', folder=folder).stdout
 
 
 def test_your_own_language(tmp_path):
