@@ -56,7 +56,7 @@ def data(tmp_path_factory):
     features = torch.cat([encoder.features(wave) for wave in waves])
     fitted = KMeans(N_UNITS, n_init=1, random_state=0).fit(features.numpy())
     encoder.centroids = torch.from_numpy(fitted.cluster_centers_).float()
-    encoder.config['distortion'] = encoder.distance(features)
+    encoder.config['distortion'] = fitted.inertia_ / len(features)
     encoder.save_pretrained(root / 'units/encoder')
     table = M.UnitTable(N_UNITS, encoder.frame_rate)
     for wave in waves:
