@@ -4,6 +4,7 @@ tokenizer. test_train.py, test_eval_slm.py and test_sample.py use such sets and 
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,16 @@ def test_documents_are_utterances_in_spans(place, split):
             shares.append(speech.mean())
     assert [document.tolist() for document in documents] == wanted
     assert min(shares) > 0.29
+
+
+def test_every_span_of_speech_has_a_unit():
+    """Also where its words are shorter than a frame, or lie beyond the last one."""
+    words = [['a', 0, 0.5], ['b', 0.501, 0.502], ['c', 0.51, 1.0], ['d', 7, 8]]
+    row = dict(words=words, units=list(range(10)), duration=[3] * 10)
+    meta = dict(frame_rate=RATE, vocab_size=100, offset=50)
+    speech = np.array([False, True, False, True])
+    tokens = prepare_units.interleave(row, speech, lambda text: SimpleNamespace(ids=[text]), meta)
+    assert tokens == [99, 'a', 98, 50 + 13 // 3, 99, ' c', 98, 50 + 9]
 
 
 def test_speech_and_text_sets(place):
