@@ -1706,11 +1706,14 @@ def read_batches(path):
             yield from batch.to_pylist()
 
 
-def open_text(path, newline=None):
-    """A text file in UTF-8, or in UTF-16 with a byte order mark, opened to read."""
-    with open(path, 'rb') as file:
-        utf16 = file.read(2) in (b'\xff\xfe', b'\xfe\xff')
-    return open(path, encoding='utf-16' if utf16 else 'utf-8-sig', newline=newline)
+def open_text(path, newline=None, at=0):
+    """A text file in UTF-8 or, with a byte order mark, UTF-16, opened to read from byte `at`."""
+    marks = {b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be', b'\xef\xbb\xbf': 'utf-8'}
+    file = open(path, 'rb')
+    head = file.read(3)
+    mark = next((mark for mark in marks if head.startswith(mark)), b'')
+    file.seek(max(at, len(mark)))
+    return io.TextIOWrapper(file, marks.get(mark, 'utf-8'), newline=newline)
 
 
 def read_lines(path, newline=None):

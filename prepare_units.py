@@ -91,7 +91,7 @@ class Item(NamedTuple):
 
     path: str
     root: str  # what paths begin with, and names in units.jsonl do not
-    at: int = 0  # of a row: its place in the manifest, as tell() gives it
+    at: int = 0  # of a row: its first byte in the manifest
     split: str = ''  # train, val or test, where the row or a folder says so
 
 
@@ -130,12 +130,12 @@ def list_items(path, root):
             if not name.removesuffix('/manifest.jsonl').startswith(covered):
                 yield from list_items(name, root)
     elif path.endswith('.jsonl'):
-        at = 0
-        with reading(path), M.open_text(path) as file:
-            for number, line in enumerate(iter(file.readline, ''), 1):
+        with reading(path), M.open_text(path, newline='') as file:
+            at = file.buffer.tell()
+            for number, line in enumerate(file, 1):
                 row = parse_row(line, path, number)
                 yield Item(path, root, at, row['split'] or split_by_folder(row['path'], root))
-                at = file.tell()
+                at += len(line.encode(file.encoding))
     else:
         for name in M.parquet_files(path) if is_shards(path) else [path]:
             yield Item(name, root, 0, split_by_folder(name, root))
@@ -209,8 +209,7 @@ def rows_of(item):
     sounds (paths or open files: one, or three), spans to be joined [(start s, end s), ...]."""
     activity = os.path.splitext(item.path)[0] + '.json'
     if item.path.endswith('.jsonl'):
-        with M.open_text(item.path) as file:
-            file.seek(item.at)
+        with M.open_text(item.path, at=item.at) as file:
             yield parse_row(file.readline(), item.path)
     elif is_shards(item.path):
         for number, row in enumerate(M.read_parquet(item.path)):
