@@ -327,24 +327,25 @@ def crop_marks(row, start, seconds, short):
 # -----------------------------------------------------------------------------
 # Encoding. Processes compute MFCCs; threads read for a net, which takes one utterance at a time
 
-NET = threading.Lock()
+LOCK = threading.Lock()
+net = None  # the encoder, which forked processes inherit
 
 
-def in_parallel(work, tasks, net):
-    """Yields work(task) for each task, in order, computed by some workers, to which `work` can be
-    pickled. After Ctrl-C they finish the tasks that they have begun."""
+def in_parallel(work, tasks):
+    """Yields work(task) for each task, in order, computed by some workers. work: a function of this
+    file, also a partial one. After Ctrl-C they finish the tasks that they have begun."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     count = workers or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
     if net.net:
         pool = ThreadPoolExecutor(count)
-    else:  # forked, so that they have the knobs
+    else:
         context = multiprocessing.get_context('fork')
         pool = ProcessPoolExecutor(count, context, initializer=M.start_worker)
     with pool:
         yield from pool.map(work, tasks)
 
 
-def read_speech(net, share, voice, item):
+def read_speech(share, voice, item):
     """The training speech among the first `share` samples of an item -> [(seconds, wave, units)]
     for a voice, [(seconds, None, features)] for k-means."""
     found = []
@@ -352,7 +353,7 @@ def read_speech(net, share, voice, item):
         for wave in waves if share and row.get('split') == 'train' else []:
             wave = wave[:share]
             share -= len(wave)
-            with NET:
+            with LOCK:
                 made = net.encode(wave) if voice else net.features(wave).cpu()
             found.append((len(wave) / SAMPLE_RATE, wave if voice else None, made.numpy()))
         if not share:
@@ -360,14 +361,14 @@ def read_speech(net, share, voice, item):
     return found
 
 
-def draw_speech(items, seconds, net, voice=False):
+def draw_speech(items, seconds, voice=False):
     """Yields what read_speech makes of training speech, `seconds` in all, drawn evenly from all
     items in an order that depends on the seed alone. Raises InputError where there is none."""
     items = [item for item in items if item.split in ('', 'train')]
     # few are shorter than half a second. Of many the beginnings are enough; of few, more is read
     items = random.Random(seed).sample(items, min(len(items), round(2 * seconds)))
     share = round(SAMPLE_RATE * max(DRAWN_SECONDS, 2 * seconds / max(1, len(items))))
-    work, drawn = in_parallel(partial(read_speech, net, share, voice), items, net), 0.0
+    work, drawn = in_parallel(partial(read_speech, share, voice), items), 0.0
     for found in tqdm(work, 'drawing speech to fit on', leave=False):
         for length, wave, made in found:
             yield wave, made
@@ -379,35 +380,37 @@ def draw_speech(items, seconds, net, voice=False):
 
 
 def prepare_encoder(items, recipe, part):
-    """-> (encoder, its name), its clusters fitted if asked. One that is not public is saved in
+    """Load `net`, its clusters fitted if asked -> its name. One that is not public is saved in
     --out by shard 0, for which the others wait."""
+    global net
     name, folder = encoder or 'mhubert25', os.path.join(out, 'encoder')
     made = os.path.join(folder, 'encoder.json')  # of its files the last to be written
     public = layer is None and not (fit_kmeans or kmeans or os.path.isdir(encoder))
     if public or (part == 0 and not os.path.exists(made)):
         net = UnitEncoder.from_pretrained(name, layer, '' if fit_kmeans else kmeans or None, device)
         if fit_kmeans:
-            drawn = draw_speech(items, fit_frames / net.frame_rate, net)
+            drawn = draw_speech(items, fit_frames / net.frame_rate)
             frames = np.concatenate([features for _, features in drawn])[:fit_frames]
             net.fit(torch.from_numpy(frames), fit_kmeans, seed)
         elif not net.n_units:
             raise InputError(f'{name} has no k-means: give --fit_kmeans=N or --kmeans=FILE')
         if public:
-            return net, name
+            return name
         net.config['fitted'] = recipe
         net.save_pretrained(folder)
     while not os.path.exists(made):
         time.sleep(1)
     check_settings(recipe)
-    return UnitEncoder.from_pretrained(folder, device=device), 'encoder'
+    net = UnitEncoder.from_pretrained(folder, device=device)
+    return 'encoder'
 
 
-def prepare_vocoder(items, net, name):
+def prepare_vocoder(items, name):
     """The voice that goes with the units, fitted here or that of the encoder -> its name."""
     folder = os.path.join(out, 'vocoder')
     if fit_vocoder and not os.path.exists(os.path.join(folder, 'vocoder.json')):
         table = M.UnitTable(net.n_units, net.frame_rate)
-        for wave, units in draw_speech(items, VOICE_SECONDS, net, voice=True):
+        for wave, units in draw_speech(items, VOICE_SECONDS, voice=True):
             table.add(wave, units)
         table.finish(net.encoder_id).save_pretrained(folder)
     if os.path.exists(os.path.join(folder, 'vocoder.json')):
@@ -415,13 +418,13 @@ def prepare_vocoder(items, net, name):
     return net.vocoder if name != 'encoder' or os.path.isdir(net.vocoder or '') else None
 
 
-def encode_part(net, task):
+def encode_part(task):
     """Write the rows and notes of the items of a task (path, items), a part, to its path."""
     path, items = task
     with write_atomic(path, 'wb') as file:
         for row, waves in chain.from_iterable(map(read_item, items)):
             for wave, half in zip(waves, halves_of(row), strict=False):
-                with NET:
+                with LOCK:
                     units, durations = M.dedup(net.encode(wave))
                 half |= dict(units=units.tolist(), duration=durations.tolist())
             file.write(to_line(row))
@@ -600,8 +603,7 @@ def interleave(row, speech, encode, meta):
 
 
 def documents_of(path):
-    """Yields the documents of a text file, of parquet files or of a data set of the hub. Raises
-    InputError for rows without `text`."""
+    """Yields the documents of a source of texts. Raises InputError for rows without `text`."""
     with reading(path):
         for row in M.read_texts(path):
             yield from M.split_documents(row['text'] or '')
@@ -680,20 +682,19 @@ def make_from_audio():
         return f'{out}: everything is already there; nothing to do'
 
     # the encoder, then this process's parts that are not there
-    net, name = prepare_encoder(items, recipe, part)
+    name = prepare_encoder(items, recipe, part)
     place = os.path.join(out, 'parts', M.content_hash(recipe)[:8])  # other settings, other parts
     paths = [os.path.join(place, f'{i:05d}.jsonl') for i in range(len(parts))]
     mine = list(zip(paths, parts, strict=True))[part::of]
     todo = [(path, items) for path, items in mine if not os.path.exists(path)]
-    work = in_parallel(partial(encode_part, net), todo, net)
-    list(tqdm(work, 'encoding', len(todo), unit=' parts'))
+    list(tqdm(in_parallel(encode_part, todo), 'encoding', len(todo), unit=' parts'))
     missing = sum(not os.path.exists(path) for path in paths)
     if missing:
         return f'{out}: shard {part} of {of} is done, {missing} of {len(parts)} parts missing'
 
     # all parts are there: merge them; if two processes do, both write the same
     origin = dict(encoder=name, encoder_id=net.encoder_id, n_units=net.n_units)
-    origin |= dict(frame_rate=net.frame_rate, vocoder=prepare_vocoder(items, net, name))
+    origin |= dict(frame_rate=net.frame_rate, vocoder=prepare_vocoder(items, name))
     rows = (row for path in paths for _, row in read_jsonl(path))
     return pack(rows, origin | dict(files=len(items)), recipe)
 
