@@ -560,7 +560,7 @@ def test_a_strangers_vocoder_is_one_line(tmp_path):
         about.write_text(json.dumps(config | change))
         refused('bad/vocoder', UnitVocoder.from_pretrained, str(tmp_path / 'bad'))
     for name in ('none', 'none.pt'):
-        refused(name, UnitVocoder.from_pretrained, str(tmp_path / name))
+        refused('none', UnitVocoder.from_pretrained, str(tmp_path / name))
 
 
 # -----------------------------------------------------------------------------
