@@ -194,20 +194,23 @@ def test_mfcc_units_do_not_depend_on_loudness_and_count_whole_frames():
         assert (encoder.encode(wave * 0.05) == units).float().mean() > 0.98
 
 
-def test_fitted_units_are_as_good_as_those_of_scikit_learn():
-    cluster = pytest.importorskip('sklearn.cluster')
+def test_fitted_units_and_k_means_files_against_scikit_learn(tmp_path):
+    from sklearn.cluster import KMeans
+
     x = torch.randn(6000, 6) * torch.linspace(0.3, 2, 6)
-    encoders = [UnitEncoder.from_pretrained('mfcc') for _ in range(2)]
-    for encoder in encoders:
-        encoder.fit(x, 40)
-    found = encoders[0]
-    theirs = cluster.KMeans(40, n_init=3, random_state=0).fit(x.numpy())
+    found, again = (UnitEncoder.from_pretrained('mfcc') for _ in range(2))
+    found.fit(x, 40)
+    again.fit(x, 40)
+    theirs = KMeans(40, n_init=3, random_state=np.random.RandomState(0)).fit(x.numpy())
     squared = torch.cdist(x, found.centroids).square().amin(1).mean()
     assert squared < 1.05 * theirs.inertia_ / len(x)
     assert found.config['distortion'] == pytest.approx(float(squared), rel=1e-4)
-    assert torch.equal(found.centroids, encoders[1].centroids)
+    assert torch.equal(found.centroids, again.centroids)
     for frames, mistake in ((x[:5], 'speech to fit on'), (torch.zeros(50, 6), 'silent')):
         refused(mistake, found.fit, frames, 12)
+    joblib.dump(theirs, tmp_path / 'km.bin')
+    encoder = UnitEncoder.from_pretrained('mfcc', kmeans=str(tmp_path / 'km.bin'))
+    assert np.array_equal(encoder.assign(x), theirs.predict(x.numpy()))
 
 
 def test_the_price_of_a_change_gives_the_cheapest_path():
@@ -404,17 +407,6 @@ def test_the_public_encoder_offline(tmp_path, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # k-means files
-
-
-def test_kmeans_of_scikit_learn_gives_its_clusters(tmp_path):
-    cluster = pytest.importorskip('sklearn.cluster')
-    x = np.random.default_rng(0).standard_normal((400, 26))
-    state, path = np.random.RandomState(0), str(tmp_path / 'km.bin')
-    for kind in (cluster.KMeans, cluster.MiniBatchKMeans):
-        kmeans = kind(20, random_state=state, n_init=1).fit(x)
-        joblib.dump(kmeans, path)
-        encoder = UnitEncoder.from_pretrained('mfcc', kmeans=path)
-        assert np.array_equal(encoder.assign(torch.tensor(x).float()), kmeans.predict(x))
 
 
 class Malice:

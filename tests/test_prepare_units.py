@@ -177,7 +177,8 @@ def test_segments_of_a_manifest(run, encoder, tmp_path, encoding):
     words = [[f'ü{i}', i * 0.5, i * 0.5 + 0.4] for i in range(18)]
     row = dict(path='Präsenz Ċ.wav', words=words, phones=words, text='all of it', voice='v')
     spans = [dict(start=0.0, end=3.0), dict(offset=3, duration=2.5), dict(start=5.5), {}]
-    write_rows(f'{tmp_path}/in/manifest.jsonl', [row | span for span in spans], encoding)
+    pair = {f'{part}_path': row['path'] for part in PAIR} | dict(chosen_text='yes', seconds=1)
+    write_rows(f'{tmp_path}/in/manifest.jsonl', [pair, *(row | span for span in spans)], encoding)
     run(f'--audio={tmp_path}/in', f'--encoder={encoder}', f'--out={tmp_path}/out')
     found = rows(tmp_path / 'out/units.jsonl')
     for row, (start, end) in zip(found, [(0, 3.0), (3.0, 5.5), (5.5, 9.0), (0, 9.0)], strict=True):
@@ -188,6 +189,10 @@ def test_segments_of_a_manifest(run, encoder, tmp_path, encoding):
         for label, first, _ in row['words']:
             assert first == pytest.approx(int(label[1:]) * 0.5 - start)
     assert [word for row in found[:3] for word, *_ in row['words']] == [word for word, *_ in words]
+    (pair,) = rows(tmp_path / 'out/pairs.jsonl')
+    for part in PAIR:
+        assert pair[part].items() >= units_of(encoder, wave).items()
+    assert pair['chosen']['text'] == 'yes' and meta(tmp_path / 'out')['pairs'] == 1
     assert found[0]['text'] == 'ü0 ü1 ü2 ü3 ü4 ü5' and found[3]['text'] == 'all of it'
 
 
@@ -232,17 +237,6 @@ def test_parquet_with_null_rows_and_pairs(run, encoder, tmp_path):
     (pair,) = rows(tmp_path / 'out/pairs.jsonl')
     assert pair['prompt']['text'] == 'P' and pair['voice'] == 'v'
     assert pair['rejected']['units'] == found[2]['units']
-
-
-def test_pairs_of_a_manifest(run, encoder, tmp_path):
-    waves = {part: write(f'{tmp_path}/in/{part}.wav', speech(1, i)) for i, part in enumerate(PAIR)}
-    row = {f'{part}_path': f'{part}.wav' for part in PAIR} | dict(chosen_text='yes', seconds=1)
-    write_rows(f'{tmp_path}/in/manifest.jsonl', [row])
-    run(f'--audio={tmp_path}/in', f'--encoder={encoder}', f'--out={tmp_path}/out')
-    (pair,) = rows(tmp_path / 'out/pairs.jsonl')
-    for part in PAIR:
-        assert pair[part].items() >= units_of(encoder, waves[part]).items()
-    assert pair['chosen']['text'] == 'yes' and meta(tmp_path / 'out')['pairs'] == 1
 
 
 def test_lost_and_doubtful_sound(run, encoder, tmp_path):
