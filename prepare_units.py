@@ -179,7 +179,7 @@ def fingerprint(path):
     """A hash of the content of a file, or of the files of a folder: of each the length and 64 KiB
     at its beginning, middle and end, which is all of a small file. Else: the name itself."""
     parts = []
-    for name in sorted(glob.glob(f'{glob.escape(path)}/*')) or [path]:
+    for name in sorted(glob.glob(f'{glob.escape(path)}/*')) if os.path.isdir(path) else [path]:
         if os.path.isfile(name):
             with open(name, 'rb') as file:
                 size = os.fstat(file.fileno()).st_size
