@@ -24,7 +24,7 @@ SCRIPTS = ['prepare_units', 'make_synthetic', 'train', 'dpo', 'eval_slm', 'sampl
 # it yet the most that it may have. Raise no number: delete something
 BUDGETS = {
     'model.py': (1500, 2106),
-    'prepare_units.py': (680, 777),
+    'prepare_units.py': (680, 0),
     'make_synthetic.py': (900, 0),
     'train.py': (480, 0),
     'dpo.py': (430, 0),
