@@ -1720,15 +1720,18 @@ def read_lines(path, newline=None):
     """Yields the lines of a text file. Raises InputError naming the line and the byte of a file
     that open_text does not read."""
     number = 0
+    with reading(path):
+        file = open_text(path, newline)
     try:
-        with reading(path), open_text(path, newline) as file:
-            for number, line in enumerate(file, 1):
-                if '\0' in line:  # as in UTF-16 without a mark
-                    raise InputError(f'{path}, line {number}: byte 0x00: save it as UTF-8')
-                yield line
+        for number, line in enumerate(file, 1):
+            if '\0' in line:  # as in UTF-16 without a mark
+                raise InputError(f'{path}, line {number}: byte 0x00: save it as UTF-8')
+            yield line
     except UnicodeDecodeError as error:
         byte = f'byte 0x{error.object[error.start]:02x}'
         raise InputError(f'{path}, after line {number}: {byte}: save it as UTF-8') from None
+    finally:
+        file.close()
 
 
 def read_texts(path, text_field='text'):
