@@ -1457,6 +1457,8 @@ class UnitVocoder:
                 tensors, config = read_hifigan(path, config)
             else:
                 tensors = load_file(path)
+            if config.get('kind') not in VOICES:
+                raise ValueError(f'vocoders of kind {config.get("kind")!r} are not supported')
             kind, name = VOICES[config['kind']]
             if len(tensors[name]) != config['n_units']:
                 raise ValueError('its .json does not fit its tensors')
