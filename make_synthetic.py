@@ -57,6 +57,7 @@ from model import (
     read_json,
     read_jsonl,
     read_parquet,
+    read_texts,
     reading,
     resample,
     save_audio,
@@ -95,7 +96,6 @@ device = 'auto'  # of a network: cuda, mps, cpu
 GRID = 640  # samples in a 40 ms frame of a 25 Hz encoder
 SILENCE = 0.002  # amplitudes below this share of full scale count as silence
 PART = 40  # items in a part
-MARK = '<|endoftext|>'
 
 # Columns that a task expects
 PAIR = 'prompt chosen rejected'.split()
@@ -310,46 +310,6 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
 # Text: rows of files
 
 
-def read_lines(path):
-    """Yield the lines of a file in UTF-8, or in UTF-16 with a mark; InputError names the line."""
-    with open(path, 'rb') as file:
-        utf16 = file.read(2) in (b'\xff\xfe', b'\xfe\xff')
-    number = 0
-    try:
-        with open(path, encoding='utf-16' if utf16 else 'utf-8-sig', newline='') as file:
-            for number, line in enumerate(file, 1):
-                if '\0' in line:  # as in UTF-16 without a mark
-                    raise InputError(f'{path}, line {number}: byte 0x00: save it as UTF-8')
-                yield line
-    except UnicodeDecodeError as error:
-        byte = f'byte 0x{error.object[error.start]:02x}'
-        raise InputError(f'{path}, after line {number}: {byte}: save it as UTF-8') from None
-
-
-def read_file(path):
-    """Yield the rows of a text file as dicts; a story of a .txt file is a row of text_field."""
-    if path.endswith('.parquet'):
-        yield from read_parquet(path)
-    elif path.endswith('.jsonl'):
-        for number, line in enumerate(read_lines(path), 1):
-            if line.strip():
-                with reading(f'{path}, line {number}'):
-                    yield dict(json.loads(line))
-    elif path.endswith('.csv'):
-        csv.field_size_limit(1 << 30)
-        with reading(path):
-            yield from csv.DictReader(read_lines(path), restkey='more cells than columns')
-    else:
-        # documents end at a mark or, where there is none, at blank lines
-        marked = any(MARK in line for line in read_lines(path))
-        lines, rest = read_lines(path), ''
-        while block := ''.join(islice(lines, 10_000)):
-            *whole, rest = re.split(re.escape(MARK) if marked else r'\n\s*\n', rest + block)
-            yield from ({text_field: story} for story in whole if story.strip())
-        if rest.strip():
-            yield {text_field: rest}
-
-
 def read_rows(kind, *expected):
     """Yield the rows of the knob `text`, dicts of strings ('' for null; HellaSwag's endings are a
     list). Each must have one of the expected lists of columns. Raises InputError naming the row."""
@@ -362,7 +322,7 @@ def read_rows(kind, *expected):
         pattern = glob.escape(text) + '/**' * os.path.isdir(text) if os.path.exists(text) else text
         found = sorted(glob.glob(pattern, recursive=True))
         kinds = ('.txt', '.jsonl', '.csv', '.parquet')
-        sources = {path: read_file(path) for path in found if path.endswith(kinds)}
+        sources = {path: read_texts(path, text_field) for path in found if path.endswith(kinds)}
         if not sources:
             raise InputError(f'{text}: no {", ".join(kinds)} file there')
     for name, rows in sources.items():

@@ -7,21 +7,23 @@ UnitVocoder   units -> wave        the unit HiFi-GAN, or a table of spectra
 """
 
 import contextlib
+import csv
 import hashlib
 import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import threading
-import time
 from bisect import bisect_left, insort
 from collections import Counter
 from functools import cached_property, lru_cache, partial
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -720,7 +722,7 @@ def load_slm(
     text=None,
     sizes=None,
 ):
-    """An SLM on the CPU: 'preset:NAME' (PRESETS) or 'scratch', a tied Qwen2, a Llama with biases, of
+    """An SLM on the CPU: 'preset:NAME' (PRESETS) or 'scratch', a Qwen2, so a Llama with biases, of
     sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn), both a cold start; or from a folder or a
     hub name, of which no code is run:
     (a) a text LM: TWIST (Hassid et al. 2023), all but embedding and head stays. These begin anew,
@@ -991,45 +993,37 @@ def load_audio(
         cut = re.search(r'(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)', file.extra_info)
         if cut and int(cut[1]) < 0x7FFF0000:
             total = max(total, total * int(cut[1]) // max(1, int(cut[2])))
-        count = min(total - begin, math.inf if seconds is None else round(seconds * rate))
-        samples, energies, error = decode(file, begin, count)
-        # the mix of n unrelated channels has 1/n of their mean energy
-        if energies[-1] < 0.1 * energies[:-1].mean() / file.channels:
-            notes.append('channels cancel: one of them taken')
-            samples, _, error = decode(file, begin, count, int(energies[:-1].argmax()))
-    if not samples:
-        raise InputError(f'{name} holds no samples at {start:g} s' + (error and f' ({error})'))
-    wave = torch.frombuffer(samples, dtype=torch.float32)
+        count = max(0, min(total - begin, math.inf if seconds is None else round(seconds * rate)))
+        # in blocks, so that what a damaged file holds before the damage is kept
+        blocks, left, reason = [], count, ''
+        try:
+            file.seek(min(begin, file.frames))
+            while len(block := file.read(min(4096, left), 'float32', always_2d=True)):
+                blocks.append(block)
+                left -= len(block)
+        except (RuntimeError, OSError) as error:
+            reason = f' ({" ".join(str(error).split()) or "damaged"})'
+    if not blocks:
+        raise InputError(f'{name} holds no samples at {start:g} s{reason}')
+    samples = np.concatenate(blocks)  # (frames, channels)
+
+    mono, energies = samples.mean(1), np.square(samples).sum(0, dtype=float)
+    # the mix of n unrelated channels has 1/n of their mean energy
+    if np.square(mono).sum(dtype=float) < 0.1 * energies.mean() / len(energies):
+        notes.append('channels cancel: one of them taken')
+        mono = samples[:, energies.argmax()].copy()
+    wave = torch.from_numpy(mono)
     lowest, highest = map(float, torch.aminmax(wave))
     if not (lowest > -1e6 and highest < 1e6):  # NaN fails too
         raise InputError(f'{name} holds NaN, infinite or very large samples')
     # lossy formats estimate their length, streams do not know it (2^63 - 1)
-    if error or len(wave) < count - 0.1 * rate < 1e14:
+    if reason or 0.1 * rate < left < 1e14:
         notes.append(f'stopped early at {len(wave) / rate:.1f} of {count / rate:.1f} s')
         if not keep_partial:
-            raise InputError(f'{name}: the decoder {notes[-1]}' + (error and f' ({error})'))
+            raise InputError(f'{name}: the decoder {notes[-1]}{reason}')
     if highest - lowest < 1e-4:
         notes.append('digital silence')
     return resample(wave, rate, sample_rate)
-
-
-def decode(file, begin, count, channel=None):
-    """`count` frames of an open sound file, in blocks, so that hours of sound are in memory once.
-
-    -> the mix or one channel, a bytearray of float32; the energies of the channels and of that;
-    what stopped the decoder, or ''.
-    """
-    samples, energies = bytearray(), np.zeros(file.channels + 1)
-    try:
-        file.seek(min(begin, file.frames))
-        while count > 0 and len(block := file.read(4096, dtype='float32', always_2d=True)[:count]):
-            mono = block.mean(axis=1) if channel is None else block[:, channel]
-            energies += *np.square(block).sum(0), np.square(mono).sum()
-            samples += mono.tobytes()
-            count -= len(block)
-    except (RuntimeError, OSError) as error:
-        return samples, energies, ' '.join(str(error).split()) or 'damaged'
-    return samples, energies, ''
 
 
 def save_audio(path, wave, sample_rate=SAMPLE_RATE):
@@ -1076,12 +1070,11 @@ def log_mel(wave):
     """
     frames, side = max(1, len(wave) // HOP), (N_FFT - HOP) // 2
     wave, parts = F.pad(wave, (side, side + max(0, HOP - len(wave)))), []
+    spectrogram = transform('Spectrogram', N_FFT, WINDOW, HOP, power=None, center=False)
     for first in range(0, frames, 6000):  # a minute at a time
         last = min(frames, first + 6000) - 1
-        spectra = transform('Spectrogram', N_FFT, WINDOW, HOP, power=None, center=False)(
-            wave[first * HOP : last * HOP + N_FFT]
-        )
-        power = spectra.real.square() + spectra.imag.square()  # (bins, frames)
+        spectra = spectrogram(wave[first * HOP : last * HOP + N_FFT])  # (bins, frames), complex
+        power = spectra.real.square() + spectra.imag.square()
         parts.append(power.T @ mel_filters())
     return torch.cat(parts).clamp_(min=1e-7).log_()
 
@@ -1098,12 +1091,13 @@ KMEANS = dict(  # published centroids: where, and their sha256 (of hubert50's no
     hubert50=('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None),
 )
 ENCODERS = dict(  # pad: zeros added at each end of the wave
-    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.0, c0=0.4, range=9.0, mean=0.7, switch=1.0)
+    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.0, c0=0.2, range=9.0, mean=0.3, switch=1.0)
     | dict(vocoder='vocoder'),
     mhubert25=dict(model='slprl/mhubert-base-25hz', layer=11, pad=40, vocoder='hifigan25'),
     hubert50=dict(model='facebook/hubert-base-ls960', layer=9, pad=0, vocoder=None),
 )
-SMALL_NET = 100 << 20  # bytes: a local net up to this size is saved with its encoder
+# by kind, the settings that change units: with the centroids and the net they make encoder_id
+SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range'))
 
 
 class UnitEncoder:
@@ -1114,12 +1108,12 @@ class UnitEncoder:
     `distortion`, the mean squared distance to the centroids (Kamper & van Niekerk 2021, eq. 2).
     """
 
-    def __init__(self, config, centroids=None, device='cpu', net=None):
-        self.config, self.net, self.device = dict(config), net, torch.device('cpu')
+    def __init__(self, config, centroids=None, device='cpu'):
+        self.config, self.net, self.device = dict(config), None, torch.device('cpu')
         self.frame_rate = 25.0
         if config['kind'] == 'hubert':
             self.device = pick_device(device)
-            self.net = (net or load_net(config['model'], config['layer'])).to(self.device)
+            self.net = load_net(config['model'], config['layer']).to(self.device)
             strides, kernels = self.net.config.conv_stride, self.net.config.conv_kernel
             # samples from one frame to the next, samples that one frame covers
             self.hop = math.prod(strides)
@@ -1139,10 +1133,10 @@ class UnitEncoder:
         HuBERT, wav2vec 2 or WavLM, with `layer`; or 'mfcc'. kmeans: a file of centroids; '': none,
         they are to be fitted. Raises InputError for what is missing, damaged or does not match.
         """
-        where, centroids, net = str(where).rstrip('/'), None, None
+        where, centroids = str(where).rstrip('/'), None
         saved = os.path.exists(os.path.join(where, 'encoder.json'))
         if saved:
-            config, centroids, net = read_encoder(where)
+            config, centroids = read_encoder(where)
             if layer not in (None, config.get('layer')):
                 raise InputError(f'{where} uses layer {config.get("layer")}, not {layer}')
         elif where in ENCODERS:
@@ -1161,22 +1155,16 @@ class UnitEncoder:
             centroids = read_kmeans(kmeans or fetch(*KMEANS[where]))
             # a file has no `distortion`, so that each frame takes its nearest centroid
             config |= dict(encoder_id=where if public else None, distortion=0.0, switch=0.0)
-        encoder = cls(config, centroids, device, net)
+        encoder = cls(config, centroids, device)
         if saved and encoder.vocoder == 'vocoder':
             encoder.vocoder = os.path.join(os.path.dirname(os.path.abspath(where)), 'vocoder')
         return encoder
 
     def save_pretrained(self, folder):
-        """Write encoder.json and encoder.safetensors. A net from a local folder is included if it
-        has at most SMALL_NET bytes; any other is kept by name or path."""
+        """Write encoder.json and encoder.safetensors, the centroids. The net is kept by its name on
+        the hub or, of one from a local folder, by its path: that folder must stay."""
         config = dict(self.config, n_units=self.n_units, encoder_id=self.encoder_id)
-        tensors = dict(centroids=self.centroids)
-        weights = self.net.state_dict() if self.net else {}
-        small = sum(tensor.nbytes for tensor in weights.values()) <= SMALL_NET
-        if weights and ('net' in config or (os.path.isdir(config['model']) and small)):
-            config['net'] = json.loads(self.net.config.to_json_string(use_diff=False))
-            tensors |= {f'net.{name}': tensor for name, tensor in weights.items()}
-        write_part(folder, 'encoder', config, tensors)
+        write_part(folder, 'encoder', config, dict(centroids=self.centroids))
 
     @property
     def n_units(self):
@@ -1189,51 +1177,24 @@ class UnitEncoder:
         config = self.config
         if config.get('encoder_id') in KMEANS and not config.get('switch'):
             return config['encoder_id']
-        keys = ['layer', 'pad'] if self.net else ['n_cep', 'lifter', 'c0', 'range']
-        keys += ['switch', 'distortion'] if config.get('switch') else []
-        keys += ['mean'] if config.get('mean') else []
+        keys = SETTINGS[config['kind']] + ('switch', 'distortion') * bool(config.get('switch'))
+        keys += ('mean',) * bool(config.get('mean'))
         settings = [float(config.get(key, 0)) for key in keys]
         # without a mask that is random, and the weight norm, which each machine rounds in its way
         weights = sorted(self.net.state_dict().items()) if self.net else []
-        unsure = ('masked_spec_embed', 'encoder.pos_conv_embed.conv.weight')
-        weights = [tensor.flatten() for name, tensor in weights if name not in unsure]
+        unsure = re.compile(r'masked_spec_embed|encoder\.pos_conv_embed\.conv\.(weight|param)')
+        weights = [tensor.flatten() for name, tensor in weights if not unsure.match(name)]
         return f'{config["kind"]}-{content_hash(settings, self.centroids, *weights)[:12]}'
-
-    @torch.inference_mode()
-    def features(self, wave):
-        """(samples,) at 16 kHz -> (frames, D) float32, at least one frame."""
-        wave = torch.as_tensor(wave, dtype=torch.float32)
-        return self._hidden_states(wave) if self.net else mfcc(wave, self.config)
 
     def encode(self, wave):
         """(samples,) at 16 kHz -> (frames,) long units on the CPU. Raises as `assign`."""
         return self.assign(self.features(wave))
 
     @torch.inference_mode()
-    def assign(self, features):
-        """(frames, D) -> (frames,) long units on the CPU.
-
-        Raises InputError without centroids, for centroids of another width, and for `switch`
-        without `distortion`.
-        """
-        switch, distortion = (self.config.get(key) for key in ('switch', 'distortion'))
-        if self.centroids is None or features.shape[1] != self.centroids.shape[1]:
-            raise InputError(f'{self.name} has no k-means for {features.shape[1]} features')
-        if switch and not distortion:
-            raise InputError(f'{self.name}: `switch` needs `distortion`, the mean squared distance')
-        costs = self._costs(features)
-        if not switch:
-            return costs.argmin(1).cpu()
-        return torch.from_numpy(cheapest_path(costs.cpu().numpy(), switch * distortion / 2))
-
-    @torch.inference_mode()
-    def distance(self, features):
-        """Mean squared distance of frames (T, D) to their centroids, for `distortion`."""
-        return float((2 * self._costs(features).amin(1) + features.square().sum(1)).mean())
-
-    def _costs(self, features):
-        """Half the squared distances (T, n_units), minus what all units of a frame share."""
-        return self.centroids.square().sum(1) / 2 - features @ self.centroids.T
+    def features(self, wave):
+        """(samples,) at 16 kHz -> (frames, D) float32, at least one frame."""
+        wave = torch.as_tensor(wave, dtype=torch.float32)
+        return self._hidden_states(wave) if self.net else mfcc(wave, self.config)
 
     def _hidden_states(self, wave):
         """transformers' hidden_states[layer] of the raw wave, float32 (on CUDA with TF32 products).
@@ -1255,52 +1216,73 @@ class UnitEncoder:
         torch.set_float32_matmul_precision(precision)
         return torch.cat(parts)
 
+    def fit(self, features, n_units, seed=0):
+        """k-means of features (frames, D), the same for any number of threads. Raises InputError
+        for fewer frames than units, or nothing but silence."""
+        from sklearn.cluster import MiniBatchKMeans
 
-@lru_cache(4)
-def cepstral_basis(n_cep, lifter, c0):
-    """Cosines with weights: (N_MELS, n_cep)."""
-    from torchaudio.functional import create_dct
+        fitted = MiniBatchKMeans(n_units, batch_size=10_000, n_init=3, random_state=seed)
+        with reading('the speech to fit on'):
+            fitted.fit(features.numpy())
+        if not fitted.inertia_ > 0:
+            raise InputError('the speech to fit on is silent, or no two of its sounds differ')
+        self.centroids = torch.from_numpy(fitted.cluster_centers_).float().to(self.device)
+        distortion = fitted.inertia_ / len(features)
+        self.config |= dict(distortion=distortion, vocoder='vocoder', encoder_id=None)
 
-    weight = torch.arange(n_cep).clamp(min=1) ** lifter / 2**0.5
-    weight[0] = c0
-    return create_dct(n_cep, N_MELS, 'ortho') * weight
+    @torch.inference_mode()
+    def assign(self, features):
+        """(frames, D) -> (frames,) long units on the CPU: without `switch` the nearest centroids.
+
+        Raises InputError without centroids, for centroids of another width, and for `switch`
+        without `distortion`.
+        """
+        switch, distortion = (self.config.get(key) for key in ('switch', 'distortion'))
+        if self.centroids is None or features.shape[1] != self.centroids.shape[1]:
+            raise InputError(f'{self.name} has no k-means for {features.shape[1]} features')
+        if switch and not distortion:
+            raise InputError(f'{self.name}: `switch` needs `distortion`, the mean squared distance')
+        # half the squared distances, minus what all units of a frame share
+        costs = self.centroids.square().sum(1) / 2 - features @ self.centroids.T  # (T, n_units)
+        if not switch:
+            return costs.argmin(1).cpu()
+
+        # the path with the least sum of costs and changes (Viterbi); one that changes its unit
+        # comes from the unit that was cheapest
+        costs, units = costs.cpu().numpy(), np.arange(self.n_units, dtype='int32')
+        price = costs.dtype.type(switch * distortion / 2)
+        total, sources = np.zeros_like(costs[0]), []  # of the best path that ends in each unit
+        for cost in costs:
+            best = int(total.argmin())
+            total -= total[best]
+            sources.append(np.where(total > price, np.int32(best), units))
+            total = np.minimum(total, price) + cost
+        path = [int(total.argmin())]
+        for source in sources[:0:-1]:
+            path.append(int(source[path[-1]]))
+        return torch.tensor(path[::-1])
 
 
 def mfcc(wave, config):
     """Two 20 ms cepstra a frame of 40 ms, of the log-mel spectrum relative to the loudness of the
     utterance: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
-    mel = log_mel(F.pad(wave, (0, 4 * HOP - len(wave))) if len(wave) < 4 * HOP else wave)
+    from torchaudio.functional import create_dct
+
+    mel = log_mel(F.pad(wave, (0, max(0, 4 * HOP - len(wave)))))
     mel = mel[: len(mel) // 4 * 4]
     energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
     loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
     relative = (mel + (config['range'] - loud)).clamp_(min=0)
     halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
-    cepstra = halves @ cepstral_basis(*(config[key] for key in ('n_cep', 'lifter', 'c0')))
+    weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
+    weight[0] = config['c0']
+    cosines = create_dct(config['n_cep'], N_MELS, 'ortho') * weight  # (N_MELS, n_cep)
+    cepstra = halves @ cosines
     if share := config.get('mean'):  # a part of the mean of speech, which differs by voice
         speech = (energy.view(-1, 2, 2).mean(2) > loud - 4)[:, :, None]
         mean = (cepstra * speech).sum((0, 1)) / speech.sum().clamp(min=1)
         cepstra[:, :, 1:] -= share * mean[1:]
     return cepstra.flatten(1)
-
-
-def cheapest_path(costs, price):
-    """The units (T,) with the least sum of costs (T, n_units) and `price` a change (Viterbi).
-
-    A path that changes its unit at t comes from the unit that was cheapest at t - 1, so that one
-    number a frame and one bit a unit describe all paths.
-    """
-    total = np.zeros_like(costs[0])  # of the best path that ends in each unit
-    source, changed = np.zeros(len(costs), dtype=int), np.zeros(costs.shape, dtype=bool)
-    for t, cost in enumerate(costs):
-        source[t] = total.argmin()
-        total -= total[source[t]]
-        changed[t] = total > price
-        total = np.minimum(total, total.dtype.type(price)) + cost
-    path, unit = np.zeros(len(costs), dtype=int), total.argmin()
-    for t in reversed(range(len(costs))):
-        path[t] = unit
-        unit = source[t] if changed[t, unit] else unit
-    return path
 
 
 # -----------------------------------------------------------------------------
@@ -1319,70 +1301,39 @@ def write_part(folder, name, config, tensors):
 
 
 def read_encoder(folder):
-    """-> configuration, centroids (n_units, D), net or None, of a folder of save_pretrained."""
-    from safetensors.torch import load_file
-
-    config, net = read_json(os.path.join(folder, 'encoder.json')), None
+    """The configuration and the centroids (n_units, D) of a folder of save_pretrained."""
+    config = read_json(os.path.join(folder, 'encoder.json'))
+    centroids = read_kmeans(os.path.join(folder, 'encoder.safetensors'))
     with reading(folder):
-        tensors = load_file(os.path.join(folder, 'encoder.safetensors'))
-        centroids = tensors.pop('centroids').float()
-        right = (
-            centroids.ndim == 2
-            and len(centroids) == config['n_units']
-            and centroids.isfinite().all()
-        )
-        if config['kind'] not in ('mfcc', 'hubert') or not right:
+        if config['kind'] not in SETTINGS or config['n_units'] != len(centroids):
             raise ValueError('encoder.json does not fit encoder.safetensors')
         if config.get('vocoder') not in (None, 'vocoder', 'hifigan25'):  # no path is followed
             raise ValueError(f'`vocoder` {config["vocoder"]!r} is not allowed')
-        if config.get('net'):
-            weights = {name[4:]: tensor for name, tensor in tensors.items()}
-            net = load_net(config['net'], config['layer'], weights)
-    # folders of earlier versions do not name their encoder
-    known = config['name'] in KMEANS and 'fitted' not in config
+        # folders of earlier versions do not name their encoder
+        known = config['name'] in KMEANS and 'fitted' not in config
     config.setdefault('encoder_id', config['name'] if known else None)
-    return config, centroids, net
+    return config, centroids
 
 
-def load_net(source, layer, weights=None):
-    """transformers' HuBERT, wav2vec 2 or WavLM up to a layer, without a last norm after it.
-
-    source: a folder or hub name, or, with weights, the values of its config.json. Raises InputError
-    for other nets, missing layers and missing tensors.
-    """
-    from transformers import AutoConfig, AutoModel, logging
-
-    if weights is None:
-        local = cache_path(os.path.basename(source))
-        try:
-            source = find_checkpoint(local if os.path.isdir(local) else source)
-        except InputError as error:
-            raise InputError(f'{error} (a copy may be put in {local})') from None
-    with reading(source if weights is None else 'the net of encoder.json'):
-        hf = (
-            AutoConfig.from_pretrained(source)
-            if weights is None
-            else AutoConfig.for_model(**source)
-        )
+def load_net(source, layer):
+    """transformers' HuBERT, wav2vec 2 or WavLM, a folder or hub name, up to a layer, without a last
+    norm after it. Raises InputError for other nets, missing layers and missing tensors."""
+    local = cache_path(os.path.basename(source))
+    try:
+        source = find_checkpoint(local if os.path.isdir(local) else source)
+    except InputError as error:
+        raise InputError(f'the net of the encoder: {error} (a copy may be in {local})') from None
+    with reading(source):
+        transformers = import_transformers()
+        hf = transformers.AutoConfig.from_pretrained(source)
         nets = ('hubert', 'wav2vec2', 'wavlm')
         if hf.model_type not in nets or not 0 <= layer <= hf.num_hidden_layers:
             raise ValueError(f'layer {layer} of a {hf.model_type} of {hf.num_hidden_layers} layers')
         hf.num_hidden_layers, hf.add_adapter = layer, False
-        if weights is None:
-            logging.set_verbosity_error()  # it would list each tensor of the layers above
-            logging.disable_progress_bar()
-            options = dict(dtype=torch.float32, output_loading_info=True)
-            net, report = AutoModel.from_pretrained(source, config=hf, **options)
-            if lost := sorted(set(report['missing_keys']) - {'masked_spec_embed'}):
-                raise ValueError(f'{len(lost)} tensors are missing, such as {lost[0]}')
-        else:
-            with torch.device('meta'):  # no memory before the tensors fit
-                net = AutoModel.from_config(hf)
-        conv = net.encoder.pos_conv_embed.conv
-        if nn.utils.parametrize.is_parametrized(conv):  # fold the weight norm
-            nn.utils.parametrize.remove_parametrizations(conv, 'weight')
-        if weights is not None:
-            net.load_state_dict(weights, assign=True)
+        options = dict(config=hf, dtype=torch.float32, output_loading_info=True)
+        net, report = transformers.AutoModel.from_pretrained(source, **options)
+        if lost := sorted(set(report['missing_keys']) - {'masked_spec_embed'}):
+            raise ValueError(f'{len(lost)} tensors are missing, such as {lost[0]}')
     if hf.do_stable_layer_norm:  # the norm after the last layer is not part of hidden_states
         net.encoder.layer_norm.register_forward_hook(lambda norm, inputs, output: inputs[0])
     return net.eval()
@@ -1480,117 +1431,17 @@ def finish_wave(wave):
     return wave
 
 
-class TableVoice(nn.Module):
-    """The offline voice: the mean log-mel spectra of each unit, made into a wave by Griffin-Lim.
-
-    Tensors: mel (n_units, 10 ms steps a frame, N_MELS), durations (n_units,) mean frames of a run.
-    """
-
-    def __init__(self, config, tensors):
-        super().__init__()
-        steps = round(SAMPLE_RATE / HOP / config['frame_rate'])
-        self.register_buffer('mel', torch.zeros(config['n_units'], steps, N_MELS))
-        self.register_buffer('durations', torch.ones(config['n_units']))
-
-    def predict_durations(self, units):
-        """Each unit's mean, rounded so that sums stay within half a frame: the tempo is right."""
-        beyond = (self.durations[units].clamp(min=1) - 1).double().cumsum(0).add(0.5).long()
-        return 1 + torch.diff(beyond, prepend=beyond.new_zeros(1))
-
-    def forward(self, frames, speaker=0, style=0):
-        """Units (frames,), one a frame -> (frames * 640,) samples at 25 Hz. It has one voice."""
-        mel = (
-            self.mel[frames].flatten(0, 1).cpu()
-        )  # (10 ms steps, N_MELS); the same wave everywhere
-        mel = torch.cat((mel[:1], mel, mel[-1:])).T  # one step more on each side
-        # an FFT bin has the energy of the bands around it, and none at 0 and 8 kHz
-        filters = mel_filters()
-        spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)
-        magnitude = torch.exp(0.5 * spread @ (mel - filters.sum(0).log()[:, None]))
-        magnitude[[0, 1, -1]] = 0
-        invert = transform('GriffinLim', N_FFT, 32, WINDOW, HOP, power=1, rand_init=False)
-        # our steps are centred on their 10 ms, torchaudio's windows on multiples of 10 ms
-        return invert(magnitude)[HOP // 2 :][: (mel.shape[1] - 2) * HOP]
-
-
-class HifiGan(nn.Module):
-    """The unit HiFi-GAN with its duration predictor (Polyak et al. 2021), tensors named as in
-    fairseq. config: its JSON. tensors: the weights, whose names and shapes say what is optional."""
-
-    def __init__(self, config, tensors):
-        super().__init__()
-        for name in ('dict', 'spkr', 'style'):  # embeddings of unit, speaker and style
-            if name + '.weight' in tensors:
-                self.add_module(name, nn.Embedding(*tensors[name + '.weight'].shape))
-        if 'dur_predictor.proj.weight' in tensors:
-            hidden, width, size = tensors['dur_predictor.conv1.0.weight'].shape
-            self.dur_predictor = nn.ModuleDict(dict(proj=nn.Linear(hidden, 1)))
-            for i, inputs in enumerate((width, hidden), 1):
-                layers = nn.Sequential(convolution(inputs, hidden, size), nn.ReLU())
-                self.dur_predictor.update({f'conv{i}': layers, f'ln{i}': nn.LayerNorm(hidden)})
-        width, inputs, size = tensors['conv_pre.weight'].shape
-        self.conv_pre = convolution(inputs, width, size)
-        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
-        sizes, dilations = config['resblock_kernel_sizes'], config['resblock_dilation_sizes']
-        for i, rate in enumerate(config['upsample_rates']):
-            size, width = config['upsample_kernel_sizes'][i], width // 2
-            up = nn.ConvTranspose1d(2 * width, width, size, rate, padding=(size - rate) // 2)
-            self.ups.append(up)
-            for size, wide in zip(sizes, dilations, strict=True):
-                convs1 = nn.ModuleList(convolution(width, width, size, d) for d in wide)
-                convs2 = nn.ModuleList(convolution(width, width, size) for d in wide)
-                self.resblocks.append(nn.ModuleDict(dict(convs1=convs1, convs2=convs2)))
-        self.conv_post = convolution(width, 1, tensors['conv_post.weight'].shape[-1])
-
-    def predict_durations(self, units):
-        """exp(prediction) - 1 rounded, at least 1; 1 where there is no predictor."""
-        if not hasattr(self, 'dur_predictor') or not len(units):
-            return torch.ones_like(units)
-        x, net = self.dict(units), self.dur_predictor  # (n, C)
-        for i in (1, 2):
-            x = net[f'ln{i}'](net[f'conv{i}'](x.T).T)
-        return (net['proj'](x)[:, 0].exp() - 1).round().clamp(min=1).long()
-
-    def forward(self, frames, speaker=0, style=0):
-        """Units (frames,), one a frame -> (frames * hop,) samples in [-1, 1]."""
-        parts = [self.dict(frames)]
-        for name, row in (('spkr', speaker), ('style', style)):
-            if hasattr(self, name):
-                table = getattr(self, name).weight
-                if not 0 <= row < len(table):
-                    raise InputError(f'{name} {row} is not among the {len(table)} of this vocoder')
-                parts.append(table[row].expand(len(frames), -1))
-        x = self.conv_pre(torch.cat(parts, dim=1).T)  # (C, frames)
-        each = len(self.resblocks) // len(self.ups)
-        for i, up in enumerate(self.ups):
-            x, total = up(F.leaky_relu(x, 0.1)), 0
-            for block in self.resblocks[i * each : (i + 1) * each]:
-                y = x
-                for conv1, conv2 in zip(block['convs1'], block['convs2'], strict=True):
-                    y = y + conv2(F.leaky_relu(conv1(F.leaky_relu(y, 0.1)), 0.1))
-                total = total + y
-            x = total / each
-        return torch.tanh(self.conv_post(F.leaky_relu(x)))[0]  # here the slope is 0.01
-
-
-def convolution(inputs, outputs, size, dilation=1):
-    return nn.Conv1d(inputs, outputs, size, dilation=dilation, padding=(size - 1) * dilation // 2)
-
-
 class UnitVocoder:
-    """Units to speech: the unit HiFi-GAN, or a table of spectra that is fitted in seconds."""
+    """Units to speech; from_pretrained returns one of its kinds, TableVoice or HifiGan.
+
+    config: the content of vocoder.json. tensors: by name, as the files have them.
+    """
 
     def __init__(self, config, tensors, device='cpu'):
         self.config, self.device = config, torch.device(device)
+        self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         self.n_units, self.frame_rate = config['n_units'], config['frame_rate']
         self.sample_rate, self.encoder_id = config['sample_rate'], config.get('encoder_id')
-        voices = dict(table=TableVoice, hifigan=HifiGan)
-        if config['kind'] not in voices:
-            raise InputError(f'vocoders of kind {config["kind"]!r} are not supported')
-        with torch.device('meta'):  # no memory before the tensors fit
-            self.voice = voices[config['kind']](config, tensors).eval()
-        self.voice.load_state_dict(tensors, assign=True)
-        self.voice.to(self.device)
 
     @classmethod
     def from_pretrained(cls, where, device='cpu'):
@@ -1608,26 +1459,35 @@ class UnitVocoder:
             about = about if os.path.exists(about) else where[:-3] + '.json'
         config = read_json(about)
         with reading(f'vocoder {path}'):
+            config |= dict(encoder_id='mhubert25') if where == 'hifigan25' else {}
             if path.endswith('.pt'):
-                config |= dict(encoder_id='mhubert25') if where == 'hifigan25' else {}
-                return cls(*read_hifigan(path, config), device)
-            return cls(config, load_file(path), device)
+                tensors, config = read_hifigan(path, config)
+            else:
+                tensors = load_file(path)
+            if config.get('kind') not in VOICES:
+                raise ValueError(f'vocoders of kind {config.get("kind")!r} are not supported')
+            kind, name = VOICES[config['kind']]
+            if len(tensors[name]) != config['n_units']:
+                raise ValueError('its .json does not fit its tensors')
+            voice = kind(config, tensors, device)
+            voice.decode([0])  # all tensors are there, and their shapes fit
+        return voice
 
     def save_pretrained(self, folder):
         """Write vocoder.json and vocoder.safetensors."""
-        write_part(folder, 'vocoder', self.config, self.voice.state_dict())
+        write_part(folder, 'vocoder', self.config, self.tensors)
 
     def check(self, units):
-        """(n,) long on the CPU. Raises InputError for units of another encoder."""
+        """(n,) long on the device. Raises InputError for units of another encoder."""
         units = torch.as_tensor(units, dtype=torch.long, device='cpu')
         if len(units) and not 0 <= int(units.min()) <= int(units.max()) < self.n_units:
             raise InputError(f'unit {int(units.max())}: this vocoder has {self.n_units} units')
-        return units
+        return units.to(self.device)
 
     @torch.inference_mode()
     def durations(self, units):
         """De-duplicated units (n,) -> frames of each (n,), at least 1, on the CPU."""
-        return self.voice.predict_durations(self.check(units).to(self.device)).cpu()
+        return self.predict_durations(self.check(units)).cpu()
 
     @torch.inference_mode()
     def decode(self, units, durations=None, speaker=0, style=0):
@@ -1638,15 +1498,95 @@ class UnitVocoder:
         Raises InputError for units, speakers or styles that this vocoder does not have.
         """
         durations = self.durations(units) if durations is None else torch.as_tensor(durations)
-        frames = self.check(units).repeat_interleave(durations.cpu()).to(self.device)
+        frames = self.check(units).repeat_interleave(durations.to(self.device))
         if not len(frames):
             return torch.zeros(0)
-        wave = self.voice(frames, speaker, style)
+        wave = self.synthesize(frames, speaker, style)
         return finish_wave(wave[: round(len(frames) * self.sample_rate / self.frame_rate)]).cpu()
 
 
+class TableVoice(UnitVocoder):
+    """The offline voice: the mean log-mel spectra of each unit, made into a wave by Griffin-Lim.
+
+    Tensors: mel (n_units, 10 ms steps a frame, N_MELS), durations (n_units,) mean frames of a run.
+    """
+
+    def predict_durations(self, units):
+        """Each unit's mean, rounded so that sums stay within half a frame: the tempo is right."""
+        mean = self.tensors['durations'][units].clamp(min=1)
+        beyond = (mean - 1).double().cumsum(0).add(0.5).long()
+        return 1 + torch.diff(beyond, prepend=beyond.new_zeros(1))
+
+    def synthesize(self, frames, speaker, style):
+        """Units (frames,), one a frame -> (frames * 640,) samples at 25 Hz. It has one voice."""
+        # (10 ms steps, N_MELS), on the CPU: the same wave everywhere
+        mel = self.tensors['mel'][frames].flatten(0, 1).cpu()
+        mel = torch.cat((mel[:1], mel, mel[-1:])).T  # one step more on each side
+        # an FFT bin has the energy of the bands around it, and none at 0 and 8 kHz
+        filters = mel_filters()
+        spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)
+        magnitude = torch.exp(0.5 * spread @ (mel - filters.sum(0).log()[:, None]))
+        magnitude[[0, 1, -1]] = 0
+        invert = transform('GriffinLim', N_FFT, 32, WINDOW, HOP, power=1, rand_init=False)
+        # our steps are centred on their 10 ms, torchaudio's windows on multiples of 10 ms
+        return invert(magnitude)[HOP // 2 :][: (mel.shape[1] - 2) * HOP]
+
+
+class HifiGan(UnitVocoder):
+    """The unit HiFi-GAN with its duration predictor (Polyak et al. 2021), a function of tensors
+    named as in fairseq. config: its JSON. Speakers, styles and durations are optional."""
+
+    def convolve(self, x, name, dilation=1):
+        """(C, T) -> (C', T)."""
+        weight, bias = (self.tensors[f'{name}.{what}'] for what in ('weight', 'bias'))
+        padding = (weight.shape[-1] - 1) * dilation // 2
+        return F.conv1d(x, weight, bias, padding=padding, dilation=dilation)
+
+    def predict_durations(self, units):
+        """exp(prediction) - 1 rounded, at least 1; 1 where there is no predictor."""
+        net = {k[14:]: v for k, v in self.tensors.items() if k.startswith('dur_predictor.')}
+        if not net or not len(units):
+            return torch.ones_like(units)
+        x = self.tensors['dict.weight'][units]  # (n, C)
+        for i in (1, 2):
+            x = F.relu(self.convolve(x.T, f'dur_predictor.conv{i}.0')).T
+            x = F.layer_norm(x, x.shape[1:], net[f'ln{i}.weight'], net[f'ln{i}.bias'])
+        x = F.linear(x, net['proj.weight'], net['proj.bias'])[:, 0]
+        return (x.exp() - 1).round().clamp(min=1).long()
+
+    def synthesize(self, frames, speaker, style):
+        """Units (frames,), one a frame -> (frames * hop,) samples in [-1, 1]."""
+        parts = [self.tensors['dict.weight'][frames]]
+        for name, row in (('spkr', speaker), ('style', style)):
+            table = self.tensors.get(name + '.weight', ())
+            if len(table) and not 0 <= row < len(table):
+                raise InputError(f'{name} {row} is not among the {len(table)} of this vocoder')
+            parts += [table[row].expand(len(frames), -1)] if len(table) else []
+        x = self.convolve(torch.cat(parts, dim=1).T, 'conv_pre')  # (C, frames)
+
+        # each upsampling is followed by residual blocks of several widths, of which the mean counts
+        widths = self.config['resblock_dilation_sizes']
+        for i, rate in enumerate(self.config['upsample_rates']):
+            weight, bias = (self.tensors[f'ups.{i}.{what}'] for what in ('weight', 'bias'))
+            padding = (weight.shape[-1] - rate) // 2
+            x = F.conv_transpose1d(F.leaky_relu(x, 0.1), weight, bias, rate, padding)
+            total = 0
+            for j, dilations in enumerate(widths):
+                y, block = x, f'resblocks.{i * len(widths) + j}'
+                for k, dilation in enumerate(dilations):
+                    z = self.convolve(F.leaky_relu(y, 0.1), f'{block}.convs1.{k}', dilation)
+                    y = y + self.convolve(F.leaky_relu(z, 0.1), f'{block}.convs2.{k}')
+                total = total + y
+            x = total / len(widths)
+        return torch.tanh(self.convolve(F.leaky_relu(x), 'conv_post'))[0]  # here the slope is 0.01
+
+
+# by `kind` in vocoder.json: the class, and a tensor with a row a unit
+VOICES = dict(table=(TableVoice, 'mel'), hifigan=(HifiGan, 'dict.weight'))
+
+
 def read_hifigan(path, config):
-    """The config and the tensors of a unit HiFi-GAN's generator, its weight norm folded."""
+    """The tensors of a unit HiFi-GAN's generator, its weight norm folded, and its config."""
     state = torch.load(path, map_location='cpu', weights_only=True)['generator']
     tensors = {name: tensor.float() for name, tensor in state.items()}
     for name in [name[:-2] for name in tensors if name.endswith('.weight_g')]:
@@ -1654,7 +1594,7 @@ def read_hifigan(path, config):
         tensors[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))  # w = g v / |v|
     rate = config.get('sampling_rate', SAMPLE_RATE)
     known = dict(kind='hifigan', n_units=len(tensors['dict.weight']), sample_rate=rate)
-    return config | known | dict(frame_rate=rate / math.prod(config['upsample_rates'])), tensors
+    return tensors, config | known | dict(frame_rate=rate / math.prod(config['upsample_rates']))
 
 
 class UnitTable:
@@ -1687,7 +1627,7 @@ class UnitTable:
         config = dict(kind='table', n_units=self.n_units, frame_rate=self.frame_rate)
         config |= dict(sample_rate=SAMPLE_RATE, encoder_id=encoder_id)
         mel = mel.float().view(self.n_units, self.steps, N_MELS)
-        return UnitVocoder(config, dict(mel=mel, durations=durations))
+        return TableVoice(config, dict(mel=mel, durations=durations))
 
 
 # -----------------------------------------------------------------------------
@@ -1695,14 +1635,12 @@ class UnitTable:
 
 AUDIO_EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aiff', '.aif', '.aifc')
 AUDIO_EXTENSIONS += ('.au', '.sph', '.caf', '.w64')
-UNREADABLE_EXTENSIONS = ('.m4a', '.mp4', '.aac', '.wma', '.amr', '.webm', '.mka', '.ape', '.wv')
 
 
-def find_audio(path, extensions=AUDIO_EXTENSIONS, ignored=None):
-    """The sound files below a folder, or [path] for a file: sorted, hidden ones left out.
+def find_audio(path, extensions=AUDIO_EXTENSIONS):
+    """The files of these kinds below a folder, or [path] for a file: sorted, without hidden ones.
 
-    ignored: a list that receives the files of UNREADABLE_EXTENSIONS, which libsndfile does not
-    read. Links are followed. Raises InputError where there is no such path or no such file in it.
+    Links are followed. Raises InputError where there is no such path or no such file in it.
     """
     if os.path.isfile(path):
         return [path]
@@ -1713,38 +1651,22 @@ def find_audio(path, extensions=AUDIO_EXTENSIONS, ignored=None):
             continue
         seen.add(os.path.realpath(folder))
         files += [os.path.join(folder, name) for name in names if not name.startswith('.')]
-    found = sorted(file for file in files if file.lower().endswith(extensions))
-    other = sorted(file for file in files if file.lower().endswith(UNREADABLE_EXTENSIONS))
-    if not found:
-        kinds = f'no file with {" ".join(extensions)} ({len(other)} that cannot be read)'
-        raise InputError(f'{path}: {kinds if seen else "no such file or folder"}')
-    if ignored is not None:
-        ignored += other
-    return found
+    if found := sorted(file for file in files if file.lower().endswith(extensions)):
+        return found
+    missing = f'no file with {" ".join(extensions)}' if seen else 'no such file or folder'
+    raise InputError(f'{path}: {missing}')
 
 
-def check_marks(row, where):
-    """Raises InputError naming `where` if a row's words or phones, should it have some, are not
+def check_marks(row):
+    """Raises InputError if a row's words or phones, should it have some, are not
     [[text, start in seconds, end in seconds], ...]."""
     for key in ('words', 'phones'):
-        marks = row.get(key) or []
-        for mark in marks if isinstance(marks, list) else [None]:
-            text, *times = mark if isinstance(mark, list) and len(mark) == 3 else [None]
-            seconds = [time for time in times if type(time) in (int, float) and 0 <= time < 1e6]
-            if not isinstance(text, str) or len(seconds) != 2:
-                raise InputError(f'{where}: `{key}` must be [[text, start s, end s], ...]')
-
-
-def open_hub(where):
-    """hub:NAME[:[CONFIG/]SPLIT] -> {its name with a split: streaming rows, audio as bytes}."""
-    with reading(where):
-        from datasets import load_dataset
-
-        name, _, part = where.removeprefix('hub:').partition(':')
-        config, slash, split = part.rpartition('/')
-        data = load_dataset(name, config or None, split=split or None, streaming=True)
-    data = {split: data} if split else data
-    return {f'hub:{name}:{config}{slash}{key}': rows.decode(False) for key, rows in data.items()}
+        try:
+            for text, start, end in row.get(key) or []:
+                if not isinstance(text, str) or not (0 <= start < 1e6 and 0 <= end < 1e6):
+                    raise ValueError
+        except (TypeError, ValueError):
+            raise InputError(f'`{key}` must be [[text, start s, end s], ...]') from None
 
 
 def parquet_files(where):
@@ -1753,29 +1675,93 @@ def parquet_files(where):
     where: a .parquet file, a folder of them, or hub:NAME[:[config/]split] for a data set of the
     Hugging Face hub, whose shards are called hub:NAME:split#3/64. Raises InputError.
     """
-    if not where.startswith('hub:'):
-        return find_audio(where, ('.parquet',))
-    if '#' in where:
-        return [where]
-    counts = {name: data.num_shards for name, data in open_hub(where).items()}
-    return [f'{name}#{i}/{counts[name]}' for name in counts for i in range(counts[name])]
+    return list(open_shards(where))
 
 
 def read_parquet(where):
     """Yields the rows of the shards of parquet_files(where), dicts of plain Python values, a few at
     a time. Audio stays dict(bytes=..., path=...), a null stays None. Raises InputError."""
-    for name in parquet_files(where):
-        if name.startswith('hub:'):
-            base, index, count = re.fullmatch(r'(.*)#(\d+)/(\d+)', name).groups()
-            [data] = open_hub(base).values()
-            with reading(name):
-                yield from data.shard(num_shards=int(count), index=int(index))
-            continue
-        import pyarrow.parquet
+    for name, rows in open_shards(where).items():
+        with reading(name):
+            yield from rows
 
-        with reading(name), pyarrow.parquet.ParquetFile(name) as file:
-            for batch in file.iter_batches(batch_size=16):
-                yield from batch.to_pylist()
+
+def open_shards(where):
+    """The shards of parquet_files(where) -> {name: its rows, which are read when asked for}."""
+    if not where.startswith('hub:'):
+        return {path: read_batches(path) for path in find_audio(where, ('.parquet',))}
+    with reading(where):
+        from datasets import load_dataset
+
+        name, split, wanted = re.fullmatch('hub:([^:#]+):?([^#]*)#?(.*)', where).groups()
+        config, slash, key = split.rpartition('/')
+        data = load_dataset(name, config or None, split=key or None, streaming=True)
+        data, shards = {key: data} if key else data, {}
+        for key, rows in data.items():
+            for shard in range(rows.num_shards):
+                place = f'{shard}/{rows.num_shards}'
+                if wanted in ('', place):
+                    part = rows.decode(False).shard(rows.num_shards, shard)  # audio as bytes
+                    shards[f'hub:{name}:{config}{slash}{key}#{place}'] = part
+        return shards
+
+
+def read_batches(path):
+    """Yields the rows of a local .parquet file."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=16):
+            yield from batch.to_pylist()
+
+
+def open_text(path, newline=None, at=0):
+    """A text file in UTF-8 or, with a byte order mark, UTF-16, opened to read from byte `at`."""
+    marks = {b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be', b'\xef\xbb\xbf': 'utf-8'}
+    file = open(path, 'rb')
+    head = file.read(3)
+    mark = next((mark for mark in marks if head.startswith(mark)), b'')
+    file.seek(max(at, len(mark)))
+    return io.TextIOWrapper(file, marks.get(mark, 'utf-8'), newline=newline)
+
+
+def read_lines(path, newline=None):
+    """Yields the lines of a text file. Raises InputError naming the line and the byte of a file
+    that open_text does not read."""
+    number = 0
+    with reading(path):
+        file = open_text(path, newline)
+    try:
+        for number, line in enumerate(file, 1):
+            if '\0' in line:  # as in UTF-16 without a mark
+                raise InputError(f'{path}, line {number}: byte 0x00: save it as UTF-8')
+            yield line
+    except UnicodeDecodeError as error:
+        byte = f'byte 0x{error.object[error.start]:02x}'
+        raise InputError(f'{path}, after line {number}: {byte}: save it as UTF-8') from None
+    finally:
+        file.close()
+
+
+def read_texts(path, text_field='text'):
+    """Yields the rows of .parquet, .jsonl or .csv as dicts; a document of any other text file is a
+    row of text_field, and ends at <|endoftext|> or, where there is none, at blank lines."""
+    if path.startswith('hub:') or path.endswith('.parquet') or os.path.isdir(path):
+        yield from read_parquet(path)
+    elif path.endswith('.jsonl'):
+        yield from (row for _, row in read_jsonl(path))
+    elif path.endswith('.csv'):
+        csv.field_size_limit(1 << 30)
+        with reading(path):
+            yield from csv.DictReader(read_lines(path, ''), restkey='more cells than columns')
+    else:
+        marked = any(MARK in line for line in read_lines(path))
+        lines, rest = read_lines(path), ''
+        while block := ''.join(islice(lines, 10_000)):
+            *whole, rest = re.split(re.escape(MARK) if marked else r'\n\s*\n', rest + block)
+            yield from ({text_field: document} for document in whole if document.strip())
+        if rest.strip():
+            yield {text_field: rest}
 
 
 # -----------------------------------------------------------------------------
@@ -1826,18 +1812,16 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """Yield (line number from 1, object) of a file of JSON lines; empty lines are skipped.
+    """Yields (line number from 1, object) of a file of JSON lines; empty lines are skipped.
 
     NaN and Infinity, which are not JSON, are read as None. Raises InputError naming the line.
     """
-    with reading(path), open(path, 'rb') as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
             with reading(f'{path}, line {number}'):
                 row = json.loads(line, parse_constant=lambda name: None)
-            if not isinstance(row, dict):
-                raise InputError(f'{path}, line {number}: expected a JSON object {{...}}')
+                if not isinstance(row, dict):
+                    raise InputError('expected a JSON object {...}')
             yield number, row
 
 
@@ -1889,18 +1873,19 @@ def split_of(name, default=None):
     default: returned for a name that is none of these, such as a folder's. None: raises InputError.
     """
     match = re.fullmatch(r'([a-z]+)([-_.:/\[\d].*)?', str(name).strip().lower())
-    if match and match[1] in SPLITS:
-        return SPLITS[match[1]]
-    if default is None:
-        raise InputError(
-            f'split {name!r} is not known: use one of {", ".join(SPLITS)}, also as in train-100'
-        )
-    return default
+    split = SPLITS.get(match and match[1], default)
+    if split is None:
+        known = ', '.join(SPLITS)
+        raise InputError(f'split {name!r} is not known: use one of {known}, also as in train-100')
+    return split
+
+
+MARK = '<|endoftext|>'  # between the documents of a text
 
 
 def split_documents(text):
-    """The documents of a text, parted by <|endoftext|> wherever it stands; empty ones left out."""
-    return [part.strip() for part in text.split('<|endoftext|>') if part.strip()]
+    """The documents of a text, parted by MARK wherever it stands; empty ones left out."""
+    return [part.strip() for part in text.split(MARK) if part.strip()]
 
 
 def check_encoder_ids(parts):
@@ -1933,16 +1918,12 @@ def pack_rows(lengths, width):
     The longest goes first, each into the fullest row that still takes it. A length over `width`
     has a row of its own. Deterministic: equal lengths keep their order.
     """
-    rows = []
-    free = []  # (room, row), sorted by room
+    rows, free = [], []  # free: (room, row), sorted by room
     for i in sorted(range(len(lengths)), key=lambda i: -int(lengths[i])):
         length = int(lengths[i])
         at = bisect_left(free, (length, -1))
-        if at == len(free):
-            rows.append([])
-            room, row = width, len(rows) - 1
-        else:
-            room, row = free.pop(at)
+        room, row = free.pop(at) if at < len(free) else (width, len(rows))
+        rows += [[]] * (row == len(rows))
         rows[row].append(i)
         insort(free, (room - length, row))
     return rows
@@ -1952,14 +1933,12 @@ def start_worker(threads=1):
     """Initializer of worker processes: Ctrl-C is left to the parent, and a worker ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    parent = os.getppid()
 
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.2)
+    def end_with_parent():
+        multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def log(text, rank=0):
@@ -2025,26 +2004,21 @@ def catch_signals(rank):
 
     def catch(number, frame):
         caught.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         if rank == 0:  # no print: it may be what was interrupted
             os.write(2, b'\nstopping after this step, which is saved; press again to end at once\n')
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, catch)
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
     return caught
 
 
 def start_tracker(name, config):
     """A run of the package `name`, wandb or trackio, whose `log` takes records; '': None."""
-    if not name:
-        return None
-    if name not in ('wandb', 'trackio'):
+    if name not in ('', 'wandb', 'trackio'):
         raise InputError(f'tracker {name!r} is not known: use wandb or trackio')
-    try:
-        return importlib.import_module(name).init(project='slam', config=config)
-    except ImportError:
-        raise InputError(f'{name} is not installed: pip install {name}') from None
+    with reading(f'tracker {name}'):
+        return importlib.import_module(name).init(project='slam', config=config) if name else None
 
 
 def open_log(out_dir, step, rank=0):
@@ -2061,9 +2035,8 @@ def open_log(out_dir, step, rank=0):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(
-            f'another process is training in {out_dir}: wait for it, or choose another --out_dir'
-        ) from None
+        reason = f'another process is training in {out_dir}: wait for it'
+        raise InputError(f'{reason}, or choose another --out_dir') from None
     except OSError:
         pass  # a file system without locks
     file.seek(0)
@@ -2087,14 +2060,13 @@ def load_run(out_dir, fresh, config, free):
         return fresh
     with reading(path):
         state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    if not isinstance(state, dict) or {*fresh, 'config'} - set(state):
-        raise InputError(f'{path} is not of this version: --resume=False starts over')
-    for knob in sorted(set(state['config']) & set(config) - set(free)):
-        if state['config'][knob] != config[knob]:
-            raise InputError(
-                f'{out_dir} is a run with {knob}={state["config"][knob]!r}, not {config[knob]!r}: '
-                'choose another --out_dir, or --resume=False to start over'
-            )
+        if {*fresh, 'config'} - set(state):
+            raise ValueError('it is of another version: --resume=False starts over')
+    before, other = state['config'], 'choose another --out_dir, or --resume=False to start over'
+    for knob in sorted(before.keys() & config.keys() - set(free)):
+        if before[knob] != config[knob]:
+            known = f'{out_dir} is a run with {knob}={before[knob]!r}, not {config[knob]!r}'
+            raise InputError(f'{known}: {other}')
     return state
 
 
@@ -2106,8 +2078,7 @@ def save_run(folder, model, slam, state):
         with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
-        # for a full disk torch.save raises a RuntimeError whose cause is the OSError
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        # for a full disk torch.save raises a RuntimeError in place of the OSError
+        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
             raise
-        raise InputError(f'cannot write {folder} ({cause}): the last checkpoint is kept') from None
+        raise InputError(f'cannot write {folder} ({error}): the last checkpoint is kept') from None

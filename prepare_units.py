@@ -13,14 +13,15 @@ A row of manifest.jsonl, which stands for its folder, is an utterance (`path`) o
 `end`, or `offset` and `duration`. A .json file with `voice_activity` beside a sound file cuts it
 (Libri-Light). Folders called dev-clean, validation and so on validate; test sets are left out.
 
-Pairs go to pairs.jsonl, all else to units.jsonl, train.bin and val.bin: <S>, de-duplicated units
-+ 2, <S> for each utterance. failed.jsonl lists what is left out, and doubtful sound. The work is a
-list of parts, files below parts/. The last process to finish merges them. So a killed run continues
-where it stopped, and workers and shards change no byte.
+Written are units.jsonl, pairs.jsonl, failed.jsonl (what is left out, and doubtful sound), and
+train.bin and val.bin: <S>, de-duplicated units + 2, <S> for each utterance. The work is a list of
+parts, files below parts/, which the last process to finish merges: a killed run continues where it
+stopped, and workers and shards change no byte.
 """
 
 from config import configure
 
+import contextlib
 import glob
 import hashlib
 import io
@@ -30,7 +31,6 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import threading
 import time
 from collections import Counter
@@ -43,36 +43,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (
-    AUDIO_EXTENSIONS,
-    BOS,
-    EOS,
-    OFFSET,
-    PARTS,
-    SAMPLE_RATE,
-    UNREADABLE_EXTENSIONS,
-    InputError,
-    UnitEncoder,
-    UnitTable,
-    check_encoder_ids,
-    check_marks,
-    content_hash,
-    dedup,
-    find_audio,
-    find_checkpoint,
-    load_audio,
-    log,
-    parquet_files,
-    read_json,
-    read_jsonl,
-    read_parquet,
-    read_tokenizer,
-    reading,
-    split_documents,
-    split_of,
-    start_worker,
-    write_atomic,
-)
+import model as M
+from model import SAMPLE_RATE, InputError, UnitEncoder, read_json, read_jsonl, reading, write_atomic
 
 # -----------------------------------------------------------------------------
 audio = ''  # files, folders, manifest.jsonl, .parquet, hub:owner/name[:split], globs; with commas
@@ -106,7 +78,8 @@ WHOLE = (0.0, math.inf)  # seconds of a recording
 PAIR = ('prompt', 'chosen', 'rejected')
 OTHER_NAMES = dict(speaker='voice', raw_text='text')  # theirs: ours
 # what libsndfile does not read is found too, and fails, so that it is counted
-WANTED = (*AUDIO_EXTENSIONS, *UNREADABLE_EXTENSIONS, '.tar', '.tar.gz', '.zip', '.parquet')
+UNREADABLE = '.m4a .mp4 .aac .wma .amr .webm .mka .ape .wv .tar .tar.gz .zip'.split()
+WANTED = (*M.AUDIO_EXTENSIONS, *UNREADABLE, '.parquet', '/manifest.jsonl')
 # fields of a row that say how it is read; what meta.json says of units; settings that change them
 READ = ('path', 'sounds', 'spans', 'split', 'start', 'end', 'offset', 'duration', 'units')
 ORIGIN = ('encoder', 'vocoder', 'n_units', 'frame_rate', 'encoder_id')
@@ -151,20 +124,20 @@ def find_items():
 def list_items(path, root):
     """Yields the items of a file, a folder or a data set of the hub, in a fixed order."""
     if os.path.isdir(path):
-        found = find_audio(path, (*WANTED, '/manifest.jsonl'))
+        found = M.find_audio(path, WANTED)
         covered = tuple(f'{os.path.dirname(name)}/' for name in found if name.endswith('.jsonl'))
         for name in found:
             if not name.removesuffix('/manifest.jsonl').startswith(covered):
                 yield from list_items(name, root)
     elif path.endswith('.jsonl'):
-        at = 0
-        with open(path, 'rb') as file:
+        with reading(path), M.open_text(path, newline='') as file:
+            at = file.buffer.tell()
             for number, line in enumerate(file, 1):
                 row = parse_row(line, path, number)
                 yield Item(path, root, at, row['split'] or split_by_folder(row['path'], root))
-                at += len(line)
+                at += len(line.encode(file.encoding))
     else:
-        for name in parquet_files(path) if is_shards(path) else [path]:
+        for name in M.parquet_files(path) if is_shards(path) else [path]:
             yield Item(name, root, 0, split_by_folder(name, root))
 
 
@@ -183,8 +156,8 @@ def parse_row(line, manifest, number='?'):
             end = math.inf if row.get('duration') is None else start + row['duration']
         if not 0 <= start < end or (len(sounds) > 1 and (start, end) != WHOLE):
             raise ValueError('expected 0 <= start < end, and neither in a preference pair')
-        check_marks(row, 'its times')
-        row['split'] = row.get('split') and split_of(row['split'])
+        M.check_marks(row)
+        row['split'] = row.get('split') and M.split_of(row['split'])
         return row | dict(path=sounds[0], sounds=sounds, spans=[(start, end)])
 
 
@@ -192,7 +165,7 @@ def split_by_folder(path, root=''):
     """'test' or 'val' where a folder below root, or the name of a parquet file, says so (dev-clean,
     TEST, test-00000-of-00001.parquet), else ''."""
     *folders, name = re.split('[/:#]', path.removeprefix(root))
-    splits = {split_of(part, '') for part in (*folders, *[name] * is_shards(path))}
+    splits = {M.split_of(part, '') for part in (*folders, *[name] * is_shards(path))}
     return 'test' if 'test' in splits else 'val' if 'val' in splits else ''
 
 
@@ -206,15 +179,14 @@ def fingerprint(path):
     """A hash of the content of a file, or of the files of a folder: of each the length and 64 KiB
     at its beginning, middle and end, which is all of a small file. Else: the name itself."""
     parts = []
-    folder = sorted(glob.glob(f'{glob.escape(path)}/*')) if os.path.isdir(path) else []
-    for name in folder or [path]:
+    for name in sorted(glob.glob(f'{glob.escape(path)}/*')) if os.path.isdir(path) else [path]:
         if os.path.isfile(name):
             with open(name, 'rb') as file:
                 size = os.fstat(file.fileno()).st_size
                 for at in (0, size // 2, size - (1 << 16)):
                     file.seek(max(0, at))
                     parts += [size, file.read(1 << 16)]
-    return content_hash(*parts)[:16] if parts else path
+    return M.content_hash(*parts)[:16] if parts else path
 
 
 def hash_items(items):
@@ -225,7 +197,7 @@ def hash_items(items):
         for row in shards if is_shards(item.path) else rows_of(item):
             files = [(path.removeprefix(item.root), fingerprint(path)) for path in row['sounds']]
             found.append(row | dict(path='', sounds=files, split=item.split))
-    return content_hash(found)
+    return M.content_hash(found)
 
 
 # -----------------------------------------------------------------------------
@@ -237,11 +209,10 @@ def rows_of(item):
     sounds (paths or open files: one, or three), spans to be joined [(start s, end s), ...]."""
     activity = os.path.splitext(item.path)[0] + '.json'
     if item.path.endswith('.jsonl'):
-        with open(item.path, 'rb') as file:
-            file.seek(item.at)
+        with M.open_text(item.path, at=item.at) as file:
             yield parse_row(file.readline(), item.path)
     elif is_shards(item.path):
-        for number, row in enumerate(read_parquet(item.path)):
+        for number, row in enumerate(M.read_parquet(item.path)):
             # audio is bytes in the columns of PAIR, or in one column; a null row has no sounds
             columns = [key for key in row if isinstance(row[key], dict) and 'bytes' in row[key]]
             keys = [key for key in (PAIR if row.keys() >= set(PAIR) else columns) if row[key]]
@@ -250,11 +221,11 @@ def rows_of(item):
             name = f'{item.path.removesuffix(".parquet")}/{number:05d}'
             yield known | dict(path=name, sounds=sounds, spans=[WHOLE])
     else:
-        found = []
+        content = {}
         if os.path.exists(activity):
-            with reading(activity), open(activity, encoding='utf-8') as file:
+            with reading(activity), M.open_text(activity) as file:
                 content = json.load(file)
-                found = content['voice_activity'] if 'voice_activity' in content else []
+        found = content['voice_activity'] if 'voice_activity' in content else []
         for spans in join_activity(found or [WHOLE]):
             yield dict(path=item.path, sounds=[item.path], spans=spans)
 
@@ -285,11 +256,8 @@ def read_item(item):
         for row in rows_of(item) if item.split != 'test' else [item._asdict()]:
             name = row['path'].removeprefix(item.root)
             try:
-                split = split_of(row.get('split') or item.split or split_by_hash(name))
-                if split == 'test':
-                    yield make_note('of test sets left out', name), []
-                    continue
-                row, waves, doubts = read_waves(row)
+                split = M.split_of(row.get('split') or item.split or split_by_hash(name))
+                row, waves, doubts = ({}, [], []) if split == 'test' else read_waves(row)
             except expected as error:
                 yield make_note('failed', name, error), []
                 continue
@@ -313,7 +281,7 @@ def read_waves(row):
         pieces = []
         for start, end in spans:
             length = None if end == math.inf else end - start
-            pieces.append(load_audio(sound, SAMPLE_RATE, start, length, partial, notes))
+            pieces.append(M.load_audio(sound, SAMPLE_RATE, start, length, partial, notes))
         waves.append(torch.cat(pieces).numpy())
     if len(sounds) == len(PAIR):
         halves = {part: dict(text=row.get(f'{part}_text') or '') for part in PAIR}
@@ -359,53 +327,51 @@ def crop_marks(row, start, seconds, short):
 # -----------------------------------------------------------------------------
 # Encoding. Processes compute MFCCs; threads read for a net, which takes one utterance at a time
 
-NET = threading.Lock()
-forked_work = None  # a function that the forked processes inherit: closures cannot be pickled
+LOCK = threading.Lock()
+net = None  # the encoder, which forked processes inherit
 
 
-def call_forked(task):
-    return forked_work(task)
-
-
-def in_parallel(work, tasks, net):
-    """Yields work(task) for each task, in order, computed by some workers. After Ctrl-C they finish
-    the tasks that they have begun."""
-    global forked_work
+def in_parallel(work, tasks):
+    """Yields work(task) for each task, in order, computed by some workers. work: a function of this
+    file, also a partial one. After Ctrl-C they finish the tasks that they have begun."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     count = workers or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
     if net.net:
-        pool, call = ThreadPoolExecutor(count), work
+        pool = ThreadPoolExecutor(count)
     else:
-        context, call, forked_work = multiprocessing.get_context('fork'), call_forked, work
-        pool = ProcessPoolExecutor(count, context, initializer=start_worker)
+        context = multiprocessing.get_context('fork')
+        pool = ProcessPoolExecutor(count, context, initializer=M.start_worker)
     with pool:
-        yield from pool.map(call, tasks)
+        yield from pool.map(work, tasks)
 
 
-def draw_speech(items, seconds, net, compute):
-    """Yields compute(wave) of training speech, `seconds` in all, drawn evenly from all items in an
-    order that depends on the seed alone. Raises InputError where there is none."""
+def read_speech(share, voice, item):
+    """The training speech among the first `share` samples of an item -> [(seconds, wave, units)]
+    for a voice, [(seconds, None, features)] for k-means."""
+    found = []
+    for row, waves in read_item(item):
+        for wave in waves if share and row.get('split') == 'train' else []:
+            wave = wave[:share]
+            share -= len(wave)
+            with LOCK:
+                made = net.encode(wave) if voice else net.features(wave).cpu()
+            found.append((len(wave) / SAMPLE_RATE, wave if voice else None, made.numpy()))
+        if not share:
+            break
+    return found
+
+
+def draw_speech(items, seconds, voice=False):
+    """Yields what read_speech makes of training speech, `seconds` in all, drawn evenly from all
+    items in an order that depends on the seed alone. Raises InputError where there is none."""
     items = [item for item in items if item.split in ('', 'train')]
     # few are shorter than half a second. Of many the beginnings are enough; of few, more is read
     items = random.Random(seed).sample(items, min(len(items), round(2 * seconds)))
     share = round(SAMPLE_RATE * max(DRAWN_SECONDS, 2 * seconds / max(1, len(items))))
-
-    def read(item):
-        found, left = [], share
-        for row, waves in read_item(item):
-            for wave in waves if row.get('split') == 'train' and left else []:
-                wave = wave[:left]
-                left -= len(wave)
-                with NET:
-                    found.append((len(wave) / SAMPLE_RATE, compute(wave)))
-            if not left:
-                break
-        return found
-
-    drawn = 0.0
-    for found in tqdm(in_parallel(read, items, net), 'drawing speech to fit on', leave=False):
-        for length, result in found:
-            yield result
+    work, drawn = in_parallel(partial(read_speech, share, voice), items), 0.0
+    for found in tqdm(work, 'drawing speech to fit on', leave=False):
+        for length, wave, made in found:
+            yield wave, made
             drawn += length
         if drawn >= seconds:
             return
@@ -413,53 +379,38 @@ def draw_speech(items, seconds, net, compute):
         raise InputError('no training speech to fit on: no file drawn can be read')
 
 
-def cluster(frames, k):
-    """k-means of (frames, D): centroids (k, D), and the mean squared distance to the nearest. The
-    same for any number of threads. Raises InputError for too few frames, or nothing but silence."""
-    from sklearn.cluster import MiniBatchKMeans
-
-    fitted = MiniBatchKMeans(k, batch_size=10_000, n_init=3, random_state=seed)
-    with reading('the speech to fit on'):  # too few frames
-        fitted.fit(frames.numpy())
-    if not fitted.inertia_ > 0:
-        raise InputError('the speech to fit on is silent, or no two of its sounds differ')
-    return torch.from_numpy(fitted.cluster_centers_).float(), fitted.inertia_ / len(frames)
-
-
 def prepare_encoder(items, recipe, part):
-    """-> (encoder, its name), its clusters fitted if asked. One that is not public is saved in
+    """Load `net`, its clusters fitted if asked -> its name. One that is not public is saved in
     --out by shard 0, for which the others wait."""
+    global net
     name, folder = encoder or 'mhubert25', os.path.join(out, 'encoder')
     made = os.path.join(folder, 'encoder.json')  # of its files the last to be written
     public = layer is None and not (fit_kmeans or kmeans or os.path.isdir(encoder))
     if public or (part == 0 and not os.path.exists(made)):
         net = UnitEncoder.from_pretrained(name, layer, '' if fit_kmeans else kmeans or None, device)
         if fit_kmeans:
-            seconds = fit_frames / net.frame_rate
-            drawn = draw_speech(items, seconds, net, lambda wave: net.features(wave).cpu().numpy())
-            frames = torch.from_numpy(np.concatenate(list(drawn))[:fit_frames])
-            centroids, distortion = cluster(frames, fit_kmeans)
-            net.centroids = centroids.to(net.device)
-            net.config |= dict(distortion=distortion, vocoder='vocoder')
+            drawn = draw_speech(items, fit_frames / net.frame_rate)
+            frames = np.concatenate([features for _, features in drawn])[:fit_frames]
+            net.fit(torch.from_numpy(frames), fit_kmeans, seed)
         elif not net.n_units:
             raise InputError(f'{name} has no k-means: give --fit_kmeans=N or --kmeans=FILE')
         if public:
-            return net, name
+            return name
         net.config['fitted'] = recipe
         net.save_pretrained(folder)
     while not os.path.exists(made):
         time.sleep(1)
     check_settings(recipe)
-    return UnitEncoder.from_pretrained(folder, device=device), 'encoder'
+    net = UnitEncoder.from_pretrained(folder, device=device)
+    return 'encoder'
 
 
-def prepare_vocoder(items, net, name):
+def prepare_vocoder(items, name):
     """The voice that goes with the units, fitted here or that of the encoder -> its name."""
     folder = os.path.join(out, 'vocoder')
     if fit_vocoder and not os.path.exists(os.path.join(folder, 'vocoder.json')):
-        table = UnitTable(net.n_units, net.frame_rate)
-        drawn = draw_speech(items, VOICE_SECONDS, net, lambda w: (w, net.encode(w).numpy()))
-        for wave, units in drawn:
+        table = M.UnitTable(net.n_units, net.frame_rate)
+        for wave, units in draw_speech(items, VOICE_SECONDS, voice=True):
             table.add(wave, units)
         table.finish(net.encoder_id).save_pretrained(folder)
     if os.path.exists(os.path.join(folder, 'vocoder.json')):
@@ -467,13 +418,14 @@ def prepare_vocoder(items, net, name):
     return net.vocoder if name != 'encoder' or os.path.isdir(net.vocoder or '') else None
 
 
-def encode_part(path, items, net):
-    """Write the rows and notes of some items, a part, to `path`."""
+def encode_part(task):
+    """Write the rows and notes of the items of a task (path, items), a part, to its path."""
+    path, items = task
     with write_atomic(path, 'wb') as file:
         for row, waves in chain.from_iterable(map(read_item, items)):
             for wave, half in zip(waves, halves_of(row), strict=False):
-                with NET:
-                    units, durations = dedup(net.encode(wave))
+                with LOCK:
+                    units, durations = M.dedup(net.encode(wave))
                 half |= dict(units=units.tolist(), duration=durations.tolist())
             file.write(to_line(row))
 
@@ -511,17 +463,17 @@ def rows_of_units(path):
             for half in halves_of(row):
                 if half.get('units') is None:
                     half['units'] = [int(u) for u in re.findall(r'<Un(\d+)>', half['audio_repr'])]
-                (units, runs), n = dedup(half['units']), len(half['units'])
+                (units, runs), n = M.dedup(half['units']), len(half['units'])
                 duration = half.get('duration') or [1] * n
                 if len(duration) != n or not all(type(u) is int and u >= 0 for u in half['units']):
                     raise ValueError('expected `units`, numbers from 0, and a `duration` of each')
                 # runs of equal units become one
                 duration = [int(sum(part)) for part in np.split(duration, np.cumsum(runs)[:-1])]
                 half |= dict(units=units.tolist(), duration=duration)
-            check_marks(row, 'its times')
+            M.check_marks(row)
             name = row.setdefault('file_name', f'{os.path.basename(path)}:{number}')
             split = row.get('split') or split_by_folder(name) or split_by_hash(name)
-            row['split'] = split_of(split)
+            row['split'] = M.split_of(split)
         yield row
 
 
@@ -530,12 +482,11 @@ def describe_units(paths):
     knobs. Raises InputError where that is not known, or the files do not belong together."""
     origins = {}
     for path in paths:
-        folder = os.path.dirname(path)
+        folder, about = os.path.dirname(path), os.path.join(encoder, 'encoder.json')
         if os.path.exists(os.path.join(folder, 'meta.json')):
             meta = read_json(os.path.join(folder, 'meta.json'))
-            meta |= {part: os.path.join(folder, part) for part in PARTS if meta.get(part) == part}
+            meta |= {part: os.path.join(folder, part) for part in M.PARTS if meta.get(part) == part}
         else:
-            about = os.path.join(encoder, 'encoder.json')
             name = read_json(about).get('encoder_id') if os.path.isdir(encoder) else encoder
             meta = dict(encoder=encoder or None, encoder_id=name or None, n_units=n_units)
             meta |= dict(frame_rate=frame_rate, vocoder={'mhubert25': 'hifigan25'}.get(encoder))
@@ -543,12 +494,14 @@ def describe_units(paths):
             raise InputError(f'{path}: no meta.json beside it; give --n_units and --encoder')
         origins[path] = {key: meta.get(key) for key in ORIGIN}
     for key in ('encoder_id', 'n_units', 'frame_rate'):
-        check_encoder_ids({path: origin[key] for path, origin in origins.items()})
+        M.check_encoder_ids({path: origin[key] for path, origin in origins.items()})
     return max(origins.values(), key=lambda origin: bool(origin['encoder_id']))
 
 
-def write_tokens(folder, documents, dtype):
-    """Write train.bin and val.bin of (split, tokens) -> how many tokens and documents each has."""
+def write_tokens(folder, documents, meta):
+    """Write train.bin and val.bin of (split, tokens) -> meta with their type of number, and how
+    many tokens and documents each has."""
+    dtype = 'uint16' if meta['vocab_size'] <= 65_536 else 'uint32'
     tokens, count = dict(train=0, val=0), dict(train=0, val=0)
     train, val = (os.path.join(folder, f'{split}.bin') for split in tokens)
     with write_atomic(train, 'wb') as train, write_atomic(val, 'wb') as val:
@@ -556,16 +509,13 @@ def write_tokens(folder, documents, dtype):
             dict(train=train, val=val)[split].write(np.array(document, dtype).tobytes())
             tokens[split] += len(document)
             count[split] += 1
-    return dict(tokens=tokens, utterances=count)
+    return meta | dict(dtype=dtype, tokens=tokens, utterances=count)
 
 
 def pack(rows, origin, recipe):
     """Write units.jsonl, pairs.jsonl, failed.jsonl and the token files of rows, one at a time in
-    memory -> meta.json, and a line that says what there is and what was left out."""
-    size, seconds = origin['n_units'] + OFFSET, Counter(train=0.0, val=0.0)
-    meta = origin | dict(vocab_size=size, offset=OFFSET, dedup=True, recipe=recipe)
-    meta['dtype'] = 'uint16' if size <= 65_536 else 'uint32'
-    counts, examples = Counter(), {}
+    memory, and last meta.json -> a line that says what there is and what was left out."""
+    counts, seconds, examples = Counter(), Counter(train=0.0, val=0.0), {}
 
     def documents(files):
         for row in rows:
@@ -585,15 +535,16 @@ def pack(rows, origin, recipe):
             if kind == 'units':
                 length = row.get('seconds') or sum(row['duration']) / origin['frame_rate']
                 seconds[row['split']] += length
-                yield row['split'], [BOS, *np.add(row['units'], OFFSET), EOS]
+                yield row['split'], [M.BOS, *np.add(row['units'], M.OFFSET), M.EOS]
 
-    names = (os.path.join(out, f'{kind}.jsonl') for kind in ('units', 'pairs', 'failed'))
-    units, pairs, failed = (write_atomic(name, 'wb') for name in names)
-    with units as units, pairs as pairs, failed as failed:
-        files = dict(units=units, pairs=pairs, failed=failed)
-        meta |= write_tokens(out, documents(files), meta['dtype'])
-    meta['hours'] = {split: round(seconds[split] / 3600, 4) for split in seconds}
+    meta = origin | dict(vocab_size=origin['n_units'] + M.OFFSET, offset=M.OFFSET, dedup=True)
+    with contextlib.ExitStack() as stack:
+        paths = {kind: os.path.join(out, f'{kind}.jsonl') for kind in ('units', 'pairs', 'failed')}
+        files = {kind: stack.enter_context(write_atomic(paths[kind], 'wb')) for kind in paths}
+        meta = write_tokens(out, documents(files), meta | dict(recipe=recipe))
+
     n_tokens, hours = sum(meta['tokens'].values()), seconds.total() / 3600
+    meta['hours'] = {split: round(seconds[split] / 3600, 4) for split in seconds}
     meta['tokens_per_second'] = round((n_tokens - 2 * counts['units']) / max(seconds.total(), 1), 2)
     meta |= {kind: counts[kind] for kind in ('pairs', 'failed', 'doubtful')}
     meta['left_out'] = counts['of test sets left out']
@@ -603,7 +554,9 @@ def pack(rows, origin, recipe):
     summary += ['nothing to validate on'] * (not meta['tokens']['val'])
     if not counts['units'] + counts['pairs']:
         raise InputError(f'{out}: no units to pack; {", ".join(summary)}')
-    return meta, f'{out}: {", ".join(summary)}'
+    with write_atomic(os.path.join(out, 'meta.json')) as file:
+        json.dump(meta, file, indent=2)
+    return f'{out}: {", ".join(summary)}'
 
 
 # -----------------------------------------------------------------------------
@@ -619,11 +572,9 @@ def draw_spans(n_words, rng):
     speech = np.zeros(n_words, bool)
     while speech.sum() < SPEECH_SHARE * n_words:
         length = max(1, rng.poisson(SPAN_WORDS))
-        # how many words are speech before each; of a span and its neighbours none may be
-        before = np.concatenate(([0], np.cumsum(speech)))
-        starts = np.arange(1 - length, n_words)
-        left, right = (np.clip(x, 0, n_words) for x in (starts - 1, starts + length + 1))
-        starts = starts[before[left] == before[right]]
+        # how many words of each span and its neighbours are speech: none may be
+        taken = np.convolve(speech, np.ones(length + 2))[1:-1]
+        starts = np.flatnonzero(taken < 0.5) + 1 - length
         if not len(starts):
             break
         start = rng.choice(starts)
@@ -638,10 +589,11 @@ def interleave(row, speech, encode, meta):
     frames = np.repeat(row['units'], row['duration'])
     for span in np.split(np.arange(len(words)), np.flatnonzero(np.diff(speech)) + 1):
         if speech[span[0]]:
-            # the frames whose middles lie within the words
+            # the frames whose middles lie within the words; at least one, however short a word is
             times = words[span[0]][1], words[span[-1]][2]
             first, last = (max(0, math.ceil(time * meta['frame_rate'] - 0.5)) for time in times)
-            units, _ = dedup(frames[first:last])
+            first = min(first, len(frames) - 1)
+            units, _ = M.dedup(frames[first : max(last, first + 1)])
             tokens += [meta['vocab_size'] - 2, *(units + meta['offset']).tolist()]
         else:
             text = ' '.join(words[i][0] for i in span)
@@ -651,18 +603,10 @@ def interleave(row, speech, encode, meta):
 
 
 def documents_of(path):
-    """Yields the texts of a .jsonl or of parquet files, and the documents of a .txt file: between
-    <|endoftext|> if it has that, else blank lines. Raises InputError for rows without `text`."""
-    shards = is_shards(path) or os.path.isdir(path)
+    """Yields the documents of a source of texts. Raises InputError for rows without `text`."""
     with reading(path):
-        if shards or path.endswith('.jsonl'):
-            rows = read_parquet(path) if shards else (row for _, row in read_jsonl(path))
-            texts = (row['text'] or '' for row in rows)
-        else:
-            with open(path, encoding='utf-8-sig') as file:
-                text, mark = file.read(), '<|endoftext|>'
-            texts = [text if mark in text else re.sub(r'\n\s*\n', mark, text)]
-        yield from chain.from_iterable(map(split_documents, texts))
+        for row in M.read_texts(path):
+            yield from M.split_documents(row['text'] or '')
 
 
 def token_documents(kind, meta, encode):
@@ -690,38 +634,35 @@ def token_documents(kind, meta, encode):
 def write_text_sets():
     """The sets speech, text and interleaved beside out/units.jsonl, in the vocabulary of text_lm
     and after it the units, <speech> and <text>; and a copy of its tokenizer."""
-    folder = find_checkpoint(text_lm, tensors=False)
-    tokenizer, end, digest = read_tokenizer(folder)
-    os.makedirs(os.path.join(out, 'tokenizer'), exist_ok=True)
-    for name in ('tokenizer.json', 'tokenizer_config.json'):
-        shutil.copyfile(os.path.join(folder, name), os.path.join(out, 'tokenizer', name))
+    folder = M.find_checkpoint(text_lm, tensors=False)
+    tokenizer, end, digest = M.read_tokenizer(folder)
+    M.copy_part(folder, os.path.join(out, 'tokenizer'), 'tokenizer')
     meta = read_json(os.path.join(out, 'meta.json'))
     offset = read_json(os.path.join(folder, 'config.json'))['vocab_size']
     if offset < tokenizer.get_vocab_size():
         raise InputError(f'{folder}: vocab_size is {offset}, fewer than the tokenizer has')
-    size = offset + meta['n_units'] + 2
-    meta |= dict(vocab_size=size, offset=offset, end=end, text_lm=text_lm, tokenizer_sha256=digest)
-    meta['dtype'] = 'uint16' if size <= 65_536 else 'uint32'
+    meta |= dict(vocab_size=offset + meta['n_units'] + 2, offset=offset, end=end)
+    meta |= dict(text_lm=text_lm, tokenizer_sha256=digest)
     # one copy of encoder, vocoder and tokenizer for the three
-    meta |= {part: f'../{part}' for part in PARTS if os.path.isdir(os.path.join(out, part))}
+    meta |= {part: f'../{part}' for part in M.PARTS if os.path.isdir(os.path.join(out, part))}
 
     encode = partial(tokenizer.encode, add_special_tokens=False)
     for kind in ('speech', 'text', 'interleaved'):
-        documents = tqdm(token_documents(kind, meta, encode), kind)
-        found = meta | write_tokens(os.path.join(out, kind), documents, meta['dtype'])
-        with write_atomic(os.path.join(out, kind, 'meta.json')) as file:
+        place = os.path.join(out, kind)
+        found = write_tokens(place, tqdm(token_documents(kind, meta, encode), kind), meta)
+        with write_atomic(os.path.join(place, 'meta.json')) as file:
             json.dump(found, file, indent=2)
         n = found['tokens']['train']
         need = '' if n else '; rows of units.jsonl need text, and `words` with their times'
-        log(f'{out}/{kind}: {found["utterances"]["train"]:,} documents, {n:,} tokens{need}')
+        M.log(f'{place}: {found["utterances"]["train"]:,} documents, {n:,} tokens{need}')
 
 
 # -----------------------------------------------------------------------------
 
 
 def make_from_audio():
-    """Encode this process's share of the parts; the last process merges them all -> meta.json and
-    its summary, or None and a line that says what there is still to do."""
+    """Encode this process's share of the parts; the last process merges them all. Returns a line
+    that says what there is, or is still to do."""
     of_torchrun = f'{os.environ.get("RANK", 0)}/{os.environ.get("WORLD_SIZE", 1)}'
     part, of = map(int, (shard or of_torchrun).split('/'))
     if torch.cuda.is_available() and device == 'auto':
@@ -732,31 +673,30 @@ def make_from_audio():
     n = min(128, max(1, len(items) // 256))
     parts = [items[i : i + n] for i in range(0, len(items), n)]
     with ThreadPoolExecutor(16) as pool:
-        recipe = dict(inputs=content_hash(list(pool.map(hash_items, parts))))
+        recipe = dict(inputs=M.content_hash(list(pool.map(hash_items, parts))))
     recipe |= dict(encoder=fingerprint(encoder or 'mhubert25'), kmeans=fingerprint(kmeans))
     recipe |= {key: globals()[key] for key in RECIPE}
     check_settings(recipe)
     voice = os.path.exists(os.path.join(out, 'vocoder', 'vocoder.json'))
     if os.path.exists(os.path.join(out, 'meta.json')) and (voice or not fit_vocoder):
-        return None, f'{out}: everything is already there; nothing to do'
+        return f'{out}: everything is already there; nothing to do'
 
     # the encoder, then this process's parts that are not there
-    net, name = prepare_encoder(items, recipe, part)
-    place = os.path.join(out, 'parts', content_hash(recipe)[:8])  # other settings, other parts
+    name = prepare_encoder(items, recipe, part)
+    place = os.path.join(out, 'parts', M.content_hash(recipe)[:8])  # other settings, other parts
     paths = [os.path.join(place, f'{i:05d}.jsonl') for i in range(len(parts))]
     mine = list(zip(paths, parts, strict=True))[part::of]
     todo = [(path, items) for path, items in mine if not os.path.exists(path)]
-    work = in_parallel(lambda task: encode_part(*task, net), todo, net)
-    list(tqdm(work, 'encoding', len(todo), unit=' parts'))
+    list(tqdm(in_parallel(encode_part, todo), 'encoding', len(todo), unit=' parts'))
     missing = sum(not os.path.exists(path) for path in paths)
     if missing:
-        return None, f'{out}: shard {part} of {of} is done, {missing} of {len(parts)} parts missing'
+        return f'{out}: shard {part} of {of} is done, {missing} of {len(parts)} parts missing'
 
     # all parts are there: merge them; if two processes do, both write the same
     origin = dict(encoder=name, encoder_id=net.encoder_id, n_units=net.n_units)
+    origin |= dict(frame_rate=net.frame_rate, vocoder=prepare_vocoder(items, name))
     rows = (row for path in paths for _, row in read_jsonl(path))
-    meta, summary = pack(rows, origin | dict(frame_rate=net.frame_rate), recipe)
-    return meta | dict(files=len(items), vocoder=prepare_vocoder(items, net, name)), summary
+    return pack(rows, origin | dict(files=len(items)), recipe)
 
 
 if __name__ == '__main__':
@@ -766,12 +706,9 @@ if __name__ == '__main__':
         origin = describe_units(paths)
         recipe = dict(from_units=list(map(fingerprint, paths)), val_fraction=val_fraction) | origin
         check_settings(recipe)
-        meta, summary = pack(chain.from_iterable(map(rows_of_units, paths)), origin, recipe)
+        summary = pack(chain.from_iterable(map(rows_of_units, paths)), origin, recipe)
     else:
-        meta, summary = make_from_audio()
-    if meta:
-        with write_atomic(os.path.join(out, 'meta.json')) as file:
-            json.dump(meta, file, indent=2)
-    log(summary)
+        summary = make_from_audio()
+    M.log(summary)
     if text_lm and os.path.exists(os.path.join(out, 'meta.json')):
         write_text_sets()

@@ -145,7 +145,7 @@ def fit_parts(folder, waves, n_units):
     features = torch.cat([encoder.features(wave) for wave in waves])
     fitted = KMeans(n_units, n_init=1, random_state=0).fit(features.numpy())
     encoder.centroids = torch.from_numpy(fitted.cluster_centers_).float()
-    encoder.config['distortion'] = encoder.distance(features)
+    encoder.config['distortion'] = fitted.inertia_ / len(features)
     encoder.save_pretrained(folder / 'encoder')
     table = M.UnitTable(n_units, encoder.frame_rate)
     for wave in waves:

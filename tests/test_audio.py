@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
-import sys
 
 import joblib
 import numpy as np
@@ -40,6 +38,13 @@ def speech(seconds, seed=0):
     return torch.from_numpy((0.05 * wave + 1e-4 * rng.standard_normal(len(t))).astype('float32'))
 
 
+def refused(match, function, *args, **options):
+    """It raises an InputError of one line."""
+    with pytest.raises(InputError, match=match) as error:
+        function(*args, **options)
+    assert '\n' not in str(error.value)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.manual_seed(0)
@@ -61,8 +66,7 @@ def test_resample_is_the_windowed_sinc(rate, wanted):
     ours = M.resample(wave, rate, wanted)
     assert ours.dtype == torch.float32 and len(ours) == len(expected)
     assert np.abs(ours.numpy() - expected).max() < 1e-4
-    theirs = torchaudio.functional.resample(torch.tensor(wave), rate, wanted)
-    assert (ours - theirs).abs().max() < 5e-5 and len(M.resample(wave[:0], rate, wanted)) == 0
+    assert len(M.resample(wave[:0], rate, wanted)) == 0
 
 
 OGG = dict(format='OGG')
@@ -85,19 +89,7 @@ def test_every_format_loads_whole_and_in_part(extension, tmp_path):
     assert len(part) == 8000 and (part - whole[20000:28000])[4000:].abs().max() < 1e-3
     assert torch.equal(load_audio(io.BytesIO(path.read_bytes()), start=1.25, seconds=0.5), part)
     assert not notes
-    with pytest.raises(InputError, match='holds no samples at 9 s'):
-        load_audio(path, start=9)
-
-
-def test_rates_and_names(tmp_path):
-    for rate in (8000, 22050, 44100):
-        wave = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
-        path = os.fsencode(tmp_path) + b'/\xff.wav'  # not UTF-8
-        with open(path, 'wb') as file:
-            soundfile.write(file, wave, rate, subtype='FLOAT', format='WAV')
-        ours = load_audio(path)
-        expected = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
-        assert len(ours) == 16000 and np.abs(ours.numpy() - expected)[100:-100].max() < 2e-3
+    refused('holds no samples at 9 s', load_audio, path, start=9)
 
 
 def test_channels_that_cancel_give_the_louder_one(tmp_path):
@@ -119,43 +111,34 @@ def test_a_decoder_that_stops_early_is_an_error_or_a_note(extension, tmp_path):
     soundfile.write(path, speech(10.0), 16000)
     content = path.read_bytes()
     path.write_bytes(content[: int(0.4 * len(content))])
-    with pytest.raises(InputError, match=r'stopped early at [2345]\.\d of 10\.0 s'):
-        load_audio(path)
+    refused(r'stopped early at [2345]\.\d of 10\.0 s', load_audio, path)
     wave = load_audio(path, keep_partial=True, notes=notes)
     assert 2 < len(wave) / 16000 < 6 and len(notes) == 1 and 'stopped early' in notes[0]
     assert np.corrcoef(wave[:30000], speech(10.0)[:30000])[0, 1] > 0.99
     assert len(load_audio(path, seconds=1.5)) == 24000  # this part is complete
 
 
-def test_streams_of_unknown_length_are_complete(tmp_path):
-    soundfile.write(tmp_path / 'a.wav', speech(1.0), 16000)
-    content = bytearray((tmp_path / 'a.wav').read_bytes())
-    content[content.index(b'data') + 4 :][:4] = content[40:44] = b'\xff\xff\xff\xff'  # a pipe
-    assert len(load_audio(io.BytesIO(content))) == 16000
-
-
-def test_silence_is_noted(tmp_path):
+def test_silence_and_streams_of_unknown_length():
     for level, expected in ((0, ['digital silence']), (0.001, [])):
-        notes = []
-        soundfile.write(tmp_path / 'a.wav', level * np.sin(np.arange(8000)), 16000)
-        assert len(load_audio(tmp_path / 'a.wav', notes=notes)) == 8000 and notes == expected
+        soundfile.write(file := io.BytesIO(), level * np.sin(np.arange(8000)), 16000, format='WAV')
+        content, notes = bytearray(file.getvalue()), []
+        content[40:44] = b'\xff\xff\xff\xff'  # the length that a pipe writes
+        assert len(load_audio(io.BytesIO(content), notes=notes)) == 8000 and notes == expected
 
 
 def test_what_is_no_sound_is_one_line_that_names_the_file(tmp_path):
     wave = speech(1.0).numpy()
     soundfile.write(tmp_path / 'cut.flac', wave, 16000)
-    (tmp_path / 'cut.flac').write_bytes((tmp_path / 'cut.flac').read_bytes()[:50])
-    (tmp_path / 'text.wav').write_text('this is no sound')
-    (tmp_path / 'empty.wav').write_bytes(b'')
-    (tmp_path / 'a.raw').write_bytes(bytes(1000))
+    content = dict(text=b'this is no sound', empty=b'', raw=bytes(1000))
+    content |= {'cut.flac': (tmp_path / 'cut.flac').read_bytes()[:50]}
+    for name in content:
+        (tmp_path / name).write_bytes(content[name])
     soundfile.write(tmp_path / 'none.wav', wave[:0], 16000)
     for bad in (np.nan, np.inf):
         wave[500] = bad
         soundfile.write(tmp_path / f'{bad}.wav', wave, 16000, subtype='FLOAT')
-    for name in 'text.wav empty.wav cut.flac a.raw none.wav nan.wav inf.wav missing.wav'.split():
-        with pytest.raises(InputError, match=name) as error:
-            load_audio(tmp_path / name, keep_partial=True)
-        assert '\n' not in str(error.value)
+    for name in (*content, 'none.wav', 'nan.wav', 'inf.wav', 'missing.wav'):
+        refused(name, load_audio, tmp_path / name, keep_partial=True)
 
 
 def test_saved_sound_never_clips_and_leaves_nothing_beside(tmp_path):
@@ -166,114 +149,93 @@ def test_saved_sound_never_clips_and_leaves_nothing_beside(tmp_path):
         assert os.listdir(tmp_path / name) == [name] and soundfile.info(path).format == kind
 
 
-def test_an_hour_of_sound_takes_bounded_memory(tmp_path):
-    """Ten minutes in stereo: 38 MB of samples at 16 kHz; their spectra would take 125 and 62."""
-    soundfile.write(tmp_path / 'a.wav', np.tile(speech(1.0).numpy()[:, None], (600, 2)), 16000)
-    program = f"""
-import resource, torch, model as M
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-M.log_mel(M.load_audio({str(tmp_path / 'a.wav')!r}, seconds=60))
-before = peak()
-M.log_mel(M.load_audio({str(tmp_path / 'a.wav')!r}))
-print((peak() - before) // 1024)
-"""
-    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and int(done.stdout) < 150, done
-
-
 # -----------------------------------------------------------------------------
 # Spectra and the offline encoder
 
 
-def mel_by_hand(wave, frames):
-    """Log mel energies of some frames in float64, by their definition."""
-    top = 2595 * np.log10(1 + 8000 / 700)
-    edges = 700 * (10 ** (np.linspace(0, top, 66) / 2595) - 1)[:, None]
-    bins = np.arange(257) * 16000 / 512
-    rise, fall = (bins - edges[:-2]) / np.diff(edges, axis=0)[:-1], None
-    fall = (edges[2:] - bins) / np.diff(edges, axis=0)[1:]
-    filters = np.minimum(rise, fall).clip(0)  # triangles (64, 257)
-    padded = np.pad(np.asarray(wave, dtype='float64'), 400)
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
-    turns = np.exp(-2j * np.pi * np.outer(np.arange(257), np.arange(400)) / 512)
-    parts = [padded[400 + 160 * t - 120 :][:400] for t in frames]
-    power = [np.abs(turns @ (hann * part)) ** 2 for part in parts]
-    return np.log(np.maximum(filters @ np.array(power).T, 1e-7)).T
+def mel_of(wave):
+    """torchaudio's log mel energies of (samples,), frame t centred on 160 t + 80."""
+    mel = torchaudio.transforms.MelSpectrogram(16000, 512, 400, 160, n_mels=64, center=False)
+    return mel(F.pad(wave, (176, 176))).clamp(min=1e-7).log().T
 
 
-def test_log_mel_is_its_definition():
+def test_log_mel_is_that_of_torchaudio():
     for samples in (0, 1, 159, 160, 639, 640, 16001):
         assert M.log_mel(torch.zeros(samples)).shape == (max(1, samples // 160), 64)
     wave = torch.cat([speech(31.0), speech(31.0)])  # more than is processed at once
-    frames = [0, 1, 1000, 5999, 6000, 6198, 6199]
-    assert np.allclose(M.log_mel(wave)[frames], mel_by_hand(wave, frames), atol=2e-3)
+    assert torch.allclose(M.log_mel(wave), mel_of(wave), atol=2e-3)
 
 
 def test_mfcc_is_its_definition():
-    wave = speech(2.0)
-    mel = mel_by_hand(wave, range(200))
+    mel = mel_of(speech(2.0)).numpy().astype(float)
     energy = np.log(np.exp(mel).mean(1))
     loud = max(-7, np.sort(energy)[int(0.95 * 199)])
     halves = np.maximum(mel + 9 - loud, 0).reshape(100, 2, 64).mean(1)
     order = np.arange(13)
     cosines = np.cos(np.outer(order, np.arange(64) + 0.5) * np.pi / 64) / 64**0.5
     weight = np.where(order == 0, 0.4, np.maximum(order, 1) ** 0.3)
-    ours = UnitEncoder.from_pretrained('mfcc').features(wave)
+    ours = UnitEncoder.from_pretrained('mfcc').features(speech(2.0))
     assert np.allclose(ours, (halves @ (cosines.T * weight)).reshape(50, 26), atol=2e-3)
 
 
-def fit(encoder, waves, n_units):
-    """Centroids drawn from the features of some waves."""
-    frames = torch.cat([encoder.features(wave) for wave in waves])
-    encoder.centroids = frames[torch.randperm(len(frames))[:n_units]]
-    encoder.config['distortion'] = encoder.distance(frames)
+def fit(n_units, seeds=range(4)):
+    """An MFCC encoder whose units are fitted to some speech."""
+    encoder = UnitEncoder.from_pretrained('mfcc')
+    encoder.fit(torch.cat([encoder.features(speech(8, seed)) for seed in seeds]), n_units)
     return encoder
 
 
 def test_mfcc_units_do_not_depend_on_loudness_and_count_whole_frames():
-    encoder = fit(UnitEncoder.from_pretrained('mfcc'), [speech(10, seed) for seed in range(3)], 40)
+    encoder = fit(40)
     for seconds, frames in ((3.0, 75), (0.01, 1), (0, 1), (6.3, 157)):
         wave = speech(seconds, 7)
         units = encoder.encode(wave)
         assert len(units) == frames and encoder.frame_rate == 25 and encoder.n_units == 40
         assert (encoder.encode(wave * 0.05) == units).float().mean() > 0.98
-    frames = encoder.features(speech(2.0, 5))
-    every = (frames[:, None].double() - encoder.centroids.double()).square().sum(2)
-    assert encoder.distance(frames) == pytest.approx(float(every.amin(1).mean()), rel=1e-5)
+
+
+def test_fitted_units_and_k_means_files_against_scikit_learn(tmp_path):
+    from sklearn.cluster import KMeans
+
+    x = torch.randn(6000, 6) * torch.linspace(0.3, 2, 6)
+    found, again = (UnitEncoder.from_pretrained('mfcc') for _ in range(2))
+    found.fit(x, 40)
+    again.fit(x, 40)
+    theirs = KMeans(40, n_init=3, random_state=np.random.RandomState(0)).fit(x.numpy())
+    squared = torch.cdist(x, found.centroids).square().amin(1).mean()
+    assert squared < 1.05 * theirs.inertia_ / len(x)
+    assert found.config['distortion'] == pytest.approx(float(squared), rel=1e-4)
+    assert torch.equal(found.centroids, again.centroids)
+    for frames, mistake in ((x[:5], 'speech to fit on'), (torch.zeros(50, 6), 'silent')):
+        refused(mistake, found.fit, frames, 12)
+    joblib.dump(theirs, tmp_path / 'km.bin')
+    encoder = UnitEncoder.from_pretrained('mfcc', kmeans=str(tmp_path / 'km.bin'))
+    assert np.array_equal(encoder.assign(x), theirs.predict(x.numpy()))
 
 
 def test_the_price_of_a_change_gives_the_cheapest_path():
-    rng = np.random.default_rng(0)
-    paths = np.array(list(itertools.product(range(3), repeat=6)))
-    for price in (0.0, 0.1, 0.4, 1e4):
+    """Squared distances of the frames of a path, and switch * distortion for each change, against
+    all paths; without a price the nearest centroids."""
+    paths = torch.tensor(list(itertools.product(range(3), repeat=6)))
+    changes = (paths.diff() != 0).sum(1)
+    config = dict(M.ENCODERS['mfcc'], name='mfcc', distortion=1.6)
+    for switch in (0, 0.1, 0.5, 2, 1e4):
         for _ in range(20):
-            costs = rng.random((6, 3))
-            changes = (paths[:, 1:] != paths[:, :-1]).sum(1)
-            totals = costs[np.arange(6), paths].sum(1) + price * changes
-            assert M.cheapest_path(costs, price).tolist() == paths[totals.argmin()].tolist()
-    features, centroids = torch.randn(300, 4), torch.randn(20, 4)
-    config = dict(M.ENCODERS['mfcc'], name='mfcc')
-    free = UnitEncoder(config | dict(switch=0), centroids).assign(features)
-    assert torch.equal(free, torch.cdist(features, centroids).argmin(1))
-    squared = torch.cdist(features, centroids).square().numpy()
-    for switch in (0.5, 2.0):  # in mean squared distances
-        units = UnitEncoder(config | dict(switch=switch, distortion=3.0), centroids).assign(
-            features
-        )
-        assert np.array_equal(units, M.cheapest_path(squared, 3 * switch))
-        assert 0 < (units.diff() != 0).sum() < (free.diff() != 0).sum()
+            features, centroids = torch.randn(6, 4), torch.randn(3, 4)
+            squared = torch.cdist(features, centroids).square()
+            totals = squared[torch.arange(6), paths].sum(1) + 1.6 * switch * changes
+            units = UnitEncoder(config | dict(switch=switch), centroids).assign(features)
+            assert units.tolist() == paths[totals.argmin()].tolist()
 
 
 def test_what_assign_cannot_do_is_one_line():
-    encoder = UnitEncoder.from_pretrained('mfcc')
-    for centroids, message in (
+    encoder, found = UnitEncoder.from_pretrained('mfcc'), torch.ones(9, 26)
+    for encoder.centroids, message in (
         (None, 'no k-means'),
         (torch.ones(4, 3), 'no k-means for 26 features'),
         (torch.ones(4, 26), 'needs `distortion`'),
     ):
-        encoder.centroids = centroids
-        with pytest.raises(InputError, match=message):
-            encoder.encode(speech(1.0))
+        refused(message, encoder.assign, found)
 
 
 # -----------------------------------------------------------------------------
@@ -327,8 +289,11 @@ def test_units_are_transformers_hidden_states_and_the_nearest_centroid(name, tmp
             nearest = torch.cdist(theirs.double(), encoder.centroids.double()).argmin(1)
             assert torch.equal(encoder.encode(wave), nearest)
         assert len(encoder.encode(wave[:50])) == 1  # shorter than a frame
-    with pytest.raises(InputError, match='layer 4'):
-        UnitEncoder.from_pretrained(str(tmp_path), layer=4, kmeans='')
+    refused('layer 4', UnitEncoder.from_pretrained, str(tmp_path), layer=4, kmeans='')
+    tensors = load_file(tmp_path / 'model.safetensors')
+    tensors.pop('encoder.layers.0.layer_norm.weight')
+    save_file(tensors, tmp_path / 'model.safetensors', metadata=dict(format='pt'))
+    refused('missing.*0.layer_norm', UnitEncoder.from_pretrained, str(tmp_path), layer=1)
 
 
 @pytest.mark.parametrize('name', ('mHuBERT', 'WavLM large'))
@@ -350,137 +315,98 @@ def test_long_recordings_are_joined_on_the_frame_grid(name, tmp_path):
 # Files of encoders
 
 
-def test_a_saved_encoder_is_complete_by_itself(tmp_path):
+def test_a_saved_encoder_is_loaded_again(tmp_path):
+    """Of a net from a folder the path is saved, of which the content must be the same."""
     save_net('mHuBERT', tmp_path / 'net')
     encoder = UnitEncoder.from_pretrained(str(tmp_path / 'net'), layer=2, kmeans='')
-    fit(encoder, [speech(1.0, 1)], 10).config['switch'] = 0.5
+    encoder.fit(encoder.features(speech(4.0, 1)), 10)
+    encoder.config['switch'] = 0.5
     encoder.save_pretrained(tmp_path / 'encoder')
     assert sorted(os.listdir(tmp_path / 'encoder')) == ['encoder.json', 'encoder.safetensors']
+    assert os.path.getsize(tmp_path / 'encoder' / 'encoder.safetensors') < 2000
     units = encoder.encode(speech(2.0, 2))
-    os.rename(tmp_path / 'net', tmp_path / 'gone')
     for _ in range(2):  # what was loaded can be saved again
         again = UnitEncoder.from_pretrained(str(tmp_path / 'encoder'))
         assert torch.equal(again.encode(speech(2.0, 2)), units)
         assert again.vocoder == str(tmp_path / 'vocoder')
         assert again.encoder_id == encoder.encoder_id and again.encoder_id.startswith('hubert-')
         again.save_pretrained(tmp_path / 'encoder')
-    with pytest.raises(InputError, match='layer 2, not 1'):
-        UnitEncoder.from_pretrained(str(tmp_path / 'encoder'), layer=1)
+    load = UnitEncoder.from_pretrained
+    refused('layer 2, not 1', load, str(tmp_path / 'encoder'), layer=1)
+    save_net('mHuBERT', tmp_path / 'net')
+    assert load(str(tmp_path / 'encoder')).encoder_id != encoder.encoder_id
+    os.rename(tmp_path / 'net', tmp_path / 'gone')
+    refused(f'the net of the encoder: .*{tmp_path}/net', load, str(tmp_path / 'encoder'))
 
 
 def test_encoder_ids_differ_where_units_do(tmp_path):
-    save_net('HuBERT base', tmp_path / 'a')
-    save_net('HuBERT base', tmp_path / 'b')
-    save_file(dict(centroids=torch.randn(5, 32)), tmp_path / 'k.safetensors')
-    save_file(dict(centroids=torch.randn(5, 26)), tmp_path / 'm.safetensors')
-    ids = []
-    for where, layer, kmeans in (('a', 1, 'k'), ('a', 2, 'k'), ('b', 1, 'k'), ('mfcc', None, 'm')):
-        where = where if where == 'mfcc' else str(tmp_path / where)
-        kmeans = str(tmp_path / f'{kmeans}.safetensors')
-        first, second = (UnitEncoder.from_pretrained(where, layer, kmeans) for _ in range(2))
+    """For another net, layer, price or centroids, and for any other setting of a kind."""
+    ids, places = [], [('a', 1), ('a', 2), ('b', 1), ('mfcc', None)]
+    for folder, layer in places:
+        if layer == 1:
+            save_net('HuBERT base', tmp_path / folder)
+        kind, where = ('hubert', str(tmp_path / folder)) if layer else ('mfcc', 'mfcc')
+        first, second = (UnitEncoder.from_pretrained(where, layer, kmeans='') for _ in range(2))
+        first.centroids = second.centroids = torch.ones(5, 32 if layer else 26)
         assert first.encoder_id == second.encoder_id
         ids.append(first.encoder_id)
-        second.config |= dict(switch=0.7, distortion=2.0)
-        ids.append(second.encoder_id)
+        settings = [dict(switch=0.7, distortion=2.0)]
+        settings += [{key: second.config[key] + 1} for key in M.SETTINGS[kind]]
+        for setting in settings:
+            second.config |= setting
+            ids.append(second.encoder_id)
         second.centroids = second.centroids + 1
         ids.append(second.encoder_id)
+        others = {'kind', 'name', 'model', 'vocoder', 'frame_rate', 'switch', 'distortion'}
+        assert set(second.config) - others == set(M.SETTINGS[kind])  # none is missing
     assert len(set(ids)) == len(ids)
 
 
-def test_folders_of_earlier_versions_load(tmp_path):
-    config = dict(
-        kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4, range=9.0
-    )
-    config |= dict(switch=1.0, distortion=70.5, vocoder='vocoder', fitted='100', n_units=5)
+def test_folders_of_earlier_versions_load_and_those_of_strangers_are_one_line(tmp_path):
+    config = dict(kind='mfcc', name='mfcc', frame_rate=25.0, n_cep=13, lifter=0.3, c0=0.4)
+    config |= dict(range=9.0, switch=1.0, distortion=70.5, vocoder='vocoder', fitted='100')
     tensors = dict(centroids=torch.arange(130).view(5, 26).float())
     save_file(tensors, tmp_path / 'encoder.safetensors')
-    (tmp_path / 'encoder.json').write_text(json.dumps(config))
-    old = UnitEncoder.from_pretrained(str(tmp_path))
-    assert old.encoder_id == 'mfcc-75252f5d7685' and len(old.encode(speech(1.0))) == 25
-    old.save_pretrained(tmp_path)
-    assert UnitEncoder.from_pretrained(str(tmp_path)).encoder_id == old.encoder_id
-
-
-def test_a_large_net_is_kept_as_a_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(M, 'SMALL_NET', 1000)
-    save_net('WavLM', tmp_path / 'net')
-    encoder = UnitEncoder.from_pretrained(str(tmp_path / 'net'), layer=1, kmeans='')
-    encoder.centroids = torch.randn(5, 32)
-    encoder.save_pretrained(tmp_path / 'encoder')
-    assert os.path.getsize(tmp_path / 'encoder' / 'encoder.safetensors') < 2000
-    again = UnitEncoder.from_pretrained(str(tmp_path / 'encoder'))
-    assert again.encoder_id == encoder.encoder_id
-    os.rename(tmp_path / 'net', tmp_path / 'gone')
-    with pytest.raises(InputError, match='net'):
-        UnitEncoder.from_pretrained(str(tmp_path / 'encoder'))
-
-
-CHANGES = [dict(kind='evil'), dict(layer='2'), dict(n_units=7), dict(vocoder='../../etc')]
-CHANGES += [dict(net=dict(model_type='bert'))]
-CHANGES += [dict(net=dict(model_type='hubert', hidden_size=10**6))]
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_a_strangers_encoder_is_one_line(change, tmp_path):
-    save_net('HuBERT base', tmp_path / 'net')
-    encoder = UnitEncoder.from_pretrained(str(tmp_path / 'net'), layer=1, kmeans='')
-    encoder.centroids = torch.randn(5, 32)
-    encoder.save_pretrained(tmp_path / 'encoder')
-    path = tmp_path / 'encoder' / 'encoder.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match='encoder') as error:
-        UnitEncoder.from_pretrained(str(tmp_path / 'encoder'))
-    assert '\n' not in str(error.value)
-
-
-def test_a_net_with_missing_tensors_is_refused(tmp_path):
-    save_net('HuBERT base', tmp_path)
-    tensors = load_file(tmp_path / 'model.safetensors')
-    tensors.pop('encoder.layers.0.layer_norm.weight')
-    save_file(tensors, tmp_path / 'model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(InputError, match='missing.*encoder.layers.0.layer_norm.weight'):
-        UnitEncoder.from_pretrained(str(tmp_path), layer=1)
+    for change in ({}, dict(kind='evil'), dict(n_units=7), dict(vocoder='../../etc')):
+        content = json.dumps(config | dict(n_units=5) | change)
+        (tmp_path / 'encoder.json').write_text(content)
+        if change:
+            refused(str(tmp_path), UnitEncoder.from_pretrained, str(tmp_path))
+            continue
+        old = UnitEncoder.from_pretrained(str(tmp_path))
+        assert old.encoder_id == 'mfcc-75252f5d7685' and len(old.encode(speech(1.0))) == 25
+        old.save_pretrained(tmp_path)
+        assert UnitEncoder.from_pretrained(str(tmp_path)).encoder_id == old.encoder_id
 
 
 def test_the_public_encoder_offline(tmp_path, monkeypatch):
     """Messages name what to put where; then it is what it promises, and only then."""
     monkeypatch.setenv('SLAM_CACHE', str(tmp_path))
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    with pytest.raises(InputError, match=f'slprl/mhubert-base-25hz.*{tmp_path}/mhubert-base-25hz'):
-        UnitEncoder.from_pretrained('mhubert25', kmeans='')
+    load = UnitEncoder.from_pretrained
+    message = f'slprl/mhubert-base-25hz.*{tmp_path}/mhubert-base-25hz'
+    refused(message, load, 'mhubert25', kmeans='')
     net = save_net('mHuBERT', tmp_path / 'mhubert-base-25hz', num_hidden_layers=12)
     theirs = hidden_states(net, F.pad(speech(1.3), (40, 40)), 11)
     path = tmp_path / 'published.safetensors'
     url = (tmp_path / 'gone' / path.name).as_uri()
     monkeypatch.setitem(M.KMEANS, 'mhubert25', (url, '0' * 64))
-    with pytest.raises(InputError, match=f'{url} .a copy may be put at {path}'):
-        UnitEncoder.from_pretrained('mhubert25')
+    refused(f'{url} .a copy may be put at {path}', load, 'mhubert25')
     save_file(dict(centroids=theirs[:5].clone()), path)
-    with pytest.raises(InputError, match='sha256 differs.: delete it'):
-        UnitEncoder.from_pretrained('mhubert25')
+    refused('sha256 differs.: delete it', load, 'mhubert25')
     monkeypatch.setitem(M.KMEANS, 'mhubert25', (url, M.file_hash(path)))
-    encoder = UnitEncoder.from_pretrained('mhubert25')
+    encoder = load('mhubert25')
     assert torch.equal(encoder.features(speech(1.3)), theirs) and encoder.vocoder == 'hifigan25'
     encoder.save_pretrained(tmp_path / 'encoder')
-    again = UnitEncoder.from_pretrained(str(tmp_path / 'encoder'))
+    again = load(str(tmp_path / 'encoder'))
     assert again.encoder_id == encoder.encoder_id == 'mhubert25'
-    own = UnitEncoder.from_pretrained('mhubert25', kmeans=str(path))
-    assert own.encoder_id.startswith('hubert-')
+    assert load('mhubert25', kmeans=str(path)).encoder_id.startswith('hubert-')
+    again.fit(torch.randn(50, 32), 5)
+    assert again.encoder_id.startswith('hubert-')
 
 
 # -----------------------------------------------------------------------------
 # k-means files
-
-
-def test_kmeans_of_scikit_learn_gives_its_clusters(tmp_path):
-    cluster = pytest.importorskip('sklearn.cluster')
-    x = np.random.default_rng(0).standard_normal((400, 26))
-    state, path = np.random.RandomState(0), str(tmp_path / 'km.bin')
-    for kind in (cluster.KMeans, cluster.MiniBatchKMeans):
-        kmeans = kind(20, random_state=state, n_init=1).fit(x)
-        joblib.dump(kmeans, path)
-        encoder = UnitEncoder.from_pretrained('mfcc', kmeans=path)
-        assert np.array_equal(encoder.assign(torch.tensor(x).float()), kmeans.predict(x))
 
 
 class Malice:
@@ -492,22 +418,18 @@ class Malice:
 
 
 @pytest.mark.parametrize('compress', (0, 3))
-@pytest.mark.parametrize('how', ['system', 'eval', 'getattr', 'objects', 'fields', 'nested'])
-def test_a_malicious_kmeans_file_runs_nothing(how, compress, tmp_path):
+def test_a_malicious_kmeans_file_runs_nothing(compress, tmp_path):
     mark, path = tmp_path / 'mark', str(tmp_path / 'km.bin')
     evil = Malice(os.system, f'touch {mark}')
-    bad = dict(system=evil, eval=Malice(eval, f'open({str(mark)!r}, "w")'))
-    bad['objects'] = np.array([evil], dtype=object)
-    bad['fields'] = np.array([(1, evil)], dtype=[('a', 'f4'), ('b', object)])
-    bad['nested'] = dict(cluster_centers_=np.zeros((2, 2)), extra=[evil])
-    bad['getattr'] = None
-    joblib.dump(bad[how], path, compress=compress)
-    if how == 'getattr':
-        with open(path, 'wb') as file:
-            file.write(b'cbuiltins\ngetattr\n(cos\npath\nVsep\ntR.')
-    refused = 'refused' if not compress or how == 'getattr' else 'cannot be read'
-    with pytest.raises(InputError, match=refused):
-        M.read_kmeans(path)
+    bad = [evil, Malice(eval, f'open({str(mark)!r}, "w")'), np.array([evil], dtype=object)]
+    bad.append(np.array([(1, evil)], dtype=[('a', 'f4'), ('b', object)]))
+    bad.append(dict(cluster_centers_=np.zeros((2, 2)), extra=[evil]))
+    for content in bad:
+        joblib.dump(content, path, compress=compress)
+        refused('cannot be read' if compress else 'refused', M.read_kmeans, path)
+    with open(path, 'wb') as file:
+        file.write(b'cbuiltins\ngetattr\n(cos\npath\nVsep\ntR.')
+    refused('refused', M.read_kmeans, path)
     assert not mark.exists()
 
 
@@ -515,9 +437,7 @@ def test_what_is_no_kmeans_file_is_one_line(tmp_path):
     (tmp_path / 'km.bin').write_bytes(pickle.dumps(3))
     save_file(dict(centroids=torch.tensor([[float('nan')]])), tmp_path / 'nan.safetensors')
     for name in ('km.bin', 'nowhere', 'nan.safetensors'):
-        with pytest.raises(InputError, match=name) as error:
-            M.read_kmeans(str(tmp_path / name))
-        assert '\n' not in str(error.value)
+        refused(name, M.read_kmeans, str(tmp_path / name))
 
 
 # -----------------------------------------------------------------------------
@@ -572,12 +492,12 @@ def test_hifigan_is_the_published_function(speakers, styles, tmp_path):
     durations = vocoder.durations(UNITS)
     assert durations.tolist() == expected.tolist() and 1 < durations.max() < 50
     parts = [embedded[0].repeat_interleave(durations, 0)]
-    for table, row, count in ((oracle.speaker_embedding, 3, speakers),):
+    tables = (oracle.speaker_embedding, 3, speakers), (oracle.language_embedding, 2, styles)
+    for table, row, count in tables:
         parts += [table.weight[row].expand(len(parts[0]), -1)] if count else []
-    parts += [oracle.language_embedding.weight[2].expand(len(parts[0]), -1)] if styles else []
     wave = oracle.hifi_gan(torch.cat(parts, 1).T[None])[0]
     assert 1e-4 < wave.std() < 0.9 and len(wave) == hop * durations.sum()
-    ours = vocoder.voice(UNITS.repeat_interleave(durations), 3, 2)
+    ours = vocoder.synthesize(UNITS.repeat_interleave(durations), 3, 2)
     assert torch.allclose(ours, wave, atol=0.01 * float(wave.std()))
     spoken = vocoder.decode(UNITS, speaker=3, style=2)
     assert torch.allclose(spoken, M.finish_wave(wave), atol=1e-3)
@@ -585,8 +505,7 @@ def test_hifigan_is_the_published_function(speakers, styles, tmp_path):
     again = UnitVocoder.from_pretrained(str(tmp_path / 'vocoder'))
     assert torch.equal(again.decode(UNITS, speaker=3, style=2), spoken)
     for units, speaker in (([30], 0), ([-1], 0), *([([1], 4)] if speakers else [])):
-        with pytest.raises(InputError):
-            vocoder.decode(units, speaker=speaker)
+        refused('unit|spkr', vocoder.decode, units, speaker=speaker)
 
 
 def test_the_public_vocoder_is_checked_by_hash_and_names_its_encoder(tmp_path, monkeypatch):
@@ -599,13 +518,12 @@ def test_the_public_vocoder_is_checked_by_hash_and_names_its_encoder(tmp_path, m
     assert torch.equal(public.decode(UNITS), plain.decode(UNITS))
     assert public.encoder_id == 'mhubert25' and plain.encoder_id is None
     (tmp_path / 'g.pt').write_bytes(b'something else')
-    with pytest.raises(InputError, match='sha256'):
-        UnitVocoder.from_pretrained('hifigan25')
+    refused('sha256', UnitVocoder.from_pretrained, 'hifigan25')
 
 
 def test_the_table_speaks_its_units(tmp_path):
     """What it says has the same units, the tempo and the level; saved is loaded."""
-    encoder = fit(UnitEncoder.from_pretrained('mfcc'), [speech(6, seed) for seed in range(5)], 30)
+    encoder = fit(30)
     encoder.config['switch'] = 0
     table = M.UnitTable(30, encoder.frame_rate)
     for seed in range(5):
@@ -621,44 +539,37 @@ def test_the_table_speaks_its_units(tmp_path):
     assert (encoder.encode(wave) == units).float().mean() > 0.9
     assert wave.abs().max() <= M.VOICE_PEAK + 1e-6 and wave[0] == 0 == wave[-1]
     assert abs(wave.mean()) < 1e-3 and 0.5 < M.speech_level(wave) / M.VOICE_LEVEL < 1.2
-    rounded, mean = vocoder.durations(runs), vocoder.voice.durations[runs]
+    rounded, mean = vocoder.durations(runs), vocoder.tensors['durations'][runs]
     assert (rounded >= 1).all() and (rounded.cumsum(0) - mean.cumsum(0)).abs().max() <= 0.51
     assert len(vocoder.decode([])) == 0 and len(vocoder.decode([3], [1])) == 640
 
 
-CHANGES = [dict(kind='neural'), dict(frame_rate='fast'), dict(n_units=7), dict(n_units=10**12)]
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_a_strangers_vocoder_is_one_line(change, tmp_path):
+def test_a_strangers_vocoder_is_one_line(tmp_path):
     M.UnitTable(5, 25.0).finish().save_pretrained(tmp_path / 'bad')
-    path = tmp_path / 'bad' / 'vocoder.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match='neural.*not supported|bad/vocoder') as error:
-        UnitVocoder.from_pretrained(str(tmp_path / 'bad'))
-    assert '\n' not in str(error.value)
+    about = tmp_path / 'bad' / 'vocoder.json'
+    config = json.loads(about.read_text())
+    changes = [(dict(kind='neural'), "kind 'neural' are not"), (dict(frame_rate='fast'), '')]
+    for change, message in (*changes, (dict(n_units=10**12), 'does not fit')):
+        about.write_text(json.dumps(config | change))
+        refused(f'bad/vocoder.*{message}', UnitVocoder.from_pretrained, str(tmp_path / 'bad'))
     for name in ('none', 'none.pt'):
-        with pytest.raises(InputError, match='none'):
-            UnitVocoder.from_pretrained(str(tmp_path / name))
+        refused('none', UnitVocoder.from_pretrained, str(tmp_path / name))
 
 
 # -----------------------------------------------------------------------------
 # Finding and reading data
 
 
-def test_find_audio_sorts_follows_links_once_and_names_what_it_cannot_read(tmp_path):
-    for name in ('b/2.wav', 'b/1.FLAC', 'a.mp3', 'b/x.m4a', 'b/y.WMA', 'b/z.txt', '.hidden.wav'):
+def test_find_audio_sorts_and_follows_links_once(tmp_path):
+    for name in ('b/2.wav', 'b/1.FLAC', 'a.mp3', 'b/x.m4a', 'b/z.txt', '.hidden.wav'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b'')
     (tmp_path / 'b' / 'loop').symlink_to(tmp_path)
-    ignored = []
-    found = M.find_audio(str(tmp_path), ignored=ignored)
+    found = M.find_audio(str(tmp_path))
     assert [os.path.relpath(path, tmp_path) for path in found] == ['a.mp3', 'b/1.FLAC', 'b/2.wav']
-    assert [os.path.basename(path) for path in ignored] == ['x.m4a', 'y.WMA']
     assert M.find_audio(str(tmp_path / 'a.mp3')) == [str(tmp_path / 'a.mp3')]
     for where, message in (('none', 'no such'), ('b/loop/b', 'no file with .parquet')):
-        with pytest.raises(InputError, match=message):
-            M.find_audio(str(tmp_path / where), ('.parquet',))
+        refused(message, M.find_audio, str(tmp_path / where), ('.parquet',))
 
 
 def test_parquet_rows_keep_nulls_and_audio_bytes(tmp_path):
@@ -673,8 +584,7 @@ def test_parquet_rows_keep_nulls_and_audio_bytes(tmp_path):
     assert list(M.read_parquet(str(tmp_path / 'data'))) == rows
     assert list(M.read_parquet(names[1])) == rows[25:]
     (tmp_path / 'bad.parquet').write_bytes(b'no rows')
-    with pytest.raises(InputError, match='bad.parquet'):
-        list(M.read_parquet(str(tmp_path / 'bad.parquet')))
+    refused('bad.parquet', lambda: list(M.read_parquet(str(tmp_path / 'bad.parquet'))))
     pytest.importorskip('datasets')
     hub = f'hub:{tmp_path}'  # a local folder in place of a name
     shards = M.parquet_files(hub)

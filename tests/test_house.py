@@ -22,8 +22,8 @@ SCRIPTS = ['prepare_units', 'make_synthetic', 'train', 'dpo', 'eval_slm', 'sampl
 # lines after ruff format: the budget, to which 5 % may be added, and for a file that does not meet
 # it yet the most that it may have. Raise no number: delete something
 BUDGETS = {
-    'model.py': (1500, 2106),
-    'prepare_units.py': (680, 777),
+    'model.py': (1500, 2084),
+    'prepare_units.py': (680, 0),
     'make_synthetic.py': (900, 0),
     'train.py': (480, 0),
     'dpo.py': (430, 0),
@@ -32,7 +32,7 @@ BUDGETS = {
     'config/__init__.py': (110, 0),
     'tests/gpu_check.py': (500, 0),
     'tests/bench_*.py': (600, 0),
-    'tests/*.py': (5000, 5340),
+    'tests/*.py': (5000, 0),
 }
 
 
