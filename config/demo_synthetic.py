@@ -8,8 +8,8 @@ n_stories = 7500
 n_pairs = 2000
 n_suite = 500
 n_unseen = 200
-# four variants of one accent whose formants differ little: MFCC units tell voices apart, and a model
-# learns everything anew for other formants (with max and Mario a story has 10 % more nats)
+# four variants of one accent whose formants differ little: MFCC units tell voices apart, and a
+# model learns everything anew for other formants (with max and Mario 10 % more nats a story)
 voices = 'gmw/en,gmw/en+m3,gmw/en+m4,gmw/en+m6'
 test_voices = 'gmw/en+m1,gmw/en+m7'
 # Whisper tiny gets 23 % of the words wrong at a speed of 1.0, and 40 % at 1.15
