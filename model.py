@@ -1221,7 +1221,7 @@ class UnitEncoder:
         for fewer frames than units, or nothing but silence."""
         from sklearn.cluster import MiniBatchKMeans
 
-        fitted = MiniBatchKMeans(n_units, batch_size=10_000, n_init=3, random_state=seed)
+        fitted = MiniBatchKMeans(n_units, batch_size=10_000, n_init=1, random_state=seed)
         with reading('the speech to fit on'):
             fitted.fit(features.numpy())
         if not fitted.inertia_ > 0:
