@@ -812,11 +812,14 @@ def share_work(task, speaker, missing, paths):
     group = [context.Process(target=worker, args=(n,), daemon=True) for n in range(processes)]
     for process in group:
         process.start()
-    while running := [process.sentinel for process in group if process.is_alive()]:
-        multiprocessing.connection.wait(running)
+    while True:
+        running = [process.sentinel for process in group if process.is_alive()]
         if codes := {process.exitcode for process in group} - {0, None}:
             message = 'a worker was killed (no memory left?): run the same command to continue'
             raise SystemExit(2) if 2 in codes else InputError(message)
+        if not running:
+            break
+        multiprocessing.connection.wait(running)
 
 
 def plan_task(task):
