@@ -432,8 +432,8 @@ class SLM(nn.Module):
         """Write a checkpoint that transformers and load_slm open: config.json, model.safetensors
         and slam.json. A write that fails leaves the files that were there.
 
-        slam: dict for slam.json; None: self.slam. The folders of PARTS that it names are copied in,
-        so that the checkpoint is complete by itself.
+        slam: dict for slam.json; None: self.slam. The folders of PARTS that it names are copied in:
+        the checkpoint is complete, but for an encoder's net, which is kept by its name or path.
         """
         slam = dict(offset=OFFSET) | (self.slam if slam is None else slam)
         for part in PARTS:
@@ -2004,7 +2004,8 @@ def catch_signals(rank):
 
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
         if rank == 0:  # no print: it may be what was interrupted
             os.write(2, b'\nstopping after this step, which is saved; press again to end at once\n')
 
