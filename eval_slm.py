@@ -509,9 +509,7 @@ def compare(models, arms, items, metrics):
 @lru_cache(maxsize=4)
 def load_hf(model_class, processor_class, where):
     """A transformers model and its tokenizer or processor. Raises InputError for another format."""
-    import transformers
-
-    place = M.pick_device(device)
+    transformers, place = M.import_transformers(), M.pick_device(device)
     for name in os.listdir(M.find_checkpoint(where, tensors=False)):  # fails without a network
         if name == 'model.bin' or name.endswith('.gguf'):
             kind = 'CTranslate2' if name == 'model.bin' else 'GGUF'

@@ -52,6 +52,7 @@ from model import (
     InputError,
     auto_bleu,
     content_hash,
+    import_transformers,
     log,
     pick_device,
     read_json,
@@ -658,11 +659,9 @@ class Vits:
     """VITS of transformers (facebook/mms-tts-*); no times. A voice is the number of a speaker."""
 
     def __init__(self, name):
-        from transformers import VitsModel, VitsTokenizer
-
-        self.device = pick_device(device)
-        self.model = VitsModel.from_pretrained(name).to(self.device).eval()
-        self.tokenizer = VitsTokenizer.from_pretrained(name)
+        transformers, self.device = import_transformers(), pick_device(device)
+        self.model = transformers.VitsModel.from_pretrained(name).to(self.device).eval()
+        self.tokenizer = transformers.VitsTokenizer.from_pretrained(name)
 
     @torch.inference_mode()
     def speak(self, sentence, voice, speed, pitch):

@@ -1097,7 +1097,7 @@ ENCODERS = dict(  # pad: zeros added at each end of the wave
     hubert50=dict(model='facebook/hubert-base-ls960', layer=9, pad=0, vocoder=None),
 )
 # by kind, the settings that change units: with the centroids and the net they make encoder_id
-SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range'))
+SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range', 'mean'))
 
 
 class UnitEncoder:
@@ -1178,8 +1178,8 @@ class UnitEncoder:
         if config.get('encoder_id') in KMEANS and not config.get('switch'):
             return config['encoder_id']
         keys = SETTINGS[config['kind']] + ('switch', 'distortion') * bool(config.get('switch'))
-        keys += ('mean',) * bool(config.get('mean'))
-        settings = [float(config.get(key, 0)) for key in keys]
+        # folders of earlier versions have no mean
+        settings = [float(config.get(key, 0)) for key in keys if key != 'mean' or key in config]
         # without a mask that is random, and the weight norm, which each machine rounds in its way
         weights = sorted(self.net.state_dict().items()) if self.net else []
         unsure = re.compile(r'masked_spec_embed|encoder\.pos_conv_embed\.conv\.(weight|param)')
