@@ -1276,8 +1276,7 @@ def mfcc(wave, config):
     halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
     weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
     weight[0] = config['c0']
-    cosines = create_dct(config['n_cep'], N_MELS, 'ortho') * weight  # (N_MELS, n_cep)
-    cepstra = halves @ cosines
+    cepstra = halves @ (create_dct(config['n_cep'], N_MELS, 'ortho') * weight)
     if share := config.get('mean'):  # a part of the mean of speech, which differs by voice
         speech = (energy.view(-1, 2, 2).mean(2) > loud - 4)[:, :, None]
         mean = (cepstra * speech).sum((0, 1)) / speech.sum().clamp(min=1)
