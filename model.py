@@ -1091,13 +1091,12 @@ KMEANS = dict(  # published centroids: where, and their sha256 (of hubert50's no
     hubert50=('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None),
 )
 ENCODERS = dict(  # pad: zeros added at each end of the wave
-    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.0, c0=0.2, range=9.0, mean=0.3, switch=1.0)
-    | dict(vocoder='vocoder'),
+    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, vocoder='vocoder'),
     mhubert25=dict(model='slprl/mhubert-base-25hz', layer=11, pad=40, vocoder='hifigan25'),
     hubert50=dict(model='facebook/hubert-base-ls960', layer=9, pad=0, vocoder=None),
 )
 # by kind, the settings that change units: with the centroids and the net they make encoder_id
-SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range', 'mean'))
+SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range'))
 
 
 class UnitEncoder:
@@ -1178,8 +1177,7 @@ class UnitEncoder:
         if config.get('encoder_id') in KMEANS and not config.get('switch'):
             return config['encoder_id']
         keys = SETTINGS[config['kind']] + ('switch', 'distortion') * bool(config.get('switch'))
-        # folders of earlier versions have no mean
-        settings = [float(config.get(key, 0)) for key in keys if key != 'mean' or key in config]
+        settings = [float(config.get(key, 0)) for key in keys]
         # without a mask that is random, and the weight norm, which each machine rounds in its way
         weights = sorted(self.net.state_dict().items()) if self.net else []
         unsure = re.compile(r'masked_spec_embed|encoder\.pos_conv_embed\.conv\.(weight|param)')
@@ -1276,12 +1274,7 @@ def mfcc(wave, config):
     halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
     weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
     weight[0] = config['c0']
-    cepstra = halves @ (create_dct(config['n_cep'], N_MELS, 'ortho') * weight)
-    if share := config.get('mean'):  # a part of the mean of speech, which differs by voice
-        speech = (energy.view(-1, 2, 2).mean(2) > loud - 4)[:, :, None]
-        mean = (cepstra * speech).sum((0, 1)) / speech.sum().clamp(min=1)
-        cepstra[:, :, 1:] -= share * mean[1:]
-    return cepstra.flatten(1)
+    return (halves @ (create_dct(config['n_cep'], N_MELS, 'ortho') * weight)).flatten(1)
 
 
 # -----------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""The demo's speech, in the toy language: 12 hours of stories, 2,000 preference pairs, three suites
+"""The demo's speech, in the toy language: 13 hours of stories, 2,000 preference pairs, three suites
 of 500 minimal pairs, and 200 of each in voices that nothing else has."""
 
 out = 'out/demo/audio'
 task = 'stories,pairs,grammar,sstory,tstory'
 text = 'toy'
-n_stories = 7500
+n_stories = 8000
 n_pairs = 2000
 n_suite = 500
 n_unseen = 200
