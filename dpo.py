@@ -1,14 +1,14 @@
 """Preference tuning of a speech language model: the last half hour of Slam (arXiv 2502.15814).
 
-The reference is the policy before the first step: its log-probabilities are computed once, and no
-second model is kept. A killed run continues exactly, by the same command.
+The reference model is the policy before the first step. Its log-probabilities are computed once, so
+no second model stays in memory. The same command resumes a killed run exactly.
 
     python dpo.py config/slam_dpo.py             # Table 5: half an hour on one GPU
     python dpo.py config/demo_dpo.py             # the offline demo, under a minute on a CPU
     torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
 
 data: JSON lines with prompt, chosen and rejected, each with `units` or, as in the public toolkit,
-`audio_repr` ("<Un12><Un7>"). out_dir becomes a checkpoint that transformers loads.
+`audio_repr` ("<Un12><Un7>"). out_dir becomes a checkpoint that transformers can load.
 """
 
 from config import configure
@@ -59,24 +59,24 @@ from model import (
 
 # -----------------------------------------------------------------------------
 # Table 5 of the paper
-init = 'out/slam'  # the pre-trained model: a folder of train.py, slprl/slam, any SLM of model.py
-data = 'data/spokenswag/pairs.jsonl'  # preference pairs; several files with commas
+init = 'out/slam'  # the pre-trained model: a folder by train.py, slprl/slam, any SLM of model.py
+data = 'data/spokenswag/pairs.jsonl'  # preference pairs; several files are comma-separated
 out_dir = 'out/slam-dpo'
 loss = 'dpo'  # dpo, ipo, simpo (LOSSES below)
-beta = 0.1  # dpo: the price of leaving the reference; ipo: tau, take 1; simpo: a scale, take 2
-max_auto_bleu = 0.3  # drop pairs whose text repeats such a share of its bigrams; 0: keep all
-context = 1024  # tokens of prompt + completion: prompts lose their beginning, completions their end
-rope_theta = 10000.0  # of the pre-training; 0: what init says
+beta = 0.1  # dpo: weight of the KL penalty; ipo: tau, take 1; simpo: scale of the reward, take 2
+max_auto_bleu = 0.3  # drop pairs whose text repeats at least this share of its bigrams; 0: keep all
+context = 1024  # prompt + completion; prompts lose their beginning, completions their end
+rope_theta = 10000.0  # as in pre-training; 0: the value of init
 batch_pairs = 64  # pairs in a step, over all devices
-row_tokens = 8192  # tokens of one forward pass at most; lower it if memory runs out
-lr = 5e-5  # peak, of AdamW, for 358 M parameters; a model of 1 M from scratch takes 5e-4
-warmup_steps = 100  # then the inverse square root; 0: none, and a time scale of 10,000 steps
+row_tokens = 8192  # maximum tokens in one forward pass; lower it to save memory
+lr = 5e-5  # peak of AdamW, for 358 M parameters; use 5e-4 for a 1 M model trained from scratch
+warmup_steps = 100  # then inverse square root decay; 0: no warm-up, time scale 10,000 steps
 grad_clip = 0.5  # gradient norm; 0: off
 max_steps = 813  # the run ends after this many steps (0: no limit),
-epochs = 3.0  # or passes over the pairs (0: no limit),
-train_hours = 0.5  # or hours with the reference's pass (0: no limit; at least one step runs)
+epochs = 3.0  # or after this many passes over the pairs (0: no limit),
+train_hours = 0.5  # or hours, the reference's pass included (0: no limit; at least one step runs)
 eval_interval = 100  # steps between validations; 0: none
-val_pairs = 512  # held out at most: those of a val split, and others up to a tenth of all
+val_pairs = 512  # maximum held out: pairs of a val split, then others, up to a tenth of all pairs
 save_interval = 200  # steps between checkpoints; 0: at the end only
 resume = True  # continue from out_dir/train_state.pt if it exists; False: start over
 log_interval = 10  # steps between reports: a line on the terminal and one in log.jsonl
@@ -84,10 +84,10 @@ tracker = ''  # also log to: wandb, trackio
 compile = None  # torch.compile; None: on CUDA
 seed = 1234
 device = 'auto'  # auto, cuda, mps, cpu
-dtype = 'auto'  # of products: auto is bfloat16 on CUDA, float32 elsewhere
+dtype = 'auto'  # of matrix products; auto: bfloat16 on CUDA, float32 elsewhere
 # -----------------------------------------------------------------------------
 
-# These knobs may change when a run is continued; the others decide what it computes.
+# These knobs may change when a run resumes; the others determine its results.
 FREE = set(
     'out_dir row_tokens max_steps epochs train_hours eval_interval save_interval resume '
     'log_interval tracker compile device'.split()
@@ -99,9 +99,9 @@ def dpo_loss(policy, reference, sizes, beta):
 
     -log sigmoid(beta [log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)])
 
-    policy, reference: (n, 2) log-probabilities in nats of whole completions, chosen and rejected,
-    with their `<S>`, given the prompt. sizes: (n, 2) tokens of each completion.
-    Returns: losses (n,), rewards (n, 2) whose difference is the margin.
+    policy, reference: (n, 2) log-probabilities in nats of whole completions (chosen, rejected),
+    with their final `<S>`, given the prompt. sizes: (n, 2) tokens of each completion.
+    Returns: losses (n,) and rewards (n, 2). The margin is the difference of the two rewards.
     """
     rewards = beta * (policy - reference)
     losses = -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
@@ -111,9 +111,9 @@ def dpo_loss(policy, reference, sizes, beta):
 def ipo_loss(policy, reference, sizes, beta):
     """Identity Preference Optimization (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
-    (h - 1 / (2 tau))^2, h the difference of the log-ratios to the reference, each a mean over the
-    tokens of its completion, as the authors computed it (says TRL). beta is their tau: the target
-    of the margin is 1 / (2 tau) nats a token. Arguments and results as in dpo_loss.
+    (h - 1 / (2 tau))^2, where h is the difference of the log-ratios to the reference, each averaged
+    over the tokens of its completion, as in the authors' code (according to TRL). beta is tau: the
+    target margin is 1 / (2 tau) nats per token. Arguments and results as in dpo_loss.
     """
     rewards = (policy - reference) / sizes
     losses = (rewards[:, 0] - rewards[:, 1] - 1 / (2 * beta)) ** 2
@@ -123,8 +123,8 @@ def ipo_loss(policy, reference, sizes, beta):
 def simpo_loss(policy, reference, sizes, beta, gamma_ratio=0.5):
     """Simple Preference Optimization (Meng et al. 2024, arXiv 2405.14734, eq. 6): no reference.
 
-    -log sigmoid(beta [mean log p of a chosen token - mean log p of a rejected one] - gamma), with
-    gamma = gamma_ratio beta, as the authors advise. Arguments and results as in dpo_loss.
+    -log sigmoid(beta [mean log p of a chosen token - mean log p of a rejected token] - gamma), with
+    gamma = gamma_ratio beta, as the authors recommend. Arguments and results as in dpo_loss.
     """
     rewards = beta * policy / sizes
     losses = -F.logsigmoid(rewards[:, 0] - rewards[:, 1] - gamma_ratio * beta)
@@ -135,9 +135,9 @@ LOSSES = dict(dpo=dpo_loss, ipo=ipo_loss, simpo=simpo_loss)
 
 
 def make_pair(prompt, chosen, rejected, context):
-    """Tokens of `<S>` + prompt, of chosen + `<S>` and of rejected + `<S>`, three arrays of int64.
-    To fit in the context the prompt loses its beginning, down to half the context, then the
-    completions lose their ends."""
+    """The tokens of `<S>` + prompt, chosen + `<S>` and rejected + `<S>`: three int64 arrays.
+    If they exceed the context, the prompt loses its beginning, down to half the context, and then
+    the completions lose their ends."""
     prompt = np.append(BOS, prompt + OFFSET)
     chosen, rejected = np.append(chosen + OFFSET, EOS), np.append(rejected + OFFSET, EOS)
     longest = max(len(chosen), len(rejected))
@@ -156,10 +156,10 @@ def read_units(part):
 
 
 def read_pair(row, n_units):
-    """Units of prompt, chosen and rejected; words of prompt + chosen, [] without text; split."""
+    """Units of prompt, chosen and rejected; words of prompt + chosen ([] without text); split."""
     units = [read_units(row[key]) for key in ('prompt', 'chosen', 'rejected')]
     if any(((part < 0) | (part >= n_units)).any() for part in units):
-        raise ValueError(f'a unit is not one of the model, 0 to {n_units - 1}')
+        raise ValueError(f'its units must be from 0 to {n_units - 1}')
     texts = []
     for key in ('prompt', 'chosen'):
         inner = row[key].get('text') if isinstance(row[key], dict) else None
@@ -172,8 +172,8 @@ def read_pair(row, n_units):
 
 
 def load_pairs(paths, n_units, context, max_auto_bleu, val_pairs):
-    """The pairs to train on, those held out (of make_pair), and a Counter of what was dropped, by
-    reason, and cut. The order of the lines has no effect. Raises InputError naming a wrong line."""
+    """The training pairs, the held-out pairs (both from make_pair), and a Counter of dropped pairs
+    by reason and of cut pairs. The order of lines has no effect. InputError names a bad line."""
     found, count = dict(train=[], val=[]), Counter()
     for path in paths.split(','):
         for number, row in read_jsonl(path):
@@ -190,7 +190,7 @@ def load_pairs(paths, n_units, context, max_auto_bleu, val_pairs):
                 count['cut to the context'] += sum(map(len, pair)) < sum(map(len, units)) + 3
                 found[split].append(pair)
 
-    # without enough pairs in a val split, others are held out; none may stand in train, too
+    # hold out more pairs if the val split has too few; no pair may be in both sets
     train, val = (sorted(pairs, key=pair_hash) for pairs in found.values())
     short = max(0, min(val_pairs, (len(train) + len(val)) // 10) - len(val))
     train, candidates = train[short:], val + train[:short]
@@ -206,9 +206,9 @@ def pair_hash(pair):
 
 
 def iter_batches(lengths, batch_pairs, seed, step):
-    """Endless batches, (batch_pairs,) indices each, from `step` on. Of the pairs sorted by length,
-    each gets a random one of every stretch: all have about as many tokens. The pairs left over,
-    fewer than a batch, sit this epoch out."""
+    """Endless batches of (batch_pairs,) indices, from `step` on. The pairs are sorted by length and
+    split into batch_pairs ranges; a batch takes one pair of each range, so all batches have about
+    the same number of tokens. Pairs that do not fill a batch are skipped in that epoch."""
     per_epoch = len(lengths) // batch_pairs
     while True:
         rng = np.random.default_rng((seed, step // per_epoch))
@@ -220,8 +220,8 @@ def iter_batches(lengths, batch_pairs, seed, step):
 
 
 def row_width(lengths, batch_pairs, row_tokens, world, multiple=128):
-    """The width of all rows: a batch of mean length fills so many, a multiple of the processes, but
-    for 2 % that packing leaves. multiple: 128 suits flex attention."""
+    """The width of all rows: a batch of mean length should fill its rows, except for 2 % that
+    packing leaves empty. The number of rows is a multiple of world. 128 suits flex attention."""
     batch_tokens = 1.02 * batch_pairs * float(np.mean(lengths))
     rows = world * math.ceil(batch_tokens / row_tokens / world)
     return math.ceil(max(batch_tokens / rows, *lengths) / multiple) * multiple
@@ -230,9 +230,9 @@ def row_width(lengths, batch_pairs, row_tokens, world, multiple=128):
 def collate(pairs, width):
     """Rows of `width` tokens packed with whole pairs; a row is one forward pass.
 
-    Returns: list of (row, indices). indices: (m,) its pairs. row: (6, 1, width) int64, the tokens,
-    mask, doc, positions, branch and segments of SLM.logps: pair k of the row is document k + 1, in
-    segments 2 k (chosen) and 2 k + 1 (rejected). Padding is document 0.
+    Returns: list of (row, indices). indices: (m,) pairs in the row. row: (6, 1, width) int64: the
+    tokens, mask, doc, positions, branch and segments of SLM.logps. Pair k of the row is document
+    k + 1, with segments 2 k (chosen) and 2 k + 1 (rejected). Padding is document 0.
     """
     rows = []
     for indices in pack_rows([sum(map(len, pair)) for pair in pairs], width):
@@ -240,7 +240,7 @@ def collate(pairs, width):
         for k, i in enumerate(indices):
             for branch, part in enumerate(pairs[i]):  # prompt, chosen, rejected
                 start, end = end, end + len(part)
-                first = len(pairs[i][0]) if branch else 0  # completions go on after the prompt
+                first = len(pairs[i][0]) if branch else 0  # positions continue after the prompt
                 row[0, 0, start:end] = part
                 row[3, 0, start:end] = np.arange(first, first + len(part))
                 fields = branch > 0, k + 1, branch, 2 * k + (branch == 2)
@@ -250,21 +250,21 @@ def collate(pairs, width):
 
 
 def learning_rate(step):
-    """The rate of a step (from 0): a linear warm-up, then inverse_sqrt as in train.py."""
+    """The learning rate of a step (from 0): linear warm-up, then inverse_sqrt as in train.py."""
     timescale = warmup_steps or 10_000
     decay = math.sqrt(timescale / (max(step, warmup_steps) + timescale - warmup_steps))
     return lr * min((step + 1) / max(1, warmup_steps), decay)
 
 
 def to_device(tensor, device):
-    """A copy on the device, made while it works."""
+    """A copy on the device; the copy does not block the CPU."""
     tensor = tensor.pin_memory() if device.type == 'cuda' else tensor
     return tensor.to(device, non_blocking=True)
 
 
 @torch.no_grad()
 def score_pairs(row_logps, pairs, width, device, rank=0, world=1):
-    """Log-probabilities (len(pairs), 2) on the CPU; the processes share the rows."""
+    """Log-probabilities (len(pairs), 2) on the CPU. The rows are split over the processes."""
     found = torch.zeros(len(pairs), 2, device=device)
     for row, indices in collate(pairs, width)[rank::world]:
         found[to_device(torch.from_numpy(indices), device)] = row_logps(row, len(indices))
@@ -274,14 +274,14 @@ def score_pairs(row_logps, pairs, width, device, rank=0, world=1):
 
 
 def measure(losses, rewards):
-    """Sums over pairs, (3,): loss, pairs won (a tie is half of one), margin of the rewards."""
+    """Sums over pairs, (3,): loss, pairs with a positive margin (a tie counts 1/2), margin."""
     margins = (rewards[:, 0] - rewards[:, 1]).detach()
     return torch.stack((losses.detach().sum(), (margins.sign() + 1).sum() / 2, margins.sum()))
 
 
 def validate(policy, reference, sizes):
-    """Scores of held-out pairs: means of loss, accuracy and margin, and the drift of the chosen in
-    nats a token. All arguments (n, 2): log-probabilities, and tokens."""
+    """Scores of held-out pairs: mean loss, accuracy and margin, and the drift of the chosen
+    completions in nats per token. All arguments (n, 2): log-probabilities, and tokens."""
     means = measure(*LOSSES[loss](policy, reference, sizes, beta)) / len(policy)
     drift = (policy - reference)[:, 0].sum() / sizes[:, 0].sum()
     names = 'val_loss', 'val_accuracy', 'val_margin', 'val_drift'
@@ -289,7 +289,7 @@ def validate(policy, reference, sizes):
 
 
 def format_record(record, last_step, n_val):
-    """The lines on the terminal for a record of log.jsonl."""
+    """Format a record of log.jsonl as lines for the terminal."""
     left = (last_step - record['step']) * batch_pairs / record['pairs_per_s']
     line = (
         f'step {record["step"]}/{last_step} | loss {record["loss"]:.4f} | accuracy '
@@ -298,9 +298,9 @@ def format_record(record, last_step, n_val):
     )
     scores = [f'{key[4:]} {value:.4f}' for key, value in record.items() if key.startswith('val_')]
     if scores:
-        line += f'\n  {n_val} pairs held out: {", ".join(scores)} nats a token of the chosen'
-    if record.get('val_drift', 0) < -0.3:  # damage, by experience
-        line += '\n  WARNING: chosen completions become unlikely: lower --lr or --epochs'
+        line += f'\n  {n_val} pairs held out: {", ".join(scores)} nats per token of the chosen'
+    if record.get('val_drift', 0) < -0.3:  # seen to damage models
+        line += '\n  WARNING: chosen completions become unlikely; lower --lr or --epochs'
     return line
 
 
@@ -313,10 +313,10 @@ if __name__ == '__main__':
     torch_device, rank, world = start_processes(device)
     cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)
 
-    # The model and the pairs. The meta.json beside pairs names the encoder of their units.
+    # Load the model and the pairs. A meta.json beside the pairs names the encoder of their units.
     model = load_slm(init, rope_theta=rope_theta or None)
     if not model.slam or model.slam.get('tokenizer'):
-        raise InputError(f'{init} is not a model of units alone: pre-train one with train.py')
+        raise InputError(f'{init} is not a model of units only; pre-train one with train.py')
     beside = [os.path.join(os.path.dirname(path), 'meta.json') for path in data.split(',')]
     ids = {path: read_json(path).get('encoder_id') for path in beside if os.path.exists(path)}
     check_encoder_ids(ids | {init: model.slam.get('encoder_id')})
@@ -331,20 +331,20 @@ if __name__ == '__main__':
     sizes = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
     config['pairs_sha256'] = content_hash(sizes, *(pair_hash(pair).hex() for pair in pairs))
 
-    # The run ends by steps or epochs, whichever is first, or by the clock.
+    # The run ends after the steps, the epochs or the hours, whichever comes first.
     last_step, budget = max_steps or math.inf, 3600 * train_hours or math.inf
     if epochs:
         last_step = min(last_step, max(1, round(epochs * (len(train) // batch_pairs))))
 
-    # A run that stopped left its state here.
+    # Load the state of a stopped run, if there is one.
     state = dict(step=0, elapsed=0.0, seen=0, scores={}, reference=None, config=config)
     state = load_run(out_dir, state, config, FREE) if resume else state
     step, elapsed, seen, scores = (state[key] for key in ('step', 'elapsed', 'seen', 'scores'))
-    log_file = open_log(out_dir, step, rank)  # it locks out_dir
+    log_file = open_log(out_dir, step, rank)  # this locks out_dir
 
-    # All rows have one width, so that they are compiled once.
+    # All rows have the same width, so the model is compiled once.
     width = row_width(lengths, batch_pairs, row_tokens, world, multiple=128 if cuda else 8)
-    slots = width // 5  # pairs of a row at most: the shortest is <S>, then twice a unit and <S>
+    slots = width // 5  # maximum pairs in a row: the shortest pair is <S> and twice a unit with <S>
     model.to(torch_device)
     compiled = cuda if compile is None else compile
     logps = torch.compile(model.logps, dynamic=False) if compiled else model.logps
@@ -354,13 +354,13 @@ if __name__ == '__main__':
         with autocast:
             return logps(*to_device(row, torch_device), n=2 * slots).view(slots, 2)[:m]
 
-    # Report what will be done. The log locks out_dir.
+    # Report the plan.
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
     log(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
     log(f'steps {step} to {last_step} of {batch_pairs} pairs, in rows of {width} tokens', rank)
     run = start_tracker(tracker, config) if rank == 0 else None
 
-    # The reference is the policy before its first step. The checkpoint keeps its log-probabilities.
+    # The reference is the policy before its first step; the checkpoint keeps its log-probabilities.
     reference, clock = state['reference'], time.perf_counter()
     if reference is None:
         reference = score_pairs(row_logps, pairs, width, torch_device, rank, world)
@@ -370,7 +370,7 @@ if __name__ == '__main__':
         model.load_state_dict(state['model'])
         adamw.load_state_dict(state['optimizer'])
     del state  # it holds a copy of the model
-    for parameter in model.parameters():  # of several processes, one may have no row in a step
+    for parameter in model.parameters():  # a process may have no row in a step
         parameter.grad = torch.zeros_like(parameter)
     slam = dict(model.slam, stage='dpo', git_commit=git_commit())
     slam['recipe'] = dict(config, pretraining=model.slam.get('recipe'))
@@ -382,7 +382,7 @@ if __name__ == '__main__':
     over, halt = step >= last_step or (step > 0 and elapsed >= budget), 0
 
     while not over and not halt:
-        # Gradients of the mean loss over the pairs; each process takes every world-th row.
+        # Accumulate the gradient of the mean loss per pair; the rows are split over the processes.
         batch = next(batches)
         for row, indices in collate([train[i] for i in batch], width)[rank::world]:
             policy = row_logps(row, len(indices))
@@ -395,7 +395,7 @@ if __name__ == '__main__':
             for parameter in model.parameters():
                 dist.all_reduce(parameter.grad)
 
-        # Clip and step. Until the next report nothing waits for the device.
+        # Clip and step. The CPU does not wait for the device until the next report.
         sums[3] += torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         adamw.param_groups[0]['lr'] = rate = learning_rate(step)
         adamw.step()
@@ -407,22 +407,22 @@ if __name__ == '__main__':
         if not (evaluate or save or report or alone or step == last_step):
             continue
 
-        # Read the numbers. The clock of the first process counts.
+        # Read the sums, which waits for the device. The clock of rank 0 counts.
         n, (*means, norm) = step - last_report, (sums / (step - last_report)).tolist()
         took = time.perf_counter() - clock
         numbers = [*means, elapsed + took if rank == 0 else 0, len(stopping)]
         *means, elapsed, halt = sum_over_processes(numbers, torch_device)
         if not math.isfinite(sum(means) + norm):
             raise InputError(
-                f'the loss is not finite at step {step}: too high an --lr, too short a warm-up, or '
-                'damaged weights in --init? The last checkpoint is kept'
+                f'the loss is not finite at step {step}; possible causes: a high --lr, '
+                'a short warm-up, damaged weights in --init. The last checkpoint is kept'
             )
         over = step >= last_step or elapsed >= budget
         record = dict(step=step, **dict(zip(('loss', 'accuracy', 'margin'), means, strict=True)))
         record |= dict(norm=norm, lr=rate, tokens=seen, elapsed=round(elapsed, 2))
         record['pairs_per_s'] = round(batch_pairs * n / took, 2)
 
-        # Validate now and at the end, and log.
+        # Validate at intervals and at the end, and log.
         if val and eval_interval and (evaluate or over):
             policy = score_pairs(row_logps, val, width, torch_device, rank, world)
             scores = validate(policy, reference[len(train) :], sizes[len(train) :])
@@ -432,7 +432,7 @@ if __name__ == '__main__':
             run.log({key: record[key] for key in record if key != 'step'}, step=step)
         log(format_record(record, last_step, len(val)), rank)
 
-        # The checkpoint, with all that an exact continuation needs.
+        # Save the checkpoint and the state for an exact resume.
         if rank == 0 and (save or over or halt):
             compute = dict(devices=world, device=machine, hours=elapsed / 3600, tokens=seen)
             compute['pretraining'] = model.slam.get('compute')
@@ -447,5 +447,5 @@ if __name__ == '__main__':
     stop_processes(world)
     log(f'{out_dir}: {step} steps of {batch_pairs} pairs, {format_time(elapsed)}', rank)
     if not over:
-        log('stopped and saved; the same command continues', rank)
+        log('stopped and saved; run the same command to continue', rank)
         raise SystemExit(128 + (stopping or [signal.SIGTERM])[0])

@@ -1,24 +1,24 @@
-"""The metrics of the paper for one or more checkpoints, in one table beside the paper's numbers.
+"""Evaluate checkpoints with the metrics of the paper, in one table with the paper's numbers.
 
     python eval_slm.py --init=out/slam,out/slam-dpo --tasks=sblimp,swuggy,genppl --html=report.html
     python eval_slm.py --init="untrained:out/a-s1,out/a-s*,B=out/b-s1+out/b-s2"
 
-A pair counts 1 if its correct utterance has the higher mean log-likelihood, 1/2 on a tie. The mean
-is over every token of `<S>` units `<S>` but the first (the public toolkit's convention).
-Checkpoints that differ only in their seed form an arm, a pattern or NAME=A+B: mean +- standard
-deviation, with intervals that include the seeds. untrained:FOLDER: its model with random weights.
+A pair scores 1 if its correct utterance has the higher mean log-likelihood, and 1/2 for a tie. The
+mean is over all tokens of `<S>` units `<S>` except the first (the public toolkit's convention).
+An arm is a set of checkpoints that differ only in their seed: a pattern, or NAME=A+B. It gets mean
++- standard deviation, and intervals that include the seeds. untrained:FOLDER: random weights.
 
-Tasks, and where they are looked for in data_dir:
+Tasks, and their files in data_dir:
     sblimp, swuggy                      ZeroSpeech 2021 as unpacked: syntactic/, lexical/
     sstorycloze, tstorycloze, salmon    the folders of these names, or parquet files in them
     own, or any other name              your own pairs: NAME=PATH, or NAME in data_dir
         a folder      <id>_correct.wav, <id>_incorrect.wav; type and voice from manifest.jsonl
-        .csv          columns correct, incorrect (paths from the file's folder), type, voice
+        .csv          columns correct, incorrect (paths relative to the file), type, voice
         .parquet      a file, a folder or hub:OWNER/NAME: positive_audio, negative_audio
     genppl, autobleu                    on the transcript of prompt + continuation, as published
-    gptscore, dnsmos                    a judge's rating; predicted opinion score (DNSMOS, overall)
-A suite NAME_unseen beside NAME is scored too. For interleaved models NAME_to_text and
-NAME_from_text score endings of stories in another modality; manifest.jsonl has the words' times.
+    gptscore, dnsmos                    rating by an LLM judge; predicted opinion score (DNSMOS)
+A suite NAME_unseen beside NAME is scored too. NAME_to_text and NAME_from_text score an interleaved
+model on story endings in the other modality; manifest.jsonl must have word times.
 """
 
 from config import configure
@@ -47,46 +47,46 @@ from model import SAMPLE_RATE, InputError, reading
 # -----------------------------------------------------------------------------
 init = 'out/slam'  # checkpoints, comma-separated: folders, hub names, patterns, NAME=A+B
 tasks = 'sblimp,sstorycloze,tstorycloze'  # comma-separated, see above
-wer = False  # also the word error rate of resynthesised prompts whose text is known
+wer = False  # also the word error rate of resynthesised prompts with known text
 data_dir = 'data'  # holds the suites
-split = 'dev'  # of ZeroSpeech 2021: dev or test
-encoder = ''  # name or folder in place of the one each checkpoint names
+split = 'dev'  # split of ZeroSpeech 2021: dev or test
+encoder = ''  # name or folder; replaces the encoder that each checkpoint names
 vocoder = ''
-# what is continued, and how (Table 6 of the paper)
+# prompts and sampling (Table 6 of the paper)
 prompts = ''  # folder of prompts; '': the correct utterances of sstorycloze, or of the first suite
 n_prompts = 1000  # prompts to continue
-prompt_seconds = 3.0  # gptscore: at the end of the word nearest to it
+prompt_seconds = 3.0  # gptscore: cut at the nearest end of a word
 max_new_tokens = 150
 temperature = 0.8
 top_k = 25
 top_p = 1.0
-repetition_penalty = None  # None: 1.1 after DPO, 1.0 before it
-# models that listen
+repetition_penalty = None  # None: 1.1 for DPO models, 1.0 for others
+# models that transcribe or rate the output
 asr = 'openai/whisper-large-v3-turbo'  # transcribes for genppl, autobleu, gptscore and wer
-asr_language = 'en'  # of a multilingual Whisper
-text_lm = 'meta-llama/Llama-3.2-1B'  # genppl's
-judge = ''  # gptscore's: an OpenAI-compatible URL, such as http://localhost:8000/v1
-judge_model = 'gpt-4o'  # the judge's name there; the key is read from $OPENAI_API_KEY
-# what is written
-out = 'out/eval.json'  # beside it NAME.pairs.jsonl, every pair's scores, and eval_cache/, the units
+asr_language = 'en'  # language code for a multilingual Whisper
+text_lm = 'meta-llama/Llama-3.2-1B'  # text LM for genppl
+judge = ''  # LLM for gptscore: an OpenAI-compatible URL, such as http://localhost:8000/v1
+judge_model = 'gpt-4o'  # the judge's model name; the key is read from $OPENAI_API_KEY
+# output
+out = 'out/eval.json'  # beside it: NAME.pairs.jsonl (scores of every pair) and eval_cache/ (units)
 html = ''  # a self-contained page: table and figures
-paper = 'results'  # of config/paper.csv: results, peers, data, context (comma-separated) or all
+paper = 'results'  # rows of config/paper.csv: results, peers, data, context (comma-separated), all
 seed = 1234
 device = 'auto'  # cuda, mps or cpu
 dtype = 'auto'  # bfloat16 on cuda, else float32
 # -----------------------------------------------------------------------------
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-ZEROSPEECH = dict(sblimp='syntactic', swuggy='lexical')  # tasks of its layout, and their folders
+ZEROSPEECH = dict(sblimp='syntactic', swuggy='lexical')  # tasks in its layout, and their folders
 SALMON = 'bg_alignment bg_all_consistency bg_domain_consistency gender_consistency rir_consistency'
 SALMON += ' sentiment_alignment sentiment_consistency speaker_consistency'
 PAPER_TASKS = ('sblimp', 'sstorycloze', 'tstorycloze')
 TITLES = dict(sblimp='sBLIMP', swuggy='sWUGGY', sstorycloze='sSC', tstorycloze='tSC')
-CROSSINGS = ('_to_text', '_from_text')  # of tasks whose endings are in the other modality
-# GenPPL and auto-BLEU of the paper were measured with these defaults (section 4 and Table 6)
+CROSSINGS = ('_to_text', '_from_text')  # of tasks with endings in the other modality
+# The paper measured GenPPL and auto-BLEU with these defaults (section 4 and Table 6)
 PROTOCOL = 'prompts n_prompts prompt_seconds max_new_tokens temperature top_k top_p asr text_lm'
 PROTOCOL = {name: globals()[name] for name in (*PROTOCOL.split(), 'repetition_penalty')}
-MUCH_CUT, MUCH_BROKEN = 0.01, 0.05  # shares of cut pairs, and of short or looping transcripts
+MUCH_CUT, MUCH_BROKEN = 0.01, 0.05  # more cut pairs, or short or looping transcripts, get a *
 JUDGE = r"""A speech model heard the beginning of a recording and went on speaking. Below are the
 transcripts of both. Judge how relevant the continuation is to the beginning and how likely it is to
 follow it, on a scale from 1 (very unlikely and irrelevant) to 5 (very likely and highly relevant).
@@ -96,19 +96,19 @@ Write a brief analysis first, then close with: "The final answer is \boxed{x}", 
 Beginning: %s
 Continuation: %s"""
 
-# A part of a recording: `seconds` of its beginning (0: all), or what follows `start` s
+# A part of a recording: the first `seconds` (0: all), or everything after `start` s
 Clip = namedtuple('Clip', 'path seconds start', defaults=(0.0, 0.0))
-# What is scored: pairs, a list of make_pair's dicts; official: the audio is that of the paper
+# pairs: a list of dicts from make_pair; official: whether the audio is that of the paper
 Suite = namedtuple('Suite', 'pairs official')
 
 
 # -----------------------------------------------------------------------------
-# Suites: folders and files -> pairs. list_suite calls a function for each layout
+# Suites: folders and files -> pairs. list_suite calls one function for each layout
 
 
 def make_pair(key, pos, neg, about):
-    """A pair: dict(id, voice, types, pos, neg, text, words). pos, neg: each a path, which becomes a
-    Clip; types: what it counts in besides all; about: what is known of pos, a row of a manifest."""
+    """A pair: dict(id, voice, types, pos, neg, text, words). pos, neg: two paths, stored as Clips.
+    types: sub-scores that the pair counts in. about: a manifest row, or other facts about pos."""
     voice, types = about.get('voice') or about.get('speaker'), [about.get('type')]
     pair = dict(id=str(key), voice=str(voice or ''), types=[str(kind) for kind in types if kind])
     pair |= dict(pos=Clip(pos), neg=Clip(neg))
@@ -129,7 +129,7 @@ def read_csv(path):
 
 
 def list_folder(folder):
-    """Pairs of a folder and its sub-folders: <n>_correct, <n>_incorrect, or a part of SALMon,
+    """Pairs in a folder and its sub-folders: <n>_correct and <n>_incorrect, or a part of SALMon,
     sample_<n>_*, where the first name is correct. Raises InputError for any other file."""
     files = [os.path.normpath(file) for file in M.find_audio(folder)]
     rule, layout = r'(.+)_(correct|incorrect)', '<n>_correct, <n>_incorrect in one folder'
@@ -153,7 +153,7 @@ def list_folder(folder):
 
 
 def list_table(where):
-    """Pairs of a .csv file, whose paths start at its folder, or of parquet. Raises InputError."""
+    """Pairs of a .csv file, with paths relative to its folder, or of parquet. Raises InputError."""
     is_csv, pairs = where.endswith('.csv'), {}
     rows = read_csv(where) if is_csv else M.read_parquet(where)
     for n, row in enumerate(rows, 2 if is_csv else 1):
@@ -164,7 +164,7 @@ def list_table(where):
                 raise InputError(f'{place}: expected {" or ".join(names)}')
             audio = audio if isinstance(audio, dict) else dict(path=audio)
             path = os.path.join(os.path.dirname(where), audio['path'] or '')
-            if audio.get('bytes'):  # a file named by its content, so that no old copy is scored
+            if audio.get('bytes'):  # name the file by its content, so that no old copy is scored
                 name = M.content_hash(audio['bytes'])
                 path = os.path.join(os.path.dirname(out), 'eval_cache', name)
                 with M.write_atomic(path, 'wb') as file:
@@ -177,18 +177,18 @@ def list_table(where):
 
 
 def list_zerospeech(root, kind, split):
-    """Pairs of a task of ZeroSpeech 2021, grouped as the official tool does. root: what holds the
-    folder `kind` (syntactic or lexical), or that folder, or its split. Raises InputError."""
+    """Pairs of a ZeroSpeech 2021 task, grouped as in the official tool. root: the parent of the
+    folder `kind` (syntactic or lexical), that folder, or its split. Raises InputError."""
     places = (os.path.join(root, kind, split), os.path.join(root, split), root)
     folder = next(filter(os.path.isdir, places), root)
     gold, lexical = os.path.join(folder, 'gold.csv'), kind == 'lexical'
     rows = read_csv(gold)
     files = M.find_audio(folder)
     clips = {os.path.basename(os.path.splitext(path)[0]): path for path in files}
-    if len(clips) < len(files):  # which one gold.csv means is not known
-        raise InputError(f'{folder}: {len(files) - len(clips)} recordings have the name of another')
+    if len(clips) < len(files):  # a name in gold.csv would be ambiguous
+        raise InputError(f'{folder}: {len(files) - len(clips)} recordings share a name')
 
-    # {(id, voice): (correct rows, wrong rows)}; a word has several non-words
+    # {(id, voice): (correct rows, wrong rows)}; one word has several non-words
     groups, pairs = defaultdict(lambda: ([], [])), []
     columns = ['id', 'filename', 'voice', 'correct', 'frequency' if lexical else 'type']
     for line, row in enumerate(rows, 2):
@@ -203,7 +203,7 @@ def list_zerospeech(root, kind, split):
         if not (correct and wrong):
             raise InputError(f'{gold}: id {key}, voice {voice}: no correct or no wrong side')
         kind = correct[0].get('type')
-        if lexical:  # how often LibriSpeech has the word
+        if lexical:  # by the frequency of the word in LibriSpeech
             kind = ('in' if float(correct[0]['frequency'] or 0) >= 1 else 'out of') + ' vocabulary'
         for sides in product(correct, wrong):
             pos, neg = (clips[row['filename']] for row in sides)
@@ -213,7 +213,7 @@ def list_zerospeech(root, kind, split):
 
 def list_suite(name, path, split='dev'):
     """The Suite of a task. Raises InputError if a file is missing or has no counterpart."""
-    # a manifest of ours: synthesised audio, whose scores do not compare with the paper's
+    # a manifest marks our own synthetic audio; its scores do not compare with the paper's
     around = (path, os.path.join(path, split), os.path.dirname(os.path.abspath(path)))
     official = not any(os.path.exists(os.path.join(place, 'manifest.jsonl')) for place in around)
     kind = ZEROSPEECH.get(name.removesuffix('_unseen'))
@@ -228,19 +228,19 @@ def list_suite(name, path, split='dev'):
 
 
 def find_task(name):
-    """The path of a task in data_dir, in any case. Raises InputError where there is none."""
+    """The path of a task in data_dir, ignoring case. Raises InputError if there is none."""
     there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
     names = [name.lower() + end for end in ('', '.csv', '.parquet')]
     found = [os.path.join(data_dir, child) for child in there if child.lower() in names]
-    found += [data_dir] * (name in (*ZEROSPEECH, 'salmon'))  # their parts may lie in it directly
+    found += [data_dir] * (name in (*ZEROSPEECH, 'salmon'))  # their parts may be in data_dir itself
     if not found:
         raise InputError(f'no {name!r} in {data_dir}: give --tasks={name}=PATH')
     return found[0]
 
 
 def find_suites(names):
-    """{task: Suite} of tasks as the user names them, NAME or NAME=PATH: also the eight parts of
-    SALMon, and NAME_unseen where it exists. Raises InputError."""
+    """{task: Suite} of the tasks that the user gives as NAME or NAME=PATH. salmon becomes eight
+    parts, and NAME_unseen is added if it exists. Raises InputError."""
     if split not in ('dev', 'test'):
         raise InputError(f'--split={split} is not known: ZeroSpeech 2021 has dev and test')
     suites = {}
@@ -265,8 +265,8 @@ def find_suites(names):
 
 
 def find_ending(words, others):
-    """Index of the word where the endings of two stories begin, lists of words: that of the
-    sentence in which they first differ, or that word itself if they share no sentence."""
+    """Index of the word where the endings of two stories (lists of words) begin: the start of the
+    first sentence that differs, or the first word that differs if the stories share no sentence."""
     both = list(zip(words, others, strict=False))
     same = next((i for i, (a, b) in enumerate(both) if a != b), len(both))
     ends = [i for i in range(1, same + 1) if words[i - 1].endswith(('.', '!', '?'))]
@@ -274,8 +274,8 @@ def find_ending(words, others):
 
 
 def cross(suite, path, crossing):
-    """The Suite with its endings alone in text or in speech: pairs have `to`, 'text' or 'speech',
-    and `texts`, what is text of each side. Raises InputError if manifest.jsonl lacks `words`."""
+    """The Suite with endings in text or in speech. Each pair gets `to`, 'text' or 'speech', and
+    `texts`, the text part of each side. Raises InputError if manifest.jsonl lacks `words`."""
     manifest, pairs = read_manifest(path), []
     for pair in suite.pairs:
         files = [pair['pos'].path, pair['neg'].path]
@@ -285,7 +285,7 @@ def cross(suite, path, crossing):
         if not 0 < first < min(map(len, words)):
             raise InputError(f'{files[0]}: no ending known, expected `words` in manifest.jsonl')
 
-        # both sides have the beginning of the correct story
+        # both sides begin with the correct story
         if crossing == '_to_text':
             to, texts = 'text', [' '.join(story[first:]) for story in words]
             pos = neg = Clip(files[0], times[0][first - 1][2])
@@ -297,12 +297,12 @@ def cross(suite, path, crossing):
 
 
 # -----------------------------------------------------------------------------
-# Likelihoods: utterances -> units, computed once for an encoder -> the log-likelihood of each
+# Likelihoods: utterances -> units (computed once for an encoder) -> log-likelihoods
 
 
 def encode_clips(clips, unit_encoder):
-    """De-duplicated units of clips, {clip: (n,) int array}, kept under a hash of the files'
-    content, the cuts and the encoder. Raises InputError for broken audio."""
+    """De-duplicated units of clips, {clip: (n,) int array}. They are cached under a hash of the
+    files' contents, the cuts and the encoder. Raises InputError for broken audio."""
     clips, notes = list(dict.fromkeys(clips)), []
     with ThreadPoolExecutor(8) as pool:
         with reading('audio of the suite'):
@@ -313,7 +313,7 @@ def encode_clips(clips, unit_encoder):
         if not os.path.exists(path):
             units = []
             for start in tqdm(range(0, len(clips), 64), 'encoding', leave=False):
-                part = clips[start : start + 64]  # whose waves are in memory at once
+                part = clips[start : start + 64]  # only these waves are in memory at once
                 waves = pool.map(lambda clip: M.load_audio(clip.path, notes=notes), part)
                 for clip, wave in zip(part, waves, strict=True):
                     begin, end = (int(t * SAMPLE_RATE) for t in (clip.start, clip.seconds))
@@ -321,18 +321,18 @@ def encode_clips(clips, unit_encoder):
                     units.append(M.dedup(unit_encoder.encode(wave))[0].tolist())
             with M.write_atomic(path) as file:
                 json.dump(dict(units=units), file)
-    for note, n in Counter(notes).items():  # silence, or channels that cancel
+    for note, n in Counter(notes).items():  # such as silence or cancelling channels
         M.log(f'{n} of {len(clips)} recordings: {note}')
     return dict(zip(clips, map(np.array, M.read_json(path)['units']), strict=True))
 
 
 def to_tokens(model, utterance):
-    """(tokens, how many of the first are given and not scored, how many are cut) of an utterance.
+    """(tokens, number of unscored tokens at the start, number of cut tokens) of an utterance.
 
-    utterance: units, scored but for the first token as `<S>` units `<S>`, of an interleaved model
-    `<speech>` units and its end; as the units alone if slam['scoring'] is 'units'. Or (units, text
-    ids, to): a beginning and the ending in the modality `to`, which alone is scored. Beyond the
-    context, units lose their end and such a story its start.
+    utterance: units, scored as `<S>` units `<S>`, by an interleaved model as `<speech>` units end,
+    or as the units alone if slam['scoring'] is 'units'; the first token is not scored. Or a story,
+    (units, text ids, to): only its ending, in the modality `to`, is scored. If it exceeds the
+    context, an utterance loses its end, a story its start.
     """
     if isinstance(utterance, tuple):
         units, ids, to = utterance
@@ -340,7 +340,7 @@ def to_tokens(model, utterance):
         if to == 'speech':
             parts.reverse()
         tokens = model.tokens_of(parts).tolist()
-        given = len(model.tokens_of(parts[:1])) + 1  # and the switch to the other modality
+        given = len(model.tokens_of(parts[:1])) + 1  # plus the switch to the other modality
     else:
         units, given = utterance, 1
         alone = model.slam.get('scoring') == 'units'
@@ -359,10 +359,10 @@ def to_tokens(model, utterance):
 
 @torch.inference_mode()
 def log_likelihoods(model, utterances):
-    """Log-likelihoods in nats of utterances, of to_tokens' kinds, each token given all before it.
+    """Log-likelihoods in nats of utterances (see to_tokens), each token given all tokens before it.
 
-    Returns: sums (n,) and tokens predicted (n,) of what fits the model's context, and whether each
-    was cut to it (n,). Equal sequences tie exactly. Raises InputError for unknown units, and NaN.
+    Returns (n,) arrays: sums, numbers of predicted tokens (within the context), and whether the
+    utterance was cut. Equal sequences tie exactly. Raises InputError for unknown units and NaN.
     """
     device, context = next(model.parameters()).device, model.config.context
     whole = [to_tokens(model, utterance) for utterance in utterances]
@@ -370,7 +370,7 @@ def log_likelihoods(model, utterances):
     distinct = list(dict.fromkeys(sequences))
     lengths = [len(tokens) for tokens, _ in distinct]
 
-    # rows of one width, so that a GPU compiles once; on a CPU they are filled and done one by one
+    # rows of equal width, so that a GPU compiles once; a CPU computes full rows one by one
     width = max(2048, *lengths)
     batch = 1 if device.type == 'cpu' else 32
     rows = M.pack_rows(lengths, width)
@@ -378,7 +378,7 @@ def log_likelihoods(model, utterances):
     for start in tqdm(range(0, len(rows), batch), 'scoring', leave=False):
         arrays = np.zeros((4, batch, width), np.int64)
         tokens, predicted, document, segments = arrays
-        # the rest of a row: documents within the reach of learned positions
+        # padding at the end of a row: documents short enough for learned positions
         document[:] = -1 - np.arange(width) // context
         for r, row in enumerate(rows[start : start + batch]):
             begin = 0
@@ -386,12 +386,12 @@ def log_likelihoods(model, utterances):
                 end = begin + lengths[i]
                 tokens[r, begin:end], given = distinct[i]
                 predicted[r, begin + given : end] = 1
-                document[r, begin:end] = segments[r, begin:end] = i  # whose sum they count towards
+                document[r, begin:end] = segments[r, begin:end] = i  # the sum that they add to
                 begin = end
         x, mask, doc, segments = torch.from_numpy(arrays).to(device)
         sums += model.logps(x, mask, doc, segments=segments, n=len(sums)).double().cpu().numpy()
-    if not np.isfinite(sums).all():  # NaN would lose every comparison: a score of 0
-        raise InputError('the likelihoods are not numbers: the weights hold NaN, or overflow')
+    if not np.isfinite(sums).all():  # NaN would lose every comparison and score 0
+        raise InputError('the likelihoods are not numbers: NaN in the weights, or an overflow')
 
     place = {sequence: i for i, sequence in enumerate(distinct)}
     counts = np.array([len(tokens) - given for tokens, given in sequences])
@@ -408,19 +408,19 @@ def percent(mean):
 
 
 def interval(a, b=None, transform=percent, draws=2000, seed=1234):
-    """Score of an arm with a 95 % interval, or the difference a - b of two.
+    """Score of an arm with a 95 % interval, or the difference a - b of two arms.
 
-    a, b: (seeds, items) of the same items, or (items,) of one checkpoint. A score is the mean over
-    seeds of transform(mean over items), its interval a bootstrap over items plus the seeds' spread:
-    Student's t of their pooled variance, as resampling two or three seeds underestimates it. All or
-    no items right: Clopper and Pearson's exact bound. Returns: dict(score, low, high, n items), of
-    several seeds also `seeds`, their number, and `spread`, their standard deviation.
+    a, b: (seeds, items) on the same items, or (items,) of one checkpoint. A score is the mean over
+    seeds of transform(mean over items). Its interval combines a bootstrap over items with Student's
+    t for the pooled variance of the seeds, since resampling 2 or 3 seeds underestimates it. If all
+    or no items are right: the exact Clopper-Pearson bound. Returns: dict(score, low, high, n items)
+    and, for several seeds, `seeds`, their number, and `spread`, their standard deviation.
     """
     arms = [np.atleast_2d(np.asarray(arm, float)) for arm in (a, b) if arm is not None]
     n = arms[0].shape[1]
     rng = np.random.default_rng(seed)
 
-    # a resample of items is a multinomial draw over distinct columns; the first has all items
+    # a resample of items is a multinomial draw over distinct columns; the first is the data
     columns, counts = np.unique(np.concatenate(arms), axis=1, return_counts=True)
     weights = np.concatenate((counts[None], rng.multinomial(n, counts / n, size=draws)))
     scores = transform(weights @ columns.T / n)  # (1 + draws, seeds of both arms)
@@ -429,7 +429,7 @@ def interval(a, b=None, transform=percent, draws=2000, seed=1234):
     difference = means[0] - (means[1] if b is not None else 0)
     result = dict(score=float(difference[0]), low=None, high=None, n=n)
 
-    freedom = sum(len(arm) - 1 for arm in arms)  # of the seeds' pooled variance
+    freedom = sum(len(arm) - 1 for arm in arms)  # degrees of freedom of the pooled variance
     squares = sum(np.square(arm[0] - arm[0].mean()).sum() for arm in scores)
     if freedom and b is None:
         result |= dict(seeds=len(arms[0]), spread=float(np.sqrt(squares / freedom)))
@@ -451,8 +451,8 @@ def interval(a, b=None, transform=percent, draws=2000, seed=1234):
 
 
 def summarise(pairs, wins, seed=1234):
-    """The official average: over voices within a pair, then over pairs. wins: 0, 1/2 or 1 of each.
-    Returns: the result in percent, also by type and voice, and {id: score in 0 .. 1}."""
+    """The official average: over voices within a pair, then over pairs. wins: 0, 1/2 or 1 per pair.
+    Returns: the result in percent, also by type and by voice, and {id: score in 0 .. 1}."""
     wins_of = defaultdict(list)  # a word of sWUGGY has several non-words in each voice
     for pair, win in zip(pairs, wins, strict=True):
         wins_of[pair['id'], pair['voice']].append(win)
@@ -474,14 +474,14 @@ def summarise(pairs, wins, seed=1234):
 
 
 def compare(models, arms, items, metrics):
-    """({arm: dict(seeds=its checkpoints, metrics=results)}, {'b - a': results}) of arms and single
-    checkpoints, on the items that all of theirs share; an arm has the remarks of its checkpoints.
-    items, metrics: {checkpoint: {task: {id: value}}}, {checkpoint: {task: result}}."""
+    """({arm: dict(seeds=its checkpoints, metrics=results)}, {'b - a': results}): results of arms,
+    and differences of arms and single checkpoints on common items. Arms inherit remarks.
+    items: {checkpoint: {task: {id: value}}}; metrics: {checkpoint: {task: result}}."""
     in_arms = {name for members in arms.values() for name in members}
     groups = {name: [name] for name in models if name not in in_arms} | arms
 
     def result_of(task, *names):
-        """Interval of a group, or of the first group minus the second; None without items."""
+        """Interval of a group, or of the first group minus the second; None if none are common."""
         found = [items[member].get(task, {}) for name in names for member in groups[name]]
         keys = [key for key in found[0] if all(key in other for other in found)]
         tables = [[[items[m][task][key] for key in keys] for m in groups[name]] for name in names]
@@ -503,17 +503,17 @@ def compare(models, arms, items, metrics):
 
 
 # -----------------------------------------------------------------------------
-# Models that listen
+# Models that transcribe or rate the output
 
 
 @lru_cache(maxsize=4)
 def load_hf(model_class, processor_class, where):
-    """A transformers model and its tokenizer or processor. Raises InputError for another format."""
+    """A transformers model and its tokenizer or processor. Raises InputError for other formats."""
     transformers, place = M.import_transformers(), M.pick_device(device)
-    for name in os.listdir(M.find_checkpoint(where, tensors=False)):  # fails without a network
+    for name in os.listdir(M.find_checkpoint(where, tensors=False)):  # an error if offline
         if name == 'model.bin' or name.endswith('.gguf'):
             kind = 'CTranslate2' if name == 'model.bin' else 'GGUF'
-            raise InputError(f'{where} is in the format of {kind}: give that of transformers')
+            raise InputError(f'{where} is in {kind} format: give a model in transformers format')
     with reading(where):
         processor = getattr(transformers, processor_class).from_pretrained(where)
         model = getattr(transformers, model_class).from_pretrained(where)
@@ -526,21 +526,21 @@ def load_asr():
     about = model.generation_config
     codes = about.lang_to_id if getattr(about, 'is_multilingual', False) else {}
     if codes and f'<|{asr_language}|>' not in codes:
-        raise InputError(f'--asr_language={asr_language}: {asr} has no such code (as en, de)')
+        raise InputError(f'--asr_language={asr_language}: {asr} has no such code (such as en)')
     return model, processor, dict(language=asr_language, task='transcribe') if codes else {}
 
 
-# how to open what a metric needs; main opens it before anything is computed
+# how to load what a metric needs; main calls these before it computes anything
 OPEN = dict(
     asr=load_asr,
     text_lm=lambda: load_hf('AutoModelForCausalLM', 'AutoTokenizer', text_lm),
     judge=lambda: ask_judge('Reply with the word ready.'),
-    dnsmos=lambda: importlib.import_module('speechmos.dnsmos'),  # has its weights in the package
+    dnsmos=lambda: importlib.import_module('speechmos.dnsmos'),  # the package contains its weights
 )
 
 
 def transcribe(waves, batch=16):
-    """Whisper's transcripts of 16 kHz waves, of their first 30 s; '' for an empty one."""
+    """Whisper's transcripts of the first 30 s of 16 kHz waves; '' for an empty wave."""
     (model, processor, options), texts = OPEN['asr'](), []
     for start in tqdm(range(0, len(waves), batch), 'transcribing', leave=False):
         sounds = [w.numpy() if len(w) else np.zeros(1) for w in waves[start : start + batch]]
@@ -559,7 +559,7 @@ def text_nll(text):
 
 
 def ask_judge(question):
-    """The answer of an OpenAI-compatible endpoint, asked up to three times. Raises InputError."""
+    """The reply of an OpenAI-compatible endpoint; up to three attempts. Raises InputError."""
     message = dict(role='user', content=question)
     body = json.dumps(dict(model=judge_model, temperature=0, messages=[message])).encode()
     key, url = os.environ.get('OPENAI_API_KEY', ''), judge.rstrip('/') + '/chat/completions'
@@ -569,36 +569,36 @@ def ask_judge(question):
             request = urllib.request.Request(url, body, headers)
             with urllib.request.urlopen(request, timeout=120) as reply:
                 return json.load(reply)['choices'][0]['message']['content'] or ''
-        except Exception as error:  # of the network, the server, or an answer of another shape
+        except Exception as error:  # network or server errors, or an unexpected reply
             reason = error
             time.sleep(wait)
-    raise InputError(f'--judge={judge} does not answer ({reason}); $OPENAI_API_KEY is its key')
+    raise InputError(f'--judge={judge} does not answer ({reason}); set $OPENAI_API_KEY to its key')
 
 
 # -----------------------------------------------------------------------------
-# Metrics of what a checkpoint generates. A new one is a function, items of Checkpoint.generate -> a
-# value of each, None where there is none, and an entry in METRICS
+# Metrics of generated speech. To add one, write a function: items of Checkpoint.generate -> a value
+# for each (None if there is none), and add an entry to METRICS
 
 
 def find_flaws(text, n=5):
-    """Whether a transcript is of fewer than two words; whether a repeated n-gram fills half."""
+    """Whether a transcript has fewer than two words; whether a repeated n-gram fills half of it."""
     words, filled = M.tokenize_words(text), defaultdict(set)
     for i in range(len(words) - n + 1):
         filled[tuple(words[i : i + n])].update(range(i, i + n))
     loops = any(2 * len(at) >= len(words) for at in filled.values() if len(at) > n)
     short = sum(any(map(str.isalnum, word)) for word in words) < 2
-    if not short and 'genppl' in split_list(tasks):  # or tokens of its LM
+    if not short and 'genppl' in split_list(tasks):  # or fewer than two tokens of the text LM
         short = len(OPEN['text_lm']()[1](text).input_ids) < 2
     return short, loops
 
 
 def each_transcript(rate):
-    """A metric of single transcripts, which leaves out short ones."""
+    """A metric of single transcripts; short transcripts get None."""
     return lambda items: [None if find_flaws(i['text'])[0] else rate(i['text']) for i in items]
 
 
 def rate_relevance(items):
-    """GPTScore: a judge's rating of each continuation, the last boxed number of its answer."""
+    """GPTScore: a judge's rating of each continuation, the last boxed number in its reply."""
     ratings = []
     for item in tqdm(items, 'judging', leave=False):
         answer = ask_judge(JUDGE % (item['known'], item['text']))
@@ -608,13 +608,13 @@ def rate_relevance(items):
 
 
 def rate_sound(items):
-    """The overall opinion score of DNSMOS (P.835); None for an empty wave."""
+    """The overall quality score of DNSMOS (P.835); None for an empty wave."""
     waves = [item['wave'].clamp(-1, 1).numpy() for item in items]
     return [OPEN['dnsmos']().run(w, SAMPLE_RATE)['ovrl_mos'] if len(w) else None for w in waves]
 
 
 def rate_words(items):
-    """Word errors in percent of the mean number of words: their mean is the word error rate."""
+    """Word errors in percent of the mean number of words; their mean is the word error rate."""
     from torchaudio.functional import edit_distance
 
     pairs = [(item['known'], item['text'].replace('’', "'")) for item in items]
@@ -623,8 +623,8 @@ def rate_words(items):
     return [100 * edit_distance(known, found) / mean for known, found in words]
 
 
-# source: prompt and continuation as one utterance, the continuation alone, or whole recordings,
-# resynthesised; needs: of OPEN; transform: of a mean over prompts -> the score
+# source: what the wave is: prompt + continuation, the continuation alone, or a resynthesised
+# recording; needs: keys of OPEN; transform: mean over prompts -> score
 Metric = namedtuple('Metric', 'label unit digits source needs rate transform')
 BOTH, AFTER, AGAIN = 'prompt + continuation', 'continuation', 'resynthesis'
 fluency = each_transcript(text_nll)
@@ -639,7 +639,7 @@ METRICS = dict(
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints, and what they generate
+# Checkpoints and their generated speech
 
 
 def split_list(text, sign=','):
@@ -647,8 +647,8 @@ def split_list(text, sign=','):
 
 
 def find_models(text):
-    """({name: folder}, {arm: [names]}) of the knob init: NAME=A+B and patterns of several folders
-    are arms. Raises InputError for a folder that is missing."""
+    """({name: folder}, {arm: [names]}) of the knob init. NAME=A+B is an arm, and so is a pattern of
+    several folders. Raises InputError for a missing folder."""
     models, arms = {}, {}
     for part in split_list(text):
         arm, _, members = part.rpartition('=')
@@ -665,8 +665,8 @@ def find_models(text):
 
 
 def load_model(where):
-    """The SLM of a checkpoint; of 'untrained:FOLDER' one of its shape with random weights: normal
-    with standard deviation 0.02, biases 0, norms 1, drawn from the knob `seed`."""
+    """The SLM of a checkpoint. For 'untrained:FOLDER', a model of that shape with random weights:
+    normal with standard deviation 0.02, biases 0, norm weights 1, drawn from the knob `seed`."""
     folder = where.removeprefix('untrained:')
     model = M.load_slm(folder)
     if folder != where:
@@ -676,8 +676,8 @@ def load_model(where):
 
 
 class Checkpoint:
-    """A model with its encoder, and what it generates, which all metrics share. Raises InputError
-    if the encoder is not known, or if it makes other units than the model's."""
+    """A model, its encoder, and the speech that it generates, shared by all metrics. Raises
+    InputError if the encoder is unknown or its units differ from the model's."""
 
     def __init__(self, where):
         self.place = M.pick_device(device)
@@ -692,11 +692,11 @@ class Checkpoint:
         penalty = repetition_penalty or (1.1 if slam.get('stage') == 'dpo' else 1.0)
         self.sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
         self.sampling |= dict(top_p=top_p, repetition_penalty=float(penalty))
-        self.items = {}  # {source of a metric: what `generate` returns}
+        self.items = {}  # {source of a metric: result of `generate`}
 
     def generate(self, source, clips):
-        """Items of prompts from cut_prompts: [dict(id, seconds, known: the prompt's text or None,
-        wave (samples,) at 16 kHz), ...]. source: what the wave is, see METRICS."""
+        """One item for each prompt of cut_prompts: dict(id, seconds, known: the prompt's text or
+        None, wave: (samples,) at 16 kHz). source: what the wave contains, see METRICS."""
         if source in self.items:
             return self.items[source]
         voice = M.UnitVocoder.from_pretrained(self.voice, device=self.place)
@@ -716,8 +716,8 @@ class Checkpoint:
 
 
 def find_prompts(suites):
-    """{path: what is known of it, such as text and words}: of the knob `prompts`, or the correct
-    utterances of sstorycloze, else of the first suite of audio; at most n_prompts."""
+    """{path: known facts, such as text and words} of at most n_prompts prompts: the knob `prompts`,
+    or the correct utterances of sstorycloze, or else of the first audio suite."""
     about = {}
     if prompts:
         manifest = read_manifest(prompts)
@@ -729,8 +729,8 @@ def find_prompts(suites):
 
 
 def cut_prompts(source, known):
-    """{clip: its text or None} of prompts from find_prompts: for GPTScore those of twice the length
-    and known words, for WER of known text and at most Whisper's 30 s. Raises InputError."""
+    """{clip: its text or None} of prompts from find_prompts. GPTScore takes prompts with word times
+    and twice the length; WER takes prompts with text of at most 30 s. Raises InputError."""
     clips = {}
     for path, about in known.items():
         with reading(path):
@@ -740,7 +740,7 @@ def cut_prompts(source, known):
         elif source == AGAIN and about.get('text') and seconds <= 30:
             clips[Clip(path)] = about['text']
         elif source == AFTER and seconds >= 2 * prompt_seconds:
-            # [[word, start s, end s], ...] of the manifest, or of a file beside the audio
+            # [[word, start s, end s], ...] from the manifest, or from a .json file beside the audio
             words, beside = about.get('words'), os.path.splitext(path)[0] + '.json'
             if not words and os.path.exists(beside):
                 words = M.read_json(beside).get('aligned_text')
@@ -754,11 +754,11 @@ def cut_prompts(source, known):
 
 
 # -----------------------------------------------------------------------------
-# The scores of one checkpoint. In the table `remarks` stand below one, `marked` is a * behind it
+# Scores of one checkpoint. The table prints `remarks` below a score, and * if it is `marked`
 
 
 def score_suite(checkpoint, suite):
-    """Result, {pair id: score in 0 .. 1} and rows for the pairs file, of one suite."""
+    """The result of one suite, {pair id: score in 0 .. 1}, and rows for the pairs file."""
     model, pairs = checkpoint.model, suite.pairs
     clips = [pair[side] for side in ('pos', 'neg') for pair in pairs]
     units = encode_clips(clips, checkpoint.encoder)
@@ -773,7 +773,7 @@ def score_suite(checkpoint, suite):
     wins = (pos > neg) + 0.5 * (pos == neg)
     cut = np.logical_or(*np.split(cut, 2))
 
-    # pairs of which a side does not fit the model's context are counted
+    # count the pairs with a side that exceeds the model's context
     result, items = summarise(pairs, wins, seed)
     n, what = int(cut.sum()), f'of {len(pairs):,} cut at {model.config.context:,} tokens'
     result |= dict(cut=n, marked=n > MUCH_CUT * len(pairs), remarks=[f'{n:,} {what}'] * bool(n))
@@ -787,7 +787,7 @@ def score_suite(checkpoint, suite):
 
 
 def score_generated(checkpoint, metric, clips):
-    """Result, {prompt: value} and rows for the pairs file, of one metric."""
+    """The result of one metric, {prompt: value}, and rows for the pairs file."""
     found = checkpoint.generate(metric.source, clips)
     if 'asr' in metric.needs and 'text' not in found[0]:
         for item, text in zip(found, transcribe([item['wave'] for item in found]), strict=True):
@@ -800,7 +800,7 @@ def score_generated(checkpoint, metric, clips):
     if items:
         result = interval([*items.values()], transform=metric.transform, seed=seed)
 
-    # prompts without a value and transcripts that mean little are counted
+    # count the prompts without a value and the unusable transcripts
     left_out = len(rows) - len(items)
     remarks = [f'{left_out} without a value'] * bool(left_out)
     if 'asr' in metric.needs:
@@ -815,14 +815,14 @@ def score_generated(checkpoint, metric, clips):
 # Table and page
 
 NOTES = [
-    'Intervals: 95 %, bootstrap over pairs, of arms also seeds; exact if all or none are right.',
-    f'*: over {MUCH_CUT:.0%} of the pairs are cut, so that their endings are not scored, or over '
-    f'{MUCH_BROKEN:.0%} of the transcripts are under two words or loop (a 5-gram fills half).',
+    'Intervals: 95 %, bootstrap over pairs (arms: also seeds); exact if all or none are right.',
+    f'*: over {MUCH_CUT:.0%} of the pairs are cut, so their endings are not scored, or over '
+    f'{MUCH_BROKEN:.0%} of the transcripts have under two words or loop (a 5-gram fills half).',
 ]
 
 
 def describe(model):
-    """What stands beside a model's scores, as text: GPUs, GPU-days, parameters and tokens."""
+    """Text for the columns beside a model's scores: GPUs, GPU-days, parameters and tokens."""
     last = model.slam.get('compute') or {}
     runs = [run for run in (last.get('pretraining') or {}, last) if run.get('tokens')]
     days = sum(run['devices'] * run['hours'] for run in runs) / 24
@@ -832,8 +832,8 @@ def describe(model):
 
 
 def read_paper(suites, generated):
-    """Rows of config/paper.csv that the knob `paper` asks for, with `scores`, the numbers that
-    compare: of the published audio and split, of continuations under the paper's protocol."""
+    """Rows of config/paper.csv selected by the knob `paper`. `scores` holds the comparable numbers:
+    the same audio and split, and the paper's protocol for continuations."""
     tasks = {task for task in PAPER_TASKS if task in suites and suites[task].official}
     if 'sstorycloze' in tasks and all(globals()[k] == v for k, v in PROTOCOL.items()):
         tasks |= {'genppl', 'autobleu', 'gptscore'} & {*generated}
@@ -848,7 +848,7 @@ def read_paper(suites, generated):
 
 
 def make_column(task, suites):
-    """A column: dict(task, title, what: split and measure, digits, percent: of pairs)."""
+    """A table column: dict(task, title, what: split and measure, digits, percent: of pairs)."""
     if task in METRICS:
         title, unit, digits, source, *_ = METRICS[task]
         return dict(task=task, title=title, what=f'{unit}, {source}', digits=digits, percent=False)
@@ -859,7 +859,7 @@ def make_column(task, suites):
 
 
 def make_cell(column, result, sign=''):
-    """A result as text: score, spread and mark; on a second line interval, n and remarks."""
+    """A result as text: score, spread and mark; second line: interval, n and remarks."""
     if not result:
         return ''
     digits = f'.{column["digits"]}f'
@@ -873,8 +873,8 @@ def make_cell(column, result, sign=''):
 
 
 def make_table(record, columns, others):
-    """Rows of strings, the head in the first two: checkpoints, arms, the paper's, differences. A
-    cell's second line stands small below it. record: what eval.json has; others: of read_paper."""
+    """Rows of strings after two header rows: checkpoints, arms, the paper's models, differences.
+    The second line of a cell is small print. record: as in eval.json. others: from read_paper."""
     beside = ('gpus', 'gpu_days', 'parameters', 'tokens')
 
     def row(name, results, about, sign=''):
@@ -894,7 +894,7 @@ def make_table(record, columns, others):
 
 
 def print_table(rows):
-    """Rows of strings as a table of Markdown, the head first."""
+    """Print rows of strings as a Markdown table; the first row is the header."""
     rows = [[cell.replace('\n', ' ') for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ['-' * width for width in widths])
@@ -903,10 +903,10 @@ def print_table(rows):
 
 
 def write_page(path, page):
-    """The page: assets/report.html with `page`, a dict of what it shows, in place of DATA."""
+    """Write assets/report.html with the dict `page` inserted for DATA."""
     with open(os.path.join(ROOT, 'assets', 'report.html'), encoding='utf-8') as file:
         template = file.read()
-    data = json.dumps(page).replace('<', '\\u003c')  # so that no text can end the script it is in
+    data = json.dumps(page).replace('<', '\\u003c')  # so that no text can close the script element
     with M.write_atomic(path) as file:
         file.write(template.replace('>DATA<', f'>{data}<'))
 
@@ -923,7 +923,7 @@ if __name__ == '__main__':
     config = configure(globals())
     began = time.time()
 
-    # what cannot be found or opened ends the run before anything is computed
+    # find and open everything first, so that mistakes end the run before any computation
     models, arms = find_models(init)
     wanted = dict.fromkeys(split_list(tasks) + ['wer'] * wer)
     generated = [task for task in wanted if task in METRICS]
@@ -934,7 +934,7 @@ if __name__ == '__main__':
         with reading(part):
             OPEN[part]()
 
-    # one checkpoint after the other; what is finished is on disk if a later task fails
+    # evaluate one checkpoint after another; save after each task, so that a failure loses little
     record = dict(settings=config, metrics={}, sampling={}, about={})
     items, rows = defaultdict(dict), []
     for name, where in models.items():
@@ -950,13 +950,13 @@ if __name__ == '__main__':
             results[task], items[name][task], new = found
             rows += [dict(model=name, task=task) | row for row in new]
             save(record, rows)
-        del checkpoint  # its memory is for the next one
+        del checkpoint  # free its memory for the next one
 
-    # the seeds of each arm, and the differences
+    # compare arms and checkpoints
     record['arms'], record['differences'] = compare(models, arms, items, record['metrics'])
     save(record, rows)
 
-    # what a person reads: the page, the table and notes, and one line of summary last
+    # print the table, notes and summary, and write the page
     others = read_paper(suites, generated)
     columns = [make_column(task, suites) for task in results]
     table = make_table(record, columns, others)

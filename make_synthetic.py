@@ -1,13 +1,13 @@
-"""Text -> speech: stories to pre-train on, preference pairs for DPO, suites of minimal pairs.
+"""Text -> speech: stories for pre-training, preference pairs for DPO, suites of minimal pairs.
 
     python make_synthetic.py config/demo_synthetic.py                the demo's own toy language
     python make_synthetic.py --text=TinyStoriesV2-GPT4-train.txt --out=data/audio
     python make_synthetic.py --task=pairs --text=swag/train.csv --tts=kokoro --out=data/spokenswag
     python make_synthetic.py --task=minimal --text=mine.csv --test_voices=en-us+f4 --out=data
 
---text: .txt, .jsonl, .csv or .parquet files, in UTF-8, or UTF-16 with a byte order mark. Documents
-of a .txt file end at <|endoftext|> or, where that mark does not occur, at blank lines. The tasks,
-and the columns they read:
+--text: .txt, .jsonl, .csv or .parquet files in UTF-8, or in UTF-16 with a byte order mark. In .txt
+files <|endoftext|> separates documents, or blank lines do if the mark does not occur. Tasks and the
+columns that they read:
 
 stories      text (--text_field); <|endoftext|> separates documents here too
 pairs        prompt, chosen, rejected; or the columns of SWAG or HellaSwag
@@ -15,10 +15,10 @@ minimal      right, wrong and optionally type: your own suite, <n>_correct and <
 blimp        BLiMP's columns -> the layout of ZeroSpeech 2021 (sBLIMP) with gold.csv
 storycloze   StoryCloze's columns -> sstorycloze and tstorycloze, <n>_correct and <n>_incorrect
 
-All but stories and pairs are suites, which are spoken a second time in --test_voices, into folders
-such as minimal_unseen. A folder holds the audio, manifest.jsonl, skipped.jsonl and summary.json.
-A text is spoken sentence by sentence. Each is trimmed, followed by a pause and padded to whole 40
-ms frames, so the audio of a prompt followed by that of an ending is exactly the audio of the whole.
+All tasks but stories and pairs are suites. With --test_voices each suite is spoken again, into a
+folder such as minimal_unseen. A folder holds audio, manifest.jsonl, skipped.jsonl and summary.json.
+Texts are spoken by sentence; each is trimmed, followed by a pause and padded to whole 40 ms frames.
+So the audio of a prompt followed by that of an ending equals the audio of the whole text.
 """
 
 from config import configure, fail, report_error
@@ -69,33 +69,33 @@ from model import (
 )
 
 # -----------------------------------------------------------------------------
-out = 'out/synthetic'  # output folder; each task has a folder in it
-task = 'stories'  # comma-separated, see above; of the toy language also grammar, sstory, tstory
+out = 'out/synthetic'  # output folder, with one folder for each task
+task = 'stories'  # comma-separated, see above; for the toy language also grammar, sstory, tstory
 text = 'toy'  # toy (below), a file, folder or glob, or hub:OWNER/NAME[:SPLIT]
-text_field = 'text'  # the column of .jsonl, .csv, .parquet and hub data that holds a story
-limit = 0  # use only the first so many items of a task; 0: all
+text_field = 'text'  # text column for the task stories in .jsonl, .csv, .parquet and hub data
+limit = 0  # maximum items of a task; 0: all
 val_share = 0.03  # share of stories and pairs marked split=val
-max_auto_bleu = 0.3  # pairs whose prompt and chosen text reach this bigram auto-BLEU are skipped
+max_auto_bleu = 0.3  # skip pairs with at least this bigram auto-BLEU of prompt and chosen text
 n_stories = 6000  # size of the toy language: stories
 n_pairs = 2000  # preference pairs
 n_suite = 500  # minimal pairs in a suite (even)
-n_unseen = 200  # the first so many of these are also spoken in test_voices
+n_unseen = 200  # items of each suite that are also spoken in test_voices
 # the voice
 tts = 'espeak'  # espeak, kokoro, vits
 tts_model = ''  # a network's hub name, folder or file; '': the default in BACKENDS
-voices = ''  # comma-separated, one is drawn for each item (blimp: all are used); '': see BACKENDS
-test_voices = ''  # voices of the suites NAME_unseen; '': no such suites
-speed = '1.0-1.0'  # 1 is a voice's usual speed; each voice has its own, drawn from this range
-pitch = '50-50'  # espeak: 0 to 99; drawn in the same way
+voices = ''  # comma-separated, one is drawn per item (blimp: all are used); '': see BACKENDS
+test_voices = ''  # voices for the suites NAME_unseen; '': none
+speed = '1.0-1.0'  # 1 is normal speed; each voice draws its own speed from this range
+pitch = '50-50'  # espeak: 0 to 99; drawn as speed
 pause = 0.2  # seconds of silence after each sentence
 # the machine
-workers = 0  # processes that speak; 0: one for each core. A network uses one process
+workers = 0  # processes for espeak; 0: one per core. A neural voice uses one process
 seed = 1234
-device = 'auto'  # of a network: cuda, mps, cpu
+device = 'auto'  # device of a neural voice: auto, cuda, mps, cpu
 # -----------------------------------------------------------------------------
 
 GRID = 640  # samples in a 40 ms frame of a 25 Hz encoder
-SILENCE = 0.002  # amplitudes below this share of full scale count as silence
+SILENCE = 0.002  # amplitudes below this count as silence; full scale is 1
 PART = 40  # items in a part
 
 # Columns that a task expects
@@ -118,7 +118,7 @@ GOLD = 'id filename voice type subtype correct transcription'.split()
 #     The cake is lovely and warm.                 a good or a bad quality: the outcome
 #     He is happy and eats the cake.               the ending
 #
-# All endings have the same form, so length and frequency do not tell the right one.
+# All endings have the same form, so length and frequency do not reveal the right one.
 
 HEROES = dict(
     he='boy boys|man men|king kings|brother brothers|uncle uncles|farmer farmers|father fathers|'
@@ -168,7 +168,7 @@ TOPICS = {
     for name, *row in re.findall(r'^(\w+):' + r'([^;]+);' * 5 + r'(.+)', TOPICS, re.M)
 }
 
-# First sentences, about one and about several
+# First sentences, with one hero and with several
 FRAMES = """
     this {one} is {place} with {his} {thing}
     one {one} is {place} with {his} {thing}
@@ -187,7 +187,7 @@ FRAMES = """
 """
 FRAMES = re.findall(r'\S.*', FRAMES)
 
-# Minimal pairs [right|wrong]. In the second line of a kind the wrong word of the first is right
+# Minimal pairs [right|wrong]. The wrong word of a kind's first line is right in its second line
 MINIMAL = """
 this:   [this|these] {one} is {place} with {his} {thing}
         [these|this] {many} are {place} with their {thing}
@@ -223,7 +223,7 @@ def toy_words(rng, topic, he):
 
 
 def toy_story(rng, topic, outcome, who, mood):
-    """dict(prompt: two sentences, ending, topic). mood: which of the two moods of the outcome."""
+    """dict(prompt: two sentences, ending, topic). mood: 0 or 1, a word in MOODS[outcome]."""
     words = toy_words(rng, topic, who if who != 'they' else rng.choice(('he', 'she')))
     first = rng.choice(FRAMES[7:] if who == 'they' else FRAMES[:7]).format(**words)
     verb, space, particle = rng.choice(TOPICS[topic][f'{outcome}_actions']).partition(' ')
@@ -238,7 +238,7 @@ def toy_story(rng, topic, outcome, who, mood):
 
 
 def toy_couple(rng, contradict, fresh):
-    """Two stories that exchange endings: of opposite outcomes (contradict), or of two topics."""
+    """Two stories with exchanged endings: of opposite outcomes (contradict), or of two topics."""
     who = rng.choice(('he', 'she', 'they'))
     mood, outcome = rng.randrange(2), rng.choice(('good', 'bad'))
     topics = rng.sample(list(TOPICS), 2)
@@ -252,7 +252,7 @@ def toy_couple(rng, contradict, fresh):
 
 
 def toy_minimal(rng, kind, fresh):
-    """Two pairs (right, wrong) of a kind of MINIMAL, or of `pronoun`: the verb of an ending."""
+    """Two pairs (right, wrong) of a kind in MINIMAL, or of `pronoun`: the verb of an ending."""
     frames, words = MINIMAL.get(kind, []), {}
     if frames:
         words = toy_words(rng, rng.choice(list(TOPICS)), rng.choice(('he', 'she')))
@@ -268,11 +268,11 @@ def toy_minimal(rng, kind, fresh):
 def toy_rows(task, seed, n_stories, n_pairs, n_suite):
     """Yield the rows of a task: stories (text), pairs (prompt, chosen, rejected), and the suites
     grammar, sstory, tstory (right, wrong, type, alike: pairs with the same number share a voice).
-    All are drawn in one order, no prompt twice: training data and suites have none in common."""
+    The draws have a fixed order and no prompt repeats, so training data and suites are disjoint."""
     rng, used = random.Random(f'{seed}/toy'), set()
 
     def fresh(topic=None, outcome=None, who=None, mood=None):
-        """A story that was not drawn before; what is None is drawn too."""
+        """A story that was not drawn before; arguments that are None are drawn too."""
         topic, outcome = topic or rng.choice(list(TOPICS)), outcome or rng.choice(('good', 'bad'))
         who = who or rng.choice(('he', 'she', 'they'))
         mood = rng.randrange(2) if mood is None else mood
@@ -308,12 +308,12 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
 
 
 # -----------------------------------------------------------------------------
-# Text: rows of files
+# Text: rows from files
 
 
 def read_rows(kind, *expected):
-    """Yield the rows of the knob `text`, dicts of strings ('' for null; HellaSwag's endings are a
-    list). Each must have one of the expected lists of columns. Raises InputError naming the row."""
+    """Yield the rows of the knob `text`: dicts of strings ('' for null; HellaSwag's endings are a
+    list). A row must have one of the expected column lists. Raises InputError naming the row."""
     if text == 'toy':
         yield from toy_rows(kind, seed, n_stories, n_pairs, n_suite)
         return
@@ -342,28 +342,28 @@ def read_rows(kind, *expected):
 
 
 # -----------------------------------------------------------------------------
-# Items: what a task speaks. An item is dict(texts={role: text}) with one audio file for each role.
-# Other keys: voice; alike (items with the same number share a voice); split (into train and val);
-# skip (the reason to skip it); all others go to the manifest. Each function yields a task's items
+# Items. An item is dict(texts={role: text}); each text gets an audio file. Optional keys: voice;
+# alike (items with the same number share a voice); split (True: assign train or val); skip (why to
+# skip it). Other keys go to the manifest. Each function below yields the items of one task
 
 
 def story_items(task):
-    """The documents of each row; the role of the only file is ''."""
+    """The documents of each row. The only role is ''."""
     for row in read_rows(task.kind, (text_field,)):
         for document in split_documents(row[text_field]) or ['']:
             yield dict(texts={'': document}, split=True)
 
 
 def minimal_items(task):
-    """The pairs of a user's table and those of the toy language."""
+    """The pairs of a user's table or of the toy language."""
     for row in read_rows(task.kind, ('right', 'wrong')):
         kept = {key: row[key] for key in ('type', 'alike') if row.get(key, '') != ''}
         yield dict(texts=dict(correct=row['right'], incorrect=row['wrong']), **kept)
 
 
 def pair_items(task):
-    """Preference pairs: the user's, or those of SWAG (section 4 of the paper) or HellaSwag with the
-    right ending and a random wrong one. Those whose text repeats itself are skipped."""
+    """Preference pairs: the user's, or from SWAG (section 4 of the paper) or HellaSwag: the right
+    ending and a random wrong one. Pairs with repetitive text are skipped."""
     for number, row in enumerate(read_rows(task.kind, PAIR, SWAG, HELLASWAG)):
         texts, hella, skip = {role: row.get(role, '') for role in PAIR}, 'ctx_a' in row, ''
         if hella or 'sent1' in row:
@@ -384,7 +384,7 @@ def pair_items(task):
 
 
 def blimp_items(task):
-    """Each pair of BLiMP in each voice."""
+    """Each BLiMP pair in each voice."""
     for row in read_rows(task.kind, BLIMP):
         about = dict(type=row['linguistics_term'], subtype=row['UID'], id=row['pairID'])
         texts = dict(correct=row['sentence_good'], incorrect=row['sentence_bad'])
@@ -393,7 +393,7 @@ def blimp_items(task):
 
 
 def cloze_items(task):
-    """Stories with the right ending, and the wrong one or (tstorycloze) that of another story."""
+    """Stories with the right ending, and with the wrong one or (tstorycloze) another story's."""
     rows = list(read_rows(task.kind, CLOZE))
     answers = [row['AnswerRightEnding'] for row in rows]
     if not {*answers} <= {'1', '2'}:
@@ -409,12 +409,12 @@ def cloze_items(task):
         yield dict(texts=dict(correct=f'{prompt} {right}', incorrect=f'{prompt} {wrong}'))
 
 
-# Tasks: a new one is a function as above and an entry here
+# Tasks. To add one, write a function like those above and add an entry here
 MAKERS = dict(stories=story_items, pairs=pair_items, blimp=blimp_items)
 MAKERS |= dict.fromkeys(('minimal', 'grammar', 'sstory', 'tstory'), minimal_items)
 MAKERS |= dict.fromkeys(('sstorycloze', 'tstorycloze'), cloze_items)
 
-# kind: a key of MAKERS; name: its folder in `out`, such as grammar_unseen
+# kind: a key of MAKERS; name: the folder in `out`, such as grammar_unseen
 Task = namedtuple('Task', 'kind name voices')
 
 
@@ -425,11 +425,11 @@ def items_of(task):
 
 
 def find_tasks():
-    """The tasks that the knob `task` names; suites also in unseen voices, after the seen ones."""
+    """The tasks in the knob `task`. Each suite is followed by its copy in unseen voices."""
     tasks, seen = [], voices or BACKENDS[tts][1]
     for name in re.sub(r'\bstorycloze\b', 'sstorycloze,tstorycloze', task).split(','):
         if name not in MAKERS:
-            raise InputError(f'no task {name!r}; there are {", ".join(MAKERS)}, storycloze')
+            raise InputError(f'unknown task {name!r}: use {", ".join(MAKERS)}, storycloze')
         tasks.append(Task(name, name, seen.split(',')))
         if test_voices and name not in ('stories', 'pairs'):
             tasks.append(Task(name, f'{name}_unseen', test_voices.split(',')))
@@ -437,9 +437,9 @@ def find_tasks():
 
 
 # -----------------------------------------------------------------------------
-# Text as a voice can say it
+# Text normalisation for speech
 
-# English words for signs. In other languages the signs stay: espeak knows their names
+# English words for signs. Other languages keep the signs, because espeak knows their names
 WORDS = {
     **{'½': 'one half', '¼': 'one quarter', '¾': 'three quarters', '⅓': 'one third'},
     **{'⅔': 'two thirds', '⅕': 'one fifth', '⅖': 'two fifths', '⅗': 'three fifths'},
@@ -457,8 +457,8 @@ SIGNS = ''.join(WORDS) + '@#§±÷≠.,!?;:\'"()-/。！？،؟।'
 KEPT = re.compile('([½¼¾⅐-⅞¹²³⁰-⁻№]+)')  # NFKC would turn 3½ into 31⁄2 and 10² into 102
 QUOTES = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '—': ', ', '–': ', '})
 
-# Markup begins with a tag name; '<b and c>' is none. <, > and = without a word on both sides are
-# quotations, arrows or lines; # without a digit is a heading
+# Markup begins with a tag name; '<b and c>' is not markup. <, > and = without words on both sides
+# are quotations, arrows or lines; # without a digit is a heading
 TAG = re.compile(
     r'<!--.*?-->|</?[a-zA-Z][\w:-]*(\s+[\w:-]+\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]+))*\s*/?>'
 )
@@ -470,19 +470,19 @@ MONEY = re.compile(
     r'((?:hundred|thousand|million|billion|trillion|bn|(?<! )[kKmMbB])\b|)'
 )
 
-# Where a stop has no space after it: The end.Next | What?yes | "Go!"he
+# Missing space after a full stop: The end.Next | What?yes | "Go!"he
 TIGHT = re.compile(
     r'(?<=[^\W\d_]{2}\.)(?=[A-ZÀ-ÖØ-ÞΑ-ΩА-Я](?:[^\W\d_]| ))'
     r'|(?<=[^\W\d_][!?])(?=[^\W\d_])|(?<=[.!?]["\')])(?=\w)'
 )
-# A sentence ends at one of .!? and a closing sign, but not after an abbreviation
+# A sentence ends at .!? and an optional closing quote, but not after an abbreviation
 SHORT = ''.join(rf'(?<!\b{name}\.)' for name in ('Mr', 'Mrs', 'Ms', 'Dr', 'St', '[A-Z]'))
 ENDS = re.compile(rf"""(?:(?<=[.!?।؟])|(?<=[.!?।؟]["')])){SHORT}\s+|(?<=[。！？])""")
 nfkc = partial(unicodedata.normalize, 'NFKC')
 
 
 def say_signs(document):
-    """A text with English words for its signs: $5 -> 5 dollars, 3½ -> 3 and one half."""
+    """Replace signs by English words: $5 -> 5 dollars, 3½ -> 3 and one half."""
     document = POWER.sub(lambda m: f' to the power of {nfkc(m[0])}', document)
     document = MONEY.sub(lambda m: f'{m[3]} {SCALES.get(m[4], m[4])} {m[1]} {m[2]}', document)
     document = re.sub(r'(?<=\d) ?(?=[½¼¾⅐-⅞]|\b\d+⁄)', ' and ', document)
@@ -493,23 +493,23 @@ def say_signs(document):
 
 
 def clean(document, english=True):
-    """Only what a voice can say, with single spaces. english: signs become English words."""
-    # entities of HTML; quotation marks decoded wrongly, as in TinyStories; markup and links
+    """Keep only what a voice can say, with single spaces. english: signs become English words."""
+    # decode HTML entities; repair quotation marks (as in TinyStories); remove markup and links
     document = re.sub(r'&#?\w+;', lambda m: html.unescape(m[0]), document)
     document = re.sub('â€[œ\x9d]?', '"', re.sub('â€[˜™]', "'", document))
     document = LINK.sub(' ', TAG.sub(' ', document))
-    # one form of each character, and words for signs
+    # normalise characters, and replace signs by words
     parts = KEPT.split(document)
     parts[::2] = map(nfkc, parts[::2])
     document = STRAY.sub(' ', ''.join(parts).replace('<=', '≤').replace('>=', '≥'))
     document = re.sub(r'(?<![^\s("\'])(?<!\d )–(?=[$€£¥₹]?\d)', '−', document)
     document = (say_signs(document) if english else document).translate(QUOTES)
-    # letters, digits and signs stay, invisible characters go, all else is a space
+    # keep letters, digits and signs; delete invisible characters; replace all others by a space
     for sign in {*document}.difference(SIGNS):
         kind = unicodedata.category(sign)
         if kind[0] not in 'LNM':
             document = document.replace(sign, '' if kind == 'Cf' else ' ')
-    # an ellipsis ends a sentence; no space before a stop, one stop of several, a space after it
+    # an ellipsis ends a sentence; of repeated stops keep one, with a space after it and not before
     document = re.sub(r'\.(\s*\.)+', '. ', document)
     document = re.sub(r'\s+([.,!?;:])', r'\1', document)
     document = re.sub(r'([.,!?;:])[.,!?;:]+', r'\1', document)
@@ -517,7 +517,7 @@ def clean(document, english=True):
 
 
 def sentences(document, english=True, longest=300):
-    """A text, cleaned, as sentences of at most `longest` characters; [] if it has no word."""
+    """Clean and split a text into sentences of at most `longest` characters; [] without a word."""
     pieces = []
     for sentence in ENDS.split(clean(document, english)):
         pieces += textwrap.wrap(sentence, longest, break_on_hyphens=False)
@@ -525,16 +525,16 @@ def sentences(document, english=True, longest=300):
 
 
 # -----------------------------------------------------------------------------
-# Voices: __init__ loads the network; speak(sentence, voice, speed, pitch) returns a Speech, or
-# raises an error if there is no such voice. A new one is such a class and an entry in BACKENDS
+# Voices. __init__ loads the network; speak(sentence, voice, speed, pitch) -> Speech, or it raises
+# an error if the voice does not exist. To add one, write such a class and an entry in BACKENDS
 
-# (samples,) float32; Hz; dict of words and phones, [[name, start s, end s], ...], where known
+# (samples,) float32; Hz; times of words and phones, [[name, start s, end s], ...], if known
 Speech = namedtuple('Speech', 'wave rate times')
 
 
 def word_times(sentence, wave, rate, marks):
     """[[word, start s, end s], ...] from marks, [(character, sample), ...], where words begin.
-    Words without a mark are interpolated. A word ends with its sound, before a comma's pause."""
+    Words without a mark are interpolated. A word ends with its sound, before any pause."""
     spans = [(match[0], *match.span()) for match in re.finditer(r'\S+', sentence)]
     known = {0: 0}
     for _, begin, end in spans:
@@ -558,18 +558,18 @@ class Event(ctypes.Structure):  # espeak_EVENT of espeak-ng/speak_lib.h
     _fields_ += [('user_data', ctypes.c_void_p), ('id', ctypes.c_char * 8)]
 
 
-WORD, PHONEME = 1, 7  # types of events; 0 ends their list
+WORD, PHONEME = 1, 7  # event types; 0 ends the list
 RECEIVE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))
 
 
 class Espeak:
-    """espeak-ng in this process; the package espeakng-loader brings the library and its data."""
+    """espeak-ng in this process. The package espeakng-loader contains the library and its data."""
 
     def __init__(self, name=''):
         import espeakng_loader
 
         self.path, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-        # {language: file}, since en-gb and fr-fr are not names of files
+        # {language: file}, since en-gb and fr-fr are not file names
         self.files, lang = {}, os.path.join(self.data, 'lang')
         for path in sorted(glob.glob(f'{glob.escape(lang)}/**/*', recursive=True)):
             with open(path if os.path.isfile(path) else os.devnull, encoding='utf-8') as file:
@@ -578,8 +578,8 @@ class Espeak:
 
     @contextmanager
     def load(self, voice):
-        """The library set to a voice, and its rate in Hz. It is loaded anew for each sentence: its
-        random numbers continue from the sentence before, even through espeak_Terminate."""
+        """The library set to a voice, and its rate in Hz. It is reloaded for each sentence, because
+        its random state persists between sentences, even through espeak_Terminate."""
         library = ctypes.CDLL(self.path)
         try:
             # 2: synchronous, buffers of 10 s; phoneme events (1) in IPA (2); never exit() (0x8000)
@@ -589,7 +589,7 @@ class Espeak:
             failed = all(library.espeak_ng_SetVoiceByName(name.encode()) for name in names)
             if failed or not os.path.exists(os.path.join(self.data, 'voices', '!v', variant)):
                 raise InputError(f'espeak-ng has no voice {voice!r}; examples: en-us, fr-fr+f2')
-            library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock
+            library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # the default is the clock
             library.espeak_SetPunctuationList(ctypes.c_wchar_p('<>'))  # see parameter 5 below
             yield library, rate
         finally:
@@ -615,7 +615,7 @@ class Espeak:
             # words per minute; volume (at 100 some voices clip); pitch; names of < and >
             for parameter, value in ((1, 175 * speed), (2, 60), (3, pitch), (5, 2)):
                 library.espeak_SetParameter(parameter, round(value), 0)
-            # flags 1: UTF-8, and neither SSML (0x10) nor [[phonemes]] (0x100)
+            # flags 1: UTF-8, without SSML (0x10) and [[phonemes]] (0x100)
             library.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)
         wave = np.frombuffer(b''.join(chunks), np.int16).astype(np.float32) / 32768
 
@@ -631,13 +631,13 @@ class Espeak:
 
 
 class Kokoro:
-    """The package kokoro and its network of 82 M parameters; 24 kHz; word times for English."""
+    """The package kokoro and its 82 M parameter network; 24 kHz; word times for English only."""
 
     def __init__(self, name):
         from kokoro import KModel, KPipeline
 
         model = KModel(name).to(pick_device(device)).eval()
-        # one network for all languages; a pipeline for each: af_heart, a, American English
+        # one network, and a pipeline for each language: the a of af_heart is American English
         self.pipeline = cache(lambda language: KPipeline(language, name, model=model))
 
     def speak(self, sentence, voice, speed, pitch):
@@ -656,7 +656,7 @@ class Kokoro:
 
 
 class Vits:
-    """VITS of transformers (facebook/mms-tts-*); no times. A voice is the number of a speaker."""
+    """VITS from transformers (facebook/mms-tts-*), no times. A voice is a speaker number."""
 
     def __init__(self, name):
         transformers, self.device = import_transformers(), pick_device(device)
@@ -671,14 +671,14 @@ class Vits:
             raise InputError(f'its voices are 0 to {speakers - 1}')
         self.model.speaking_rate = config.speaking_rate * speed
         inputs = self.tokenizer(sentence, return_tensors='pt').to(self.device)
-        if not inputs['attention_mask'].any():  # no letter of its alphabet
+        if not inputs['attention_mask'].any():  # the tokenizer knows no letter of it
             return Speech(np.zeros(0, np.float32), config.sampling_rate, {})
         made = self.model(**inputs, speaker_id=int(voice) if speakers > 1 else None)
         return Speech(made.waveform[0].cpu().numpy(), config.sampling_rate, {})
 
 
-# The values of --tts: class, default voices, default network, and which networks and voices speak
-# English. espeak: a path below its lang/ loads ten times as fast as a name (en-us)
+# --tts: class, default voices, default network, and a pattern of the English networks and voices.
+# espeak loads a path below its lang/ ten times as fast as a name (en-us)
 BACKENDS = dict(
     espeak=(Espeak, 'gmw/en+m3,gmw/en+m7,gmw/en+Annie,gmw/en+steph', '', r' (gmw/)?en\b'),
     kokoro=(Kokoro, 'af_heart,am_fenrir,bf_emma,bm_george', 'hexgrad/Kokoro-82M', r'.* [ab]'),
@@ -687,18 +687,18 @@ BACKENDS = dict(
 
 
 # -----------------------------------------------------------------------------
-# Speaking an item
+# Synthesis of an item
 
 
 class Skip(Exception):
-    """Why an item is not spoken."""
+    """The reason why an item is skipped."""
 
 
-@lru_cache(100)  # the files of an item share sentences
+@lru_cache(100)  # the texts of an item share sentences
 def speak_sentence(sentence, voice, speaker):
-    """A sentence as Speech at 16 kHz: without silence at its ends, followed by the pause, padded to
-    whole frames. None if it is silent."""
-    # each voice has its own speed and pitch; a network's noise depends on the sentence only
+    """A sentence as Speech at 16 kHz: silence trimmed, followed by the pause, padded to whole
+    frames. None if it is silent."""
+    # each voice has its own speed and pitch; a network's noise depends only on sentence and voice
     own = random.Random(f'{seed}/{voice}')
     how = [own.uniform(*map(float, span.split('-'))) for span in (speed, pitch)]
     if BACKENDS[tts][2]:
@@ -720,7 +720,7 @@ def speak_sentence(sentence, voice, speaker):
 
 
 def speak_text(document, voice, speaker):
-    """(text as spoken, Speech with the times that all sentences have). Raises Skip."""
+    """(spoken text, Speech with the times that all sentences have). Raises Skip."""
     _, _, network, english = BACKENDS[tts]
     found = sentences(document, re.match(english, f'{tts_model or network} {voice}'))
     spoken = [(sentence, speak_sentence(sentence, voice, speaker)) for sentence in found]
@@ -740,10 +740,10 @@ def speak_text(document, voice, speaker):
 
 
 def make_rows(n, item, task, speaker):
-    """Speak item n and save its audio -> rows of the manifest. Raises Skip."""
+    """Speak item n and save its audio -> its rows of the manifest. Raises Skip."""
     if item.get('skip'):
         raise Skip(item['skip'])
-    # the voice and the split depend on the seed and the item only
+    # voice and split depend on the seed and the item only
     about = {key: item[key] for key in item if key not in ('texts', 'alike', 'skip')}
     drawn = random.Random(f'{seed}/{task.name}/{item.get("alike", n)}').choice(task.voices)
     about.setdefault('voice', drawn)
@@ -760,7 +760,7 @@ def make_rows(n, item, task, speaker):
     rows = {}
     for role, (said, speech) in spoken.items():
         path = f'{n // 500:03d}/{n:06d}{role and "_"}{role}.flac'
-        if task.kind == 'blimp':  # ZeroSpeech's layout has all files in one folder
+        if task.kind == 'blimp':  # in ZeroSpeech's layout all files are in one folder
             path = f'{GOLD_FOLDER}/{n:06d}_{role}.wav'
         save_audio(os.path.join(out, task.name, path), speech.wave)
         seconds = round(len(speech.wave) / SAMPLE_RATE, 3)
@@ -773,12 +773,12 @@ def make_rows(n, item, task, speaker):
 
 
 # -----------------------------------------------------------------------------
-# The work: part n of a task is done when parts/0000n.jsonl exists. Its lines are rows of
-# manifest.jsonl or, with a reason, of skipped.jsonl
+# Parts: part n of a task is done when parts/0000n.jsonl exists. Its lines are manifest.jsonl's rows
+# or, if they have a reason, those of skipped.jsonl
 
 
 def work(task, speaker, numbers, paths, quiet=False):
-    """Make the parts with these numbers, each of which is a file."""
+    """Make the parts with these numbers, one file each."""
     items, at = enumerate(items_of(task)), 0
     for number in tqdm(numbers, desc=task.name, unit=' parts', disable=quiet):
         rows = []
@@ -794,7 +794,7 @@ def work(task, speaker, numbers, paths, quiet=False):
 
 
 def share_work(task, speaker, missing, paths):
-    """Make the missing parts in worker processes; a network speaks in this process."""
+    """Make the missing parts in worker processes, or in this process for a neural voice."""
     processes = min(workers or os.cpu_count(), len(missing))
     if BACKENDS[tts][2] or processes < 2:
         return work(task, speaker, missing, paths)
@@ -803,18 +803,18 @@ def share_work(task, speaker, missing, paths):
         start_worker()
         try:
             work(task, speaker, missing[number::processes], paths, quiet=number > 0)
-        except (OSError, InputError) as error:  # one line, and exit code 2
+        except (OSError, InputError) as error:  # print one line and exit with code 2
             report_error(type(error), error, error.__traceback__)
 
-    resample(torch.zeros(441), 22050, SAMPLE_RATE)  # workers inherit torchaudio
-    context = multiprocessing.get_context('fork')  # it shares what is loaded
+    resample(torch.zeros(441), 22050, SAMPLE_RATE)  # load torchaudio before the fork
+    context = multiprocessing.get_context('fork')  # workers share what is loaded
     group = [context.Process(target=worker, args=(n,), daemon=True) for n in range(processes)]
     for process in group:
         process.start()
     while True:
         running = [process.sentinel for process in group if process.is_alive()]
         if codes := {process.exitcode for process in group} - {0, None}:
-            message = 'a worker was killed (no memory left?): run the same command to continue'
+            message = 'a worker was killed (out of memory?): run the same command to continue'
             raise SystemExit(2) if 2 in codes else InputError(message)
         if not running:
             break
@@ -822,13 +822,13 @@ def share_work(task, speaker, missing, paths):
 
 
 def plan_task(task):
-    """The files of a task's parts, and what its audio depends on, with a hash of all its text.
+    """The paths of a task's parts, and the settings of its audio, with a hash of all its text.
     Raises InputError if its folder holds speech made with other settings."""
     items, digest = 0, ''
     for item in items_of(task):
         items, digest = items + 1, content_hash(digest, item)
     if not items:
-        raise InputError(f'{text}: no text in it for task {task.kind}')
+        raise InputError(f'{text}: no text for task {task.kind}')
     settings = dict(text=digest, items=items, tts=tts, tts_model=tts_model, voices=task.voices)
     settings |= dict(speed=speed, pitch=pitch, pause=pause, seed=seed, val_share=val_share)
     folder = os.path.join(out, task.name)
@@ -844,7 +844,7 @@ def plan_task(task):
 
 
 def merge_parts(task, folder, paths):
-    """Merge the parts into manifest.jsonl, skipped.jsonl, gold.csv -> seconds, {reason: items}."""
+    """Merge the parts into manifest.jsonl, skipped.jsonl, gold.csv -> seconds, {reason: count}."""
     seconds, reasons = 0.0, Counter()
     names = [os.path.join(folder, f'{name}.jsonl') for name in ('manifest', 'skipped')]
     with write_atomic(names[0]) as manifest, write_atomic(names[1]) as skipped:
@@ -863,7 +863,7 @@ def merge_parts(task, folder, paths):
 
 
 def run_task(task, paths, settings, speaker):
-    """Make the missing parts of a task, and merge all parts."""
+    """Make the missing parts of a task, and merge all its parts."""
     began, folder = time.time(), os.path.join(out, task.name)
     with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
         json.dump(settings, file)
@@ -887,7 +887,7 @@ if __name__ == '__main__':
         if not re.fullmatch(r'\d*\.?\d+-\d*\.?\d+', span):
             fail(f'--{knob}={span}: expected a range, LOW-HIGH')
 
-    # Read all text first, and compare it with what is there: mistakes end the run before it speaks
+    # Read all text first and compare it with existing output, so that mistakes end the run early
     todo = []
     for wanted in find_tasks():
         paths, settings = plan_task(wanted)

@@ -968,7 +968,7 @@ def check_data_fit(size, wanted, slam, folder, where, text):
 # -----------------------------------------------------------------------------
 # Audio
 
-HOP, WINDOW, N_FFT, N_MELS = 160, 400, 512, 64  # at 16 kHz: 10 ms, 25 ms; 64 bands leave no gaps
+HOP, WINDOW, N_FFT, N_MELS = 160, 400, 512, 64  # 10 ms, 25 ms at 16 kHz; 64 bands leave none empty
 
 
 def load_audio(
@@ -976,10 +976,10 @@ def load_audio(
 ):
     """Read a sound file, mix it to mono and resample it: (samples,) float32, full scale 1.
 
-    path: a name or a binary file object. start, seconds: the part that is decoded. notes: a list
-    that receives a line for each doubt: channels that cancel (the louder one is taken), a decoder
-    that stopped early, digital silence. Raises InputError for a missing, unreadable, empty or,
-    without keep_partial, truncated file, and for samples that are not finite.
+    path: a name or a binary file object. start, seconds: the part to decode. notes: a list that
+    receives a line for each doubt: cancelling channels (the louder one is used), a decoder that
+    stopped early, digital silence. Raises InputError for a missing, unreadable or empty file, for a
+    truncated one (unless keep_partial), and for samples that are not finite.
     """
     import soundfile
 
@@ -989,12 +989,12 @@ def load_audio(
     source = path if hasattr(path, 'read') else os.fsencode(path)  # names need not be UTF-8
     with reading(name), soundfile.SoundFile(source) as file:
         rate, total, begin = file.samplerate, file.frames, round(start * file.samplerate)
-        # libsndfile corrects the length of a truncated .wav, .aiff or .au; pipes write 2^31 or more
+        # libsndfile corrects the length of truncated .wav, .aiff and .au; pipes write 2^31 or more
         cut = re.search(r'(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)', file.extra_info)
         if cut and int(cut[1]) < 0x7FFF0000:
             total = max(total, total * int(cut[1]) // max(1, int(cut[2])))
         count = max(0, min(total - begin, math.inf if seconds is None else round(seconds * rate)))
-        # in blocks, so that what a damaged file holds before the damage is kept
+        # read in blocks, to keep everything before the damage in a damaged file
         blocks, left, reason = [], count, ''
         try:
             file.seek(min(begin, file.frames))
@@ -1008,7 +1008,7 @@ def load_audio(
     samples = np.concatenate(blocks)  # (frames, channels)
 
     mono, energies = samples.mean(1), np.square(samples).sum(0, dtype=float)
-    # the mix of n unrelated channels has 1/n of their mean energy
+    # mixing n uncorrelated channels leaves 1/n of their mean energy
     if np.square(mono).sum(dtype=float) < 0.1 * energies.mean() / len(energies):
         notes.append('channels cancel: one of them taken')
         mono = samples[:, energies.argmax()].copy()
@@ -1016,7 +1016,7 @@ def load_audio(
     lowest, highest = map(float, torch.aminmax(wave))
     if not (lowest > -1e6 and highest < 1e6):  # NaN fails too
         raise InputError(f'{name} holds NaN, infinite or very large samples')
-    # lossy formats estimate their length, streams do not know it (2^63 - 1)
+    # lossy formats estimate their length; streams do not know it (2^63 - 1)
     if reason or 0.1 * rate < left < 1e14:
         notes.append(f'stopped early at {len(wave) / rate:.1f} of {count / rate:.1f} s')
         if not keep_partial:
@@ -1027,12 +1027,12 @@ def load_audio(
 
 
 def save_audio(path, wave, sample_rate=SAMPLE_RATE):
-    """Write (samples,) as 16-bit wav or flac, complete or not at all, scaled down if it clips."""
+    """Write (samples,) as 16-bit wav or flac, atomically, scaled down if it would clip."""
     import soundfile
 
     wave = torch.as_tensor(wave).detach().float().cpu()
     wave = wave * min(1, 0.99 / max(float(wave.abs().max()), 0.99)) if len(wave) else wave
-    buffer = io.BytesIO()  # soundfile's own errors do not mention a full disk
+    buffer = io.BytesIO()  # soundfile's errors do not mention a full disk
     kind = 'FLAC' if str(path).endswith('.flac') else 'WAV'
     soundfile.write(buffer, wave.numpy(), sample_rate, subtype='PCM_16', format=kind)
     with write_atomic(path, 'wb') as file:
@@ -1041,7 +1041,7 @@ def save_audio(path, wave, sample_rate=SAMPLE_RATE):
 
 @lru_cache(16)
 def transform(name, *args, **options):
-    """A module of torchaudio.transforms, made once for each choice of arguments."""
+    """A module of torchaudio.transforms, cached by its arguments."""
     import torchaudio  # a second to import
 
     return getattr(torchaudio.transforms, name)(*args, **options)
@@ -1054,7 +1054,7 @@ def resample(wave, rate, wanted):
 
 
 def dedup(units):
-    """Collapse runs of equal units: (frames,) -> units (n,), and the frames of each (n,), long."""
+    """Collapse runs of equal units: (frames,) -> units (n,) and their frames (n,), both long."""
     return torch.unique_consecutive(torch.as_tensor(units, dtype=torch.long), return_counts=True)
 
 
@@ -1066,7 +1066,7 @@ def log_mel(wave):
     """Natural log of mel energies: (samples,) at 16 kHz -> (max(1, samples // 160), N_MELS).
 
     Frame t describes samples 160 t ... 160 t + 159: its 400-sample Hann window is centred on
-    160 t + 80, with zeros outside the wave. Values are at least log(1e-7) = -16.
+    160 t + 80, with zero padding outside the wave. Values are at least log(1e-7) = -16.
     """
     frames, side = max(1, len(wave) // HOP), (N_FFT - HOP) // 2
     wave, parts = F.pad(wave, (side, side + max(0, HOP - len(wave)))), []
@@ -1083,7 +1083,7 @@ def log_mel(wave):
 # UnitEncoder: wave -> units
 
 TWIST = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/'
-KMEANS = dict(  # published centroids: where, and their sha256 (of hubert50's not known)
+KMEANS = dict(  # published centroids: URL and sha256 (hubert50's is unknown)
     mhubert25=(
         TWIST + 'mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
         '03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad',
@@ -1095,15 +1095,15 @@ ENCODERS = dict(  # pad: zeros added at each end of the wave
     mhubert25=dict(model='slprl/mhubert-base-25hz', layer=11, pad=40, vocoder='hifigan25'),
     hubert50=dict(model='facebook/hubert-base-ls960', layer=9, pad=0, vocoder=None),
 )
-# by kind, the settings that change units: with the centroids and the net they make encoder_id
+# settings that change the units, by kind; encoder_id hashes them with the centroids and the net
 SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range'))
 
 
 class UnitEncoder:
-    """Speech to units: features at 25 or 50 frames a second, of each the nearest of n centroids.
+    """Speech to units: features at 25 or 50 frames per second, each assigned to one of n centroids.
 
     Features are a layer of HuBERT, wav2vec 2 or WavLM (kind 'hubert') or cepstra ('mfcc', offline).
-    With `switch`, neighbours share a unit unless a change gains more than `switch` times
+    With `switch`, a frame keeps its neighbour's unit unless a change gains over `switch` times
     `distortion`, the mean squared distance to the centroids (Kamper & van Niekerk 2021, eq. 2).
     """
 
@@ -1114,23 +1114,23 @@ class UnitEncoder:
             self.device = pick_device(device)
             self.net = load_net(config['model'], config['layer']).to(self.device)
             strides, kernels = self.net.config.conv_stride, self.net.config.conv_kernel
-            # samples from one frame to the next, samples that one frame covers
+            # samples between frames, and samples that one frame covers
             self.hop = math.prod(strides)
             self.reach = 1 + sum((k - 1) * math.prod(strides[:i]) for i, k in enumerate(kernels))
             self.frame_rate = SAMPLE_RATE / self.hop
-            # seconds that are processed at once; WavLM's attention takes memory
+            # maximum seconds in one forward pass; WavLM's attention needs much memory
             self.stretch = 100 if self.net.config.model_type == 'wavlm' else 300
         self.config['frame_rate'] = self.frame_rate
-        self.centroids = None if centroids is None else centroids.to(self.device)  # None: to fit
+        self.centroids = None if centroids is None else centroids.to(self.device)  # None: unfitted
         self.name, self.vocoder = self.config['name'], self.config.get('vocoder')
 
     @classmethod
     def from_pretrained(cls, where, layer=None, kmeans=None, device='cpu'):
         """Load an encoder, with its centroids if it has some.
 
-        where: a folder of save_pretrained; 'mhubert25' or 'hubert50'; a folder or hub name of any
+        where: a folder by save_pretrained; 'mhubert25' or 'hubert50'; a folder or hub name of any
         HuBERT, wav2vec 2 or WavLM, with `layer`; or 'mfcc'. kmeans: a file of centroids; '': none,
-        they are to be fitted. Raises InputError for what is missing, damaged or does not match.
+        to be fitted. Raises InputError for missing, damaged or mismatched parts.
         """
         where, centroids = str(where).rstrip('/'), None
         saved = os.path.exists(os.path.join(where, 'encoder.json'))
@@ -1152,7 +1152,7 @@ class UnitEncoder:
             config['layer'] = layer
         if kmeans or public:
             centroids = read_kmeans(kmeans or fetch(*KMEANS[where]))
-            # a file has no `distortion`, so that each frame takes its nearest centroid
+            # a centroid file has no `distortion`, so each frame takes its nearest centroid
             config |= dict(encoder_id=where if public else None, distortion=0.0, switch=0.0)
         encoder = cls(config, centroids, device)
         if saved and encoder.vocoder == 'vocoder':
@@ -1160,8 +1160,8 @@ class UnitEncoder:
         return encoder
 
     def save_pretrained(self, folder):
-        """Write encoder.json and encoder.safetensors, the centroids. The net is kept by its name on
-        the hub or, of one from a local folder, by its path: that folder must stay."""
+        """Write encoder.json and encoder.safetensors (the centroids). The net is stored by its hub
+        name, or by the path of its local folder, which must stay in place."""
         config = dict(self.config, n_units=self.n_units, encoder_id=self.encoder_id)
         write_part(folder, 'encoder', config, dict(centroids=self.centroids))
 
@@ -1171,14 +1171,14 @@ class UnitEncoder:
 
     @property
     def encoder_id(self):
-        """What the units depend on: the name of a public encoder with its published centroids, else
-        a hash of the settings, the centroids and the net."""
+        """Identifies the units: the name of a public encoder with its published centroids, else a
+        hash of the settings, the centroids and the net."""
         config = self.config
         if config.get('encoder_id') in KMEANS and not config.get('switch'):
             return config['encoder_id']
         keys = SETTINGS[config['kind']] + ('switch', 'distortion') * bool(config.get('switch'))
         settings = [float(config.get(key, 0)) for key in keys]
-        # without a mask that is random, and the weight norm, which each machine rounds in its way
+        # leave out the random mask embedding, and the weight norm, whose rounding varies by machine
         weights = sorted(self.net.state_dict().items()) if self.net else []
         unsure = re.compile(r'masked_spec_embed|encoder\.pos_conv_embed\.conv\.(weight|param)')
         weights = [tensor.flatten() for name, tensor in weights if not unsure.match(name)]
@@ -1197,7 +1197,7 @@ class UnitEncoder:
     def _hidden_states(self, wave):
         """transformers' hidden_states[layer] of the raw wave, float32 (on CUDA with TF32 products).
 
-        Longer recordings than `stretch` are cut into parts that see a tenth of it on either side.
+        Recordings longer than `stretch` are cut into parts, with a tenth of it as context per side.
         """
         pad, precision = self.config['pad'], torch.get_float32_matmul_precision()
         wave = F.pad(wave, (pad, max(pad, self.reach - pad - len(wave)))).to(self.device)
@@ -1215,8 +1215,8 @@ class UnitEncoder:
         return torch.cat(parts)
 
     def fit(self, features, n_units, seed=0):
-        """k-means of features (frames, D), the same for any number of threads. Raises InputError
-        for fewer frames than units, or nothing but silence."""
+        """k-means on features (frames, D), the same for any number of threads. Raises InputError
+        for fewer frames than units, or for silence only."""
         from sklearn.cluster import MiniBatchKMeans
 
         fitted = MiniBatchKMeans(n_units, batch_size=10_000, n_init=1, random_state=seed)
@@ -1230,7 +1230,7 @@ class UnitEncoder:
 
     @torch.inference_mode()
     def assign(self, features):
-        """(frames, D) -> (frames,) long units on the CPU: without `switch` the nearest centroids.
+        """(frames, D) -> (frames,) long units on the CPU: nearest centroids if `switch` is not set.
 
         Raises InputError without centroids, for centroids of another width, and for `switch`
         without `distortion`.
@@ -1240,16 +1240,16 @@ class UnitEncoder:
             raise InputError(f'{self.name} has no k-means for {features.shape[1]} features')
         if switch and not distortion:
             raise InputError(f'{self.name}: `switch` needs `distortion`, the mean squared distance')
-        # half the squared distances, minus what all units of a frame share
+        # half the squared distances, without the term that all units of a frame share
         costs = self.centroids.square().sum(1) / 2 - features @ self.centroids.T  # (T, n_units)
         if not switch:
             return costs.argmin(1).cpu()
 
-        # the path with the least sum of costs and changes (Viterbi); one that changes its unit
-        # comes from the unit that was cheapest
+        # Viterbi: the path with the least sum of costs and changes. A path that changes its unit
+        # comes from the cheapest unit of the frame before
         costs, units = costs.cpu().numpy(), np.arange(self.n_units, dtype='int32')
         price = costs.dtype.type(switch * distortion / 2)
-        total, sources = np.zeros_like(costs[0]), []  # of the best path that ends in each unit
+        total, sources = np.zeros_like(costs[0]), []  # of the best path ending in each unit
         for cost in costs:
             best = int(total.argmin())
             total -= total[best]
@@ -1262,8 +1262,8 @@ class UnitEncoder:
 
 
 def mfcc(wave, config):
-    """Two 20 ms cepstra a frame of 40 ms, of the log-mel spectrum relative to the loudness of the
-    utterance: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
+    """Cepstra of the log-mel spectrum relative to the utterance's loudness. A 40 ms frame holds two
+    cepstra of 20 ms: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
     from torchaudio.functional import create_dct
 
     mel = log_mel(F.pad(wave, (0, max(0, 4 * HOP - len(wave)))))
@@ -1271,18 +1271,18 @@ def mfcc(wave, config):
     energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
     loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
     relative = (mel + (config['range'] - loud)).clamp_(min=0)
-    halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two a frame
+    halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two per frame
     weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
     weight[0] = config['c0']
     return (halves @ (create_dct(config['n_cep'], N_MELS, 'ortho') * weight)).flatten(1)
 
 
 # -----------------------------------------------------------------------------
-# Files of encoders and vocoders; they may come from strangers
+# Files of encoders and vocoders, which may come from untrusted sources
 
 
 def write_part(folder, name, config, tensors):
-    """Write name.safetensors and name.json, each complete or not at all."""
+    """Write name.safetensors and name.json, each atomically."""
     from safetensors.torch import save
 
     tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
@@ -1293,23 +1293,23 @@ def write_part(folder, name, config, tensors):
 
 
 def read_encoder(folder):
-    """The configuration and the centroids (n_units, D) of a folder of save_pretrained."""
+    """The configuration and the centroids (n_units, D) in a folder by save_pretrained."""
     config = read_json(os.path.join(folder, 'encoder.json'))
     centroids = read_kmeans(os.path.join(folder, 'encoder.safetensors'))
     with reading(folder):
         if config['kind'] not in SETTINGS or config['n_units'] != len(centroids):
             raise ValueError('encoder.json does not fit encoder.safetensors')
-        if config.get('vocoder') not in (None, 'vocoder', 'hifigan25'):  # no path is followed
+        if config.get('vocoder') not in (None, 'vocoder', 'hifigan25'):  # paths are refused
             raise ValueError(f'`vocoder` {config["vocoder"]!r} is not allowed')
-        # folders of earlier versions do not name their encoder
+        # folders from earlier versions have no encoder_id
         known = config['name'] in KMEANS and 'fitted' not in config
     config.setdefault('encoder_id', config['name'] if known else None)
     return config, centroids
 
 
 def load_net(source, layer):
-    """transformers' HuBERT, wav2vec 2 or WavLM, a folder or hub name, up to a layer, without a last
-    norm after it. Raises InputError for other nets, missing layers and missing tensors."""
+    """A HuBERT, wav2vec 2 or WavLM from a folder or hub name, up to a layer, without a final norm.
+    Raises InputError for other nets, missing layers and missing tensors."""
     local = cache_path(os.path.basename(source))
     try:
         source = find_checkpoint(local if os.path.isdir(local) else source)
@@ -1332,14 +1332,14 @@ def load_net(source, layer):
 
 
 def cache_path(name):
-    """Where public files are kept: $SLAM_CACHE, or ~/.cache/slam."""
+    """The cache path of a public file, in $SLAM_CACHE or ~/.cache/slam."""
     return os.path.join(os.environ.get('SLAM_CACHE') or os.path.expanduser('~/.cache/slam'), name)
 
 
 def fetch(url, sha256=None):
     """The local copy of a public file, downloaded on first use and checked each time.
 
-    Raises InputError offline, or if the file is not the published one.
+    Raises InputError if offline, or if the file is not the published one.
     """
     path = cache_path(os.path.basename(url))
     if not os.path.exists(path):
@@ -1353,11 +1353,11 @@ def fetch(url, sha256=None):
 
 def read_kmeans(path):
     """The centroids (n_units, D) of a .safetensors file with `centroids`, or of a joblib dump of
-    scikit-learn's KMeans, of which nothing is executed. Raises InputError."""
+    scikit-learn's KMeans, without executing any of its code. Raises InputError."""
     from joblib import numpy_pickle
     from safetensors.torch import load_file
 
-    class Inert:  # in place of the classes and functions of scikit-learn and numpy
+    class Inert:  # replaces the classes and functions of scikit-learn and numpy
         def __init__(self, *args, **kwargs):
             pass
 
@@ -1399,11 +1399,11 @@ HIFIGAN = (  # 'hifigan25', trained on LJSpeech: generator and config, each with
     TWIST + 'hifigan_lj_mhubert_base_25hz_config.json',
     '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7',
 )
-VOICE_LEVEL, VOICE_PEAK = 0.08, 0.95  # of a decoded wave: root mean square of speech; limit
+VOICE_LEVEL, VOICE_PEAK = 0.08, 0.95  # of a decoded wave: RMS of its speech; maximum
 
 
 def speech_level(wave):
-    """Root mean square of (samples,) in the 25 ms blocks less than 13 dB below the loud ones."""
+    """RMS of (samples,) over the 25 ms blocks that are at most 13 dB below the loud ones."""
     power = wave[: len(wave) // WINDOW * WINDOW].view(-1, WINDOW).square().mean(1)
     if not len(power):
         return float(wave.square().mean().sqrt())
@@ -1412,8 +1412,8 @@ def speech_level(wave):
 
 
 def finish_wave(wave):
-    """(samples,), at least one, without DC, speech at VOICE_LEVEL, peaks at most VOICE_PEAK, with
-    5 ms fades so that no end clicks."""
+    """(samples,), at least one -> without DC, speech at VOICE_LEVEL, peaks at most VOICE_PEAK, with
+    5 ms fades against clicks."""
     wave = wave - wave.mean()
     peak = max(float(wave.abs().max()), 1e-6)
     wave = wave * min(VOICE_LEVEL / max(speech_level(wave), 1e-6), VOICE_PEAK / peak)
@@ -1424,9 +1424,9 @@ def finish_wave(wave):
 
 
 class UnitVocoder:
-    """Units to speech; from_pretrained returns one of its kinds, TableVoice or HifiGan.
+    """Units to speech. from_pretrained returns one of its subclasses, TableVoice or HifiGan.
 
-    config: the content of vocoder.json. tensors: by name, as the files have them.
+    config: the content of vocoder.json. tensors: {name: tensor}, named as in the files.
     """
 
     def __init__(self, config, tensors, device='cpu'):
@@ -1437,8 +1437,8 @@ class UnitVocoder:
 
     @classmethod
     def from_pretrained(cls, where, device='cpu'):
-        """Load a folder of save_pretrained, 'hifigan25' (downloaded once, checked), or a HiFi-GAN
-        generator .pt with its .json beside it. Raises InputError if it is none of these."""
+        """Load a folder by save_pretrained, 'hifigan25' (downloaded once, checked), or the .pt of a
+        HiFi-GAN generator with its .json beside it. Raises InputError if it is none of these."""
         from safetensors.torch import load_file
 
         if not where:
@@ -1462,7 +1462,7 @@ class UnitVocoder:
             if len(tensors[name]) != config['n_units']:
                 raise ValueError('its .json does not fit its tensors')
             voice = kind(config, tensors, device)
-            voice.decode([0])  # all tensors are there, and their shapes fit
+            voice.decode([0])  # checks that all tensors exist and their shapes fit
         return voice
 
     def save_pretrained(self, folder):
@@ -1470,7 +1470,7 @@ class UnitVocoder:
         write_part(folder, 'vocoder', self.config, self.tensors)
 
     def check(self, units):
-        """(n,) long on the device. Raises InputError for units of another encoder."""
+        """Units (n,) long on the device. Raises InputError for units of another encoder."""
         units = torch.as_tensor(units, dtype=torch.long, device='cpu')
         if len(units) and not 0 <= int(units.min()) <= int(units.max()) < self.n_units:
             raise InputError(f'unit {int(units.max())}: this vocoder has {self.n_units} units')
@@ -1478,7 +1478,7 @@ class UnitVocoder:
 
     @torch.inference_mode()
     def durations(self, units):
-        """De-duplicated units (n,) -> frames of each (n,), at least 1, on the CPU."""
+        """De-duplicated units (n,) -> the frames of each (n,), at least 1, on the CPU."""
         return self.predict_durations(self.check(units)).cpu()
 
     @torch.inference_mode()
@@ -1486,8 +1486,8 @@ class UnitVocoder:
         """De-duplicated units (n,) of one utterance -> (frames * hop,) float32 on the CPU.
 
         durations: (n,) frames; None: predicted. speaker, style: rows of a HiFi-GAN's tables.
-        The wave is at sample_rate, without DC, speech at VOICE_LEVEL, peaks <= VOICE_PEAK.
-        Raises InputError for units, speakers or styles that this vocoder does not have.
+        The wave has rate sample_rate, no DC, speech at VOICE_LEVEL and peaks <= VOICE_PEAK.
+        Raises InputError for unknown units, speakers or styles.
         """
         durations = self.durations(units) if durations is None else torch.as_tensor(durations)
         frames = self.check(units).repeat_interleave(durations.to(self.device))
@@ -1498,35 +1498,35 @@ class UnitVocoder:
 
 
 class TableVoice(UnitVocoder):
-    """The offline voice: the mean log-mel spectra of each unit, made into a wave by Griffin-Lim.
+    """The offline voice: the mean log-mel spectra of each unit, inverted by Griffin-Lim.
 
-    Tensors: mel (n_units, 10 ms steps a frame, N_MELS), durations (n_units,) mean frames of a run.
+    Tensors: mel (n_units, 10 ms steps per frame, N_MELS), durations (n_units,) mean run length.
     """
 
     def predict_durations(self, units):
-        """Each unit's mean, rounded so that sums stay within half a frame: the tempo is right."""
+        """The mean of each unit, rounded so that cumulative sums stay within half a frame."""
         mean = self.tensors['durations'][units].clamp(min=1)
         beyond = (mean - 1).double().cumsum(0).add(0.5).long()
         return 1 + torch.diff(beyond, prepend=beyond.new_zeros(1))
 
     def synthesize(self, frames, speaker, style):
-        """Units (frames,), one a frame -> (frames * 640,) samples at 25 Hz. It has one voice."""
-        # (10 ms steps, N_MELS), on the CPU: the same wave everywhere
+        """Units (frames,), one per frame -> (frames * 640,) samples at 25 Hz. It has one voice."""
+        # (10 ms steps, N_MELS), on the CPU, so that the wave is the same on all devices
         mel = self.tensors['mel'][frames].flatten(0, 1).cpu()
-        mel = torch.cat((mel[:1], mel, mel[-1:])).T  # one step more on each side
-        # an FFT bin has the energy of the bands around it, and none at 0 and 8 kHz
+        mel = torch.cat((mel[:1], mel, mel[-1:])).T  # repeat one step at each end
+        # an FFT bin gets the energy of the bands around it, and none at 0 and 8 kHz
         filters = mel_filters()
         spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)
         magnitude = torch.exp(0.5 * spread @ (mel - filters.sum(0).log()[:, None]))
         magnitude[[0, 1, -1]] = 0
         invert = transform('GriffinLim', N_FFT, 32, WINDOW, HOP, power=1, rand_init=False)
-        # our steps are centred on their 10 ms, torchaudio's windows on multiples of 10 ms
+        # our steps are centred in their 10 ms, torchaudio's windows on multiples of 10 ms
         return invert(magnitude)[HOP // 2 :][: (mel.shape[1] - 2) * HOP]
 
 
 class HifiGan(UnitVocoder):
-    """The unit HiFi-GAN with its duration predictor (Polyak et al. 2021), a function of tensors
-    named as in fairseq. config: its JSON. Speakers, styles and durations are optional."""
+    """The unit HiFi-GAN with its duration predictor (Polyak et al. 2021), with tensors named as in
+    fairseq. config: its JSON. Speakers, styles and durations are optional."""
 
     def convolve(self, x, name, dilation=1):
         """(C, T) -> (C', T)."""
@@ -1535,7 +1535,7 @@ class HifiGan(UnitVocoder):
         return F.conv1d(x, weight, bias, padding=padding, dilation=dilation)
 
     def predict_durations(self, units):
-        """exp(prediction) - 1 rounded, at least 1; 1 where there is no predictor."""
+        """exp(prediction) - 1, rounded, at least 1; all 1 if there is no predictor."""
         net = {k[14:]: v for k, v in self.tensors.items() if k.startswith('dur_predictor.')}
         if not net or not len(units):
             return torch.ones_like(units)
@@ -1547,7 +1547,7 @@ class HifiGan(UnitVocoder):
         return (x.exp() - 1).round().clamp(min=1).long()
 
     def synthesize(self, frames, speaker, style):
-        """Units (frames,), one a frame -> (frames * hop,) samples in [-1, 1]."""
+        """Units (frames,), one per frame -> (frames * hop,) samples in [-1, 1]."""
         parts = [self.tensors['dict.weight'][frames]]
         for name, row in (('spkr', speaker), ('style', style)):
             table = self.tensors.get(name + '.weight', ())
@@ -1556,7 +1556,7 @@ class HifiGan(UnitVocoder):
             parts += [table[row].expand(len(frames), -1)] if len(table) else []
         x = self.convolve(torch.cat(parts, dim=1).T, 'conv_pre')  # (C, frames)
 
-        # each upsampling is followed by residual blocks of several widths, of which the mean counts
+        # each upsampling is followed by the mean of residual blocks of several widths
         widths = self.config['resblock_dilation_sizes']
         for i, rate in enumerate(self.config['upsample_rates']):
             weight, bias = (self.tensors[f'ups.{i}.{what}'] for what in ('weight', 'bias'))
@@ -1570,15 +1570,15 @@ class HifiGan(UnitVocoder):
                     y = y + self.convolve(F.leaky_relu(z, 0.1), f'{block}.convs2.{k}')
                 total = total + y
             x = total / len(widths)
-        return torch.tanh(self.convolve(F.leaky_relu(x), 'conv_post'))[0]  # here the slope is 0.01
+        return torch.tanh(self.convolve(F.leaky_relu(x), 'conv_post'))[0]  # default slope 0.01
 
 
-# by `kind` in vocoder.json: the class, and a tensor with a row a unit
+# `kind` in vocoder.json: the class, and a tensor with one row per unit
 VOICES = dict(table=(TableVoice, 'mel'), hifigan=(HifiGan, 'dict.weight'))
 
 
 def read_hifigan(path, config):
-    """The tensors of a unit HiFi-GAN's generator, its weight norm folded, and its config."""
+    """The tensors of a unit HiFi-GAN's generator, with weight norm folded in, and its config."""
     state = torch.load(path, map_location='cpu', weights_only=True)['generator']
     tensors = {name: tensor.float() for name, tensor in state.items()}
     for name in [name[:-2] for name in tensors if name.endswith('.weight_g')]:
@@ -1590,13 +1590,13 @@ def read_hifigan(path, config):
 
 
 class UnitTable:
-    """What a TableVoice is made of: per unit the sum of its spectra, its frames and its runs."""
+    """Statistics for a TableVoice: the sum of spectra, the frames and the runs of each unit."""
 
     def __init__(self, n_units, frame_rate):
         self.n_units, self.frame_rate = n_units, frame_rate
-        self.steps = round(SAMPLE_RATE / HOP / frame_rate)  # of 10 ms in a frame
+        self.steps = round(SAMPLE_RATE / HOP / frame_rate)  # of 10 ms per frame
         if abs(self.steps * HOP * frame_rate - SAMPLE_RATE) > 1:
-            raise InputError(f'a voice needs frames of whole 10 ms, not {frame_rate:g} a second')
+            raise InputError(f'a voice needs frames of whole 10 ms, not {frame_rate:g} per second')
         self.mels = torch.zeros(n_units, self.steps * N_MELS, dtype=torch.float64)
         self.frames, self.runs = torch.zeros(2, n_units, dtype=torch.long)
 
@@ -1611,7 +1611,7 @@ class UnitTable:
         self.runs += torch.bincount(dedup(units)[0], minlength=self.n_units)
 
     def finish(self, encoder_id=None):
-        """The vocoder of the mean spectra and durations; a unit never seen is the mean of all."""
+        """The vocoder of the mean spectra and durations; an unseen unit gets the overall mean."""
         seen = self.frames[:, None] > 0
         frames = torch.where(seen, self.frames[:, None], self.frames.sum()).clamp(min=1)
         mel = torch.where(seen, self.mels, self.mels.sum(0)) / frames
@@ -1630,15 +1630,15 @@ AUDIO_EXTENSIONS += ('.au', '.sph', '.caf', '.w64')
 
 
 def find_audio(path, extensions=AUDIO_EXTENSIONS):
-    """The files of these kinds below a folder, or [path] for a file: sorted, without hidden ones.
+    """The files with these extensions below a folder, or [path] for a file. Sorted, none hidden.
 
-    Links are followed. Raises InputError where there is no such path or no such file in it.
+    Links are followed. Raises InputError if the path does not exist or has no such file.
     """
     if os.path.isfile(path):
         return [path]
     files, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
-        if os.path.realpath(folder) in seen:  # links in a circle end here
+        if os.path.realpath(folder) in seen:  # a cycle of links
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
@@ -1650,7 +1650,7 @@ def find_audio(path, extensions=AUDIO_EXTENSIONS):
 
 
 def check_marks(row):
-    """Raises InputError if a row's words or phones, should it have some, are not
+    """Raises InputError if a row's words or phones are present and are not
     [[text, start in seconds, end in seconds], ...]."""
     for key in ('words', 'phones'):
         try:
@@ -1662,24 +1662,24 @@ def check_marks(row):
 
 
 def parquet_files(where):
-    """The shards that `where` names, sorted, each of which read_parquet takes.
+    """The shards of `where`, sorted, as names for read_parquet.
 
-    where: a .parquet file, a folder of them, or hub:NAME[:[config/]split] for a data set of the
-    Hugging Face hub, whose shards are called hub:NAME:split#3/64. Raises InputError.
+    where: a .parquet file, a folder of them, or hub:NAME[:[config/]split] for a data set on the
+    Hugging Face hub. Its shards are named hub:NAME:split#3/64. Raises InputError.
     """
     return list(open_shards(where))
 
 
 def read_parquet(where):
-    """Yields the rows of the shards of parquet_files(where), dicts of plain Python values, a few at
-    a time. Audio stays dict(bytes=..., path=...), a null stays None. Raises InputError."""
+    """Yields the rows of the shards of parquet_files(where), as dicts of plain Python values. Audio
+    stays dict(bytes=..., path=...), null stays None. Few rows are in memory. Raises InputError."""
     for name, rows in open_shards(where).items():
         with reading(name):
             yield from rows
 
 
 def open_shards(where):
-    """The shards of parquet_files(where) -> {name: its rows, which are read when asked for}."""
+    """The shards of parquet_files(where) -> {name: iterator over its rows}."""
     if not where.startswith('hub:'):
         return {path: read_batches(path) for path in find_audio(where, ('.parquet',))}
     with reading(where):
@@ -1708,7 +1708,7 @@ def read_batches(path):
 
 
 def open_text(path, newline=None, at=0):
-    """A text file in UTF-8 or, with a byte order mark, UTF-16, opened to read from byte `at`."""
+    """Open a text file for reading from byte `at`: UTF-8, or UTF-16 with a byte order mark."""
     marks = {b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be', b'\xef\xbb\xbf': 'utf-8'}
     file = open(path, 'rb')
     head = file.read(3)
@@ -1718,8 +1718,8 @@ def open_text(path, newline=None, at=0):
 
 
 def read_lines(path, newline=None):
-    """Yields the lines of a text file. Raises InputError naming the line and the byte of a file
-    that open_text does not read."""
+    """Yields the lines of a text file. Raises InputError with the line and the byte if the file is
+    in another encoding."""
     number = 0
     with reading(path):
         file = open_text(path, newline)
@@ -1736,8 +1736,8 @@ def read_lines(path, newline=None):
 
 
 def read_texts(path, text_field='text'):
-    """Yields the rows of .parquet, .jsonl or .csv as dicts; a document of any other text file is a
-    row of text_field, and ends at <|endoftext|> or, where there is none, at blank lines."""
+    """Yields the rows of .parquet, .jsonl or .csv as dicts. In any other text file each document is
+    a row {text_field: document}. Documents end at <|endoftext|> or, without it, at blank lines."""
     if path.startswith('hub:') or path.endswith('.parquet') or os.path.isdir(path):
         yield from read_parquet(path)
     elif path.endswith('.jsonl'):
@@ -1757,11 +1757,11 @@ def read_texts(path, text_field='text'):
 
 
 # -----------------------------------------------------------------------------
-# Helpers of several scripts: files, names, words
+# Helpers shared by scripts: files, names, words
 
 
 def pick_device(device='auto'):
-    """'auto' -> cuda, else mps, else cpu; else the torch.device of that name. Raises InputError."""
+    """'auto' -> cuda, mps or cpu; any other name -> that torch.device. Raises InputError."""
     if device == 'auto':
         device = 'mps' if torch.backends.mps.is_available() else 'cpu'
         device = 'cuda' if torch.cuda.is_available() else device
@@ -1772,17 +1772,17 @@ def pick_device(device='auto'):
 
 
 def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 on cuda, float32 elsewhere; else the torch dtype of that name."""
+    """'auto' -> bfloat16 on cuda, float32 elsewhere; any other name -> that torch dtype."""
     if dtype == 'auto':
         return torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
-    if dtype not in ('float32', 'bfloat16'):  # float16 would need its gradients scaled
+    if dtype not in ('float32', 'bfloat16'):  # float16 would need loss scaling
         raise InputError(f'dtype {dtype!r} is not supported: use auto, bfloat16 or float32')
     return getattr(torch, dtype)
 
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever a library raises while it reads this file becomes an InputError that names it."""
+    """Turns any error raised while this file is read into an InputError that names it."""
     try:
         yield
     except MemoryError:
@@ -1819,9 +1819,9 @@ def read_jsonl(path):
 
 @contextlib.contextmanager
 def write_atomic(path, mode='w'):
-    """`with write_atomic(path) as file: ...`: the file appears under `path` complete or not at all.
+    """`with write_atomic(path) as file: ...`: `path` gets the complete file or none at all.
 
-    It is written under a temporary name and renamed; folders are made. mode: 'w' (UTF-8) or 'wb'.
+    Writes a temporary file and renames it; makes missing folders. mode: 'w' (UTF-8) or 'wb'.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f'{path}.{os.getpid()}.tmp'
@@ -1830,7 +1830,7 @@ def write_atomic(path, mode='w'):
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or path  # of a full disk it is None
+        error.filename = error.filename or path  # None if the disk is full
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -1838,7 +1838,7 @@ def write_atomic(path, mode='w'):
 
 
 def content_hash(*parts):
-    """SHA-256 as 64 hexadecimal digits. A part: bytes, a tensor, or anything that is JSON."""
+    """SHA-256 as 64 hexadecimal digits. Parts: bytes, tensors, or anything that JSON can hold."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -1862,7 +1862,7 @@ SPLITS |= dict.fromkeys(('val', 'valid', 'validation', 'dev', 'eval'), 'val')
 def split_of(name, default=None):
     """'train', 'val' or 'test' for a split's name in any case: dev-clean, train.100, TEST ...
 
-    default: returned for a name that is none of these, such as a folder's. None: raises InputError.
+    default: the result for any other name, such as a folder's. None: raises InputError instead.
     """
     match = re.fullmatch(r'([a-z]+)([-_.:/\[\d].*)?', str(name).strip().lower())
     split = SPLITS.get(match and match[1], default)
@@ -1872,43 +1872,43 @@ def split_of(name, default=None):
     return split
 
 
-MARK = '<|endoftext|>'  # between the documents of a text
+MARK = '<|endoftext|>'  # separates the documents of a text
 
 
 def split_documents(text):
-    """The documents of a text, parted by MARK wherever it stands; empty ones left out."""
+    """The documents of a text, separated by MARK, without empty ones."""
     return [part.strip() for part in text.split(MARK) if part.strip()]
 
 
 def check_encoder_ids(parts):
-    """Raise InputError where units of two encoders meet. parts: {name: encoder_id or None}; None,
-    of files older than encoder_id, agrees with all."""
+    """Raise InputError if units of different encoders would be mixed. parts: {name: encoder_id or
+    None}. None, from files older than encoder_id, matches everything."""
     known = {name: encoder_id for name, encoder_id in parts.items() if encoder_id}
     if len(set(known.values())) > 1:
         raise InputError(f'units of different encoders do not mix: encoder_id of {known}')
 
 
 def tokenize_words(text):
-    """The words and punctuation marks of a text by the Penn Treebank rules of NLTK."""
+    """The words and punctuation marks of a text, by NLTK's Penn Treebank rules."""
     from nltk.tokenize import NLTKWordTokenizer  # a second to import; needs no data
 
     return NLTKWordTokenizer().tokenize(text)
 
 
 def auto_bleu(words, n=2):
-    """The share of a sequence's n-grams that occur in it more than once; 0 where there is none.
+    """The share of a sequence's n-grams that occur in it more than once; 0 without n-grams.
 
-    Lakhotia et al. 2021 (auto-BLEU). words: any sequence, of tokenize_words or of units.
+    auto-BLEU of Lakhotia et al. 2021. words: any sequence, from tokenize_words or of units.
     """
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     return sum(count for count in counts.values() if count > 1) / max(1, counts.total())
 
 
 def pack_rows(lengths, width):
-    """Best fit decreasing: rows of indices into `lengths`, the lengths of each row sum to <= width.
+    """Best fit decreasing: rows of indices into `lengths`; the lengths in a row sum to <= width.
 
-    The longest goes first, each into the fullest row that still takes it. A length over `width`
-    has a row of its own. Deterministic: equal lengths keep their order.
+    The longest is placed first, each in the fullest row that has room. A length over `width` gets
+    its own row. Deterministic: equal lengths keep their order.
     """
     rows, free = [], []  # free: (room, row), sorted by room
     for i in sorted(range(len(lengths)), key=lambda i: -int(lengths[i])):
@@ -1922,7 +1922,7 @@ def pack_rows(lengths, width):
 
 
 def start_worker(threads=1):
-    """Initializer of worker processes: Ctrl-C is left to the parent, and a worker ends with it."""
+    """Initializer of worker processes: ignore Ctrl-C, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
@@ -1934,7 +1934,7 @@ def start_worker(threads=1):
 
 
 def log(text, rank=0):
-    """Print a line, in the first process only. A closed pipe (`| head`) does not end a run."""
+    """Print a line, in the first process only. A closed pipe (`| head`) does not end the run."""
     try:
         if rank == 0:
             print(text, flush=True)
@@ -1950,18 +1950,18 @@ def format_time(seconds):
 
 
 def git_commit():
-    """The commit of this folder; None where git does not know it."""
+    """The commit of this folder; None if it is not a git repository."""
     command = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD']
     with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 # -----------------------------------------------------------------------------
-# Runs: processes, signals, logs and resuming, for train.py and dpo.py
+# Runs of train.py and dpo.py: processes, signals, logs and resuming
 
 
 def start_processes(device):
-    """This process's device, its rank and the number of processes, as torchrun set them."""
+    """This process's device and rank, and the number of processes, as set by torchrun."""
     rank, local = (int(os.environ.get(key, 0)) for key in ('RANK', 'LOCAL_RANK'))
     world, device = int(os.environ.get('WORLD_SIZE', 1)), pick_device(device)
     if device.type == 'cuda':
@@ -1974,14 +1974,14 @@ def start_processes(device):
 
 
 def stop_processes(world):
-    """All processes end together: one that ends alone can abort the others."""
+    """Let all processes end together: one that ends alone can abort the others."""
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def sum_over_processes(numbers, device):
-    """A list of numbers, each summed over the processes."""
+    """Sum each number of a list over the processes."""
     if not dist.is_initialized():
         return numbers
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -1990,7 +1990,7 @@ def sum_over_processes(numbers, device):
 
 
 def catch_signals(rank):
-    """The list of signals received so far: the first SIGINT or SIGTERM is appended to it, so that
+    """The signals received so far. The first SIGINT or SIGTERM is appended to this list, so that
     the loop can save and stop; the second ends the process at once."""
     caught = []
 
@@ -1998,8 +1998,8 @@ def catch_signals(rank):
         caught.append(number)
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        if rank == 0:  # no print: it may be what was interrupted
-            os.write(2, b'\nstopping after this step, which is saved; press again to end at once\n')
+        if rank == 0:  # no print: the signal may have interrupted one
+            os.write(2, b'\nsaving after this step, then stopping; press again to end at once\n')
 
     signal.signal(signal.SIGINT, catch)
     signal.signal(signal.SIGTERM, catch)
@@ -2007,7 +2007,7 @@ def catch_signals(rank):
 
 
 def start_tracker(name, config):
-    """A run of the package `name`, wandb or trackio, whose `log` takes records; '': None."""
+    """A run of the package `name`, wandb or trackio, with a method `log` for records; '': None."""
     if name not in ('', 'wandb', 'trackio'):
         raise InputError(f'tracker {name!r} is not known: use wandb or trackio')
     with reading(f'tracker {name}'):
@@ -2015,9 +2015,9 @@ def start_tracker(name, config):
 
 
 def open_log(out_dir, step, rank=0):
-    """out_dir/log.jsonl, to append to, without the lines that a killed run wrote past `step`.
+    """Open out_dir/log.jsonl for appending, without lines that a killed run wrote after `step`.
 
-    It stays locked while the process lives. Raises InputError if another one trains in out_dir.
+    It stays locked while the process lives. Raises InputError if another process trains in out_dir.
     """
     import fcntl  # not available on Windows
 
@@ -2043,10 +2043,10 @@ def open_log(out_dir, step, rank=0):
 
 
 def load_run(out_dir, fresh, config, free):
-    """The state that a run with these settings left in out_dir/train_state.pt; `fresh` if none.
+    """The state of a run with these settings, from out_dir/train_state.pt; `fresh` if none exists.
 
-    free: the knobs that may have another value now. Raises InputError if the file cannot be read
-    or another knob differs. A knob that only one of two versions knows does not matter.
+    free: knobs that may differ. Raises InputError if the file cannot be read or another knob
+    differs. A knob that exists in only one of the two versions is ignored.
     """
     path = os.path.join(out_dir, 'train_state.pt')
     if not os.path.exists(path):
@@ -2054,7 +2054,7 @@ def load_run(out_dir, fresh, config, free):
     with reading(path):
         state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
         if {*fresh, 'config'} - set(state):
-            raise ValueError('it is of another version: --resume=False starts over')
+            raise ValueError('it comes from another version: --resume=False starts over')
     before, other = state['config'], 'choose another --out_dir, or --resume=False to start over'
     for knob in sorted(before.keys() & config.keys() - set(free)):
         if before[knob] != config[knob]:
@@ -2064,14 +2064,14 @@ def load_run(out_dir, fresh, config, free):
 
 
 def save_run(folder, model, slam, state):
-    """Write a checkpoint, and last, in one file, the state from which a killed run continues.
-    Raises InputError where the disk is full; the checkpoint before it is kept."""
+    """Write a checkpoint, and then the state for resuming, in one file. Raises InputError if the
+    disk is full; the previous checkpoint is kept."""
     try:
         model.save_pretrained(folder, slam)
         with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
-        # for a full disk torch.save raises a RuntimeError in place of the OSError
+        # for a full disk torch.save raises RuntimeError instead of OSError
         if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
             raise
         raise InputError(f'cannot write {folder} ({error}): the last checkpoint is kept') from None

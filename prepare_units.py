@@ -7,16 +7,16 @@
     python prepare_units.py --from_units=data/stinystories/units.jsonl --out=data/mixed \\
         --text_lm=Qwen/Qwen2.5-0.5B      for an interleaved model: folders speech, text, interleaved
 
-A row of manifest.jsonl, which stands for its folder, is an utterance (`path`) or a preference pair
-(`prompt_path`, `chosen_path`, `rejected_path`), with any of text, voice, split, `words` and
-`phones` ([[label, start s, end s], ...]), and the part of the recording that is used: `start` and
-`end`, or `offset` and `duration`. A .json file with `voice_activity` beside a sound file cuts it
-(Libri-Light). Folders called dev-clean, validation and so on validate; test sets are left out.
+A row of manifest.jsonl is an utterance (`path`) or a preference pair (`prompt_path`, `chosen_path`,
+`rejected_path`). It may have text, voice, split, `words` and `phones` ([[label, start s, end s],
+...]), and `start` and `end` (or `offset` and `duration`) of the part to use. Other files in its
+folder are not read. A .json file with `voice_activity` beside a sound file cuts it (Libri-Light).
+Folders named dev-clean, validation and so on validate; test sets are left out.
 
-Written are units.jsonl, pairs.jsonl, failed.jsonl (what is left out, and doubtful sound), and
-train.bin and val.bin: <S>, de-duplicated units + 2, <S> for each utterance. The work is a list of
-parts, files below parts/, which the last process to finish merges: a killed run continues where it
-stopped, and workers and shards change no byte.
+Output: units.jsonl, pairs.jsonl, failed.jsonl (what is left out, and doubtful sound), train.bin and
+val.bin. An utterance is <S>, de-duplicated units + 2, <S>. The work is a list of parts, files in
+parts/, which the last process to finish merges. A killed run continues where it stopped; the number
+of workers and shards does not change the output.
 """
 
 from config import configure
@@ -48,55 +48,55 @@ from model import SAMPLE_RATE, InputError, UnitEncoder, read_json, read_jsonl, r
 
 # -----------------------------------------------------------------------------
 audio = ''  # files, folders, manifest.jsonl, .parquet, hub:owner/name[:split], globs; with commas
-out = 'data/units'  # a folder: units.jsonl, train.bin, val.bin, meta.json, encoder, vocoder ...
+out = 'data/units'  # folder for units.jsonl, train.bin, val.bin, meta.json, encoder, vocoder ...
 from_units = ''  # instead of audio: units.jsonl, features.jsonl, tokens.jsonl; globs
-n_units = 0  # of these, where no meta.json lies beside the file
-frame_rate = 25.0  # likewise, frames a second
+n_units = 0  # for from_units without a meta.json beside the file
+frame_rate = 25.0  # likewise; frames per second
 # the encoder
-encoder = ''  # mhubert25 (the default), hubert50, mfcc, a folder of ours, or any net with --layer
-layer = None  # of a HuBERT, wav2vec 2 or WavLM: the layer whose hidden states are clustered
+encoder = ''  # mhubert25 (the default), hubert50, mfcc, an encoder folder, or any net with --layer
+layer = None  # layer of a HuBERT, wav2vec 2 or WavLM with the hidden states to cluster
 kmeans = ''  # .safetensors with `centroids`, or a joblib dump of scikit-learn's KMeans
-fit_kmeans = 0  # fit this many clusters on the speech itself instead
-fit_frames = 300_000  # on so many frames of training speech, drawn evenly
-fit_vocoder = False  # also fit a voice for the units, on half an hour of training speech
-keep_partial = False  # use the readable beginning of recordings that are cut short
-# text beside it, for an interleaved model: folders speech, text and interleaved in out
-text_lm = ''  # with the tokenizer of this text LM, a folder or a hub name; units need word times
-texts = ''  # of the set text: .txt, .jsonl, .parquet, hub:owner/name; '': that of the utterances
-draws = 4  # interleavings of each utterance: in so many epochs none comes twice
-# scale
-val_fraction = 0.01  # where no folder or row validates: this share, chosen by a hash of the names
-shard = ''  # i/n: this run encodes parts i, i + n, ... (i from 0); torchrun sets it
-workers = 0  # that read, and with mfcc encode; 0: one a core of this process's share
+fit_kmeans = 0  # fit this many clusters on the audio instead
+fit_frames = 300_000  # number of frames to fit on, drawn evenly from the training speech
+fit_vocoder = False  # also fit a vocoder for the units, on half an hour of training speech
+keep_partial = False  # use the readable beginning of truncated recordings
+# text for an interleaved model: folders speech, text and interleaved in out
+text_lm = ''  # folder or hub name of a text LM: use its tokenizer; utterances need word times
+texts = ''  # documents for the set text: .txt, .jsonl, .parquet, hub:owner/name; '': transcripts
+draws = 4  # different interleavings of each utterance: enough for this many epochs
+# parallel work
+val_fraction = 0.01  # if no folder or row has a val split: validate on this share, by hash of names
+shard = ''  # i/n: encode parts i, i + n, ... (i from 0); torchrun sets it
+workers = 0  # to read, and with mfcc to encode; 0: one per core of this process
 seed = 1234
 device = 'auto'
 # -----------------------------------------------------------------------------
 
-DRAWN_SECONDS, VOICE_SECONDS = 60, 1800  # of an item that is drawn to fit on; for a voice
-SLACK = 0.5  # seconds that a recording may end before its words do
-WHOLE = (0.0, math.inf)  # seconds of a recording
+DRAWN_SECONDS, VOICE_SECONDS = 60, 1800  # drawn per item at least, to fit on; in all, for a vocoder
+SLACK = 0.5  # seconds by which a recording may be shorter than its word times
+WHOLE = (0.0, math.inf)  # start and end of a whole recording, in seconds
 PAIR = ('prompt', 'chosen', 'rejected')
-OTHER_NAMES = dict(speaker='voice', raw_text='text')  # theirs: ours
-# what libsndfile does not read is found too, and fails, so that it is counted
+OTHER_NAMES = dict(speaker='voice', raw_text='text')  # field names of other data sets -> ours
+# libsndfile cannot read these. They are listed as items so that they count as failed
 UNREADABLE = '.m4a .mp4 .aac .wma .amr .webm .mka .ape .wv .tar .tar.gz .zip'.split()
 WANTED = (*M.AUDIO_EXTENSIONS, *UNREADABLE, '.parquet', '/manifest.jsonl')
-# fields of a row that say how it is read; what meta.json says of units; settings that change them
+# fields that say how to read a row; meta.json's facts about units; settings that change units
 READ = ('path', 'sounds', 'spans', 'split', 'start', 'end', 'offset', 'duration', 'units')
 ORIGIN = ('encoder', 'vocoder', 'n_units', 'frame_rate', 'encoder_id')
 RECIPE = ('layer', 'fit_kmeans', 'fit_frames', 'keep_partial', 'val_fraction', 'seed')
 
 
 class Item(NamedTuple):
-    """A sound file, a parquet file, or a row of a manifest, which stays on the disk."""
+    """A sound file, a parquet file, or a row of a manifest. The row's content stays on disk."""
 
     path: str
-    root: str  # what paths begin with, and names in units.jsonl do not
-    at: int = 0  # of a row: its first byte in the manifest
-    split: str = ''  # train, val or test, where the row or a folder says so
+    root: str  # prefix of paths that names in units.jsonl leave out
+    at: int = 0  # byte offset of a row in the manifest
+    split: str = ''  # train, val or test, if the row or a folder says so
 
 
 def find_paths(names):
-    """The absolute paths that comma-separated names and globs mean, and hub: names as such."""
+    """The absolute paths of comma-separated names and globs; hub: names are returned unchanged."""
     found = []
     for name in filter(None, map(str.strip, names.split(','))):
         paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
@@ -107,7 +107,7 @@ def find_paths(names):
 
 
 def find_items():
-    """--audio -> the items to encode, those of test sets too, which are counted and not read."""
+    """--audio -> the items to encode. Test sets are included, to be counted but not read."""
     paths = find_paths(audio)
     local = [path for path in paths if not path.startswith('hub:')]
     folders = [path if os.path.isdir(path) else os.path.dirname(path) for path in local]
@@ -115,14 +115,14 @@ def find_items():
     items = list(chain.from_iterable(list_items(path, root) for path in paths))
     if not items:
         raise InputError('--audio names nothing: give files, folders, manifests or hub:NAME')
-    # where a folder or a row validates, all others train; else a hash decides when they are read
+    # if a folder or row has a val split, the rest trains; else read_item splits by hash
     if any(item.split == 'val' for item in items):
         items = [item._replace(split=item.split or 'train') for item in items]
     return list(dict.fromkeys(items))
 
 
 def list_items(path, root):
-    """Yields the items of a file, a folder or a data set of the hub, in a fixed order."""
+    """Yields the items of a file, a folder or a hub data set, in a fixed order."""
     if os.path.isdir(path):
         found = M.find_audio(path, WANTED)
         covered = tuple(f'{os.path.dirname(name)}/' for name in found if name.endswith('.jsonl'))
@@ -146,7 +146,7 @@ def is_shards(path):
 
 
 def parse_row(line, manifest, number='?'):
-    """A line of a manifest -> a row as rows_of yields it. Raises InputError naming the line."""
+    """A line of a manifest -> a row as in rows_of. Raises InputError naming the line."""
     with reading(f'{manifest}, line {number}'):
         row, folder = json.loads(line), os.path.dirname(manifest)
         keys = [f'{part}_path' for part in PAIR] if 'prompt_path' in row else ['path']
@@ -155,14 +155,14 @@ def parse_row(line, manifest, number='?'):
         if end is None:
             end = math.inf if row.get('duration') is None else start + row['duration']
         if not 0 <= start < end or (len(sounds) > 1 and (start, end) != WHOLE):
-            raise ValueError('expected 0 <= start < end, and neither in a preference pair')
+            raise ValueError('expected 0 <= start < end, and no start or end in a preference pair')
         M.check_marks(row)
         row['split'] = row.get('split') and M.split_of(row['split'])
         return row | dict(path=sounds[0], sounds=sounds, spans=[(start, end)])
 
 
 def split_by_folder(path, root=''):
-    """'test' or 'val' where a folder below root, or the name of a parquet file, says so (dev-clean,
+    """'test' or 'val' if a folder below root, or the name of a parquet file, says so (dev-clean,
     TEST, test-00000-of-00001.parquet), else ''."""
     *folders, name = re.split('[/:#]', path.removeprefix(root))
     splits = {M.split_of(part, '') for part in (*folders, *[name] * is_shards(path))}
@@ -170,14 +170,14 @@ def split_by_folder(path, root=''):
 
 
 def split_by_hash(name):
-    """'train' or 'val', by the name alone: val_fraction of all names validate."""
+    """'train' or 'val', depending on the name only. val_fraction of all names are 'val'."""
     digest = hashlib.sha1(os.fsencode(name)).digest()
     return 'val' if int.from_bytes(digest[:6], 'big') < val_fraction * 2**48 else 'train'
 
 
 def fingerprint(path):
-    """A hash of the content of a file, or of the files of a folder: of each the length and 64 KiB
-    at its beginning, middle and end, which is all of a small file. Else: the name itself."""
+    """A hash of a file, or of the files in a folder: of their lengths and of 64 KiB at beginning,
+    middle and end, which is all of a small file. Any other name is returned unchanged."""
     parts = []
     for name in sorted(glob.glob(f'{glob.escape(path)}/*')) if os.path.isdir(path) else [path]:
         if os.path.isfile(name):
@@ -190,7 +190,7 @@ def fingerprint(path):
 
 
 def hash_items(items):
-    """A hash of what is known of some items, and of the contents of their files."""
+    """A hash of the rows of some items and of the contents of their files."""
     found = []
     for item in items:
         shards = [dict(path='', sounds=[item.path])]
@@ -205,15 +205,15 @@ def hash_items(items):
 
 
 def rows_of(item):
-    """Yields a row for each utterance or preference pair of an item: path, what is known of it,
-    sounds (paths or open files: one, or three), spans to be joined [(start s, end s), ...]."""
+    """Yields a row for each utterance or preference pair of an item: its fields, path, sounds (one
+    or three paths or open files), spans to be joined [(start s, end s), ...]."""
     activity = os.path.splitext(item.path)[0] + '.json'
     if item.path.endswith('.jsonl'):
         with M.open_text(item.path, at=item.at) as file:
             yield parse_row(file.readline(), item.path)
     elif is_shards(item.path):
         for number, row in enumerate(M.read_parquet(item.path)):
-            # audio is bytes in the columns of PAIR, or in one column; a null row has no sounds
+            # audio is bytes in the columns of PAIR, or in one column; null has no sounds
             columns = [key for key in row if isinstance(row[key], dict) and 'bytes' in row[key]]
             keys = [key for key in (PAIR if row.keys() >= set(PAIR) else columns) if row[key]]
             sounds = [io.BytesIO(row[key]['bytes']) for key in keys if row[key]['bytes']]
@@ -231,8 +231,8 @@ def rows_of(item):
 
 
 def join_activity(activity, longest=60):
-    """Voice activity [[start, end], ...] in seconds -> lists of spans of at most `longest` seconds
-    together (a longer span is alone), as Libri-Light's cut_by_vad.py joins them."""
+    """Voice activity [[start, end], ...] in seconds -> lists of spans, at most `longest` seconds
+    together (a longer span stays alone), as in Libri-Light's cut_by_vad.py."""
     group, seconds = [], 0.0
     for start, end in activity:
         if group and seconds + (end - start) > longest:
@@ -244,13 +244,13 @@ def join_activity(activity, longest=60):
 
 
 def make_note(kind, name, reason=''):
-    """A line of failed.jsonl. The summary says how many there are of each kind."""
+    """A line of failed.jsonl. The summary counts the lines of each kind."""
     return dict(kind=kind, file_name=name, reason=' '.join(str(reason).split()))
 
 
 def read_item(item):
-    """Yields (row, waves) of each utterance or pair: waves are one or three (samples,) float32 at
-    16 kHz. (note, []) of what is left out, failed (which must not end the run) or doubtful."""
+    """Yields (row, waves) for each utterance or pair. waves: one or three (samples,) float32 at 16
+    kHz. Yields (note, []) for an item that is left out, failed (the run goes on) or doubtful."""
     expected, name = (OSError, ValueError, TypeError), item.path.removeprefix(item.root)
     try:
         for row in rows_of(item) if item.split != 'test' else [item._asdict()]:
@@ -265,13 +265,13 @@ def read_item(item):
             yield from ((make_note('doubtful', name, doubt), []) for doubt in doubts)
     except expected as error:
         if item.path.startswith('hub:'):
-            raise  # what the hub does not give is not the data's fault
+            raise  # a failure of the hub is not a fault of the data
         yield make_note('failed', name, error), []
 
 
 def read_waves(row):
-    """-> (row, waves, what is doubtful) of a row of rows_of. Raises InputError where sound is
-    missing, or ends before its words do; with keep_partial the words beyond are left out."""
+    """A row of rows_of -> (row, waves, doubts). Raises InputError if sound is missing or ends
+    before its words; with keep_partial the later words are dropped instead."""
     sounds, spans, notes, waves = row['sounds'], row['spans'], [], []
     known = {key: row[key] for key in row if key not in READ}
     if len(sounds) not in (1, len(PAIR)):
@@ -287,7 +287,7 @@ def read_waves(row):
         halves = {part: dict(text=row.get(f'{part}_text') or '') for part in PAIR}
         return {k: known[k] for k in known if not k.startswith(PAIR)} | halves, waves, notes
 
-    # is there as much sound as there should be?
+    # compare the length of the sound with what the row promises
     short = any(note.startswith('stopped early') for note in notes)
     start, seconds = spans[0][0], len(waves[0]) / SAMPLE_RATE
     wanted = sum(end - start for start, end in spans)
@@ -305,8 +305,8 @@ def read_waves(row):
 
 
 def crop_marks(row, start, seconds, short):
-    """The row with the words, phones and text of the part of a recording that is used, in its own
-    time. short: there was less sound than expected."""
+    """Restrict a row to the used part of its recording: words and phones in the part's own time,
+    and its text. short: there was less sound than expected."""
     words = row.get('words')
     for key in ('words', 'phones'):
         if row.get(key):
@@ -320,20 +320,20 @@ def crop_marks(row, start, seconds, short):
     if words and len(row['words']) < len(words):
         row['text'] = ' '.join(word for word, _, _ in row['words'])
     elif short and not words:
-        row.pop('text', None)  # how much of it was spoken is not known
+        row.pop('text', None)  # the spoken part of the text is unknown
     return row
 
 
 # -----------------------------------------------------------------------------
-# Encoding. Processes compute MFCCs; threads read for a net, which takes one utterance at a time
+# Encoding. Processes compute MFCCs; threads read audio for a net, which encodes one at a time
 
 LOCK = threading.Lock()
 net = None  # the encoder, which forked processes inherit
 
 
 def in_parallel(work, tasks):
-    """Yields work(task) for each task, in order, computed by some workers. work: a function of this
-    file, also a partial one. After Ctrl-C they finish the tasks that they have begun."""
+    """Yields work(task) for each task, in order, from several workers. work: a function of this
+    file, or a partial of one. After Ctrl-C the workers finish their current tasks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     count = workers or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
     if net.net:
@@ -346,8 +346,8 @@ def in_parallel(work, tasks):
 
 
 def read_speech(share, voice, item):
-    """The training speech among the first `share` samples of an item -> [(seconds, wave, units)]
-    for a voice, [(seconds, None, features)] for k-means."""
+    """The training speech in the first `share` samples of an item, as [(seconds, wave, units)] for
+    a vocoder or [(seconds, None, features)] for k-means."""
     found = []
     for row, waves in read_item(item):
         for wave in waves if share and row.get('split') == 'train' else []:
@@ -362,10 +362,10 @@ def read_speech(share, voice, item):
 
 
 def draw_speech(items, seconds, voice=False):
-    """Yields what read_speech makes of training speech, `seconds` in all, drawn evenly from all
-    items in an order that depends on the seed alone. Raises InputError where there is none."""
+    """Yields the results of read_speech for `seconds` of training speech, drawn evenly from all
+    items in an order that depends on the seed only. Raises InputError if there is none."""
     items = [item for item in items if item.split in ('', 'train')]
-    # few are shorter than half a second. Of many the beginnings are enough; of few, more is read
+    # most items exceed half a second. Of many items read the beginnings, of few items more
     items = random.Random(seed).sample(items, min(len(items), round(2 * seconds)))
     share = round(SAMPLE_RATE * max(DRAWN_SECONDS, 2 * seconds / max(1, len(items))))
     work, drawn = in_parallel(partial(read_speech, share, voice), items), 0.0
@@ -376,15 +376,15 @@ def draw_speech(items, seconds, voice=False):
         if drawn >= seconds:
             return
     if not drawn:
-        raise InputError('no training speech to fit on: no file drawn can be read')
+        raise InputError('no training speech to fit on: none of the drawn files can be read')
 
 
 def prepare_encoder(items, recipe, part):
-    """Load `net`, its clusters fitted if asked -> its name. One that is not public is saved in
-    --out by shard 0, for which the others wait."""
+    """Load `net`, and fit its clusters if asked -> its name. An encoder that is not public is saved
+    in --out by shard 0; the other shards wait for it."""
     global net
     name, folder = encoder or 'mhubert25', os.path.join(out, 'encoder')
-    made = os.path.join(folder, 'encoder.json')  # of its files the last to be written
+    made = os.path.join(folder, 'encoder.json')  # the last of its files to be written
     public = layer is None and not (fit_kmeans or kmeans or os.path.isdir(encoder))
     if public or (part == 0 and not os.path.exists(made)):
         net = UnitEncoder.from_pretrained(name, layer, '' if fit_kmeans else kmeans or None, device)
@@ -406,7 +406,7 @@ def prepare_encoder(items, recipe, part):
 
 
 def prepare_vocoder(items, name):
-    """The voice that goes with the units, fitted here or that of the encoder -> its name."""
+    """The vocoder of the units, fitted here or the encoder's -> its name."""
     folder = os.path.join(out, 'vocoder')
     if fit_vocoder and not os.path.exists(os.path.join(folder, 'vocoder.json')):
         table = M.UnitTable(net.n_units, net.frame_rate)
@@ -419,7 +419,7 @@ def prepare_vocoder(items, name):
 
 
 def encode_part(task):
-    """Write the rows and notes of the items of a task (path, items), a part, to its path."""
+    """Encode a part, task = (path, items), and write its rows and notes to path."""
     path, items = task
     with write_atomic(path, 'wb') as file:
         for row, waves in chain.from_iterable(map(read_item, items)):
@@ -431,7 +431,7 @@ def encode_part(task):
 
 
 def halves_of(row):
-    """The dicts that hold the units: a row itself, or the prompt, chosen and rejected of a pair."""
+    """The dicts that hold units: the row itself, or prompt, chosen and rejected of a pair."""
     return [row[part] for part in PAIR] if row.keys() >= set(PAIR) else [row]
 
 
@@ -442,7 +442,7 @@ def to_line(row):
 
 
 def check_settings(recipe):
-    """Raises InputError if what is in --out was made with other settings or of other data."""
+    """Raises InputError if the content of --out was made with other settings or other data."""
     for name, key in (('meta.json', 'recipe'), ('encoder/encoder.json', 'fitted')):
         path = os.path.join(out, name)
         before = read_json(path).get(key) or {} if os.path.exists(path) else recipe
@@ -452,12 +452,12 @@ def check_settings(recipe):
 
 
 # -----------------------------------------------------------------------------
-# Units made elsewhere, and packing: rows -> units.jsonl, pairs.jsonl, token files
+# Existing units, and packing: rows -> units.jsonl, pairs.jsonl, token files
 
 
 def rows_of_units(path):
-    """Yields the rows of units made elsewhere: our units.jsonl and pairs.jsonl, and the public
-    toolkits' features.jsonl (units, duration), tokens.jsonl (audio_repr) and tokenised pairs."""
+    """Yields the rows of existing units: our units.jsonl and pairs.jsonl, and the public toolkits'
+    features.jsonl (units, duration), tokens.jsonl (audio_repr) and tokenised pairs."""
     for number, row in read_jsonl(path):
         with reading(f'{path}, line {number}'):
             for half in halves_of(row):
@@ -466,8 +466,8 @@ def rows_of_units(path):
                 (units, runs), n = M.dedup(half['units']), len(half['units'])
                 duration = half.get('duration') or [1] * n
                 if len(duration) != n or not all(type(u) is int and u >= 0 for u in half['units']):
-                    raise ValueError('expected `units`, numbers from 0, and a `duration` of each')
-                # runs of equal units become one
+                    raise ValueError('expected `units`, integers from 0, and as many `duration`s')
+                # merge runs of equal units
                 duration = [int(sum(part)) for part in np.split(duration, np.cumsum(runs)[:-1])]
                 half |= dict(units=units.tolist(), duration=duration)
             M.check_marks(row)
@@ -478,8 +478,8 @@ def rows_of_units(path):
 
 
 def describe_units(paths):
-    """What ORIGIN says of units made elsewhere: from the meta.json beside each file, else from the
-    knobs. Raises InputError where that is not known, or the files do not belong together."""
+    """The fields ORIGIN of existing units, from the meta.json beside each file or else from the
+    knobs. Raises InputError if they are unknown or if the files do not match."""
     origins = {}
     for path in paths:
         folder, about = os.path.dirname(path), os.path.join(encoder, 'encoder.json')
@@ -499,8 +499,8 @@ def describe_units(paths):
 
 
 def write_tokens(folder, documents, meta):
-    """Write train.bin and val.bin of (split, tokens) -> meta with their type of number, and how
-    many tokens and documents each has."""
+    """Write train.bin and val.bin from (split, tokens). Returns meta with the number type, and the
+    number of tokens and documents in each split."""
     dtype = 'uint16' if meta['vocab_size'] <= 65_536 else 'uint32'
     tokens, count = dict(train=0, val=0), dict(train=0, val=0)
     train, val = (os.path.join(folder, f'{split}.bin') for split in tokens)
@@ -513,8 +513,8 @@ def write_tokens(folder, documents, meta):
 
 
 def pack(rows, origin, recipe):
-    """Write units.jsonl, pairs.jsonl, failed.jsonl and the token files of rows, one at a time in
-    memory, and last meta.json -> a line that says what there is and what was left out."""
+    """Write units.jsonl, pairs.jsonl, failed.jsonl and the token files, and last meta.json. Only
+    one row is in memory at a time. Returns a summary of what was written and left out."""
     counts, seconds, examples = Counter(), Counter(train=0.0, val=0.0), {}
 
     def documents(files):
@@ -551,7 +551,7 @@ def pack(rows, origin, recipe):
     summary = [f'{counts["units"]:,} utterances', f'{hours:.2f} h', f'{n_tokens:,} tokens']
     summary += [f'{counts["pairs"]:,} pairs']
     summary += [f'{counts[kind]:,} {kind} ({examples[kind]} ...)' for kind in sorted(examples)]
-    summary += ['nothing to validate on'] * (not meta['tokens']['val'])
+    summary += ['no validation data'] * (not meta['tokens']['val'])
     if not counts['units'] + counts['pairs']:
         raise InputError(f'{out}: no units to pack; {", ".join(summary)}')
     with write_atomic(os.path.join(out, 'meta.json')) as file:
@@ -562,17 +562,17 @@ def pack(rows, origin, recipe):
 # -----------------------------------------------------------------------------
 # Text beside the units: token sets for an interleaved model (section 4.3 of the paper)
 
-SPAN_WORDS, SPEECH_SHARE = 10, 0.3  # mean of a span of speech; share of the words that are speech
+SPAN_WORDS, SPEECH_SHARE = 10, 0.3  # mean length of a speech span; share of words that are speech
 
 
 def draw_spans(n_words, rng):
-    """Which words of an utterance are speech, (n_words,) bool: spans of Poisson(SPAN_WORDS) words
-    with text between them, drawn until SPEECH_SHARE of the words are speech, or one has no room.
-    A span may reach over either end, so that the first word is speech as often as any other."""
+    """The words of an utterance that are speech, (n_words,) bool. Spans of Poisson(SPAN_WORDS)
+    words with text between them are drawn until SPEECH_SHARE is reached or no span fits. Spans may
+    extend beyond both ends, so that the first word is speech as often as any other."""
     speech = np.zeros(n_words, bool)
     while speech.sum() < SPEECH_SHARE * n_words:
         length = max(1, rng.poisson(SPAN_WORDS))
-        # how many words of each span and its neighbours are speech: none may be
+        # speech words in each candidate span and its two neighbours; there must be none
         taken = np.convolve(speech, np.ones(length + 2))[1:-1]
         starts = np.flatnonzero(taken < 0.5) + 1 - length
         if not len(starts):
@@ -583,13 +583,13 @@ def draw_spans(n_words, rng):
 
 
 def interleave(row, speech, encode, meta):
-    """Tokens of an utterance whose words are speech where `speech` (n_words,) says so, else text:
-    `<speech>` or `<text>` before each stretch of them. encode: of a tokenizer."""
+    """The tokens of an utterance: words are speech where `speech` (n_words,) is True, else text.
+    `<speech>` or `<text>` starts each span. encode: that of a tokenizer."""
     words, tokens = row['words'], []
     frames = np.repeat(row['units'], row['duration'])
     for span in np.split(np.arange(len(words)), np.flatnonzero(np.diff(speech)) + 1):
         if speech[span[0]]:
-            # the frames whose middles lie within the words; at least one, however short a word is
+            # frames with their centre inside the words; at least one, even for a very short word
             times = words[span[0]][1], words[span[-1]][2]
             first, last = (max(0, math.ceil(time * meta['frame_rate'] - 0.5)) for time in times)
             first = min(first, len(frames) - 1)
@@ -597,21 +597,21 @@ def interleave(row, speech, encode, meta):
             tokens += [meta['vocab_size'] - 2, *(units + meta['offset']).tolist()]
         else:
             text = ' '.join(words[i][0] for i in span)
-            # within a text a word has a space before it, and so other tokens than the first
+            # inside a text, a word follows a space, which changes its tokens
             tokens += [meta['vocab_size'] - 1, *encode(f' {text}' if span[0] else text).ids]
     return tokens
 
 
 def documents_of(path):
-    """Yields the documents of a source of texts. Raises InputError for rows without `text`."""
+    """Yields the documents of a text source. Raises InputError for rows without `text`."""
     with reading(path):
         for row in M.read_texts(path):
             yield from M.split_documents(row['text'] or '')
 
 
 def token_documents(kind, meta, encode):
-    """Yields (split, tokens) of the set `kind`: the utterances as speech; texts; or the utterances
-    with word times, `draws` times with other spans, but once if they validate."""
+    """Yields (split, tokens) of the set `kind`: utterances as speech; texts; or utterances with
+    word times, interleaved `draws` times with different spans (once in the val split)."""
     speech, text, end = meta['vocab_size'] - 2, meta['vocab_size'] - 1, meta['end']
     if kind == 'text' and texts:
         for path in find_paths(texts):
@@ -632,8 +632,8 @@ def token_documents(kind, meta, encode):
 
 
 def write_text_sets():
-    """The sets speech, text and interleaved beside out/units.jsonl, in the vocabulary of text_lm
-    and after it the units, <speech> and <text>; and a copy of its tokenizer."""
+    """Write the sets speech, text and interleaved beside out/units.jsonl, and a copy of text_lm's
+    tokenizer. The vocabulary is that of text_lm, then the units, <speech> and <text>."""
     folder = M.find_checkpoint(text_lm, tensors=False)
     tokenizer, end, digest = M.read_tokenizer(folder)
     M.copy_part(folder, os.path.join(out, 'tokenizer'), 'tokenizer')
@@ -643,7 +643,7 @@ def write_text_sets():
         raise InputError(f'{folder}: vocab_size is {offset}, fewer than the tokenizer has')
     meta |= dict(vocab_size=offset + meta['n_units'] + 2, offset=offset, end=end)
     meta |= dict(text_lm=text_lm, tokenizer_sha256=digest)
-    # one copy of encoder, vocoder and tokenizer for the three
+    # the three sets share one copy of encoder, vocoder and tokenizer
     meta |= {part: f'../{part}' for part in M.PARTS if os.path.isdir(os.path.join(out, part))}
 
     encode = partial(tokenizer.encode, add_special_tokens=False)
@@ -661,14 +661,14 @@ def write_text_sets():
 
 
 def make_from_audio():
-    """Encode this process's share of the parts; the last process merges them all. Returns a line
-    that says what there is, or is still to do."""
+    """Encode this process's share of the parts; the last process merges all parts. Returns a
+    summary, or a line that says what is missing."""
     of_torchrun = f'{os.environ.get("RANK", 0)}/{os.environ.get("WORLD_SIZE", 1)}'
     part, of = map(int, (shard or of_torchrun).split('/'))
     if torch.cuda.is_available() and device == 'auto':
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
 
-    # what there is to do, and whether what is there already belongs to it
+    # list the items, and check that existing output has the same inputs and settings
     items = find_items()
     n = min(128, max(1, len(items) // 256))
     parts = [items[i : i + n] for i in range(0, len(items), n)]
@@ -681,9 +681,9 @@ def make_from_audio():
     if os.path.exists(os.path.join(out, 'meta.json')) and (voice or not fit_vocoder):
         return f'{out}: everything is already there; nothing to do'
 
-    # the encoder, then this process's parts that are not there
+    # load or fit the encoder, and encode this process's missing parts
     name = prepare_encoder(items, recipe, part)
-    place = os.path.join(out, 'parts', M.content_hash(recipe)[:8])  # other settings, other parts
+    place = os.path.join(out, 'parts', M.content_hash(recipe)[:8])  # one folder per settings
     paths = [os.path.join(place, f'{i:05d}.jsonl') for i in range(len(parts))]
     mine = list(zip(paths, parts, strict=True))[part::of]
     todo = [(path, items) for path, items in mine if not os.path.exists(path)]
@@ -692,7 +692,7 @@ def make_from_audio():
     if missing:
         return f'{out}: shard {part} of {of} is done, {missing} of {len(parts)} parts missing'
 
-    # all parts are there: merge them; if two processes do, both write the same
+    # merge the parts; if two processes do so, both write the same bytes
     origin = dict(encoder=name, encoder_id=net.encoder_id, n_units=net.n_units)
     origin |= dict(frame_rate=net.frame_rate, vocoder=prepare_vocoder(items, name))
     rows = (row for path in paths for _, row in read_jsonl(path))

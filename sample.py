@@ -5,8 +5,8 @@
     python sample.py --init=out/demo/units --prompt=a.wav --resynth   # what do the units keep?
     python sample.py --init=out/mixed --from_text='Once upon a time'  # or --prompt=a.wav --to=text
 
-The vocoder speaks prompt and continuation. `out` gets, for each prompt, a folder with prompt.wav,
-continuation.wav and full.wav (then full-2.wav ...), and for all units.jsonl and sample.json.
+The vocoder speaks prompt and continuation. For each prompt, `out` gets a folder with prompt.wav,
+continuation.wav and full.wav (then full-2.wav ...). units.jsonl and sample.json describe them all.
 """
 
 from config import configure
@@ -47,35 +47,35 @@ from model import (
 )
 
 # -----------------------------------------------------------------------------
-init = 'slprl/slam'  # checkpoint folder or hub name; with --resynth also data or encoder folder
-prompt = ''  # sound files, folders, manifests, units files (.jsonl): comma-separated; '': from <S>
-prompt_seconds = 3.0  # of each prompt, up to a word's end where words are known; 0: all of it
-to = 'speech'  # what an interleaved model continues in: speech, or text, which is printed
-from_text = ''  # a text that it continues, in place of a prompt
-split = 'val'  # of manifests and units files whose rows have splits, use this one; '': all
+init = 'slprl/slam'  # checkpoint folder or hub name; with --resynth also a data or encoder folder
+prompt = ''  # sound files, folders, manifests, units files (.jsonl), comma-separated; '': from <S>
+prompt_seconds = 3.0  # of each prompt, cut at a word's end if word times are known; 0: all of it
+to = 'speech'  # modality of an interleaved model's output: speech, or text, which is printed
+from_text = ''  # a text to continue instead of a prompt
+split = 'val'  # use this split of manifests and units files; '': all rows
 max_prompts = 0  # use this many of each folder, manifest or units file; 0: all
 out = 'out/sample'  # folder for the results
 num_samples = 1  # continuations of each prompt
-max_new_tokens = 150  # units at most; the model may end earlier
-temperature = 0.8  # 0: always the most likely unit
-top_k = 25  # sample from this many most likely units; 0: from all
-top_p = 1.0  # sample from the smallest set with this share of the probability
-repetition_penalty = 1.1  # above 1: units that occurred before are less likely
-resynth = False  # encode and vocode only, up to a minute of each prompt
+max_new_tokens = 150  # maximum units; the model may end earlier
+temperature = 0.8  # 0: greedy
+top_k = 25  # sample from the k most likely units; 0: from all
+top_p = 1.0  # sample from the smallest set of units with this total probability
+repetition_penalty = 1.1  # above 1: makes units that occurred before less likely
+resynth = False  # encode and vocode only, at most a minute of each prompt
 asr = ''  # folder of a Whisper model: also transcribe the results
-html = ''  # also write this page: all results on one time axis, sound included
-encoder = ''  # in place of the checkpoint's own: 'mhubert25' or a folder
-vocoder = ''  # in place of the checkpoint's own: 'hifigan25', a folder, or a HiFi-GAN's .pt
-speaker = 0  # which of the vocoder's voices, if it has several
-batch_size = 16  # continuations at a time
-compile = False  # compile the model's step: half a minute once, then faster; for hundreds
+html = ''  # also write this page: all results on one time axis, with audio
+encoder = ''  # replaces the checkpoint's encoder: 'mhubert25' or a folder
+vocoder = ''  # replaces the checkpoint's vocoder: 'hifigan25', a folder, or the .pt of a HiFi-GAN
+speaker = 0  # speaker of a multi-speaker vocoder
+batch_size = 16  # continuations generated together
+compile = False  # compile the model: half a minute once, then faster; for hundreds of samples
 seed = 1234
 device = 'auto'  # auto, cuda, mps or cpu
 dtype = 'auto'  # of the model: auto (bfloat16 on cuda), float32, bfloat16
 # -----------------------------------------------------------------------------
 
-REPEAT = 5  # units in a row that occur twice in a sample are marked as repeated
-# percentages of sample.json: how much of the second count in units.jsonl is the first
+REPEAT = 5  # a sequence of this many units that occurs twice in a sample counts as repeated
+# percentages in sample.json: a sum of counts in units.jsonl over the sum of other counts
 RATES = dict(frames_unchanged=('same_frames', 'frames'), repeated=('repeated_runs', 'runs'))
 RATES['wer'] = 'word_errors', 'text_words'
 
@@ -84,13 +84,13 @@ RATES['wer'] = 'word_errors', 'text_words'
 class Prompt:
     """What a continuation begins with: a recording, units, or nothing."""
 
-    name: str  # also of the folder of its results
+    name: str  # also the name of its result folder
     path: str | None = None  # of the recording
-    span: tuple = (0.0, None)  # of it: start and length in seconds
-    wave: torch.Tensor | None = None  # (samples,) of the recording, the part that is used
+    span: tuple = (0.0, None)  # start and length in seconds
+    wave: torch.Tensor | None = None  # (samples,) the used part of the recording
     units: torch.Tensor | None = None  # (n,) int64
     duration: torch.Tensor | None = None  # (n,) int64, frames of each unit
-    text: str | None = None  # of the part that is used
+    text: str | None = None  # transcript of the used part
     words: list | tuple = ()  # (word, end in seconds) each
 
 
@@ -109,14 +109,14 @@ def parse_row(row, path, number):
             return p
         numbers = torch.tensor([row['units'], row['duration']])
         if numbers.numel() and (numbers.dtype != torch.long or numbers[1].min() < 1):
-            raise ValueError('expected units and as many durations')
-        p.units, p.duration = numbers.long()  # none, of a sample that ended at once
+            raise ValueError('expected as many durations as units')
+        p.units, p.duration = numbers.long()  # empty if a sample ended at once
     return p
 
 
 def read_prompts(path, split):
-    """The prompts of a sound file, a folder, a manifest or a units file: its rows of `split` and
-    those without a split; '': all. Raises InputError for a bad row, and where none is left."""
+    """The prompts of a sound file, a folder, a manifest or a units file: rows of `split` and rows
+    without a split; '': all rows. Raises InputError for a bad row, or if no row is left."""
     manifest = os.path.join(path, 'manifest.jsonl')
     path = manifest if os.path.isfile(manifest) else path
     if not path.endswith('.jsonl'):
@@ -131,12 +131,12 @@ def read_prompts(path, split):
 
 
 def find_prompts(paths, split='', limit=0):
-    """The prompts of a comma-separated list of paths, of each folder or .jsonl the first `limit`,
-    every one with a name of its own; and {units file: its encoder_id}."""
+    """The prompts of comma-separated paths, at most `limit` of each folder or .jsonl, with unique
+    names; and {units file: its encoder_id}."""
     prompts, ids = [], {}
     for path in (part.strip() for part in paths.split(',') if part.strip()):
         prompts += read_prompts(path, split)[: limit or None]
-        for name in ('meta.json', 'sample.json'):  # of prepare_units.py, of this script
+        for name in ('meta.json', 'sample.json'):  # of prepare_units.py and of this script
             meta = os.path.join(os.path.dirname(path), name)
             if path.endswith('.jsonl') and os.path.isfile(meta):
                 ids[path] = read_json(meta).get('encoder_id')
@@ -150,13 +150,13 @@ def find_prompts(paths, split='', limit=0):
 
 
 def encode_prompt(p, nets, seconds):
-    """Give a prompt its units and durations, and its wave if it is a recording: at most `seconds`
-    of it, up to a word's end, or all of it (0). Raises InputError for a file that cannot be used,
-    or units that the model does not have."""
+    """Set the units and durations of a prompt, and the wave of a recording. It is cut to `seconds`,
+    at a word's end if word times are known; 0: no cut. Raises InputError for an unusable file or
+    for units that the model does not have."""
     if p.path:
         p.wave = load_audio(p.path, SAMPLE_RATE, *p.span)
     length = len(p.wave) / SAMPLE_RATE if p.path else int(p.duration.sum()) / nets.frame_rate
-    if 0 < seconds < length:  # up to the end of the last word within, or of the first word
+    if 0 < seconds < length:  # cut after the last word that fits, or after the first
         ends = [end for _, end in p.words]
         length = max([end for end in ends if end <= seconds + 0.02] or ends[:1] or [seconds])
         p.text = ' '.join(word for word, end in p.words if end <= length) or None
@@ -174,11 +174,11 @@ def encode_prompt(p, nets, seconds):
 
 
 def load_networks(prompts, ids, device):
-    """Load only the networks that these prompts and the knobs need.
+    """Load the networks that these prompts and the knobs need, and no others.
 
     ids: {file: encoder_id} of the prompts' files.
-    Returns: namespace of model, encoder, vocoder, asr (None where not needed) and what they share.
-    Raises: InputError where a network is missing, or where units of two encoders would meet.
+    Returns: namespace of model, encoder, vocoder, asr (None if not needed) and shared values.
+    Raises: InputError if a network is missing, or if units of two encoders would be mixed.
     """
     nets = SimpleNamespace(model=None, encoder=None, vocoder=None, asr=None)
     if not resynth:
@@ -202,7 +202,7 @@ def load_networks(prompts, ids, device):
             transformers = import_transformers()
             nets.asr = transformers.pipeline('automatic-speech-recognition', asr, device=device)
 
-    # all that take part must have the same units
+    # all parts must use the same units
     parts = [part for part in (nets.encoder, nets.vocoder) if part]
     ids = ids | {type(part).__name__: part.encoder_id for part in parts}
     ids |= {init: known.get('encoder_id')}
@@ -216,8 +216,8 @@ def load_networks(prompts, ids, device):
 
 
 def generate(prompts, model):
-    """Continue each prompt num_samples times, in batches. Yields the prompt, the number of the
-    sample from 1, and its new tokens (n,) int64."""
+    """Continue each prompt num_samples times, in batches. Yields the prompt, the sample's number
+    from 1, and its new tokens (n,) int64."""
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     options |= dict(top_p=top_p, repetition_penalty=repetition_penalty, compile=compile)
     kind = 'text' if from_text else 'speech'
@@ -231,13 +231,13 @@ def generate(prompts, model):
 
 
 def make_sample(p, k, new, nets):
-    """Vocode sample k of a prompt, `new` (n,) its further units, write the wav files and measure.
+    """Vocode sample k of a prompt, write the wav files and measure. new: (n,) the generated units.
 
-    Returns: its row of units.jsonl, and the wave (samples,) of prompt and continuation.
+    Returns: the sample's row of units.jsonl, and the wave (samples,) of prompt and continuation.
     """
     voice, folder, tag = nets.vocoder, os.path.join(out, p.name), f'-{k}' if k > 1 else ''
     units, duration = torch.cat((p.units, new)), torch.cat((p.duration, voice.durations(new)))
-    # silence, if the model ended at once
+    # silence if the model ended at once
     wave = voice.decode(units, duration, speaker) if len(units) else torch.zeros(1600)
     cut = round(int(p.duration.sum()) * voice.sample_rate / voice.frame_rate)
     name = 'resynth.wav' if resynth else f'full{tag}.wav'
@@ -251,7 +251,7 @@ def make_sample(p, k, new, nets):
     row = dict(file_name=f'{p.name}/{name}', sample=k, text=p.text, prompt_units=len(p.units))
     row |= dict(units=units.tolist(), duration=duration.tolist())
     sound = resample(wave, voice.sample_rate, SAMPLE_RATE)
-    if resynth:  # how many frames have the same unit when they are encoded again?
+    if resynth:  # how many frames keep their unit when the wave is encoded again?
         before, again = p.units.repeat_interleave(p.duration), nets.encoder.encode(sound)
         n = min(len(before), len(again))
         row |= dict(frames=len(before), same_frames=int((before[:n] == again[:n]).sum()))
@@ -268,13 +268,13 @@ def make_sample(p, k, new, nets):
 
 
 def rates_of(rows):
-    """What RATES names, of all these rows of units.jsonl together, in percent."""
+    """The percentages of RATES over all these rows of units.jsonl."""
     sums = {key: sum(row.get(key, 0) for row in rows) for pair in RATES.values() for key in pair}
     return {name: 100 * sums[part] / sums[of] for name, (part, of) in RATES.items() if sums[of]}
 
 
 def sound_of(wave, rate):
-    """For the page: a flac inside, its seconds, and the outline of the wave, 50 peaks a second."""
+    """Audio for the page: embedded FLAC, seconds, and the waveform's outline, 50 peaks a second."""
     buffer = io.BytesIO()
     soundfile.write(buffer, wave.numpy(), rate, format='FLAC', subtype='PCM_16')
     return dict(
@@ -285,7 +285,7 @@ def sound_of(wave, rate):
 
 
 def write_page(path, samples, nets):
-    """Fill assets/sample.html. samples: list of (prompt, row, wave), those of a prompt together."""
+    """Fill assets/sample.html. samples: list of (prompt, row, wave), grouped by prompt."""
     prompts = []
     for p, row, wave in samples:
         if row['sample'] == 1:
@@ -295,7 +295,7 @@ def write_page(path, samples, nets):
     about = init if resynth else f'{init}; temperature {temperature}, top-k {top_k}, seed {seed}'
     data = dict(title='Resynthesis' if resynth else 'Continuations', about=about, repeat=REPEAT)
     data |= dict(frame_rate=nets.frame_rate, continued=not resynth, prompts=prompts)
-    data = json.dumps(data).replace('<', '\\u003c')  # so that no text can end its script element
+    data = json.dumps(data).replace('<', '\\u003c')  # so that no text can close the script element
     template = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'sample.html')
     with open(template, encoding='utf-8') as file, write_atomic(path) as page:
         page.write(file.read().replace('"DATA"', data))
@@ -308,7 +308,7 @@ if __name__ == '__main__':
     if to not in ('speech', 'text') or to == 'text' and (resynth or asr or html):
         raise InputError('--to is speech or text; text goes without --resynth, --asr and --html')
 
-    # what to begin with, and the networks that it takes
+    # find the prompts and load the networks that they need
     none = torch.zeros(0).long()
     prompts, ids = find_prompts(prompt, split, max_prompts)
     name = 'from_text' if from_text else 'unprompted'
@@ -317,7 +317,7 @@ if __name__ == '__main__':
     for p in prompts:
         encode_prompt(p, nets, 60.0 if resynth else prompt_seconds)
 
-    # units -> further units -> sound or text, a line each
+    # generate units, then speech or text; print a line for each sample
     samples = []
     for p, k, new in ((p, 1, none) for p in prompts) if resynth else generate(prompts, nets.model):
         if to == 'text':
@@ -332,7 +332,7 @@ if __name__ == '__main__':
         samples.append((p, row, wave))
         print(f'{row["file_name"]}: {line}', row.get('transcript', ''), flush=True)
 
-    # the page, the files for programs, and the means
+    # write the page, units.jsonl and sample.json, and print the mean rates
     if html:
         write_page(html, samples, nets)
     rows = [row for _, row, _ in samples]

@@ -1,14 +1,14 @@
-"""Pre-train a speech language model: the 24-hour recipe of Slam (arXiv 2502.15814), every ablation.
+"""Pre-train a speech language model: Slam's 24-hour recipe and its ablations (arXiv 2502.15814).
 
-A row packs several utterances, of which each attends to itself alone. Weights are float32, products
-bfloat16. A killed run continues exactly where it was, by the same command, on any number of GPUs.
+Rows pack several utterances; attention stays within each utterance. Weights are float32, matrix
+products bfloat16 on CUDA. The same command resumes a killed run exactly, on any number of GPUs.
 
     python train.py config/demo.py                                    # minutes on a CPU
     python train.py config/slam_a5000.py --data=librilight,librispeech,stinystories
     torchrun --nproc_per_node=2 train.py config/slam_scaled.py        # the same batch on two GPUs
 
-out_dir becomes a checkpoint that transformers loads (config.json, model.safetensors, slam.json,
-and encoder/ and vocoder/ if the units have their own), with train_state.pt and log.jsonl.
+out_dir becomes a checkpoint that transformers can load: config.json, model.safetensors, slam.json,
+and encoder/ and vocoder/ if the data set has them. It also holds train_state.pt and log.jsonl.
 """
 
 from config import configure
@@ -53,39 +53,39 @@ from model import (
 )
 
 # -----------------------------------------------------------------------------
-# Table 4 of the paper; what the table leaves out is from the public configuration
+# Table 4 of the paper; values that it does not list come from the public configuration
 out_dir = 'out/slam'
-data = 'librilight,librispeech,stinystories'  # folders of prepare_units.py, or names below data_dir
-#   'a:2,b:0.5': an epoch shows all of a twice and half of b
-balanced = False  # True: the weights are shares of an epoch's tokens, whatever the size of a set
-val_data = 'librispeech,librilight'  # validate on their val split: real speech; '': that of data
+data = 'librilight,librispeech,stinystories'  # folders from prepare_units.py, or names in data_dir
+#   'a:2,b:0.5': an epoch contains all of a twice and half of b
+balanced = False  # True: weights are shares of an epoch's tokens, independent of the set sizes
+val_data = 'librispeech,librilight'  # validate on these val splits (real speech); '': those of data
 data_dir = 'data'
 init = 'Qwen/Qwen2.5-0.5B'  # a text LM (TWIST) or an SLM: a folder or a hub name;
-#   'preset:NAME': a fresh model with a shape of Table 7; 'scratch': a fresh one of this shape:
+#   'preset:NAME': a new model with the sizes of Table 7; 'scratch': a new model of these sizes:
 n_layer = 4
 n_embd = 256
 n_head = 4
 n_kv_head = 2
 n_ffn = 1024
-embed_init = 'first_rows'  # new embedding under TWIST: first_rows of the text LM's, mean, random
-rope_theta = 10000.0  # lowered from the text LM's
-context = 1024  # tokens of a chunk at most; a longer utterance is cut, its remainder kept
-row_tokens = 8192  # tokens of one forward pass; lower it if memory runs out: the batch stays
-batch_tokens = 81920  # tokens of a step, over all passes and devices: 128 chunks of 620 tokens
+embed_init = 'first_rows'  # TWIST's new embedding: the text LM's first rows, its mean, or random
+rope_theta = 10000.0  # replaces the text LM's value
+context = 1024  # maximum tokens in a chunk; longer utterances are split into several chunks
+row_tokens = 8192  # tokens in one forward pass; lower it to save memory: the batch size stays
+batch_tokens = 81920  # tokens in a step, over all passes and devices: 128 chunks of 620 tokens
 dropout = 0.0
-optimizer = 'adamw'  # adamw, adalomo; any other by its name in pytorch_optimizer: ademamix, lion
+optimizer = 'adamw'  # adamw, adalomo, or a name from pytorch_optimizer such as ademamix or lion
 lr = 1e-3
-min_lr = 5e-5  # where cosine ends
+min_lr = 5e-5  # final value of the cosine schedule
 schedule = 'cosine'  # cosine, inverse_sqrt
 warmup_fraction = 0.01  # warm up for this share of max_steps,
 warmup_steps = 100  # or for this many steps, whichever is longer
 beta1 = 0.9
 beta2 = 0.999
 eps = 1e-8
-weight_decay = 0.0  # of matrices
+weight_decay = 0.0  # for matrices only
 grad_clip = 0.5  # gradient norm; 0: off
 max_steps = 17625  # the run ends after this many steps,
-train_hours = 23.5  # or hours without validation, if they end first (0: no limit; one step runs)
+train_hours = 23.5  # or so many hours, without validation (0: no limit; at least one step runs)
 eval_interval = 500  # steps between validations; 0: none
 save_interval = 500  # steps between checkpoints; 0: at the end only
 resume = True  # continue from out_dir/train_state.pt if it exists; False: start over
@@ -94,22 +94,22 @@ tracker = ''  # also log to: wandb, trackio
 compile = None  # torch.compile; None: on CUDA
 seed = 1234
 device = 'auto'  # auto, cuda, mps, cpu
-dtype = 'auto'  # of products: auto is bfloat16 on CUDA, float32 elsewhere
+dtype = 'auto'  # of matrix products; auto: bfloat16 on CUDA, float32 elsewhere
 # -----------------------------------------------------------------------------
 
-# These knobs may change when a run is continued; the others decide what it computes.
+# These knobs may change when a run resumes; the others determine its results.
 FREE = set(
     'out_dir data_dir val_data max_steps train_hours eval_interval save_interval resume '
     'log_interval tracker compile device'.split()
 )
-BLOCK_ROWS = 500  # rows that are packed together: best fit then fills over 99 % of them
-VAL_TOKENS = 1_000_000  # of each validation set: enough to see differences of 0.002 nats
+BLOCK_ROWS = 500  # rows that are packed together; best fit then fills over 99 % of their tokens
+VAL_TOKENS = 1_000_000  # used of each validation set: enough to resolve 0.002 nats
 
 
 def learning_rate(step, progress):
-    """The learning rate of a step (from 0), of which `progress`, 0 to 1, of the run is done.
+    """The learning rate of a step (from 0). `progress` is the completed share of the run, 0 to 1.
 
-    inverse_sqrt goes by steps, without end: lr * sqrt(timescale / (step + timescale - warmup)),
+    inverse_sqrt depends on the step only: lr * sqrt(timescale / (step + timescale - warmup)), with
     timescale = warmup or 10,000. Raises InputError for an unknown schedule.
     """
     warmup = max(warmup_steps, warmup_fraction * max_steps)
@@ -129,9 +129,9 @@ def learning_rate(step, progress):
 
 class DataSet(NamedTuple):
     folder: str
-    weight: float  # how often an epoch shows the whole set
+    weight: float  # how often an epoch contains the whole set
     meta: dict  # meta.json
-    tokens: np.ndarray  # (n,) a memory map of the token file
+    tokens: np.ndarray  # (n,) memory map of the token file
 
 
 def open_data(names, split='train'):
@@ -154,14 +154,14 @@ def open_data(names, split='train'):
 
 
 def balance(sets):
-    """The sets with new weights: the old ones become shares of the tokens of an epoch, which has as
-    many tokens as all sets together."""
+    """Turn weights from repetitions into shares of an epoch's tokens. An epoch keeps the total
+    number of tokens of all sets."""
     scale = sum(len(each.tokens) for each in sets) / sum(each.weight for each in sets)
     return [each._replace(weight=each.weight * scale / len(each.tokens)) for each in sets]
 
 
 def check_alike(sets, init, init_encoder_id):
-    """Raise InputError if the units of the sets and of the model `init` are of different kinds."""
+    """Raise InputError if the data sets and the model `init` use different units."""
     for key in ('vocab_size', 'offset', 'dedup', 'frame_rate', 'tokenizer_sha256'):
         if len({str(each.meta.get(key)) for each in sets}) > 1:
             raise InputError(f'{data} and {val_data} do not mix: they differ in {key}')
@@ -170,11 +170,11 @@ def check_alike(sets, init, init_encoder_id):
 
 
 def find_chunks(tokens, context, end=None, block=1 << 22):
-    """Where chunks begin and how many tokens they have: two arrays (n,) int64.
+    """The start and the length in tokens of each chunk: two arrays (n,) int64.
 
-    An utterance begins between two <S>; in data of text and units, after each token `end`. If it is
-    longer than `context`, it is cut into chunks of `context` tokens and a remainder, without
-    further <S>. A remainder of one token is dropped, since it predicts nothing.
+    An utterance begins between two <S>; in data with text, after each token `end`. An utterance
+    longer than `context` is cut into chunks of `context` tokens and a remainder, with no extra <S>.
+    A remainder of one token is dropped because it predicts nothing.
     """
     starts = [np.zeros(1, np.int64)]
     for at in range(0, len(tokens), block):  # constant memory
@@ -183,22 +183,22 @@ def find_chunks(tokens, context, end=None, block=1 << 22):
         starts.append(np.flatnonzero(begins) + (at + 1))
     starts = np.concatenate(starts)
     sizes = np.diff(starts, append=len(tokens))
-    chunks = -(-sizes // context)  # of each utterance
-    first = np.cumsum(chunks) - chunks  # the index of its first one
-    nth = np.arange(chunks.sum()) - np.repeat(first, chunks)  # of a chunk in its utterance
+    chunks = -(-sizes // context)  # chunks in each utterance
+    first = np.cumsum(chunks) - chunks  # index of each utterance's first chunk
+    nth = np.arange(chunks.sum()) - np.repeat(first, chunks)  # position of a chunk in its utterance
     begins = np.repeat(starts, chunks) + nth * context
     lengths = np.minimum(context, np.repeat(sizes, chunks) - nth * context)
     return begins[lengths > 1], lengths[lengths > 1]
 
 
 class Loader:
-    """Packs chunks into rows, in an order that depends on (seed, epoch, block) alone.
+    """Packs chunks into rows, in an order determined by (seed, epoch, block) only.
 
-    An epoch is all chunks, shuffled. It is split into blocks; each block is packed by best fit
-    decreasing, and its rows are shuffled. A set of weight w gives w times its chunks to an epoch,
-    and no chunk comes twice before all of its set have come once. Memory: 24 bytes a chunk.
+    An epoch contains all chunks, shuffled. It is split into blocks; each block is packed by best
+    fit decreasing, and its rows are shuffled. An epoch contains each set `weight` times; no chunk
+    repeats before every chunk of its set has been used. Memory: 24 bytes per chunk.
 
-    place: (epoch, block, row in the block) of the next row; a checkpoint needs nothing else.
+    place: (epoch, block, row in the block) of the next row, all that a checkpoint has to store.
     """
 
     def __init__(self, sets, context, row_tokens, seed, place=(0, 0, 0)):
@@ -207,14 +207,14 @@ class Loader:
         found = [find_chunks(each.tokens, context, each.meta.get('end')) for each in sets]
         self.begins, self.lengths = (np.concatenate(each) for each in zip(*found, strict=True))
         self.dropped = sum(len(each.tokens) for each in sets) - int(self.lengths.sum())
-        # set s has the chunks first[s] to first[s + 1]
+        # set s holds the chunks first[s] to first[s + 1]
         self.first = np.cumsum([0] + [len(begins) for begins, _ in found])
 
     def order(self, epoch):
         """The chunks of an epoch, (n,) int64: each set shuffled, and the sets mixed at random."""
         queues = []
         for s, each in enumerate(self.sets):
-            # a set is an endless line of shuffled passes; this epoch takes begin to end of it
+            # a set is an endless sequence of shuffled passes; this epoch takes [begin, end) of it
             n = self.first[s + 1] - self.first[s]
             begin, end = round(epoch * each.weight * n), round((epoch + 1) * each.weight * n)
             line = [np.zeros(0, np.int64)]
@@ -248,8 +248,8 @@ class Loader:
     def collate(self, chunks):
         """A row of chunks: tokens, targets and documents, (3, row_tokens) int64.
 
-        The first token of a chunk is not predicted. Padding has targets of -100 and documents of
-        its own, none longer than the context, which learned positions could not reach.
+        The first token of a chunk is not predicted. Padding has targets of -100 and its own
+        documents, at most `context` tokens long so that learned positions cover them.
         """
         row = np.empty((3, self.row_tokens), np.int64)
         tokens, targets, doc = row
@@ -265,10 +265,10 @@ class Loader:
         return row
 
     def iter_batches(self, rows_per_step, rank=0, world=1, pin=False):
-        """Endless batches; process `rank` of `world` gets the rows rank, rank + world, ... of each.
+        """Endless batches; process `rank` of `world` gets rows rank, rank + world, ... of each.
 
-        Yields: rows (n, 3, row_tokens) int64 as of collate, pinned if `pin`; the share of each row
-        in the predicted tokens of the whole batch; tokens in the whole batch; the place after it.
+        Yields: rows (n, 3, row_tokens) int64 from collate, pinned if `pin`; each row's share of the
+        predicted tokens in the whole batch; tokens in the whole batch; the place after the batch.
         """
         rows = self.iter_rows()
         while True:
@@ -282,8 +282,8 @@ class Loader:
 
 
 def make_optimizer(model):
-    """The optimizer over all parameters, of which only matrices decay. pytorch_optimizer's get the
-    knobs that they have. Raises InputError for an unknown name."""
+    """The optimizer of all parameters, with weight decay on matrices only. One from
+    pytorch_optimizer gets the knobs that it accepts. Raises InputError for an unknown name."""
     groups = [
         dict(params=[p for p in model.parameters() if p.ndim >= 2], weight_decay=weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0),
@@ -291,8 +291,8 @@ def make_optimizer(model):
     if optimizer == 'adamw':
         return torch.optim.AdamW(groups, lr, (beta1, beta2), eps, fused=True)
     if optimizer == 'adalomo':
-        # Lv et al. 2023: the update of Adafactor. Theirs runs inside the backward pass, which saves
-        # memory but cannot sum gradients over several passes.
+        # Lv et al. 2023 use this update inside the backward pass. That saves memory but does not
+        # allow gradients to be accumulated over several passes.
         return torch.optim.Adafactor(groups, lr, eps=(1e-15, 1e-3))
     try:
         from pytorch_optimizer import load_optimizer
@@ -302,7 +302,7 @@ def make_optimizer(model):
         raise InputError(f'{error}: use adamw, adalomo or pip install pytorch-optimizer') from None
     known = inspect.signature(kind).parameters
     knobs = dict(lr=lr, eps=eps, weight_decouple=True)
-    if 'betas' in known:  # AdEMAMix has a third one
+    if 'betas' in known:  # AdEMAMix has a third beta
         knobs['betas'] = (beta1, beta2, *known['betas'].default[2:])
     return kind(groups, **{name: knobs[name] for name in knobs if name in known})
 
@@ -311,7 +311,7 @@ def describe_run(folder, meta, config):
     """The content of slam.json: how the units of this data set were made, and the recipe."""
     keys = 'encoder vocoder encoder_id n_units frame_rate dedup text_lm tokenizer offset end'
     slam = {key: meta[key] for key in keys.split() if meta.get(key) is not None}
-    for part in PARTS:  # a folder of the data set is copied into the checkpoint, a name stays
+    for part in PARTS:  # copy a folder into the checkpoint; keep a public name
         own = os.path.join(folder, str(slam.get(part)))
         if os.path.isdir(own):
             slam[part] = own
@@ -321,7 +321,7 @@ def describe_run(folder, meta, config):
 
 
 def collate_validation(sets):
-    """The rows to validate on, always the same: {name of the set: list of rows as of collate}."""
+    """The validation rows, the same in every run: {name of the set: list of rows from collate}."""
     validation = {}
     for each in sets:
         loader = Loader([each._replace(weight=1)], context, row_tokens, seed=0)
@@ -334,7 +334,7 @@ def collate_validation(sets):
 
 @torch.no_grad()
 def validate(model, validation, device, autocast, rank=0, world=1):
-    """{'val_loss': nats a predicted token over all sets, 'val_loss_NAME': of each set}."""
+    """{'val_loss': nats per predicted token over all sets, 'val_loss_NAME': of each set alone}."""
     model.eval()
     sums = torch.zeros(len(validation), device=device)
     counts = [sum(int((row[1] >= 0).sum()) for row in rows) for rows in validation.values()]
@@ -352,7 +352,7 @@ def validate(model, validation, device, autocast, rank=0, world=1):
 
 
 def format_record(record):
-    """The line on the terminal for a record of log.jsonl."""
+    """Format a record of log.jsonl as a line for the terminal."""
     left = (max_steps - record['step']) * batch_tokens / record['tokens_per_s']
     left = min(left, (3600 * train_hours or math.inf) - record['elapsed'])
     scores = [f' | {key} {value:.4f}' for key, value in record.items() if key.startswith('val_')]
@@ -366,30 +366,30 @@ if __name__ == '__main__':
     torch_device, rank, world = start_processes(device)
     cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)
 
-    # A step is a whole number of rows for each process, and a row has room for the longest chunk.
+    # Each process gets a whole number of rows in a step. A row must hold the longest chunk.
     if batch_tokens % (row_tokens * world) or context > row_tokens or max_steps < 1:
         rows = f'batch_tokens={batch_tokens} is no multiple of {world} x row_tokens={row_tokens}'
-        raise InputError(f'{rows}, or that is less than context={context}, or max_steps < 1')
+        raise InputError(f'{rows}, or row_tokens is below context={context}, or max_steps < 1')
     if os.path.abspath(init) == os.path.abspath(out_dir):
         raise InputError(f'init and out_dir are both {init}, which would be overwritten')
 
-    # Data to train on and to validate on; their hash is part of the recipe.
+    # Open the training and validation data. The hash of the training data is part of the recipe.
     sets = open_data(data)
     names = val_data or ','.join(each.folder for each in sets if each.meta['tokens'].get('val'))
     val_sets = open_data(names, 'val') if eval_interval and names else []
     config['data_sha256'] = [file_hash(each.tokens.filename) for each in sets]
     sets = balance(sets) if balanced else sets
 
-    # A run that stopped left its state here.
+    # Load the state of a stopped run, if there is one.
     state = dict(step=0, elapsed=0.0, seen=0, place=(0, 0, 0), scores={}, config=config)
     state = load_run(out_dir, state, config, FREE) if resume else state
     step, elapsed, seen, scores = (state[key] for key in ('step', 'elapsed', 'seen', 'scores'))
-    log_file = open_log(out_dir, step, rank)  # it locks out_dir
+    log_file = open_log(out_dir, step, rank)  # this locks out_dir
     budget = 3600 * train_hours or math.inf  # seconds
     loader = Loader(sets, context, row_tokens, seed, state['place'])
     validation = collate_validation(val_sets)
 
-    # The model, with a vocabulary for these units, and its optimizer.
+    # Load the model with a vocabulary for these units, and make its optimizer.
     meta = sets[0].meta
     shape = {name: config[name] for name in ('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_ffn')}
     options = dict(embed_init=embed_init, context=context, rope_theta=rope_theta, dropout=dropout)
@@ -403,24 +403,24 @@ if __name__ == '__main__':
         model.load_state_dict(state['model'])
         updater.load_state_dict(state['optimizer'])
 
-    # Compiled once, since all rows have one shape.
+    # All rows have the same shape, so the model is compiled once.
     if cuda if compile is None else compile:
         model.compile(dynamic=False)
     autocast = torch.autocast(torch_device.type, torch_dtype, enabled=torch_dtype != torch.float32)
 
-    # Report what will be done. A run that is made longer changes its learning rate at once.
+    # Report the plan. If max_steps or train_hours has changed, the learning rate jumps here.
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
     log(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
     n = loader.lengths[loader.order(0)].sum()
-    epochs = f'{n:,} tokens an epoch, {max_steps * batch_tokens / n:.3g} epochs'
-    log(f'{epochs}; {loader.dropped} tokens dropped (single ones behind a cut)', rank)
+    epochs = f'{n:,} tokens per epoch, {max_steps * batch_tokens / n:.3g} epochs'
+    log(f'{epochs}; {loader.dropped} tokens dropped (remainders of one token)', rank)
     if step:
         old = updater.param_groups[0]['lr']
         new = learning_rate(step, max(step / max_steps, elapsed / budget))
         log(f'going on at step {step}: the learning rate was {old:.2e}, it is {new:.2e}', rank)
     del state  # it holds a copy of the model
 
-    # A thread collates the next batch while the device works on this one.
+    # A thread collates the next batch while the device computes.
     run = start_tracker(tracker, config) if rank == 0 else None
     stopping = catch_signals(rank)
     batches = loader.iter_batches(batch_tokens // row_tokens, rank, world, pin=cuda)
@@ -432,15 +432,15 @@ if __name__ == '__main__':
     model.train()
 
     while not over and not halt:
-        # The learning rate follows the steps, or the clock if that will end the run.
+        # The learning rate follows the steps, or the hours if those are further along.
         rate = learning_rate(step, max(step / max_steps, elapsed / budget))
         for group in updater.param_groups:
             group['lr'] = rate
         (rows, shares, n_tokens, place), ahead = ahead.result(), thread.submit(next, batches)
-        if dropout:  # its masks depend on the step, so that a resumed run draws the same
+        if dropout:  # seed by step, so that a resumed run draws the same masks
             torch.manual_seed(seed + step * world + rank)
 
-        # Gradients of the mean loss over all predicted tokens of the batch, one row at a time.
+        # Accumulate the gradient of the mean loss per predicted token, one row at a time.
         for row, share in zip(rows, shares, strict=True):
             tokens, targets, doc = row.to(torch_device, non_blocking=True)[:, None]
             with autocast:
@@ -451,7 +451,7 @@ if __name__ == '__main__':
             for parameter in model.parameters():
                 dist.all_reduce(parameter.grad)
 
-        # Clip and step. Until the next report nothing waits for the device.
+        # Clip and step. The CPU does not wait for the device until the next report.
         sums[1] += torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         updater.step()
         updater.zero_grad()
@@ -462,21 +462,21 @@ if __name__ == '__main__':
         if not (evaluate or save or report or alone or step == max_steps):
             continue
 
-        # Read the numbers. The clock of the first process counts.
+        # Read the sums, which waits for the device. The clock of rank 0 counts.
         mean_loss, norm = (sums / (step - last_step)).tolist()
         took = time.perf_counter() - clock
         numbers = [mean_loss, elapsed + took if rank == 0 else 0, len(stopping)]
         mean_loss, elapsed, halt = sum_over_processes(numbers, torch_device)
         if not math.isfinite(mean_loss + norm):
             raise InputError(
-                f'the loss is not finite at step {step}: too high an --lr, too short a warm-up, or '
-                'damaged weights in --init? The last checkpoint is kept'
+                f'the loss is not finite at step {step}; possible causes: a high --lr, '
+                'a short warm-up, damaged weights in --init. The last checkpoint is kept'
             )
         over = step >= max_steps or elapsed >= budget
         record = dict(step=step, loss=mean_loss, norm=norm, lr=rate, tokens=seen)
         record |= dict(elapsed=round(elapsed, 2), tokens_per_s=round((seen - last_seen) / took))
 
-        # Validate now and at the end, and log.
+        # Validate at intervals and at the end, and log.
         if validation and (evaluate or over):
             scores = validate(model, validation, torch_device, autocast, rank, world)
             record |= (scores := scores | dict(step=step, tokens=seen))
@@ -485,7 +485,7 @@ if __name__ == '__main__':
             run.log({key: record[key] for key in record if key != 'step'}, step=step)
         log(format_record(record), rank)
 
-        # The checkpoint, with all that an exact continuation needs.
+        # Save the checkpoint and the state for an exact resume.
         if rank == 0 and (save or over or halt):
             compute = dict(devices=world, device=machine, hours=elapsed / 3600, tokens=seen)
             slam |= dict(scores=scores, compute=compute)
@@ -500,5 +500,5 @@ if __name__ == '__main__':
     result = f', val loss {scores["val_loss"]:.4f} at step {scores["step"]}' if scores else ''
     log(f'{out_dir}: {step} steps, {seen:,} tokens, {format_time(elapsed)}{result}', rank)
     if not over:
-        log('stopped and saved; the same command continues', rank)
+        log('stopped and saved; run the same command to continue', rank)
         raise SystemExit(128 + (stopping or [signal.SIGTERM])[0])
