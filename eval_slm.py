@@ -510,7 +510,8 @@ def compare(models, arms, items, metrics):
 def load_hf(model_class, processor_class, where):
     """A transformers model and its tokenizer or processor. Raises InputError for other formats."""
     transformers, place = M.import_transformers(), M.pick_device(device)
-    for name in os.listdir(M.find_checkpoint(where, tensors=False)):  # an error if offline
+    names = os.listdir(M.find_checkpoint(where, tensors=False))  # an error if offline
+    for name in names if not any(name.endswith('.safetensors') for name in names) else []:
         if name == 'model.bin' or name.endswith('.gguf'):
             kind = 'CTranslate2' if name == 'model.bin' else 'GGUF'
             raise InputError(f'{where} is in {kind} format: give a model in transformers format')

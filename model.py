@@ -1005,13 +1005,13 @@ def load_audio(
             reason = f' ({" ".join(str(error).split()) or "damaged"})'
     if not blocks:
         raise InputError(f'{name} holds no samples at {start:g} s{reason}')
-    samples = np.concatenate(blocks)  # (frames, channels)
-
-    mono, energies = samples.mean(1), np.square(samples).sum(0, dtype=float)
+    mono = np.concatenate([block.mean(1) for block in blocks])
+    energies = sum(np.square(block).sum(0, dtype=float) for block in blocks)  # of the channels
     # mixing n uncorrelated channels leaves 1/n of their mean energy
     if np.square(mono).sum(dtype=float) < 0.1 * energies.mean() / len(energies):
         notes.append('channels cancel: one of them taken')
-        mono = samples[:, energies.argmax()].copy()
+        mono = np.concatenate([block[:, energies.argmax()] for block in blocks])
+    del blocks  # hours of sound take much memory
     wave = torch.from_numpy(mono)
     lowest, highest = map(float, torch.aminmax(wave))
     if not (lowest > -1e6 and highest < 1e6):  # NaN fails too
@@ -1312,7 +1312,8 @@ def load_net(source, layer):
     Raises InputError for other nets, missing layers and missing tensors."""
     local = cache_path(os.path.basename(source))
     try:
-        source = find_checkpoint(local if os.path.isdir(local) else source)
+        copied = os.path.isdir(local) and not os.path.isdir(source)
+        source = find_checkpoint(local if copied else source)
     except InputError as error:
         raise InputError(f'the net of the encoder: {error} (a copy may be in {local})') from None
     with reading(source):
@@ -1462,7 +1463,8 @@ class UnitVocoder:
             if len(tensors[name]) != config['n_units']:
                 raise ValueError('its .json does not fit its tensors')
             voice = kind(config, tensors, device)
-            voice.decode([0])  # checks that all tensors exist and their shapes fit
+            # all tensors exist, and their shapes fit
+            voice.decode([0]), voice.durations(torch.arange(voice.n_units))
         return voice
 
     def save_pretrained(self, folder):
@@ -1745,7 +1747,10 @@ def read_texts(path, text_field='text'):
     elif path.endswith('.csv'):
         csv.field_size_limit(1 << 30)
         with reading(path):
-            yield from csv.DictReader(read_lines(path, ''), restkey='more cells than columns')
+            for number, row in enumerate(csv.DictReader(read_lines(path, '')), 1):
+                if None in row:
+                    raise InputError(f'{path} row {number}: more cells than columns')
+                yield row
     else:
         marked = any(MARK in line for line in read_lines(path))
         lines, rest = read_lines(path), ''

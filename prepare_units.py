@@ -81,7 +81,7 @@ OTHER_NAMES = dict(speaker='voice', raw_text='text')  # field names of other dat
 UNREADABLE = '.m4a .mp4 .aac .wma .amr .webm .mka .ape .wv .tar .tar.gz .zip'.split()
 WANTED = (*M.AUDIO_EXTENSIONS, *UNREADABLE, '.parquet', '/manifest.jsonl')
 # fields that say how to read a row; meta.json's facts about units; settings that change units
-READ = ('path', 'sounds', 'spans', 'split', 'start', 'end', 'offset', 'duration', 'units')
+READ = 'path sounds spans split start end offset duration units kind'.split()
 ORIGIN = ('encoder', 'vocoder', 'n_units', 'frame_rate', 'encoder_id')
 RECIPE = ('layer', 'fit_kmeans', 'fit_frames', 'keep_partial', 'val_fraction', 'seed')
 
@@ -225,7 +225,7 @@ def rows_of(item):
         if os.path.exists(activity):
             with reading(activity), M.open_text(activity) as file:
                 content = json.load(file)
-        found = content['voice_activity'] if 'voice_activity' in content else []
+        found = content.get('voice_activity') if isinstance(content, dict) else []
         for spans in join_activity(found or [WHOLE]):
             yield dict(path=item.path, sounds=[item.path], spans=spans)
 

@@ -466,6 +466,7 @@ def test_models_end_to_end(tmp_path, checkpoint):
         (['--tasks=own={tmp}/bad.csv'], 'bad.csv, line 2: expected correct or positive_audio'),
         (['--tasks=sSC', '--encoder={tmp}/other'], 'different encoders'),
         (['--tasks=sSC,genppl', '--asr=/no/whisper'], "no checkpoint folder '/no/whisper'"),
+        (['--tasks=sSC,genppl', '--asr={tmp}/ct2'], 'ct2 is in CTranslate2 format'),
         (['--tasks=own={tmp}/twice.csv'], "twice.csv, line 4: a second id '1' of voice ''"),
         (['--tasks=genppl'], 'no prompts: add a suite to --tasks or give --prompts'),
         (['--wer'], 'no prompts of known text: add a suite'),
@@ -474,6 +475,8 @@ def test_models_end_to_end(tmp_path, checkpoint):
 def test_mistakes_end_in_one_line_before_anything_is_computed(tmp_path, checkpoint, args, message):
     suite(str(tmp_path / 'sSC'), 1)
     M.save_audio(tmp_path / 'lone/1_correct.wav', speech(0, 0.5))
+    (tmp_path / 'ct2').mkdir()
+    (tmp_path / 'ct2/model.bin').touch()
     (tmp_path / 'bad.csv').write_text('right,wrong\na,b\n')
     (tmp_path / 'twice.csv').write_text('\ufeffcorrect,incorrect,id\na,b,\na,b,1\na,b,1', 'utf-8')
     enc = M.UnitEncoder.from_pretrained(M.load_slm(checkpoint['a']).slam['encoder'])
