@@ -983,7 +983,9 @@ def load_audio(
     """
     import soundfile
 
-    name, notes = getattr(path, 'name', path), [] if notes is None else notes
+    # an open file of a data set has no name; its address would differ from run to run
+    name = getattr(path, 'name', 'the sound' if hasattr(path, 'read') else path)
+    notes = [] if notes is None else notes
     if not hasattr(path, 'read') and not os.path.isfile(path):
         raise InputError(f'{name}: no such audio file')
     source = path if hasattr(path, 'read') else os.fsencode(path)  # names need not be UTF-8
@@ -1225,16 +1227,15 @@ class UnitEncoder:
         if not fitted.inertia_ > 0:
             raise InputError('the speech to fit on is silent, or no two of its sounds differ')
         self.centroids = torch.from_numpy(fitted.cluster_centers_).float().to(self.device)
-        distortion = fitted.inertia_ / len(features)
+        # row by row: the last digits of inertia_ depend on the number of threads
+        pairs = zip(features.numpy(), fitted.cluster_centers_[fitted.labels_], strict=True)
+        distortion = float(np.mean([np.square(x - center).sum() for x, center in pairs]))
         self.config |= dict(distortion=distortion, vocoder='vocoder', encoder_id=None)
 
     @torch.inference_mode()
     def assign(self, features):
         """(frames, D) -> (frames,) long units on the CPU: nearest centroids if `switch` is not set.
-
-        Raises InputError without centroids, for centroids of another width, and for `switch`
-        without `distortion`.
-        """
+        Raises InputError without centroids of this width, and for `switch` without `distortion`."""
         switch, distortion = (self.config.get(key) for key in ('switch', 'distortion'))
         if self.centroids is None or features.shape[1] != self.centroids.shape[1]:
             raise InputError(f'{self.name} has no k-means for {features.shape[1]} features')
@@ -1338,10 +1339,8 @@ def cache_path(name):
 
 
 def fetch(url, sha256=None):
-    """The local copy of a public file, downloaded on first use and checked each time.
-
-    Raises InputError if offline, or if the file is not the published one.
-    """
+    """The local copy of a public file, downloaded on first use and checked each time. Raises
+    InputError if it cannot be downloaded, or if the file is not the published one."""
     path = cache_path(os.path.basename(url))
     if not os.path.exists(path):
         os.makedirs(cache_path(''), exist_ok=True)
@@ -1463,8 +1462,8 @@ class UnitVocoder:
             if len(tensors[name]) != config['n_units']:
                 raise ValueError('its .json does not fit its tensors')
             voice = kind(config, tensors, device)
-            # all tensors exist, and their shapes fit
-            voice.decode([0]), voice.durations(torch.arange(voice.n_units))
+            voice.decode([0])  # checks that all tensors exist and their shapes fit
+            voice.durations(torch.arange(voice.n_units))
         return voice
 
     def save_pretrained(self, folder):
@@ -1632,10 +1631,8 @@ AUDIO_EXTENSIONS += ('.au', '.sph', '.caf', '.w64')
 
 
 def find_audio(path, extensions=AUDIO_EXTENSIONS):
-    """The files with these extensions below a folder, or [path] for a file. Sorted, none hidden.
-
-    Links are followed. Raises InputError if the path does not exist or has no such file.
-    """
+    """The files with these extensions below a folder, or [path] for a file: sorted, none hidden.
+    Links are followed. Raises InputError if the path does not exist or has no such file."""
     if os.path.isfile(path):
         return [path]
     files, seen = [], set()
@@ -1697,6 +1694,8 @@ def open_shards(where):
                 if wanted in ('', place):
                     part = rows.decode(False).shard(rows.num_shards, shard)  # audio as bytes
                     shards[f'hub:{name}:{config}{slash}{key}#{place}'] = part
+        if not shards:
+            raise ValueError(f'there is no shard {wanted}')
         return shards
 
 

@@ -276,12 +276,12 @@ def read_waves(row):
     known = {key: row[key] for key in row if key not in READ}
     if len(sounds) not in (1, len(PAIR)):
         raise InputError(f'{len(sounds)} sounds: expected one, or {", ".join(PAIR)}')
-    partial = keep_partial and len(sounds) == 1
+    may_be_cut = keep_partial and len(sounds) == 1
     for sound in sounds:
         pieces = []
         for start, end in spans:
             length = None if end == math.inf else end - start
-            pieces.append(M.load_audio(sound, SAMPLE_RATE, start, length, partial, notes))
+            pieces.append(M.load_audio(sound, SAMPLE_RATE, start, length, may_be_cut, notes))
         waves.append(torch.cat(pieces).numpy())
     if len(sounds) == len(PAIR):
         halves = {part: dict(text=row.get(f'{part}_text') or '') for part in PAIR}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on one CPU, offline: speech in, speech out. Each line below can be run by hand.
-#     bash runs/demo.sh               about 17 hours of speech
+#     bash runs/demo.sh               about 13 hours of stories
 #     DEMO=short bash runs/demo.sh    the same stages, with too little speech to learn from
 # Run it again to continue a run that was stopped; rm -r out/demo to start over.
 set -euo pipefail

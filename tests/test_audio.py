@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchaudio
 import transformers
 from safetensors.torch import load_file, save_file
+from threadpoolctl import threadpool_limits
 
 import model as M
 from model import InputError, UnitEncoder, UnitVocoder, load_audio
@@ -337,6 +338,17 @@ def test_a_saved_encoder_is_loaded_again(tmp_path):
     assert load(str(tmp_path / 'encoder')).encoder_id != encoder.encoder_id
     os.rename(tmp_path / 'net', tmp_path / 'gone')
     refused(f'the net of the encoder: .*{tmp_path}/net', load, str(tmp_path / 'encoder'))
+
+
+def test_fitting_does_not_depend_on_the_number_of_threads():
+    features = torch.randn(20_000, 26, generator=torch.Generator().manual_seed(0))
+    ids = set()
+    for threads in (1, 2):
+        encoder = UnitEncoder.from_pretrained('mfcc')
+        with threadpool_limits(threads):
+            encoder.fit(features, 200)
+        ids.add(encoder.encoder_id)
+    assert len(ids) == 1
 
 
 def test_encoder_ids_differ_where_units_do(tmp_path):

@@ -71,7 +71,7 @@ def test_nothing_names_a_machine():
     assert len(files) > 40
     for path in files:
         text = path.read_text(encoding='utf-8')
-        assert not re.search(r'(/home/|/root/|/Users/|/work/|\.\./shared)\w', text), path
+        assert not re.search(r'(/(home|root|Users|work)/|\.\./shared)\w', text), path
 
 
 @pytest.mark.parametrize('path', sorted(ROOT.glob('config/[a-z]*.py')), ids=lambda path: path.stem)

@@ -497,10 +497,9 @@ def test_sampled_distribution(options):
 
 
 def test_flops_per_token_counts_every_product(pair):
-    """Against torch's own counter of a forward pass; backward costs twice that."""
+    """Against torch's counter: of a forward pass, with full attention, not its causal half."""
     ours, T = pair[1], 100
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         ours(torch.randint(0, V, (1, T)))
-    width = ours.config.n_head * ours.config.head_dim
-    causal = 2 * 2 * T * T * width  # the counter counts full attention, twice the causal half
+    causal = 2 * 2 * T * T * ours.config.n_head * ours.config.head_dim
     assert counter.get_total_flops() == ours.flops_per_token(T) * T / 3 + causal
