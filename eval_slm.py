@@ -29,10 +29,12 @@ import importlib
 import json
 import os
 import re
+import threading
 import time
 import urllib.request
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import combinations, product
 
@@ -256,6 +258,8 @@ def find_suites(names):
             places = {f'salmon_{part}': os.path.join(path, part) for part in SALMON.split()}
         for task, place in places.items():
             suite = list_suite(task, place, split)
+            if task + crossing in suites:
+                raise InputError(f'--tasks names {task + crossing} twice')
             suites[task + crossing] = cross(suite, place, crossing) if crossing else suite
     return suites
 
@@ -304,6 +308,7 @@ def encode_clips(clips, unit_encoder):
     """De-duplicated units of clips, {clip: (n,) int array}. They are cached under a hash of the
     files' contents, the cuts and the encoder. Raises InputError for broken audio."""
     clips, notes = list(dict.fromkeys(clips)), []
+    lock = threading.Lock() if unit_encoder.net else nullcontext()  # a net takes one at a time
     with ThreadPoolExecutor(8) as pool:
         with reading('audio of the suite'):
             hashes = list(pool.map(M.file_hash, [clip.path for clip in clips]))
@@ -311,16 +316,16 @@ def encode_clips(clips, unit_encoder):
         name = M.content_hash(unit_encoder.encoder_id, cuts)[:32]
         path = os.path.join(os.path.dirname(out), 'eval_cache', f'units_{name}.json')
         if not os.path.exists(path):
-            units = []
-            for start in tqdm(range(0, len(clips), 64), 'encoding', leave=False):
-                part = clips[start : start + 64]  # only these waves are in memory at once
-                waves = pool.map(lambda clip: M.load_audio(clip.path, notes=notes), part)
-                for clip, wave in zip(part, waves, strict=True):
-                    begin, end = (int(t * SAMPLE_RATE) for t in (clip.start, clip.seconds))
-                    wave = wave[begin : end or None]
-                    units.append(M.dedup(unit_encoder.encode(wave))[0].tolist())
+
+            def units_of(clip):
+                wave = M.load_audio(clip.path, notes=notes)
+                begin, end = (int(t * SAMPLE_RATE) for t in (clip.start, clip.seconds))
+                with lock:
+                    return M.dedup(unit_encoder.encode(wave[begin : end or None]))[0].tolist()
+
+            units = list(tqdm(pool.map(units_of, clips), 'encoding', len(clips), leave=False))
             with M.write_atomic(path) as file:
-                json.dump(dict(units=units), file)
+                file.write(json.dumps(dict(units=units)))
     for note, n in Counter(notes).items():  # such as silence or cancelling channels
         M.log(f'{n} of {len(clips)} recordings: {note}')
     return dict(zip(clips, map(np.array, M.read_json(path)['units']), strict=True))

@@ -22,9 +22,9 @@ import subprocess
 import threading
 from bisect import bisect_left, insort
 from collections import Counter
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -47,6 +47,34 @@ class InputError(ValueError):
 
 # -----------------------------------------------------------------------------
 # SLM: the speech language model
+
+
+@dataclass
+class Config:
+    """What SLM and Block need to know; read_config fills it from transformers' config."""
+
+    kind: str  # how transformers names the tensors, a key of KINDS
+    vocab_size: int
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    n_ffn: int
+    embed_dim: int  # of embedding and head
+    context: int  # tokens of a training row
+    max_positions: int  # tokens of the longest utterance
+    dropout: float  # on the residual branches
+    norm_eps: float
+    biases: list  # those that exist of norm1 (all norms are then LayerNorm), qkv, out, up, down
+    qk_norm: bool  # of each head's query and key
+    gated: bool  # SwiGLU
+    act: str  # a key of ACTIVATIONS
+    tied: bool  # the head is the embedding
+    pre_norm: bool  # False: OPT-350M
+    parallel: bool  # GPT-NeoX: the MLP reads what attention read
+    rope_freqs: list  # radians a token; empty: learned positions
+    rope_scale: float  # of cos and sin, in YaRN
 
 
 class Norm(nn.Module):
@@ -78,7 +106,7 @@ def rotate(x, cos, sin):
 
 
 class Block(nn.Module):
-    """One transformer layer, in the variant that its config describes (read_config)."""
+    """One transformer layer, in the variant that its config describes."""
 
     def __init__(self, config):
         super().__init__()
@@ -131,10 +159,10 @@ class SLM(nn.Module):
     interleaved model has a text LM's tokens first, unit u at u + offset, then the switches
     `<speech>` and `<text>`, each before what it names; the text LM's `end` ends a document.
 
-    hf_config: transformers' config of the same model; config: what Block needs of it. slam: the
-    content of slam.json: encoder, encoder_id, vocoder, n_units, frame_rate, dedup, recipe, scores;
-    tokenizer (a folder), offset and end of an interleaved model; scoring='units' of a model
-    trained without `<S>`: nothing predicts the first unit of an utterance.
+    hf_config is transformers' config of the same model, slam the content of slam.json: encoder,
+    encoder_id, vocoder, n_units, frame_rate, dedup, recipe, scores; tokenizer (a folder), offset
+    and end of an interleaved model; scoring='units' of a model trained without `<S>`: nothing
+    predicts the first unit of an utterance.
     """
 
     def __init__(self, hf_config, dropout=0.0, seed=0):
@@ -263,8 +291,7 @@ class SLM(nn.Module):
 
     def check_positions(self, length):
         """Raise InputError where the model has fewer positions than `length`."""
-        limit = self.config.max_positions
-        if length > limit:
+        if length > (limit := self.config.max_positions):
             raise InputError(f'{length} tokens: the model has no more than {limit} positions')
 
     def num_params(self):
@@ -606,11 +633,9 @@ def their_names(name, kind):
 
 
 def read_config(hf, dropout=0.0):
-    """The values of transformers' config that SLM and Block need, as a namespace.
-
-    What the config does not state, such as biases, is read from the tensors of transformers' model,
-    RoPE from its rotary module. Raises InputError for a model type that Block cannot compute.
-    """
+    """transformers' config -> Config. What it does not state, such as biases, is read from the
+    tensors of transformers' model, RoPE from its rotary module, so all kinds need one function.
+    Raises InputError for a model type that Block cannot compute."""
     theirs = empty_model(hf)
     tensors = theirs.state_dict()
 
@@ -628,7 +653,6 @@ def read_config(hf, dropout=0.0):
     if kind is None or act not in ACTIVATIONS or rope in ('dynamic', 'longrope'):
         about = f'activation {act}, RoPE {rope}'
         raise InputError(f'model type {hf.model_type!r} ({about}) is not supported')
-    modules = ('norm1', 'qkv', 'out', 'up', 'down')
     context, n_head = hf.max_position_embeddings, hf.num_attention_heads
     if get('sliding_window', default=context) < context:
         reason = f'a sliding window of {hf.sliding_window} tokens is not supported'
@@ -636,7 +660,7 @@ def read_config(hf, dropout=0.0):
     if rotary is not None:
         with torch.device('cpu'):
             rotary = type(rotary)(hf)  # again, with numbers
-    return SimpleNamespace(
+    return Config(
         kind=kind,
         vocab_size=hf.vocab_size,
         n_layer=hf.num_hidden_layers,
@@ -645,20 +669,20 @@ def read_config(hf, dropout=0.0):
         n_kv_head=get('num_key_value_heads', default=n_head),
         head_dim=size(kind, 'out.weight')[1] // n_head,
         n_ffn=size(kind, 'down.weight')[1],
-        embed_dim=get('word_embed_proj_dim', default=hf.hidden_size),  # of embedding and head
-        context=context,  # tokens of a training row
-        max_positions=ROPE_POSITIONS if rotary else context,  # tokens of the longest utterance
-        dropout=dropout,  # on the residual branches
+        embed_dim=get('word_embed_proj_dim', default=hf.hidden_size),
+        context=context,
+        max_positions=ROPE_POSITIONS if rotary else context,
+        dropout=dropout,
         norm_eps=get('rms_norm_eps', 'layer_norm_eps', default=1e-5),
-        biases=[m for m in modules if size(kind, f'{m}.bias')],  # of norm1: all are LayerNorm
-        qk_norm=bool(size(kind, 'norm_q.weight')),  # of each head's query and key
-        gated=kind in ('llama', 'phi3'),  # SwiGLU
+        biases=[m for m in 'norm1 qkv out up down'.split() if size(kind, f'{m}.bias')],
+        qk_norm=bool(size(kind, 'norm_q.weight')),
+        gated=kind in ('llama', 'phi3'),
         act=act,
-        tied=hf.tie_word_embeddings,  # the head is the embedding
-        pre_norm=get('do_layer_norm_before', default=True),  # False: OPT-350M
-        parallel=get('use_parallel_residual', default=False),  # GPT-NeoX
-        rope_freqs=rotary.inv_freq.tolist() if rotary else [],  # radians a token
-        rope_scale=rotary.attention_scaling if rotary else 1.0,  # of cos and sin, in YaRN
+        tied=hf.tie_word_embeddings,
+        pre_norm=get('do_layer_norm_before', default=True),
+        parallel=get('use_parallel_residual', default=False),
+        rope_freqs=rotary.inv_freq.tolist() if rotary else [],
+        rope_scale=rotary.attention_scaling if rotary else 1.0,
     )
 
 

@@ -463,6 +463,7 @@ def test_models_end_to_end(tmp_path, checkpoint):
         (['--init={a},{tmp}/typo'], 'typo'),
         (['--tasks=sblimp'], 'gold.csv cannot be read'),
         (['--tasks=own={tmp}/lone'], '1_correct.wav has no counterpart'),
+        (['--tasks=sSC,sSC={tmp}/sSC'], '--tasks names sSC twice'),
         (['--tasks=own={tmp}/bad.csv'], 'bad.csv, line 2: expected correct or positive_audio'),
         (['--tasks=sSC', '--encoder={tmp}/other'], 'different encoders'),
         (['--tasks=sSC,genppl', '--asr=/no/whisper'], "no checkpoint folder '/no/whisper'"),
