@@ -192,7 +192,8 @@ def load_networks(prompts, ids, device):
     of_vocoder = vocoder or known.get('vocoder')
     if resynth or any(p.path for p in prompts):
         nets.encoder = UnitEncoder.from_pretrained(of_encoder, device=device)
-        of_vocoder = of_vocoder or {'mhubert25': 'hifigan25'}.get(nets.encoder.encoder_id)
+        beside = os.path.join(of_encoder, '../vocoder')
+        of_vocoder = of_vocoder or {'mhubert25': 'hifigan25'}.get(of_encoder, beside)
     if to == 'speech':
         nets.vocoder = UnitVocoder.from_pretrained(of_vocoder or '', device=device)
 
