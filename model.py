@@ -1295,7 +1295,7 @@ def read_kmeans(path):
     """The centroids (n_units, D) of a .safetensors file with `centroids`, or of a joblib dump of
     scikit-learn's KMeans, without executing any of its code. Raises InputError."""
     from joblib import numpy_pickle
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     class Inert:  # replaces the classes and functions of scikit-learn and numpy
         def __init__(self, *args):
@@ -1314,12 +1314,12 @@ def read_kmeans(path):
                 raise ValueError(f'it asks to run {module}.{name}: refused')
             return known.get(name, Inert)
 
-    with reading(f'{path} (.safetensors with `centroids`, or a joblib dump of KMeans)'):
+    about = f'{path} (.safetensors with `centroids`, or a joblib dump of KMeans)'
+    with reading(about), open(path, 'rb') as file:
         if path.endswith('.safetensors'):
-            centroids = load_file(path)['centroids']
+            centroids = load(file.read())['centroids']
         else:
-            with open(path, 'rb') as file:
-                kmeans = Reader(path, file, ensure_native_byte_order=True).load()
+            kmeans = Reader(path, file, ensure_native_byte_order=True).load()
             centroids = torch.from_numpy(kmeans.cluster_centers_)
         if centroids.ndim != 2 or not len(centroids) or not centroids.isfinite().all():
             raise ValueError('its centroids are not (n_units, D) finite numbers')
@@ -1421,9 +1421,9 @@ class UnitVocoder:
 
     def synthesize(self, frames):
         """Units (frames,), one per frame -> (samples,)."""
-        # (10 ms steps, N_MELS), on the CPU, so that the wave is the same on all devices
-        mel = self.tensors['mel'][frames].flatten(0, 1).cpu()
-        mel = torch.cat((mel[:1], mel, mel[-1:])).T  # repeat one step at each end
+        # (N_MELS, 10 ms steps), on the CPU, so that the wave is the same on all devices; a step of
+        # silence at each end prevents clicks
+        mel = F.pad(self.tensors['mel'][frames].cpu().flatten(0, 1), (0, 0, 1, 1), value=-16.0).T
         # an FFT bin gets the energy of the bands around it, and none at 0 and 8 kHz
         filters = transform(*MEL_SCALE).fb  # (bins, N_MELS)
         spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)
