@@ -993,12 +993,11 @@ def check_data_fit(size, wanted, slam, folder, where, text):
 # Audio
 
 HOP, WINDOW, N_FFT, N_MELS = 160, 400, 512, 64  # 10 ms, 25 ms at 16 kHz; 64 bands leave none empty
+MEL_SCALE = 'MelScale', N_MELS, SAMPLE_RATE, 0.0, None, N_FFT // 2 + 1
 
 
-def load_audio(
-    path, sample_rate=SAMPLE_RATE, start=0.0, seconds=None, keep_partial=False, notes=None
-):
-    """Read a sound file, mix it to mono and resample it: (samples,) float32, full scale 1.
+def load_audio(path, start=0.0, seconds=None, keep_partial=False, notes=None):
+    """Read a sound file and mix it to mono: (samples,) at 16 kHz, float32, full scale 1.
 
     path: a name or a binary file object. start, seconds: the part to decode. notes: a list that
     receives a line for each doubt: cancelling channels (the louder one is used), a decoder that
@@ -1007,12 +1006,11 @@ def load_audio(
     """
     import soundfile
 
-    # an open file of a data set has no name; its address would differ from run to run
-    name = getattr(path, 'name', 'the sound' if hasattr(path, 'read') else path)
-    notes = [] if notes is None else notes
-    if not hasattr(path, 'read') and not os.path.isfile(path):
-        raise InputError(f'{name}: no such audio file')
-    source = path if hasattr(path, 'read') else os.fsencode(path)  # names need not be UTF-8
+    notes, is_path = [] if notes is None else notes, isinstance(path, (str, os.PathLike))
+    name = path if is_path else 'the sound'  # the address of an object would differ between runs
+    if is_path and not os.path.isfile(path):
+        raise InputError(f'{path}: no such audio file')
+    source = os.fsencode(path) if is_path else path  # names need not be UTF-8
     with reading(name), soundfile.SoundFile(source) as file:
         rate, total, begin = file.samplerate, file.frames, round(start * file.samplerate)
         # libsndfile corrects the length of truncated .wav, .aiff and .au; pipes write 2^31 or more
@@ -1031,36 +1029,34 @@ def load_audio(
             reason = f' ({" ".join(str(error).split()) or "damaged"})'
     if not blocks:
         raise InputError(f'{name} holds no samples at {start:g} s{reason}')
-    mono = np.concatenate([block.mean(1) for block in blocks])
-    energies = sum(np.square(block).sum(0, dtype=float) for block in blocks)  # of the channels
-    # mixing n uncorrelated channels leaves 1/n of their mean energy
-    if np.square(mono).sum(dtype=float) < 0.1 * energies.mean() / len(energies):
-        notes.append('channels cancel: one of them taken')
-        mono = np.concatenate([block[:, energies.argmax()] for block in blocks])
-    del blocks  # hours of sound take much memory
-    wave = torch.from_numpy(mono)
-    lowest, highest = map(float, torch.aminmax(wave))
-    if not (lowest > -1e6 and highest < 1e6):  # NaN fails too
-        raise InputError(f'{name} holds NaN, infinite or very large samples')
     # lossy formats estimate their length; streams do not know it (2^63 - 1)
     if reason or 0.1 * rate < left < 1e14:
-        notes.append(f'stopped early at {len(wave) / rate:.1f} of {count / rate:.1f} s')
+        notes.append(f'stopped early at {(count - left) / rate:.1f} of {count / rate:.1f} s')
         if not keep_partial:
             raise InputError(f'{name}: the decoder {notes[-1]}{reason}')
-    if highest - lowest < 1e-4:
+
+    samples = np.concatenate(blocks)  # (n, channels)
+    wave, energies = samples.mean(1), np.square(samples).mean(0, dtype=float)
+    # mixing n uncorrelated channels leaves 1/n of their mean energy
+    if np.square(wave).mean(dtype=float) < 0.1 * energies.mean() / len(energies):
+        notes.append('channels cancel: one of them taken')
+        wave = samples[:, energies.argmax()].copy()
+    if not np.ptp(wave) < 1e6:  # NaN fails too
+        raise InputError(f'{name} holds NaN, infinite or very large samples')
+    if np.ptp(wave) < 1e-4:
         notes.append('digital silence')
-    return resample(wave, rate, sample_rate)
+    return resample(wave, rate, SAMPLE_RATE)
 
 
 def save_audio(path, wave, sample_rate=SAMPLE_RATE):
     """Write (samples,) as 16-bit wav or flac, atomically, scaled down if it would clip."""
     import soundfile
 
-    wave = torch.as_tensor(wave).detach().float().cpu()
-    wave = wave * min(1, 0.99 / max(float(wave.abs().max()), 0.99)) if len(wave) else wave
+    wave = torch.as_tensor(wave).detach().float().cpu().numpy()
+    wave = wave * (0.99 / np.abs(wave).max(initial=0.99))
     buffer = io.BytesIO()  # soundfile's errors do not mention a full disk
     kind = 'FLAC' if str(path).endswith('.flac') else 'WAV'
-    soundfile.write(buffer, wave.numpy(), sample_rate, subtype='PCM_16', format=kind)
+    soundfile.write(buffer, wave, sample_rate, subtype='PCM_16', format=kind)
     with write_atomic(path, 'wb') as file:
         file.write(buffer.getbuffer())
 
@@ -1084,25 +1080,17 @@ def dedup(units):
     return torch.unique_consecutive(torch.as_tensor(units, dtype=torch.long), return_counts=True)
 
 
-def mel_filters():
-    return transform('MelScale', N_MELS, SAMPLE_RATE, n_stft=N_FFT // 2 + 1).fb  # (bins, N_MELS)
-
-
 def log_mel(wave):
-    """Natural log of mel energies: (samples,) at 16 kHz -> (max(1, samples // 160), N_MELS).
-
-    Frame t describes samples 160 t ... 160 t + 159: its 400-sample Hann window is centred on
-    160 t + 80, with zero padding outside the wave. Values are at least log(1e-7) = -16.
-    """
-    frames, side = max(1, len(wave) // HOP), (N_FFT - HOP) // 2
-    wave, parts = F.pad(wave, (side, side + max(0, HOP - len(wave)))), []
+    """Natural log of mel energies, at least -16: (samples,) at 16 kHz -> (max(1, samples // 160),
+    N_MELS). Frame t has the 25 ms around sample 160 t + 80, with zeros outside the wave."""
+    frames, side, mels = max(1, len(wave) // HOP), (N_FFT - HOP) // 2, []
+    wave = F.pad(wave, (side, side + max(0, HOP - len(wave))))
     spectrogram = transform('Spectrogram', N_FFT, WINDOW, HOP, power=None, center=False)
     for first in range(0, frames, 6000):  # a minute at a time
         last = min(frames, first + 6000) - 1
         spectra = spectrogram(wave[first * HOP : last * HOP + N_FFT])  # (bins, frames), complex
-        power = spectra.real.square() + spectra.imag.square()
-        parts.append(power.T @ mel_filters())
-    return torch.cat(parts).clamp_(min=1e-7).log_()
+        mels.append(transform(*MEL_SCALE)(spectra.real.square() + spectra.imag.square()).T)
+    return torch.cat(mels).clamp_(min=1e-7).log_()
 
 
 # -----------------------------------------------------------------------------
@@ -1117,9 +1105,9 @@ KMEANS = dict(  # published centroids: URL and sha256 (hubert50's is unknown)
     hubert50=('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None),
 )
 ENCODERS = dict(  # pad: zeros added at each end of the wave
-    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0, vocoder='vocoder'),
-    mhubert25=dict(model='slprl/mhubert-base-25hz', layer=11, pad=40, vocoder='hifigan25'),
-    hubert50=dict(model='facebook/hubert-base-ls960', layer=9, pad=0, vocoder=None),
+    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0),
+    mhubert25=dict(kind='hubert', model='slprl/mhubert-base-25hz', layer=11, pad=40),
+    hubert50=dict(kind='hubert', model='facebook/hubert-base-ls960', layer=9, pad=0),
 )
 # settings that change the units, by kind; encoder_id hashes them with the centroids and the net
 SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range'))
@@ -1134,21 +1122,17 @@ class UnitEncoder:
     """
 
     def __init__(self, config, centroids=None, device='cpu'):
-        self.config, self.net, self.device = dict(config), None, torch.device('cpu')
-        self.frame_rate = 25.0
+        self.config, self.centroids, self.net = dict(config), centroids, None  # None: not fitted
+        self.settings, self.frame_rate = SETTINGS[config['kind']], 25.0
         if config['kind'] == 'hubert':
-            self.device = pick_device(device)
-            self.net = load_net(config['model'], config['layer']).to(self.device)
-            strides, kernels = self.net.config.conv_stride, self.net.config.conv_kernel
+            self.net = load_net(config['model'], config.get('layer')).to(pick_device(device))
             # samples between frames, and samples that one frame covers
+            strides, kernels = self.net.config.conv_stride, self.net.config.conv_kernel
             self.hop = math.prod(strides)
             self.reach = 1 + sum((k - 1) * math.prod(strides[:i]) for i, k in enumerate(kernels))
             self.frame_rate = SAMPLE_RATE / self.hop
             # maximum seconds in one forward pass; WavLM's attention needs much memory
             self.stretch = 100 if self.net.config.model_type == 'wavlm' else 300
-        self.config['frame_rate'] = self.frame_rate
-        self.centroids = None if centroids is None else centroids.to(self.device)  # None: unfitted
-        self.name, self.vocoder = self.config['name'], self.config.get('vocoder')
 
     @classmethod
     def from_pretrained(cls, where, layer=None, kmeans=None, device='cpu'):
@@ -1159,37 +1143,30 @@ class UnitEncoder:
         to be fitted. Raises InputError for missing, damaged or mismatched parts.
         """
         where, centroids = str(where).rstrip('/'), None
-        saved = os.path.exists(os.path.join(where, 'encoder.json'))
-        if saved:
-            config, centroids = read_encoder(where)
+        if os.path.exists(os.path.join(where, 'encoder.json')):
+            config = read_json(os.path.join(where, 'encoder.json'))
+            centroids = read_kmeans(os.path.join(where, 'encoder.safetensors'))
             if layer not in (None, config.get('layer')):
                 raise InputError(f'{where} uses layer {config.get("layer")}, not {layer}')
         elif where in ENCODERS:
-            config = dict(kind='hubert', name=where) | ENCODERS[where]
-        elif layer is None:
-            names = ', '.join(ENCODERS)
-            raise InputError(f'no encoder {where!r}: use {names}, a folder of one, or set --layer')
+            config = dict(ENCODERS[where], name=where)
         else:
             model = os.path.abspath(where) if os.path.isdir(where) else where
-            config = dict(kind='hubert', name=os.path.basename(model), model=model, pad=0)
-            config['vocoder'] = 'vocoder'
+            config = dict(kind='hubert', name=where, model=model, pad=0)
         public = where in KMEANS and kmeans is None and layer in (None, config['layer'])
-        if layer is not None:
-            config['layer'] = layer
+        config |= {} if layer is None else dict(layer=layer)
         if kmeans or public:
             centroids = read_kmeans(kmeans or fetch(*KMEANS[where]))
-            # a centroid file has no `distortion`, so each frame takes its nearest centroid
-            config |= dict(encoder_id=where if public else None, distortion=0.0, switch=0.0)
-        encoder = cls(config, centroids, device)
-        if saved and encoder.vocoder == 'vocoder':
-            encoder.vocoder = os.path.join(os.path.dirname(os.path.abspath(where)), 'vocoder')
-        return encoder
+            # a file of centroids has no `distortion`, so each frame takes its nearest centroid
+            config |= dict(encoder_id=where if public else None, switch=0.0)
+        with reading(where):
+            return cls(config, centroids, device)
 
     def save_pretrained(self, folder):
         """Write encoder.json and encoder.safetensors (the centroids). The net is stored by its hub
         name, or by the path of its local folder, which must stay in place."""
-        config = dict(self.config, n_units=self.n_units, encoder_id=self.encoder_id)
-        write_part(folder, 'encoder', config, dict(centroids=self.centroids))
+        about = dict(frame_rate=self.frame_rate, n_units=self.n_units, encoder_id=self.encoder_id)
+        write_part(folder, 'encoder', self.config | about, dict(centroids=self.centroids))
 
     @property
     def n_units(self):
@@ -1199,14 +1176,14 @@ class UnitEncoder:
     def encoder_id(self):
         """Identifies the units: the name of a public encoder with its published centroids, else a
         hash of the settings, the centroids and the net."""
-        config = self.config
-        if config.get('encoder_id') in KMEANS and not config.get('switch'):
+        config, switch = self.config, bool(self.config.get('switch'))
+        if config.get('encoder_id') in KMEANS and not switch:
             return config['encoder_id']
-        keys = SETTINGS[config['kind']] + ('switch', 'distortion') * bool(config.get('switch'))
+        keys = self.settings + ('switch', 'distortion') * switch
         settings = [float(config.get(key, 0)) for key in keys]
         # leave out the random mask embedding, and the weight norm, whose rounding varies by machine
-        weights = sorted(self.net.state_dict().items()) if self.net else []
         unsure = re.compile(r'masked_spec_embed|encoder\.pos_conv_embed\.conv\.(weight|param)')
+        weights = sorted(self.net.state_dict().items()) if self.net else []
         weights = [tensor.flatten() for name, tensor in weights if not unsure.match(name)]
         return f'{config["kind"]}-{content_hash(settings, self.centroids, *weights)[:12]}'
 
@@ -1216,22 +1193,18 @@ class UnitEncoder:
 
     @torch.inference_mode()
     def features(self, wave):
-        """(samples,) at 16 kHz -> (frames, D) float32, at least one frame."""
+        """(samples,) at 16 kHz -> (frames, D) float32, at least one frame. Of a net: transformers'
+        hidden_states[layer] of the raw wave; over `stretch` seconds in overlapping parts."""
         wave = torch.as_tensor(wave, dtype=torch.float32)
-        return self._hidden_states(wave) if self.net else mfcc(wave, self.config)
-
-    def _hidden_states(self, wave):
-        """transformers' hidden_states[layer] of the raw wave, float32 (on CUDA with TF32 products).
-
-        Recordings longer than `stretch` are cut into parts, with a tenth of it as context per side.
-        """
+        if self.net is None:
+            return mfcc(wave, self.config)
         pad, precision = self.config['pad'], torch.get_float32_matmul_precision()
-        wave = F.pad(wave, (pad, max(pad, self.reach - pad - len(wave)))).to(self.device)
+        wave = F.pad(wave, (pad, max(pad, self.reach - pad - len(wave)))).to(self.net.device)
         frames, parts = (len(wave) - self.reach) // self.hop + 1, []
         longest = int(self.stretch * self.frame_rate)
         context = longest // 10 if frames > longest else 0
-        step = longest - 2 * context
-        torch.set_float32_matmul_precision('high' if self.device.type == 'cuda' else precision)
+        step = longest - 2 * context  # the context of each side is a tenth
+        torch.set_float32_matmul_precision('high' if wave.is_cuda else precision)  # TF32
         for start in range(0, frames, step):
             first, last = max(0, start - context), min(frames, start + step + context)
             end = None if last == frames else (last - 1) * self.hop + self.reach
@@ -1250,40 +1223,38 @@ class UnitEncoder:
             fitted.fit(features.numpy())
         if not fitted.inertia_ > 0:
             raise InputError('the speech to fit on is silent, or no two of its sounds differ')
-        self.centroids = torch.from_numpy(fitted.cluster_centers_).float().to(self.device)
+        self.centroids = torch.from_numpy(fitted.cluster_centers_).float()
         # row by row: the last digits of inertia_ depend on the number of threads
         pairs = zip(features.numpy(), fitted.cluster_centers_[fitted.labels_], strict=True)
         distortion = float(np.mean([np.square(x - center).sum() for x, center in pairs]))
-        self.config |= dict(distortion=distortion, vocoder='vocoder', encoder_id=None)
+        self.config |= dict(distortion=distortion, encoder_id=None)
 
     @torch.inference_mode()
     def assign(self, features):
-        """(frames, D) -> (frames,) long units on the CPU: nearest centroids if `switch` is not set.
-        Raises InputError without centroids of this width, and for `switch` without `distortion`."""
-        switch, distortion = (self.config.get(key) for key in ('switch', 'distortion'))
+        """(frames, D) -> (frames,) long units on the CPU. Raises InputError for another D."""
         if self.centroids is None or features.shape[1] != self.centroids.shape[1]:
-            raise InputError(f'{self.name} has no k-means for {features.shape[1]} features')
-        if switch and not distortion:
-            raise InputError(f'{self.name}: `switch` needs `distortion`, the mean squared distance')
+            raise InputError(f'this encoder has no k-means for {features.shape[1]} features')
+        centroids, switch = self.centroids.to(features.device), self.config.get('switch')
         # half the squared distances, without the term that all units of a frame share
-        costs = self.centroids.square().sum(1) / 2 - features @ self.centroids.T  # (T, n_units)
+        costs = centroids.square().sum(1) / 2 - features @ centroids.T  # (frames, n_units)
         if not switch:
             return costs.argmin(1).cpu()
+        return cheapest_path(costs.cpu().numpy(), switch * self.config['distortion'] / 2)
 
-        # Viterbi: the path with the least sum of costs and changes. A path that changes its unit
-        # comes from the cheapest unit of the frame before
-        costs, units = costs.cpu().numpy(), np.arange(self.n_units, dtype='int32')
-        price = costs.dtype.type(switch * distortion / 2)
-        total, sources = np.zeros_like(costs[0]), []  # of the best path ending in each unit
-        for cost in costs:
-            best = int(total.argmin())
-            total -= total[best]
-            sources.append(np.where(total > price, np.int32(best), units))
-            total = np.minimum(total, price) + cost
-        path = [int(total.argmin())]
-        for source in sources[:0:-1]:
-            path.append(int(source[path[-1]]))
-        return torch.tensor(path[::-1])
+
+def cheapest_path(costs, price):
+    """Viterbi: the units (frames,) of least sum of costs (frames, n_units) and `price` a change."""
+    price, units = costs.dtype.type(price), np.arange(costs.shape[1], dtype='int32')
+    total, sources = np.zeros_like(costs[0]), []  # of the best path ending in each unit
+    for cost in costs:
+        best = int(total.argmin())  # a path that changes its unit comes from here
+        total -= total[best]
+        sources.append(np.where(total > price, np.int32(best), units))
+        total = np.minimum(total, price) + cost
+    path = [int(total.argmin())]
+    for source in sources[:0:-1]:
+        path.append(int(source[path[-1]]))
+    return torch.tensor(path[::-1])
 
 
 def mfcc(wave, config):
@@ -1302,10 +1273,6 @@ def mfcc(wave, config):
     return (halves @ (create_dct(config['n_cep'], N_MELS, 'ortho') * weight)).flatten(1)
 
 
-# -----------------------------------------------------------------------------
-# Files of encoders and vocoders, which may come from untrusted sources
-
-
 def write_part(folder, name, config, tensors):
     """Write name.safetensors and name.json, each atomically."""
     from safetensors.torch import save
@@ -1317,39 +1284,18 @@ def write_part(folder, name, config, tensors):
         json.dump(config, file, indent=2)
 
 
-def read_encoder(folder):
-    """The configuration and the centroids (n_units, D) in a folder by save_pretrained."""
-    config = read_json(os.path.join(folder, 'encoder.json'))
-    centroids = read_kmeans(os.path.join(folder, 'encoder.safetensors'))
-    with reading(folder):
-        if config['kind'] not in SETTINGS or config['n_units'] != len(centroids):
-            raise ValueError('encoder.json does not fit encoder.safetensors')
-        if config.get('vocoder') not in (None, 'vocoder', 'hifigan25'):  # paths are refused
-            raise ValueError(f'`vocoder` {config["vocoder"]!r} is not allowed')
-        # folders from earlier versions have no encoder_id
-        known = config['name'] in KMEANS and 'fitted' not in config
-    config.setdefault('encoder_id', config['name'] if known else None)
-    return config, centroids
-
-
 def load_net(source, layer):
     """A HuBERT, wav2vec 2 or WavLM from a folder or hub name, up to a layer, without a final norm.
     Raises InputError for other nets, missing layers and missing tensors."""
-    local = cache_path(os.path.basename(source))
-    try:
-        copied = os.path.isdir(local) and not os.path.isdir(source)
-        source = find_checkpoint(local if copied else source)
-    except InputError as error:
-        raise InputError(f'the net of the encoder: {error} (a copy may be in {local})') from None
-    with reading(source):
-        transformers = import_transformers()
-        hf = transformers.AutoConfig.from_pretrained(source)
+    with reading(f'the net of the encoder: {source}'):
+        folder, transformers = find_checkpoint(source), import_transformers()
+        hf = transformers.AutoConfig.from_pretrained(folder)
         nets = ('hubert', 'wav2vec2', 'wavlm')
-        if hf.model_type not in nets or not 0 <= layer <= hf.num_hidden_layers:
+        if hf.model_type not in nets or layer not in range(hf.num_hidden_layers + 1):
             raise ValueError(f'layer {layer} of a {hf.model_type} of {hf.num_hidden_layers} layers')
         hf.num_hidden_layers, hf.add_adapter = layer, False
         options = dict(config=hf, dtype=torch.float32, output_loading_info=True)
-        net, report = transformers.AutoModel.from_pretrained(source, **options)
+        net, report = transformers.AutoModel.from_pretrained(folder, **options)
         if lost := sorted(set(report['missing_keys']) - {'masked_spec_embed'}):
             raise ValueError(f'{len(lost)} tensors are missing, such as {lost[0]}')
     if hf.do_stable_layer_norm:  # the norm after the last layer is not part of hidden_states
@@ -1357,17 +1303,11 @@ def load_net(source, layer):
     return net.eval()
 
 
-def cache_path(name):
-    """The cache path of a public file, in $SLAM_CACHE or ~/.cache/slam."""
-    return os.path.join(os.environ.get('SLAM_CACHE') or os.path.expanduser('~/.cache/slam'), name)
-
-
 def fetch(url, sha256=None):
-    """The local copy of a public file, downloaded on first use and checked each time. Raises
-    InputError if it cannot be downloaded, or if the file is not the published one."""
-    path = cache_path(os.path.basename(url))
+    """The local copy of a public file, in torch.hub's cache. Raises InputError."""
+    path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(url))
     if not os.path.exists(path):
-        os.makedirs(cache_path(''), exist_ok=True)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with reading(f'{url} (a copy may be put at {path})'):
             torch.hub.download_url_to_file(url, path, progress=False)
     if sha256 and file_hash(path) != sha256:
@@ -1379,10 +1319,10 @@ def read_kmeans(path):
     """The centroids (n_units, D) of a .safetensors file with `centroids`, or of a joblib dump of
     scikit-learn's KMeans, without executing any of its code. Raises InputError."""
     from joblib import numpy_pickle
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     class Inert:  # replaces the classes and functions of scikit-learn and numpy
-        def __init__(self, *args, **kwargs):
+        def __init__(self, *args):
             pass
 
     class Array(numpy_pickle.NumpyArrayWrapper):
@@ -1393,25 +1333,21 @@ def read_kmeans(path):
 
     class Reader(numpy_pickle.NumpyUnpickler):
         def find_class(self, module, name):
-            if (module, name) == ('joblib.numpy_pickle', 'NumpyArrayWrapper'):
-                return Array
-            if module == 'numpy' and name in ('dtype', 'ndarray'):
-                return getattr(np, name)
-            scalar = module.split('.')[0] == 'numpy' and name == 'scalar'
-            if scalar or module.startswith(('sklearn.cluster.', 'numpy.random.')):
-                return Inert
-            raise ValueError(f'it asks to run {module}.{name}: refused')
+            known = dict(NumpyArrayWrapper=Array, dtype=np.dtype, ndarray=np.ndarray)
+            if not module.startswith(('sklearn.cluster.', 'numpy', 'joblib.numpy_pickle')):
+                raise ValueError(f'it asks to run {module}.{name}: refused')
+            return known.get(name, Inert)
 
-    with reading(f'{path} (.safetensors with `centroids`, or a joblib dump of KMeans)'):
+    about = f'{path} (.safetensors with `centroids`, or a joblib dump of KMeans)'
+    with reading(about), open(path, 'rb') as file:
         if path.endswith('.safetensors'):
-            centroids = load_file(path)['centroids'].float()
+            centroids = load(file.read())['centroids']
         else:
-            with open(path, 'rb') as file:
-                kmeans = Reader(path, file, ensure_native_byte_order=True).load()
-            centroids = torch.from_numpy(kmeans.cluster_centers_).float()
+            kmeans = Reader(path, file, ensure_native_byte_order=True).load()
+            centroids = torch.from_numpy(kmeans.cluster_centers_)
         if centroids.ndim != 2 or not len(centroids) or not centroids.isfinite().all():
             raise ValueError('its centroids are not (n_units, D) finite numbers')
-    return centroids
+    return centroids.float()
 
 
 # -----------------------------------------------------------------------------
@@ -1423,124 +1359,97 @@ HIFIGAN = (  # 'hifigan25', trained on LJSpeech: generator and config, each with
     TWIST + 'hifigan_lj_mhubert_base_25hz_config.json',
     '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7',
 )
-VOICE_LEVEL, VOICE_PEAK = 0.08, 0.95  # of a decoded wave: RMS of its speech; maximum
-
-
-def speech_level(wave):
-    """RMS of (samples,) over the 25 ms blocks that are at most 13 dB below the loud ones."""
-    power = wave[: len(wave) // WINDOW * WINDOW].view(-1, WINDOW).square().mean(1)
-    if not len(power):
-        return float(wave.square().mean().sqrt())
-    loud = power.sort().values[int(0.95 * (len(power) - 1))]
-    return float(power[power >= 0.05 * loud].mean().sqrt())
-
-
-def finish_wave(wave):
-    """(samples,), at least one -> without DC, speech at VOICE_LEVEL, peaks at most VOICE_PEAK, with
-    5 ms fades against clicks."""
-    wave = wave - wave.mean()
-    peak = max(float(wave.abs().max()), 1e-6)
-    wave = wave * min(VOICE_LEVEL / max(speech_level(wave), 1e-6), VOICE_PEAK / peak)
-    ramp = torch.linspace(0, 1, min(80, len(wave)), device=wave.device)
-    wave[: len(ramp)] *= ramp
-    wave[-len(ramp) :] *= ramp.flip(0)
-    return wave
+VOICE_LEVEL = 0.08  # the RMS to which `fit` brings speech
 
 
 class UnitVocoder:
-    """Units to speech. from_pretrained returns one of its subclasses, TableVoice or HifiGan.
+    """Units to speech. This voice is a table, the mean log-mel spectra of each unit, inverted by
+    Griffin-Lim; from_pretrained may return a HifiGan instead.
 
-    config: the content of vocoder.json. tensors: {name: tensor}, named as in the files.
+    config: the content of vocoder.json. tensors: mel (n_units, 10 ms steps per frame, N_MELS), and
+    durations (n_units,), the mean run lengths in frames.
     """
 
     def __init__(self, config, tensors, device='cpu'):
         self.config, self.device = config, torch.device(device)
         self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        self.n_units, self.frame_rate = config['n_units'], config['frame_rate']
-        self.sample_rate, self.encoder_id = config['sample_rate'], config.get('encoder_id')
+        self.n_units, self.encoder_id = config['n_units'], config.get('encoder_id')
+        self.sample_rate, self.frame_rate = config['sample_rate'], float(config['frame_rate'])
 
     @classmethod
     def from_pretrained(cls, where, device='cpu'):
-        """Load a folder by save_pretrained, 'hifigan25' (downloaded once, checked), or the .pt of a
-        HiFi-GAN generator with its .json beside it. Raises InputError if it is none of these."""
+        """Load a folder by save_pretrained, 'hifigan25' (downloaded once, checked), or NAME.pt of a
+        HiFi-GAN's generator beside NAME_config.json. Raises InputError if it is none of these."""
         from safetensors.torch import load_file
 
         if not where:
             raise InputError('there is no vocoder for these units: give one with --vocoder')
-        path, about = (os.path.join(where, f'vocoder.{end}') for end in ('safetensors', 'json'))
-        if where == 'hifigan25':
-            path, about = fetch(*HIFIGAN[:2]), fetch(*HIFIGAN[2:])
-        elif where.endswith('.pt'):
-            path, about = where, where[:-3] + '_config.json'
-            about = about if os.path.exists(about) else where[:-3] + '.json'
-        config = read_json(about)
-        with reading(f'vocoder {path}'):
-            config |= dict(encoder_id='mhubert25') if where == 'hifigan25' else {}
-            if path.endswith('.pt'):
-                tensors, config = read_hifigan(path, config)
+        with reading(f'vocoder {where}'):
+            if where == 'hifigan25':
+                config, tensors = read_hifigan(fetch(*HIFIGAN[:2]), fetch(*HIFIGAN[2:]))
+                config['encoder_id'] = 'mhubert25'
+            elif where.endswith('.pt'):
+                config, tensors = read_hifigan(where, where[:-3] + '_config.json')
             else:
-                tensors = load_file(path)
-            if config.get('kind') not in VOICES:
-                raise ValueError(f'vocoders of kind {config.get("kind")!r} are not supported')
-            kind, name = VOICES[config['kind']]
-            if len(tensors[name]) != config['n_units']:
-                raise ValueError('its .json does not fit its tensors')
+                config = read_json(os.path.join(where, 'vocoder.json'))
+                tensors = load_file(os.path.join(where, 'vocoder.safetensors'))
+            kind = dict(table=UnitVocoder, hifigan=HifiGan)[config['kind']]
             voice = kind(config, tensors, device)
-            voice.decode([0])  # checks that all tensors exist and their shapes fit
-            voice.durations(torch.arange(voice.n_units))
+            voice.decode([voice.n_units - 1])  # all tensors exist, and their shapes fit
         return voice
+
+    @classmethod
+    def fit(cls, speech, encoder):
+        """The voice of an encoder's units; an unseen unit gets the mean of all. speech: pairs of a
+        wave (samples,) at 16 kHz and its units (frames,), not de-duplicated."""
+        n_units, steps = encoder.n_units, round(100 / encoder.frame_rate)  # of 10 ms
+        if steps * encoder.frame_rate != 100:
+            raise InputError(f'a voice needs frames of whole 10 ms: {encoder.frame_rate:g} Hz')
+        mel = torch.zeros(n_units, steps, N_MELS, dtype=torch.float64)  # sums
+        frames, runs = torch.zeros(2, n_units, dtype=torch.long)
+        for wave, units in speech:
+            wave, units = torch.as_tensor(wave), torch.as_tensor(units, dtype=torch.long)
+            level = wave.square().mean().sqrt().clamp(min=1e-5)
+            found = log_mel(wave * (VOICE_LEVEL / level))
+            n = min(len(units), len(found) // steps)  # complete frames
+            mel.index_add_(0, units[:n], found[: n * steps].view(n, steps, N_MELS).double())
+            frames += torch.bincount(units[:n], minlength=n_units)
+            runs += torch.bincount(dedup(units)[0], minlength=n_units)
+        durations = (frames / runs.clamp(min=1)).clamp(min=1)
+        mel[frames == 0], frames[frames == 0] = mel.sum(0), frames.sum()
+        mel = (mel / frames[:, None, None]).float()
+        config = dict(kind='table', n_units=n_units, frame_rate=encoder.frame_rate)
+        config |= dict(sample_rate=SAMPLE_RATE, encoder_id=encoder.encoder_id)
+        return cls(config, dict(mel=mel, durations=durations))
 
     def save_pretrained(self, folder):
         """Write vocoder.json and vocoder.safetensors."""
         write_part(folder, 'vocoder', self.config, self.tensors)
 
-    def check(self, units):
-        """Units (n,) long on the device. Raises InputError for units of another encoder."""
-        units = torch.as_tensor(units, dtype=torch.long, device='cpu')
-        if len(units) and not 0 <= int(units.min()) <= int(units.max()) < self.n_units:
-            raise InputError(f'unit {int(units.max())}: this vocoder has {self.n_units} units')
-        return units.to(self.device)
-
     @torch.inference_mode()
     def durations(self, units):
-        """De-duplicated units (n,) -> the frames of each (n,), at least 1, on the CPU."""
-        return self.predict_durations(self.check(units)).cpu()
-
-    @torch.inference_mode()
-    def decode(self, units, durations=None, speaker=0, style=0):
-        """De-duplicated units (n,) of one utterance -> (frames * hop,) float32 on the CPU.
-
-        durations: (n,) frames; None: predicted. speaker, style: rows of a HiFi-GAN's tables.
-        The wave has rate sample_rate, no DC, speech at VOICE_LEVEL and peaks <= VOICE_PEAK.
-        Raises InputError for unknown units, speakers or styles.
-        """
-        durations = self.durations(units) if durations is None else torch.as_tensor(durations)
-        frames = self.check(units).repeat_interleave(durations.to(self.device))
-        if not len(frames):
-            return torch.zeros(0)
-        wave = self.synthesize(frames, speaker, style)
-        return finish_wave(wave[: round(len(frames) * self.sample_rate / self.frame_rate)]).cpu()
-
-
-class TableVoice(UnitVocoder):
-    """The offline voice: the mean log-mel spectra of each unit, inverted by Griffin-Lim.
-
-    Tensors: mel (n_units, 10 ms steps per frame, N_MELS), durations (n_units,) mean run length.
-    """
-
-    def predict_durations(self, units):
-        """The mean of each unit, rounded so that cumulative sums stay within half a frame."""
-        mean = self.tensors['durations'][units].clamp(min=1)
+        """De-duplicated units (n,) -> the frames of each (n,), at least 1, on the CPU: their means,
+        rounded so that cumulative sums stay within half a frame."""
+        units = torch.as_tensor(units, dtype=torch.long)
+        mean = self.tensors['durations'].cpu()[units].clamp(min=1)
         beyond = (mean - 1).double().cumsum(0).add(0.5).long()
         return 1 + torch.diff(beyond, prepend=beyond.new_zeros(1))
 
-    def synthesize(self, frames, speaker, style):
-        """Units (frames,), one per frame -> (frames * 640,) samples at 25 Hz. It has one voice."""
-        # (10 ms steps, N_MELS), on the CPU, so that the wave is the same on all devices
-        mel = self.tensors['mel'][frames].flatten(0, 1).cpu()
-        mel = torch.cat((mel[:1], mel, mel[-1:])).T  # repeat one step at each end
+    @torch.inference_mode()
+    def decode(self, units, durations=None):
+        """De-duplicated units (n,) of one utterance -> (samples,) float32 at `sample_rate`, on the
+        CPU. durations: (n,) frames; None: predicted."""
+        durations = self.durations(units) if durations is None else torch.as_tensor(durations)
+        frames = torch.as_tensor(units, dtype=torch.long).repeat_interleave(durations)
+        return self.synthesize(frames.to(self.device)).cpu() if len(frames) else torch.zeros(0)
+
+    def synthesize(self, frames):
+        """Units (frames,), one per frame -> (samples,)."""
+        # (N_MELS, 10 ms steps), on the CPU, so that the wave is the same on all devices; a step of
+        # silence at each end prevents clicks
+        mel = F.pad(self.tensors['mel'][frames].cpu().flatten(0, 1), (0, 0, 1, 1), value=-16.0).T
         # an FFT bin gets the energy of the bands around it, and none at 0 and 8 kHz
-        filters = mel_filters()
+        filters = transform(*MEL_SCALE).fb  # (bins, N_MELS)
         spread = filters / filters.sum(1, keepdim=True).clamp(min=1e-6)
         magnitude = torch.exp(0.5 * spread @ (mel - filters.sum(0).log()[:, None]))
         magnitude[[0, 1, -1]] = 0
@@ -1551,40 +1460,38 @@ class TableVoice(UnitVocoder):
 
 class HifiGan(UnitVocoder):
     """The unit HiFi-GAN with its duration predictor (Polyak et al. 2021), with tensors named as in
-    fairseq. config: its JSON. Speakers, styles and durations are optional."""
+    fairseq. config: its JSON. Of several speakers or styles the first one speaks."""
 
     def convolve(self, x, name, dilation=1):
         """(C, T) -> (C', T)."""
-        weight, bias = (self.tensors[f'{name}.{what}'] for what in ('weight', 'bias'))
-        padding = (weight.shape[-1] - 1) * dilation // 2
-        return F.conv1d(x, weight, bias, padding=padding, dilation=dilation)
+        weight, bias = self.tensors[name + '.weight'], self.tensors[name + '.bias']
+        return F.conv1d(x, weight, bias, padding='same', dilation=dilation)
 
-    def predict_durations(self, units):
-        """exp(prediction) - 1, rounded, at least 1; all 1 if there is no predictor."""
+    @torch.inference_mode()
+    def durations(self, units):
+        """As above: exp(prediction) - 1, rounded; all 1 if there is no predictor."""
+        units = torch.as_tensor(units, dtype=torch.long, device=self.device)
         net = {k[14:]: v for k, v in self.tensors.items() if k.startswith('dur_predictor.')}
         if not net or not len(units):
-            return torch.ones_like(units)
+            return torch.ones_like(units).cpu()
         x = self.tensors['dict.weight'][units]  # (n, C)
         for i in (1, 2):
             x = F.relu(self.convolve(x.T, f'dur_predictor.conv{i}.0')).T
             x = F.layer_norm(x, x.shape[1:], net[f'ln{i}.weight'], net[f'ln{i}.bias'])
         x = F.linear(x, net['proj.weight'], net['proj.bias'])[:, 0]
-        return (x.exp() - 1).round().clamp(min=1).long()
+        return (x.exp() - 1).round().clamp(min=1).long().cpu()
 
-    def synthesize(self, frames, speaker, style):
-        """Units (frames,), one per frame -> (frames * hop,) samples in [-1, 1]."""
-        parts = [self.tensors['dict.weight'][frames]]
-        for name, row in (('spkr', speaker), ('style', style)):
-            table = self.tensors.get(name + '.weight', ())
-            if len(table) and not 0 <= row < len(table):
-                raise InputError(f'{name} {row} is not among the {len(table)} of this vocoder')
-            parts += [table[row].expand(len(frames), -1)] if len(table) else []
-        x = self.convolve(torch.cat(parts, dim=1).T, 'conv_pre')  # (C, frames)
+    def synthesize(self, frames):
+        """Units (frames,), one per frame -> (samples,) in [-1, 1]."""
+        tables = [self.tensors.get(name + '.weight', ()) for name in ('spkr', 'style')]
+        rows = [table[0].expand(len(frames), -1) for table in tables if len(table)]
+        x = torch.cat((self.tensors['dict.weight'][frames], *rows), dim=1).T
+        x = self.convolve(x, 'conv_pre')  # (C, frames)
 
         # each upsampling is followed by the mean of residual blocks of several widths
         widths = self.config['resblock_dilation_sizes']
         for i, rate in enumerate(self.config['upsample_rates']):
-            weight, bias = (self.tensors[f'ups.{i}.{what}'] for what in ('weight', 'bias'))
+            weight, bias = self.tensors[f'ups.{i}.weight'], self.tensors[f'ups.{i}.bias']
             padding = (weight.shape[-1] - rate) // 2
             x = F.conv_transpose1d(F.leaky_relu(x, 0.1), weight, bias, rate, padding)
             total = 0
@@ -1598,12 +1505,9 @@ class HifiGan(UnitVocoder):
         return torch.tanh(self.convolve(F.leaky_relu(x), 'conv_post'))[0]  # default slope 0.01
 
 
-# `kind` in vocoder.json: the class, and a tensor with one row per unit
-VOICES = dict(table=(TableVoice, 'mel'), hifigan=(HifiGan, 'dict.weight'))
-
-
-def read_hifigan(path, config):
-    """The tensors of a unit HiFi-GAN's generator, with weight norm folded in, and its config."""
+def read_hifigan(path, about):
+    """The config of a unit HiFi-GAN, and the tensors of its generator without weight norm."""
+    config = read_json(about)
     state = torch.load(path, map_location='cpu', weights_only=True)['generator']
     tensors = {name: tensor.float() for name, tensor in state.items()}
     for name in [name[:-2] for name in tensors if name.endswith('.weight_g')]:
@@ -1611,40 +1515,7 @@ def read_hifigan(path, config):
         tensors[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))  # w = g v / |v|
     rate = config.get('sampling_rate', SAMPLE_RATE)
     known = dict(kind='hifigan', n_units=len(tensors['dict.weight']), sample_rate=rate)
-    return tensors, config | known | dict(frame_rate=rate / math.prod(config['upsample_rates']))
-
-
-class UnitTable:
-    """Statistics for a TableVoice: the sum of spectra, the frames and the runs of each unit."""
-
-    def __init__(self, n_units, frame_rate):
-        self.n_units, self.frame_rate = n_units, frame_rate
-        self.steps = round(SAMPLE_RATE / HOP / frame_rate)  # of 10 ms per frame
-        if abs(self.steps * HOP * frame_rate - SAMPLE_RATE) > 1:
-            raise InputError(f'a voice needs frames of whole 10 ms, not {frame_rate:g} per second')
-        self.mels = torch.zeros(n_units, self.steps * N_MELS, dtype=torch.float64)
-        self.frames, self.runs = torch.zeros(2, n_units, dtype=torch.long)
-
-    def add(self, wave, units):
-        """Add one utterance: wave (samples,) at 16 kHz, units (frames,), not de-duplicated."""
-        wave, units = torch.as_tensor(wave), torch.as_tensor(units, dtype=torch.long)
-        mel = log_mel(wave * (VOICE_LEVEL / max(speech_level(wave), 1e-5)))
-        n = min(len(units), len(mel) // self.steps)  # complete frames
-        mel = mel[: n * self.steps].view(n, self.steps * N_MELS).double()
-        self.mels.index_add_(0, units[:n], mel)
-        self.frames += torch.bincount(units[:n], minlength=self.n_units)
-        self.runs += torch.bincount(dedup(units)[0], minlength=self.n_units)
-
-    def finish(self, encoder_id=None):
-        """The vocoder of the mean spectra and durations; an unseen unit gets the overall mean."""
-        seen = self.frames[:, None] > 0
-        frames = torch.where(seen, self.frames[:, None], self.frames.sum()).clamp(min=1)
-        mel = torch.where(seen, self.mels, self.mels.sum(0)) / frames
-        durations = (self.frames / self.runs.clamp(min=1)).clamp(min=1)
-        config = dict(kind='table', n_units=self.n_units, frame_rate=self.frame_rate)
-        config |= dict(sample_rate=SAMPLE_RATE, encoder_id=encoder_id)
-        mel = mel.float().view(self.n_units, self.steps, N_MELS)
-        return TableVoice(config, dict(mel=mel, durations=durations))
+    return config | known | dict(frame_rate=rate / math.prod(config['upsample_rates'])), tensors
 
 
 # -----------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def read_waves(row):
         pieces = []
         for start, end in spans:
             length = None if end == math.inf else end - start
-            pieces.append(M.load_audio(sound, SAMPLE_RATE, start, length, may_be_cut, notes))
+            pieces.append(M.load_audio(sound, start, length, may_be_cut, notes))
         waves.append(torch.cat(pieces).numpy())
     if len(sounds) == len(PAIR):
         halves = {part: dict(text=row.get(f'{part}_text') or '') for part in PAIR}
@@ -406,16 +406,14 @@ def prepare_encoder(items, recipe, part):
 
 
 def prepare_vocoder(items, name):
-    """The vocoder of the units, fitted here or the encoder's -> its name."""
+    """The vocoder of the units, fitted here or published -> its name."""
     folder = os.path.join(out, 'vocoder')
     if fit_vocoder and not os.path.exists(os.path.join(folder, 'vocoder.json')):
-        table = M.UnitTable(net.n_units, net.frame_rate)
-        for wave, units in draw_speech(items, VOICE_SECONDS, voice=True):
-            table.add(wave, units)
-        table.finish(net.encoder_id).save_pretrained(folder)
+        speech = draw_speech(items, VOICE_SECONDS, voice=True)
+        M.UnitVocoder.fit(speech, net).save_pretrained(folder)
     if os.path.exists(os.path.join(folder, 'vocoder.json')):
         return 'vocoder'
-    return net.vocoder if name != 'encoder' or os.path.isdir(net.vocoder or '') else None
+    return {'mhubert25': 'hifigan25'}.get(name)
 
 
 def encode_part(task):

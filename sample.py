@@ -66,7 +66,6 @@ asr = ''  # folder of a Whisper model: also transcribe the results
 html = ''  # also write this page: all results on one time axis, with audio
 encoder = ''  # replaces the checkpoint's encoder: 'mhubert25' or a folder
 vocoder = ''  # replaces the checkpoint's vocoder: 'hifigan25', a folder, or the .pt of a HiFi-GAN
-speaker = 0  # speaker of a multi-speaker vocoder
 batch_size = 16  # continuations generated together
 compile = False  # compile the model: half a minute once, then faster; for hundreds of samples
 seed = 1234
@@ -154,7 +153,7 @@ def encode_prompt(p, nets, seconds):
     at a word's end if word times are known; 0: no cut. Raises InputError for an unusable file or
     for units that the model does not have."""
     if p.path:
-        p.wave = load_audio(p.path, SAMPLE_RATE, *p.span)
+        p.wave = load_audio(p.path, *p.span)
     length = len(p.wave) / SAMPLE_RATE if p.path else int(p.duration.sum()) / nets.frame_rate
     if 0 < seconds < length:  # cut after the last word that fits, or after the first
         ends = [end for _, end in p.words]
@@ -193,7 +192,8 @@ def load_networks(prompts, ids, device):
     of_vocoder = vocoder or known.get('vocoder')
     if resynth or any(p.path for p in prompts):
         nets.encoder = UnitEncoder.from_pretrained(of_encoder, device=device)
-        of_vocoder = of_vocoder or nets.encoder.vocoder
+        beside = os.path.join(of_encoder, '../vocoder')
+        of_vocoder = of_vocoder or {'mhubert25': 'hifigan25'}.get(of_encoder, beside)
     if to == 'speech':
         nets.vocoder = UnitVocoder.from_pretrained(of_vocoder or '', device=device)
 
@@ -238,7 +238,7 @@ def make_sample(p, k, new, nets):
     voice, folder, tag = nets.vocoder, os.path.join(out, p.name), f'-{k}' if k > 1 else ''
     units, duration = torch.cat((p.units, new)), torch.cat((p.duration, voice.durations(new)))
     # silence if the model ended at once
-    wave = voice.decode(units, duration, speaker) if len(units) else torch.zeros(1600)
+    wave = voice.decode(units, duration) if len(units) else torch.zeros(1600)
     cut = round(int(p.duration.sum()) * voice.sample_rate / voice.frame_rate)
     name = 'resynth.wav' if resynth else f'full{tag}.wav'
     save_audio(os.path.join(folder, name), wave, voice.sample_rate)

@@ -147,10 +147,8 @@ def fit_parts(folder, waves, n_units):
     encoder.centroids = torch.from_numpy(fitted.cluster_centers_).float()
     encoder.config['distortion'] = fitted.inertia_ / len(features)
     encoder.save_pretrained(folder / 'encoder')
-    table = M.UnitTable(n_units, encoder.frame_rate)
-    for wave in waves:
-        table.add(wave, encoder.encode(wave))
-    table.finish(encoder.encoder_id).save_pretrained(folder / 'vocoder')
+    speech = [(wave, encoder.encode(wave)) for wave in waves]
+    M.UnitVocoder.fit(speech, encoder).save_pretrained(folder / 'vocoder')
     parts = dict(encoder=str(folder / 'encoder'), vocoder=str(folder / 'vocoder'))
     return parts | dict(encoder_id=encoder.encoder_id, n_units=n_units, frame_rate=25.0)
 

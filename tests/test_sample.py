@@ -118,7 +118,7 @@ def test_continuations(data, tmp_path):
     shown = json.loads(page.split('type="application/json">')[1].split('</script>')[0])
     samples = [each for p in shown['prompts'] for each in p['samples']]
     assert [each['units'] for each in samples] == [row['units'] for row in rows]
-    assert 'http' not in page.replace('http://www.w3.org/2000/svg', '')
+    assert '://' not in page.replace('http://www.w3.org/2000/svg', '')
 
     # the same command gives the same files; another seed other ones
     run(*args, f'--out={tmp_path}/b')
