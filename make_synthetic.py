@@ -48,6 +48,7 @@ import torch
 from tqdm import tqdm
 
 from model import (
+    MARK,
     SAMPLE_RATE,
     InputError,
     auto_bleu,
@@ -62,7 +63,6 @@ from model import (
     reading,
     resample,
     save_audio,
-    split_documents,
     start_worker,
     tokenize_words,
     write_atomic,
@@ -348,7 +348,7 @@ def read_rows(kind, *expected):
 def story_items(task):
     """The documents of each row. The only role is ''."""
     for row in read_rows(task.kind, (text_field,)):
-        for document in split_documents(row[text_field]) or ['']:
+        for document in row[text_field].split(MARK):
             yield dict(texts={'': document}, split=True)
 
 

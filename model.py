@@ -23,7 +23,7 @@ import threading
 from bisect import bisect_left, insort
 from collections import Counter
 from functools import cached_property, lru_cache, partial
-from itertools import islice
+from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -1628,11 +1628,12 @@ class UnitTable:
 
 AUDIO_EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aiff', '.aif', '.aifc')
 AUDIO_EXTENSIONS += ('.au', '.sph', '.caf', '.w64')
+MARK = '<|endoftext|>'  # separates the documents of a text
 
 
 def find_audio(path, extensions=AUDIO_EXTENSIONS):
     """The files with these extensions below a folder, or [path] for a file: sorted, none hidden.
-    Links are followed. Raises InputError if the path does not exist or has no such file."""
+    Links are followed. Raises InputError if there is none."""
     if os.path.isfile(path):
         return [path]
     files, seen = [], set()
@@ -1644,59 +1645,28 @@ def find_audio(path, extensions=AUDIO_EXTENSIONS):
         files += [os.path.join(folder, name) for name in names if not name.startswith('.')]
     if found := sorted(file for file in files if file.lower().endswith(extensions)):
         return found
-    missing = f'no file with {" ".join(extensions)}' if seen else 'no such file or folder'
-    raise InputError(f'{path}: {missing}')
-
-
-def check_marks(row):
-    """Raises InputError if a row's words or phones are present and are not
-    [[text, start in seconds, end in seconds], ...]."""
-    for key in ('words', 'phones'):
-        try:
-            for text, start, end in row.get(key) or []:
-                if not isinstance(text, str) or not (0 <= start < 1e6 and 0 <= end < 1e6):
-                    raise ValueError
-        except (TypeError, ValueError):
-            raise InputError(f'`{key}` must be [[text, start s, end s], ...]') from None
-
-
-def parquet_files(where):
-    """The shards of `where`, sorted, as names for read_parquet.
-
-    where: a .parquet file, a folder of them, or hub:NAME[:[config/]split] for a data set on the
-    Hugging Face hub. Its shards are named hub:NAME:split#3/64. Raises InputError.
-    """
-    return list(open_shards(where))
-
-
-def read_parquet(where):
-    """Yields the rows of the shards of parquet_files(where), as dicts of plain Python values. Audio
-    stays dict(bytes=..., path=...), null stays None. Few rows are in memory. Raises InputError."""
-    for name, rows in open_shards(where).items():
-        with reading(name):
-            yield from rows
+    raise InputError(f'{path} is no file, and no folder with {" ".join(extensions)}')
 
 
 def open_shards(where):
-    """The shards of parquet_files(where) -> {name: iterator over its rows}."""
+    """The shards of a data set, {name: function that yields its rows}, in order.
+
+    where: a .parquet file, a folder of them, hub:NAME[:[config/]split] for a data set on the
+    Hugging Face hub, or one of its shards, hub:NAME:split#3/64. Raises InputError.
+    """
     if not where.startswith('hub:'):
-        return {path: read_batches(path) for path in find_audio(where, ('.parquet',))}
+        return {path: partial(read_batches, path) for path in find_audio(where, ('.parquet',))}
     with reading(where):
         from datasets import load_dataset
 
-        name, split, wanted = re.fullmatch('hub:([^:#]+):?([^#]*)#?(.*)', where).groups()
-        config, slash, key = split.rpartition('/')
-        data = load_dataset(name, config or None, split=key or None, streaming=True)
-        data, shards = {key: data} if key else data, {}
-        for key, rows in data.items():
-            for shard in range(rows.num_shards):
-                place = f'{shard}/{rows.num_shards}'
-                if wanted in ('', place):
-                    part = rows.decode(False).shard(rows.num_shards, shard)  # audio as bytes
-                    shards[f'hub:{name}:{config}{slash}{key}#{place}'] = part
-        if not shards:
-            raise ValueError(f'there is no shard {wanted}')
-        return shards
+        name, split = re.fullmatch('hub:([^:#]+):?([^#]*)#?.*', where).groups()
+        config, slash, wanted = split.rpartition('/')
+        data, shards = load_dataset(name, config or None, split=wanted or None, streaming=True), {}
+        for key, rows in ({wanted: data} if wanted else data).items():
+            n, rows = rows.num_shards, rows.decode(False)  # audio stays bytes
+            for i in range(n):
+                shards[f'hub:{name}:{config}{slash}{key}#{i}/{n}'] = partial(rows.shard, n, i)
+        return {where: shards[where]} if '#' in where else shards
 
 
 def read_batches(path):
@@ -1708,36 +1678,32 @@ def read_batches(path):
             yield from batch.to_pylist()
 
 
-def open_text(path, newline=None, at=0):
-    """Open a text file for reading from byte `at`: UTF-8, or UTF-16 with a byte order mark."""
-    marks = {b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be', b'\xef\xbb\xbf': 'utf-8'}
-    file = open(path, 'rb')
-    head = file.read(3)
-    mark = next((mark for mark in marks if head.startswith(mark)), b'')
-    file.seek(max(at, len(mark)))
-    return io.TextIOWrapper(file, marks.get(mark, 'utf-8'), newline=newline)
+def read_parquet(where):
+    """Yields the rows of the shards of open_shards(where), as dicts of plain Python values. Audio
+    is dict(bytes=..., path=...), null is None. Few rows are in memory. Raises InputError."""
+    for name, open_shard in open_shards(where).items():
+        with reading(name):
+            yield from open_shard()
+
+
+def open_text(path, newline=None):
+    """Open a text file for reading: UTF-8, or UTF-16 with a byte order mark."""
+    with open(path, 'rb') as file:
+        wide = file.read(2) in (b'\xff\xfe', b'\xfe\xff')
+    return open(path, encoding='utf-16' if wide else 'utf-8-sig', newline=newline)
 
 
 def read_lines(path, newline=None):
-    """Yields the lines of a text file. Raises InputError with the line and the byte if the file is
-    in another encoding."""
-    number = 0
-    with reading(path):
-        file = open_text(path, newline)
-    try:
-        for number, line in enumerate(file, 1):
-            if '\0' in line:  # as in UTF-16 without a mark
-                raise InputError(f'{path}, line {number}: byte 0x00: save it as UTF-8')
+    """Yields the lines of a text file. Raises InputError if it is in another encoding."""
+    with reading(path), open_text(path, newline) as file:
+        for line in file:
+            if '\0' in line:
+                raise InputError('byte 0x00, as in UTF-16 without a mark: save it as UTF-8')
             yield line
-    except UnicodeDecodeError as error:
-        byte = f'byte 0x{error.object[error.start]:02x}'
-        raise InputError(f'{path}, after line {number}: {byte}: save it as UTF-8') from None
-    finally:
-        file.close()
 
 
 def read_texts(path, text_field='text'):
-    """Yields the rows of .parquet, .jsonl or .csv as dicts. In any other text file each document is
+    """Yields the rows of parquet, .jsonl or .csv as dicts. In any other text file each document is
     a row {text_field: document}. Documents end at <|endoftext|> or, without it, at blank lines."""
     if path.startswith('hub:') or path.endswith('.parquet') or os.path.isdir(path):
         yield from read_parquet(path)
@@ -1746,18 +1712,18 @@ def read_texts(path, text_field='text'):
     elif path.endswith('.csv'):
         csv.field_size_limit(1 << 30)
         with reading(path):
-            for number, row in enumerate(csv.DictReader(read_lines(path, '')), 1):
+            for number, row in enumerate(csv.DictReader(read_lines(path, newline='')), 1):
                 if None in row:
-                    raise InputError(f'{path} row {number}: more cells than columns')
+                    raise InputError(f'row {number} has more cells than columns')
                 yield row
     else:
         marked = any(MARK in line for line in read_lines(path))
-        lines, rest = read_lines(path), ''
-        while block := ''.join(islice(lines, 10_000)):
-            *whole, rest = re.split(re.escape(MARK) if marked else r'\n\s*\n', rest + block)
-            yield from ({text_field: document} for document in whole if document.strip())
-        if rest.strip():
-            yield {text_field: rest}
+        mark = f'({re.escape(MARK)})'
+        pieces = (piece for line in read_lines(path) for piece in re.split(mark, line))
+        for is_end, group in groupby(pieces, lambda p: p == MARK if marked else not p.strip()):
+            document = ''.join(group).strip()
+            if document and not is_end:
+                yield {text_field: document}
 
 
 # -----------------------------------------------------------------------------
@@ -1874,14 +1840,6 @@ def split_of(name, default=None):
         known = ', '.join(SPLITS)
         raise InputError(f'split {name!r} is not known: use one of {known}, also as in train-100')
     return split
-
-
-MARK = '<|endoftext|>'  # separates the documents of a text
-
-
-def split_documents(text):
-    """The documents of a text, separated by MARK, without empty ones."""
-    return [part.strip() for part in text.split(MARK) if part.strip()]
 
 
 def check_encoder_ids(parts):
