@@ -9,7 +9,6 @@ UnitVocoder   units -> wave        the unit HiFi-GAN, or a table of spectra
 import contextlib
 import csv
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -18,7 +17,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
+import sys
 import threading
 from bisect import bisect_left, insort
 from collections import Counter
@@ -1731,23 +1730,17 @@ def read_texts(path, text_field='text'):
 
 
 def pick_device(device='auto'):
-    """'auto' -> cuda, mps or cpu; any other name -> that torch.device. Raises InputError."""
+    """'auto' -> cuda, mps or cpu; any other name -> that torch.device."""
     if device == 'auto':
         device = 'mps' if torch.backends.mps.is_available() else 'cpu'
         device = 'cuda' if torch.cuda.is_available() else device
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f'device {device!r}: {str(error).splitlines()[0]}') from None
+    return torch.empty(0, device=device).device  # fails here if the machine does not have it
 
 
 def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 on cuda, float32 elsewhere; any other name -> that torch dtype."""
-    if dtype == 'auto':
-        return torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
-    if dtype not in ('float32', 'bfloat16'):  # float16 would need loss scaling
-        raise InputError(f'dtype {dtype!r} is not supported: use auto, bfloat16 or float32')
-    return getattr(torch, dtype)
+    """'auto' -> bfloat16 on cuda, float32 elsewhere; or that dtype. float16 needs loss scaling."""
+    auto = torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
+    return dict(auto=auto, bfloat16=torch.bfloat16, float32=torch.float32)[dtype]
 
 
 @contextlib.contextmanager
@@ -1755,8 +1748,6 @@ def reading(path):
     """Turns any error raised while this file is read into an InputError that names it."""
     try:
         yield
-    except MemoryError:
-        raise
     except InputError as error:
         raise InputError(error if str(path) in str(error) else f'{path}: {error}') from None
     except Exception as error:
@@ -1765,45 +1756,33 @@ def reading(path):
 
 
 def read_json(path):
-    """The object of a JSON file. Raises InputError."""
-    with reading(path), open(path, encoding='utf-8') as file:
-        content = json.load(file)
-    if not isinstance(content, dict):
-        raise InputError(f'{path}: expected a JSON object {{...}}')
-    return content
+    """The content of a JSON file. Raises InputError."""
+    with reading(path), open(path, 'rb') as file:
+        return json.load(file)
 
 
 def read_jsonl(path):
-    """Yields (line number from 1, object) of a file of JSON lines; empty lines are skipped.
-
-    NaN and Infinity, which are not JSON, are read as None. Raises InputError naming the line.
-    """
+    """Yields (line number from 1, dict) of a file of JSON lines; empty lines are skipped. NaN,
+    which is not JSON, is read as None. Raises InputError naming the line."""
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             with reading(f'{path}, line {number}'):
-                row = json.loads(line, parse_constant=lambda name: None)
-                if not isinstance(row, dict):
-                    raise InputError('expected a JSON object {...}')
+                row = {**json.loads(line, parse_constant=lambda name: None)}  # no list, no number
             yield number, row
 
 
 @contextlib.contextmanager
 def write_atomic(path, mode='w'):
-    """`with write_atomic(path) as file: ...`: `path` gets the complete file or none at all.
-
-    Writes a temporary file and renames it; makes missing folders. mode: 'w' (UTF-8) or 'wb'.
-    """
+    """`with write_atomic(path) as file: ...`: `path` gets the complete file or none at all. Makes
+    missing folders. mode: 'w' (UTF-8) or 'wb'."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
         with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or path  # None if the disk is full
-        raise
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
 
 
@@ -1830,16 +1809,12 @@ SPLITS |= dict.fromkeys(('val', 'valid', 'validation', 'dev', 'eval'), 'val')
 
 
 def split_of(name, default=None):
-    """'train', 'val' or 'test' for a split's name in any case: dev-clean, train.100, TEST ...
-
-    default: the result for any other name, such as a folder's. None: raises InputError instead.
-    """
-    match = re.fullmatch(r'([a-z]+)([-_.:/\[\d].*)?', str(name).strip().lower())
-    split = SPLITS.get(match and match[1], default)
-    if split is None:
-        known = ', '.join(SPLITS)
-        raise InputError(f'split {name!r} is not known: use one of {known}, also as in train-100')
-    return split
+    """'train', 'val' or 'test' for a split's name in any case: dev-clean, train.100, TEST ... For
+    any other name `default`, or InputError if that is None."""
+    word = re.split(r'[-_.:/\[\d]', str(name).strip().lower())[0]
+    if word not in SPLITS and default is None:
+        raise InputError(f'split {name!r} is not known: expected {", ".join(SPLITS)}, or train-100')
+    return SPLITS.get(word, default)
 
 
 def check_encoder_ids(parts):
@@ -1858,20 +1833,16 @@ def tokenize_words(text):
 
 
 def auto_bleu(words, n=2):
-    """The share of a sequence's n-grams that occur in it more than once; 0 without n-grams.
-
-    auto-BLEU of Lakhotia et al. 2021. words: any sequence, from tokenize_words or of units.
-    """
+    """auto-BLEU (Lakhotia et al. 2021): the share of a sequence's n-grams that occur in it more
+    than once; 0 without n-grams. words: any sequence, from tokenize_words or of units."""
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     return sum(count for count in counts.values() if count > 1) / max(1, counts.total())
 
 
 def pack_rows(lengths, width):
     """Best fit decreasing: rows of indices into `lengths`; the lengths in a row sum to <= width.
-
-    The longest is placed first, each in the fullest row that has room. A length over `width` gets
-    its own row. Deterministic: equal lengths keep their order.
-    """
+    The longest is placed first, each in the fullest row that has room; equal lengths keep their
+    order. A length over `width` gets its own row."""
     rows, free = [], []  # free: (room, row), sorted by room
     for i in sorted(range(len(lengths)), key=lambda i: -int(lengths[i])):
         length = int(lengths[i])
@@ -1883,39 +1854,16 @@ def pack_rows(lengths, width):
     return rows
 
 
-def start_worker(threads=1):
+def start_worker():
     """Initializer of worker processes: ignore Ctrl-C, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def log(text, rank=0):
-    """Print a line, in the first process only. A closed pipe (`| head`) does not end the run."""
-    try:
-        if rank == 0:
-            print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def format_time(seconds):
-    """'45 s', '3.2 min' or '23.5 h'."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.1f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
-
-
-def git_commit():
-    """The commit of this folder; None if it is not a git repository."""
-    command = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD']
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 # -----------------------------------------------------------------------------
@@ -1932,14 +1880,9 @@ def start_processes(device):
         torch.set_float32_matmul_precision('high')
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    if rank:
+        sys.stdout = open(os.devnull, 'w')  # only the first process prints
     return device, rank, world
-
-
-def stop_processes(world):
-    """Let all processes end together: one that ends alone can abort the others."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def sum_over_processes(numbers, device):
@@ -1958,8 +1901,7 @@ def catch_signals(rank):
 
     def catch(number, frame):
         caught.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         if rank == 0:  # no print: the signal may have interrupted one
             os.write(2, b'\nsaving after this step, then stopping; press again to end at once\n')
 
@@ -1968,19 +1910,9 @@ def catch_signals(rank):
     return caught
 
 
-def start_tracker(name, config):
-    """A run of the package `name`, wandb or trackio, with a method `log` for records; '': None."""
-    if name not in ('', 'wandb', 'trackio'):
-        raise InputError(f'tracker {name!r} is not known: use wandb or trackio')
-    with reading(f'tracker {name}'):
-        return importlib.import_module(name).init(project='slam', config=config) if name else None
-
-
 def open_log(out_dir, step, rank=0):
-    """Open out_dir/log.jsonl for appending, without lines that a killed run wrote after `step`.
-
-    It stays locked while the process lives. Raises InputError if another process trains in out_dir.
-    """
+    """Open out_dir/log.jsonl for appending, without lines that a killed run wrote after `step`. It
+    stays locked while the process lives. Raises InputError if another process trains in out_dir."""
     import fcntl  # not available on Windows
 
     if rank:
@@ -1990,50 +1922,35 @@ def open_log(out_dir, step, rank=0):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        reason = f'another process is training in {out_dir}: wait for it'
-        raise InputError(f'{reason}, or choose another --out_dir') from None
+        raise InputError(f'another process is training in {out_dir}') from None
     except OSError:
         pass  # a file system without locks
     file.seek(0)
-    kept = 0  # bytes: JSON is ASCII
-    for line in file.readlines() if step else []:
-        if not line.endswith('\n') or json.loads(line)['step'] > step:  # the last may be incomplete
-            break
-        kept += len(line)
-    file.truncate(kept)
+    end = 0
+    while (line := file.readline()).endswith('\n') and json.loads(line)['step'] <= step:
+        end = file.tell()
+    file.truncate(end)
     return file
 
 
 def load_run(out_dir, fresh, config, free):
-    """The state of a run with these settings, from out_dir/train_state.pt; `fresh` if none exists.
-
-    free: knobs that may differ. Raises InputError if the file cannot be read or another knob
-    differs. A knob that exists in only one of the two versions is ignored.
-    """
+    """The state of a run from out_dir/train_state.pt, or `fresh` if there is none. Raises
+    InputError if the file cannot be read, or if a knob differs that is not in `free`."""
     path = os.path.join(out_dir, 'train_state.pt')
     if not os.path.exists(path):
         return fresh
     with reading(path):
         state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-        if {*fresh, 'config'} - set(state):
-            raise ValueError('it comes from another version: --resume=False starts over')
-    before, other = state['config'], 'choose another --out_dir, or --resume=False to start over'
+    before = state['config']
     for knob in sorted(before.keys() & config.keys() - set(free)):
         if before[knob] != config[knob]:
             known = f'{out_dir} is a run with {knob}={before[knob]!r}, not {config[knob]!r}'
-            raise InputError(f'{known}: {other}')
+            raise InputError(f'{known}: choose another --out_dir, or --resume=False to start over')
     return state
 
 
 def save_run(folder, model, slam, state):
-    """Write a checkpoint, and then the state for resuming, in one file. Raises InputError if the
-    disk is full; the previous checkpoint is kept."""
-    try:
-        model.save_pretrained(folder, slam)
-        with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
-            torch.save(state, file)
-    except (OSError, RuntimeError) as error:
-        # for a full disk torch.save raises RuntimeError instead of OSError
-        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
-            raise
-        raise InputError(f'cannot write {folder} ({error}): the last checkpoint is kept') from None
+    """Write a checkpoint, and then the state for an exact resume, in one file."""
+    model.save_pretrained(folder, slam)
+    with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
+        torch.save(state, file)

@@ -654,7 +654,7 @@ def write_text_sets():
             json.dump(found, file, indent=2)
         n = found['tokens']['train']
         need = '' if n else '; rows of units.jsonl need text, and `words` with their times'
-        M.log(f'{place}: {found["utterances"]["train"]:,} documents, {n:,} tokens{need}')
+        print(f'{place}: {found["utterances"]["train"]:,} documents, {n:,} tokens{need}')
 
 
 # -----------------------------------------------------------------------------
@@ -709,6 +709,6 @@ if __name__ == '__main__':
         summary = pack(chain.from_iterable(map(rows_of_units, paths)), origin, recipe)
     else:
         summary = make_from_audio()
-    M.log(summary)
+    print(summary, flush=True)
     if text_lm and os.path.exists(os.path.join(out, 'meta.json')):
         write_text_sets()
