@@ -21,6 +21,7 @@ import re
 import signal
 import time
 from collections import Counter
+from importlib import import_module
 from operator import index
 
 import numpy as np
@@ -37,11 +38,8 @@ from model import (
     catch_signals,
     check_encoder_ids,
     content_hash,
-    format_time,
-    git_commit,
     load_run,
     load_slm,
-    log,
     open_log,
     pack_rows,
     pick_dtype,
@@ -51,8 +49,6 @@ from model import (
     save_run,
     split_of,
     start_processes,
-    start_tracker,
-    stop_processes,
     sum_over_processes,
     tokenize_words,
 )
@@ -165,10 +161,7 @@ def read_pair(row, n_units):
         inner = row[key].get('text') if isinstance(row[key], dict) else None
         texts.append(row.get(key + '_text') or inner or '')
     words = tokenize_words(' '.join(texts)) if texts[1] else []
-    split = split_of(row.get('split') or 'train', default='')
-    if not split:
-        raise ValueError(f'its split {row["split"]!r} is not train, val or test')
-    return units, words, split
+    return units, words, split_of(row.get('split') or 'train')
 
 
 def load_pairs(paths, n_units, context, max_auto_bleu, val_pairs):
@@ -294,7 +287,7 @@ def format_record(record, last_step, n_val):
     line = (
         f'step {record["step"]}/{last_step} | loss {record["loss"]:.4f} | accuracy '
         f'{record["accuracy"]:.1%} | margin {record["margin"]:.3f} | norm {record["norm"]:.2f} | '
-        f'lr {record["lr"]:.2e} | {record["pairs_per_s"]:.1f} pairs/s | {format_time(left)} left'
+        f'lr {record["lr"]:.2e} | {record["pairs_per_s"]:.1f} pairs/s | {left / 60:.0f} min left'
     )
     scores = [f'{key[4:]} {value:.4f}' for key, value in record.items() if key.startswith('val_')]
     if scores:
@@ -323,7 +316,7 @@ if __name__ == '__main__':
     n_units = model.config.vocab_size - OFFSET
     train, val, count = load_pairs(data, n_units, context, max_auto_bleu, val_pairs)
     notes = [f'; {n} {reason}' for reason, n in count.items() if n]
-    log(f'{data}: {len(train)} pairs to train on, {len(val)} held out{"".join(notes)}', rank)
+    print(f'{data}: {len(train)} pairs to train on, {len(val)} held out{"".join(notes)}')
     if len(train) < batch_pairs:
         raise InputError(f'{len(train)} pairs to train on are no batch of {batch_pairs} pairs')
     pairs = train + val
@@ -356,9 +349,11 @@ if __name__ == '__main__':
 
     # Report the plan.
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
-    log(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
-    log(f'steps {step} to {last_step} of {batch_pairs} pairs, in rows of {width} tokens', rank)
-    run = start_tracker(tracker, config) if rank == 0 else None
+    print(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}')
+    print(f'steps {step} to {last_step} of {batch_pairs} pairs, rows of {width} tokens', flush=True)
+    run = None
+    if tracker and rank == 0:
+        run = import_module(tracker).init(project='slam', config=config)
 
     # The reference is the policy before its first step; the checkpoint keeps its log-probabilities.
     reference, clock = state['reference'], time.perf_counter()
@@ -372,8 +367,8 @@ if __name__ == '__main__':
     del state  # it holds a copy of the model
     for parameter in model.parameters():  # a process may have no row in a step
         parameter.grad = torch.zeros_like(parameter)
-    slam = dict(model.slam, stage='dpo', git_commit=git_commit())
-    slam['recipe'] = dict(config, pretraining=model.slam.get('recipe'))
+    recipe = dict(config, pretraining=model.slam.get('recipe'))
+    slam = dict(model.slam, stage='dpo', recipe=recipe)
 
     stopping = catch_signals(rank)
     batches = iter_batches(lengths[: len(train)], batch_pairs, seed, step)
@@ -430,7 +425,7 @@ if __name__ == '__main__':
         log_file.write(json.dumps(record) + '\n')
         if run:
             run.log({key: record[key] for key in record if key != 'step'}, step=step)
-        log(format_record(record, last_step, len(val)), rank)
+        print(format_record(record, last_step, len(val)), flush=True)
 
         # Save the checkpoint and the state for an exact resume.
         if rank == 0 and (save or over or halt):
@@ -444,8 +439,10 @@ if __name__ == '__main__':
         last_report, clock = step, time.perf_counter()
 
     log_file.close()
-    stop_processes(world)
-    log(f'{out_dir}: {step} steps of {batch_pairs} pairs, {format_time(elapsed)}', rank)
+    if world > 1:  # a process that ends alone can abort the others
+        dist.barrier()
+        dist.destroy_process_group()
+    print(f'{out_dir}: {step} steps of {batch_pairs} pairs, {elapsed / 60:.1f} min')
     if not over:
-        log('stopped and saved; run the same command to continue', rank)
+        print('stopped and saved; run the same command to continue')
         raise SystemExit(128 + (stopping or [signal.SIGTERM])[0])

@@ -327,7 +327,7 @@ def encode_clips(clips, unit_encoder):
             with M.write_atomic(path) as file:
                 file.write(json.dumps(dict(units=units)))
     for note, n in Counter(notes).items():  # such as silence or cancelling channels
-        M.log(f'{n} of {len(clips)} recordings: {note}')
+        print(f'{n} of {len(clips)} recordings: {note}', flush=True)
     return dict(zip(clips, map(np.array, M.read_json(path)['units']), strict=True))
 
 
@@ -970,9 +970,9 @@ if __name__ == '__main__':
     notes = NOTES + [f'{name}: sampled with {how}.' for name, how in sampling]
     summary = f'{len(models)} models, {len(columns)} tasks, {len(rows)} scores'
     if html:
-        made = f'{time.strftime("%d %B %Y, %H:%M")}, commit {(M.git_commit() or "unknown")[:7]}'
+        made = time.strftime('%d %B %Y, %H:%M')
         page = dict(columns=columns, table=table, notes=notes, paper=others)
         write_page(html, record | page | dict(made=made, summary=summary))
     print_table(table)
     print('', *notes, sep='\n')
-    print(f'{summary} in {M.format_time(time.time() - began)} -> {out}' + f', {html}' * bool(html))
+    print(f'{summary} in {(time.time() - began) / 60:.1f} min -> {out}' + f', {html}' * bool(html))

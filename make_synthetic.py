@@ -48,12 +48,12 @@ import torch
 from tqdm import tqdm
 
 from model import (
+    MARK,
     SAMPLE_RATE,
     InputError,
     auto_bleu,
     content_hash,
     import_transformers,
-    log,
     pick_device,
     read_json,
     read_jsonl,
@@ -62,7 +62,6 @@ from model import (
     reading,
     resample,
     save_audio,
-    split_documents,
     start_worker,
     tokenize_words,
     write_atomic,
@@ -348,7 +347,7 @@ def read_rows(kind, *expected):
 def story_items(task):
     """The documents of each row. The only role is ''."""
     for row in read_rows(task.kind, (text_field,)):
-        for document in split_documents(row[text_field]) or ['']:
+        for document in row[text_field].split(MARK):
             yield dict(texts={'': document}, split=True)
 
 
@@ -874,7 +873,7 @@ def run_task(task, paths, settings, speaker):
     with write_atomic(os.path.join(folder, 'summary.json')) as file:
         json.dump(dict(made, settings=settings), file)
     why = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items()) or 'none'
-    log(f'{task.name}: {made["items"]:,} items, {hours:.2f} h, skipped: {why}; {spent:.1f} s')
+    print(f'{task.name}: {made["items"]:,} items, {hours:.2f} h, skipped: {why}; {spent:.1f} s')
 
 
 if __name__ == '__main__':
@@ -890,7 +889,7 @@ if __name__ == '__main__':
     for wanted in find_tasks():
         paths, settings = plan_task(wanted)
         if os.path.exists(os.path.join(out, wanted.name, 'summary.json')):
-            log(f'{wanted.name}: already in {out}/{wanted.name}, nothing to do')
+            print(f'{wanted.name}: already in {out}/{wanted.name}, nothing to do')
         else:
             todo.append((wanted, paths, settings))
 

@@ -9,7 +9,6 @@ UnitVocoder   units -> wave        the unit HiFi-GAN, or a table of spectra
 import contextlib
 import csv
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -18,13 +17,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
+import sys
 import threading
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import islice
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -1523,11 +1522,12 @@ def read_hifigan(path, about):
 
 AUDIO_EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aiff', '.aif', '.aifc')
 AUDIO_EXTENSIONS += ('.au', '.sph', '.caf', '.w64')
+MARK = '<|endoftext|>'  # separates the documents of a text
 
 
 def find_audio(path, extensions=AUDIO_EXTENSIONS):
     """The files with these extensions below a folder, or [path] for a file: sorted, none hidden.
-    Links are followed. Raises InputError if the path does not exist or has no such file."""
+    Links are followed. Raises InputError if there is none."""
     if os.path.isfile(path):
         return [path]
     files, seen = [], set()
@@ -1539,59 +1539,28 @@ def find_audio(path, extensions=AUDIO_EXTENSIONS):
         files += [os.path.join(folder, name) for name in names if not name.startswith('.')]
     if found := sorted(file for file in files if file.lower().endswith(extensions)):
         return found
-    missing = f'no file with {" ".join(extensions)}' if seen else 'no such file or folder'
-    raise InputError(f'{path}: {missing}')
-
-
-def check_marks(row):
-    """Raises InputError if a row's words or phones are present and are not
-    [[text, start in seconds, end in seconds], ...]."""
-    for key in ('words', 'phones'):
-        try:
-            for text, start, end in row.get(key) or []:
-                if not isinstance(text, str) or not (0 <= start < 1e6 and 0 <= end < 1e6):
-                    raise ValueError
-        except (TypeError, ValueError):
-            raise InputError(f'`{key}` must be [[text, start s, end s], ...]') from None
-
-
-def parquet_files(where):
-    """The shards of `where`, sorted, as names for read_parquet.
-
-    where: a .parquet file, a folder of them, or hub:NAME[:[config/]split] for a data set on the
-    Hugging Face hub. Its shards are named hub:NAME:split#3/64. Raises InputError.
-    """
-    return list(open_shards(where))
-
-
-def read_parquet(where):
-    """Yields the rows of the shards of parquet_files(where), as dicts of plain Python values. Audio
-    stays dict(bytes=..., path=...), null stays None. Few rows are in memory. Raises InputError."""
-    for name, rows in open_shards(where).items():
-        with reading(name):
-            yield from rows
+    raise InputError(f'{path} is no file, and no folder with {" ".join(extensions)}')
 
 
 def open_shards(where):
-    """The shards of parquet_files(where) -> {name: iterator over its rows}."""
+    """The shards of a data set, {name: function that yields its rows}, in order.
+
+    where: a .parquet file, a folder of them, hub:NAME[:[config/]split] for a data set on the
+    Hugging Face hub, or one of its shards, hub:NAME:split#3/64. Raises InputError.
+    """
     if not where.startswith('hub:'):
-        return {path: read_batches(path) for path in find_audio(where, ('.parquet',))}
+        return {path: partial(read_batches, path) for path in find_audio(where, ('.parquet',))}
     with reading(where):
         from datasets import load_dataset
 
-        name, split, wanted = re.fullmatch('hub:([^:#]+):?([^#]*)#?(.*)', where).groups()
-        config, slash, key = split.rpartition('/')
-        data = load_dataset(name, config or None, split=key or None, streaming=True)
-        data, shards = {key: data} if key else data, {}
-        for key, rows in data.items():
-            for shard in range(rows.num_shards):
-                place = f'{shard}/{rows.num_shards}'
-                if wanted in ('', place):
-                    part = rows.decode(False).shard(rows.num_shards, shard)  # audio as bytes
-                    shards[f'hub:{name}:{config}{slash}{key}#{place}'] = part
-        if not shards:
-            raise ValueError(f'there is no shard {wanted}')
-        return shards
+        name, split = re.fullmatch('hub:([^:#]+):?([^#]*)#?.*', where).groups()
+        config, slash, wanted = split.rpartition('/')
+        data, shards = load_dataset(name, config or None, split=wanted or None, streaming=True), {}
+        for key, rows in ({wanted: data} if wanted else data).items():
+            n, rows = rows.num_shards, rows.decode(False)  # audio stays bytes
+            for i in range(n):
+                shards[f'hub:{name}:{config}{slash}{key}#{i}/{n}'] = partial(rows.shard, n, i)
+        return {where: shards[where]} if '#' in where else shards
 
 
 def read_batches(path):
@@ -1603,36 +1572,32 @@ def read_batches(path):
             yield from batch.to_pylist()
 
 
-def open_text(path, newline=None, at=0):
-    """Open a text file for reading from byte `at`: UTF-8, or UTF-16 with a byte order mark."""
-    marks = {b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be', b'\xef\xbb\xbf': 'utf-8'}
-    file = open(path, 'rb')
-    head = file.read(3)
-    mark = next((mark for mark in marks if head.startswith(mark)), b'')
-    file.seek(max(at, len(mark)))
-    return io.TextIOWrapper(file, marks.get(mark, 'utf-8'), newline=newline)
+def read_parquet(where):
+    """Yields the rows of the shards of open_shards(where), as dicts of plain Python values. Audio
+    is dict(bytes=..., path=...), null is None. Few rows are in memory. Raises InputError."""
+    for name, open_shard in open_shards(where).items():
+        with reading(name):
+            yield from open_shard()
+
+
+def open_text(path, newline=None):
+    """Open a text file for reading: UTF-8, or UTF-16 with a byte order mark."""
+    with open(path, 'rb') as file:
+        wide = file.read(2) in (b'\xff\xfe', b'\xfe\xff')
+    return open(path, encoding='utf-16' if wide else 'utf-8-sig', newline=newline)
 
 
 def read_lines(path, newline=None):
-    """Yields the lines of a text file. Raises InputError with the line and the byte if the file is
-    in another encoding."""
-    number = 0
-    with reading(path):
-        file = open_text(path, newline)
-    try:
-        for number, line in enumerate(file, 1):
-            if '\0' in line:  # as in UTF-16 without a mark
-                raise InputError(f'{path}, line {number}: byte 0x00: save it as UTF-8')
+    """Yields the lines of a text file. Raises InputError if it is in another encoding."""
+    with reading(path), open_text(path, newline) as file:
+        for line in file:
+            if '\0' in line:
+                raise InputError('byte 0x00, as in UTF-16 without a mark: save it as UTF-8')
             yield line
-    except UnicodeDecodeError as error:
-        byte = f'byte 0x{error.object[error.start]:02x}'
-        raise InputError(f'{path}, after line {number}: {byte}: save it as UTF-8') from None
-    finally:
-        file.close()
 
 
 def read_texts(path, text_field='text'):
-    """Yields the rows of .parquet, .jsonl or .csv as dicts. In any other text file each document is
+    """Yields the rows of parquet, .jsonl or .csv as dicts. In any other text file each document is
     a row {text_field: document}. Documents end at <|endoftext|> or, without it, at blank lines."""
     if path.startswith('hub:') or path.endswith('.parquet') or os.path.isdir(path):
         yield from read_parquet(path)
@@ -1641,18 +1606,18 @@ def read_texts(path, text_field='text'):
     elif path.endswith('.csv'):
         csv.field_size_limit(1 << 30)
         with reading(path):
-            for number, row in enumerate(csv.DictReader(read_lines(path, '')), 1):
+            for number, row in enumerate(csv.DictReader(read_lines(path, newline='')), 1):
                 if None in row:
-                    raise InputError(f'{path} row {number}: more cells than columns')
+                    raise InputError(f'row {number} has more cells than columns')
                 yield row
     else:
         marked = any(MARK in line for line in read_lines(path))
-        lines, rest = read_lines(path), ''
-        while block := ''.join(islice(lines, 10_000)):
-            *whole, rest = re.split(re.escape(MARK) if marked else r'\n\s*\n', rest + block)
-            yield from ({text_field: document} for document in whole if document.strip())
-        if rest.strip():
-            yield {text_field: rest}
+        mark = f'({re.escape(MARK)})'
+        pieces = (piece for line in read_lines(path) for piece in re.split(mark, line))
+        for is_end, group in groupby(pieces, lambda p: p == MARK if marked else not p.strip()):
+            document = ''.join(group).strip()
+            if document and not is_end:
+                yield {text_field: document}
 
 
 # -----------------------------------------------------------------------------
@@ -1660,23 +1625,17 @@ def read_texts(path, text_field='text'):
 
 
 def pick_device(device='auto'):
-    """'auto' -> cuda, mps or cpu; any other name -> that torch.device. Raises InputError."""
+    """'auto' -> cuda, mps or cpu; any other name -> that torch.device."""
     if device == 'auto':
         device = 'mps' if torch.backends.mps.is_available() else 'cpu'
         device = 'cuda' if torch.cuda.is_available() else device
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f'device {device!r}: {str(error).splitlines()[0]}') from None
+    return torch.empty(0, device=device).device  # fails here if the machine does not have it
 
 
 def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 on cuda, float32 elsewhere; any other name -> that torch dtype."""
-    if dtype == 'auto':
-        return torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
-    if dtype not in ('float32', 'bfloat16'):  # float16 would need loss scaling
-        raise InputError(f'dtype {dtype!r} is not supported: use auto, bfloat16 or float32')
-    return getattr(torch, dtype)
+    """'auto' -> bfloat16 on cuda, float32 elsewhere; or that dtype. float16 needs loss scaling."""
+    auto = torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
+    return dict(auto=auto, bfloat16=torch.bfloat16, float32=torch.float32)[dtype]
 
 
 @contextlib.contextmanager
@@ -1684,8 +1643,6 @@ def reading(path):
     """Turns any error raised while this file is read into an InputError that names it."""
     try:
         yield
-    except MemoryError:
-        raise
     except InputError as error:
         raise InputError(error if str(path) in str(error) else f'{path}: {error}') from None
     except Exception as error:
@@ -1694,45 +1651,33 @@ def reading(path):
 
 
 def read_json(path):
-    """The object of a JSON file. Raises InputError."""
-    with reading(path), open(path, encoding='utf-8') as file:
-        content = json.load(file)
-    if not isinstance(content, dict):
-        raise InputError(f'{path}: expected a JSON object {{...}}')
-    return content
+    """The content of a JSON file. Raises InputError."""
+    with reading(path), open(path, 'rb') as file:
+        return json.load(file)
 
 
 def read_jsonl(path):
-    """Yields (line number from 1, object) of a file of JSON lines; empty lines are skipped.
-
-    NaN and Infinity, which are not JSON, are read as None. Raises InputError naming the line.
-    """
+    """Yields (line number from 1, dict) of a file of JSON lines; empty lines are skipped. NaN,
+    which is not JSON, is read as None. Raises InputError naming the line."""
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             with reading(f'{path}, line {number}'):
-                row = json.loads(line, parse_constant=lambda name: None)
-                if not isinstance(row, dict):
-                    raise InputError('expected a JSON object {...}')
+                row = {**json.loads(line, parse_constant=lambda name: None)}  # no list, no number
             yield number, row
 
 
 @contextlib.contextmanager
 def write_atomic(path, mode='w'):
-    """`with write_atomic(path) as file: ...`: `path` gets the complete file or none at all.
-
-    Writes a temporary file and renames it; makes missing folders. mode: 'w' (UTF-8) or 'wb'.
-    """
+    """`with write_atomic(path) as file: ...`: `path` gets the complete file or none at all. Makes
+    missing folders. mode: 'w' (UTF-8) or 'wb'."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
         with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or path  # None if the disk is full
-        raise
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
 
 
@@ -1759,24 +1704,12 @@ SPLITS |= dict.fromkeys(('val', 'valid', 'validation', 'dev', 'eval'), 'val')
 
 
 def split_of(name, default=None):
-    """'train', 'val' or 'test' for a split's name in any case: dev-clean, train.100, TEST ...
-
-    default: the result for any other name, such as a folder's. None: raises InputError instead.
-    """
-    match = re.fullmatch(r'([a-z]+)([-_.:/\[\d].*)?', str(name).strip().lower())
-    split = SPLITS.get(match and match[1], default)
-    if split is None:
-        known = ', '.join(SPLITS)
-        raise InputError(f'split {name!r} is not known: use one of {known}, also as in train-100')
-    return split
-
-
-MARK = '<|endoftext|>'  # separates the documents of a text
-
-
-def split_documents(text):
-    """The documents of a text, separated by MARK, without empty ones."""
-    return [part.strip() for part in text.split(MARK) if part.strip()]
+    """'train', 'val' or 'test' for a split's name in any case: dev-clean, train.100, TEST ... For
+    any other name `default`, or InputError if that is None."""
+    word = re.split(r'[-_.:/\[\d]', str(name).strip().lower())[0]
+    if word not in SPLITS and default is None:
+        raise InputError(f'split {name!r} is not known: expected {", ".join(SPLITS)}, or train-100')
+    return SPLITS.get(word, default)
 
 
 def check_encoder_ids(parts):
@@ -1795,20 +1728,16 @@ def tokenize_words(text):
 
 
 def auto_bleu(words, n=2):
-    """The share of a sequence's n-grams that occur in it more than once; 0 without n-grams.
-
-    auto-BLEU of Lakhotia et al. 2021. words: any sequence, from tokenize_words or of units.
-    """
+    """auto-BLEU (Lakhotia et al. 2021): the share of a sequence's n-grams that occur in it more
+    than once; 0 without n-grams. words: any sequence, from tokenize_words or of units."""
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     return sum(count for count in counts.values() if count > 1) / max(1, counts.total())
 
 
 def pack_rows(lengths, width):
     """Best fit decreasing: rows of indices into `lengths`; the lengths in a row sum to <= width.
-
-    The longest is placed first, each in the fullest row that has room. A length over `width` gets
-    its own row. Deterministic: equal lengths keep their order.
-    """
+    The longest is placed first, each in the fullest row that has room; equal lengths keep their
+    order. A length over `width` gets its own row."""
     rows, free = [], []  # free: (room, row), sorted by room
     for i in sorted(range(len(lengths)), key=lambda i: -int(lengths[i])):
         length = int(lengths[i])
@@ -1820,39 +1749,16 @@ def pack_rows(lengths, width):
     return rows
 
 
-def start_worker(threads=1):
+def start_worker():
     """Initializer of worker processes: ignore Ctrl-C, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def log(text, rank=0):
-    """Print a line, in the first process only. A closed pipe (`| head`) does not end the run."""
-    try:
-        if rank == 0:
-            print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def format_time(seconds):
-    """'45 s', '3.2 min' or '23.5 h'."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.1f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
-
-
-def git_commit():
-    """The commit of this folder; None if it is not a git repository."""
-    command = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD']
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 # -----------------------------------------------------------------------------
@@ -1869,14 +1775,9 @@ def start_processes(device):
         torch.set_float32_matmul_precision('high')
     if world > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    if rank:
+        sys.stdout = open(os.devnull, 'w')  # only the first process prints
     return device, rank, world
-
-
-def stop_processes(world):
-    """Let all processes end together: one that ends alone can abort the others."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def sum_over_processes(numbers, device):
@@ -1895,8 +1796,7 @@ def catch_signals(rank):
 
     def catch(number, frame):
         caught.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         if rank == 0:  # no print: the signal may have interrupted one
             os.write(2, b'\nsaving after this step, then stopping; press again to end at once\n')
 
@@ -1905,19 +1805,9 @@ def catch_signals(rank):
     return caught
 
 
-def start_tracker(name, config):
-    """A run of the package `name`, wandb or trackio, with a method `log` for records; '': None."""
-    if name not in ('', 'wandb', 'trackio'):
-        raise InputError(f'tracker {name!r} is not known: use wandb or trackio')
-    with reading(f'tracker {name}'):
-        return importlib.import_module(name).init(project='slam', config=config) if name else None
-
-
 def open_log(out_dir, step, rank=0):
-    """Open out_dir/log.jsonl for appending, without lines that a killed run wrote after `step`.
-
-    It stays locked while the process lives. Raises InputError if another process trains in out_dir.
-    """
+    """Open out_dir/log.jsonl for appending, without lines that a killed run wrote after `step`. It
+    stays locked while the process lives. Raises InputError if another process trains in out_dir."""
     import fcntl  # not available on Windows
 
     if rank:
@@ -1927,50 +1817,35 @@ def open_log(out_dir, step, rank=0):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        reason = f'another process is training in {out_dir}: wait for it'
-        raise InputError(f'{reason}, or choose another --out_dir') from None
+        raise InputError(f'another process is training in {out_dir}') from None
     except OSError:
         pass  # a file system without locks
     file.seek(0)
-    kept = 0  # bytes: JSON is ASCII
-    for line in file.readlines() if step else []:
-        if not line.endswith('\n') or json.loads(line)['step'] > step:  # the last may be incomplete
-            break
-        kept += len(line)
-    file.truncate(kept)
+    end = 0
+    while (line := file.readline()).endswith('\n') and json.loads(line)['step'] <= step:
+        end = file.tell()
+    file.truncate(end)
     return file
 
 
 def load_run(out_dir, fresh, config, free):
-    """The state of a run with these settings, from out_dir/train_state.pt; `fresh` if none exists.
-
-    free: knobs that may differ. Raises InputError if the file cannot be read or another knob
-    differs. A knob that exists in only one of the two versions is ignored.
-    """
+    """The state of a run from out_dir/train_state.pt, or `fresh` if there is none. Raises
+    InputError if the file cannot be read, or if a knob differs that is not in `free`."""
     path = os.path.join(out_dir, 'train_state.pt')
     if not os.path.exists(path):
         return fresh
     with reading(path):
         state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-        if {*fresh, 'config'} - set(state):
-            raise ValueError('it comes from another version: --resume=False starts over')
-    before, other = state['config'], 'choose another --out_dir, or --resume=False to start over'
+    before = state['config']
     for knob in sorted(before.keys() & config.keys() - set(free)):
         if before[knob] != config[knob]:
             known = f'{out_dir} is a run with {knob}={before[knob]!r}, not {config[knob]!r}'
-            raise InputError(f'{known}: {other}')
+            raise InputError(f'{known}: choose another --out_dir, or --resume=False to start over')
     return state
 
 
 def save_run(folder, model, slam, state):
-    """Write a checkpoint, and then the state for resuming, in one file. Raises InputError if the
-    disk is full; the previous checkpoint is kept."""
-    try:
-        model.save_pretrained(folder, slam)
-        with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
-            torch.save(state, file)
-    except (OSError, RuntimeError) as error:
-        # for a full disk torch.save raises RuntimeError instead of OSError
-        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
-            raise
-        raise InputError(f'cannot write {folder} ({error}): the last checkpoint is kept') from None
+    """Write a checkpoint, and then the state for an exact resume, in one file."""
+    model.save_pretrained(folder, slam)
+    with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
+        torch.save(state, file)

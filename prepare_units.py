@@ -91,7 +91,7 @@ class Item(NamedTuple):
 
     path: str
     root: str  # prefix of paths that names in units.jsonl leave out
-    at: int = 0  # byte offset of a row in the manifest
+    at: int = 0  # position of a row in the manifest, for seek
     split: str = ''  # train, val or test, if the row or a folder says so
 
 
@@ -130,14 +130,14 @@ def list_items(path, root):
             if not name.removesuffix('/manifest.jsonl').startswith(covered):
                 yield from list_items(name, root)
     elif path.endswith('.jsonl'):
-        with reading(path), M.open_text(path, newline='') as file:
-            at = file.buffer.tell()
-            for number, line in enumerate(file, 1):
+        with reading(path), M.open_text(path) as file:
+            at = 0
+            for number, line in enumerate(iter(file.readline, ''), 1):
                 row = parse_row(line, path, number)
                 yield Item(path, root, at, row['split'] or split_by_folder(row['path'], root))
-                at += len(line.encode(file.encoding))
+                at = file.tell()
     else:
-        for name in M.parquet_files(path) if is_shards(path) else [path]:
+        for name in M.open_shards(path) if is_shards(path) else [path]:
             yield Item(name, root, 0, split_by_folder(name, root))
 
 
@@ -156,7 +156,6 @@ def parse_row(line, manifest, number='?'):
             end = math.inf if row.get('duration') is None else start + row['duration']
         if not 0 <= start < end or (len(sounds) > 1 and (start, end) != WHOLE):
             raise ValueError('expected 0 <= start < end, and no start or end in a preference pair')
-        M.check_marks(row)
         row['split'] = row.get('split') and M.split_of(row['split'])
         return row | dict(path=sounds[0], sounds=sounds, spans=[(start, end)])
 
@@ -209,7 +208,8 @@ def rows_of(item):
     or three paths or open files), spans to be joined [(start s, end s), ...]."""
     activity = os.path.splitext(item.path)[0] + '.json'
     if item.path.endswith('.jsonl'):
-        with M.open_text(item.path, at=item.at) as file:
+        with M.open_text(item.path) as file:
+            file.seek(item.at)
             yield parse_row(file.readline(), item.path)
     elif is_shards(item.path):
         for number, row in enumerate(M.read_parquet(item.path)):
@@ -223,7 +223,7 @@ def rows_of(item):
     else:
         content = {}
         if os.path.exists(activity):
-            with reading(activity), M.open_text(activity) as file:
+            with reading(activity), open(activity, 'rb') as file:
                 content = json.load(file)
         found = content.get('voice_activity') if isinstance(content, dict) else []
         for spans in join_activity(found or [WHOLE]):
@@ -468,7 +468,6 @@ def rows_of_units(path):
                 # merge runs of equal units
                 duration = [int(sum(part)) for part in np.split(duration, np.cumsum(runs)[:-1])]
                 half |= dict(units=units.tolist(), duration=duration)
-            M.check_marks(row)
             name = row.setdefault('file_name', f'{os.path.basename(path)}:{number}')
             split = row.get('split') or split_by_folder(name) or split_by_hash(name)
             row['split'] = M.split_of(split)
@@ -604,7 +603,8 @@ def documents_of(path):
     """Yields the documents of a text source. Raises InputError for rows without `text`."""
     with reading(path):
         for row in M.read_texts(path):
-            yield from M.split_documents(row['text'] or '')
+            documents = map(str.strip, (row['text'] or '').split(M.MARK))
+            yield from filter(None, documents)
 
 
 def token_documents(kind, meta, encode):
@@ -652,7 +652,7 @@ def write_text_sets():
             json.dump(found, file, indent=2)
         n = found['tokens']['train']
         need = '' if n else '; rows of units.jsonl need text, and `words` with their times'
-        M.log(f'{place}: {found["utterances"]["train"]:,} documents, {n:,} tokens{need}')
+        print(f'{place}: {found["utterances"]["train"]:,} documents, {n:,} tokens{need}')
 
 
 # -----------------------------------------------------------------------------
@@ -707,6 +707,6 @@ if __name__ == '__main__':
         summary = pack(chain.from_iterable(map(rows_of_units, paths)), origin, recipe)
     else:
         summary = make_from_audio()
-    M.log(summary)
+    print(summary, flush=True)
     if text_lm and os.path.exists(os.path.join(out, 'meta.json')):
         write_text_sets()

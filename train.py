@@ -21,6 +21,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
@@ -35,11 +36,8 @@ from model import (
     catch_signals,
     check_encoder_ids,
     file_hash,
-    format_time,
-    git_commit,
     load_run,
     load_slm,
-    log,
     open_log,
     pack_rows,
     pick_dtype,
@@ -47,8 +45,6 @@ from model import (
     reading,
     save_run,
     start_processes,
-    start_tracker,
-    stop_processes,
     sum_over_processes,
 )
 
@@ -317,7 +313,7 @@ def describe_run(folder, meta, config):
             slam[part] = own
         elif slam.get(part) == part:
             raise InputError(f'{folder} has no folder {part}/, which its meta.json names')
-    return slam | dict(stage='pretraining', recipe=config, git_commit=git_commit())
+    return slam | dict(stage='pretraining', recipe=config)
 
 
 def collate_validation(sets):
@@ -358,7 +354,7 @@ def format_record(record):
     scores = [f' | {key} {value:.4f}' for key, value in record.items() if key.startswith('val_')]
     line = f'step {record["step"]}/{max_steps} | loss {record["loss"]:.4f}{"".join(scores)} | norm '
     line += f'{record["norm"]:.2f} | lr {record["lr"]:.2e} | {record["tokens_per_s"]:,} tokens/s'
-    return f'{line} | {format_time(left)} left'
+    return f'{line} | {left / 60:.0f} min left'
 
 
 if __name__ == '__main__':
@@ -410,18 +406,20 @@ if __name__ == '__main__':
 
     # Report the plan. If max_steps or train_hours has changed, the learning rate jumps here.
     machine = torch.cuda.get_device_name(torch_device) if cuda else torch_device.type
-    log(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}', rank)
+    print(f'{init}: {model.num_params():,} parameters on {world} x {machine}, {torch_dtype}')
     n = loader.lengths[loader.order(0)].sum()
     epochs = f'{n:,} tokens per epoch, {max_steps * batch_tokens / n:.3g} epochs'
-    log(f'{epochs}; {loader.dropped} tokens dropped (remainders of one token)', rank)
+    print(f'{epochs}; {loader.dropped} tokens dropped (remainders of one token)', flush=True)
     if step:
         old = updater.param_groups[0]['lr']
         new = learning_rate(step, max(step / max_steps, elapsed / budget))
-        log(f'going on at step {step}: the learning rate was {old:.2e}, it is {new:.2e}', rank)
+        print(f'going on at step {step}: the learning rate was {old:.2e}, it is {new:.2e}')
     del state  # it holds a copy of the model
 
     # A thread collates the next batch while the device computes.
-    run = start_tracker(tracker, config) if rank == 0 else None
+    run = None
+    if tracker and rank == 0:
+        run = import_module(tracker).init(project='slam', config=config)
     stopping = catch_signals(rank)
     batches = loader.iter_batches(batch_tokens // row_tokens, rank, world, pin=cuda)
     thread = ThreadPoolExecutor(1)
@@ -483,7 +481,7 @@ if __name__ == '__main__':
         log_file.write(json.dumps(record) + '\n')
         if run:
             run.log({key: record[key] for key in record if key != 'step'}, step=step)
-        log(format_record(record), rank)
+        print(format_record(record), flush=True)
 
         # Save the checkpoint and the state for an exact resume.
         if rank == 0 and (save or over or halt):
@@ -496,9 +494,11 @@ if __name__ == '__main__':
         last_step, last_seen, clock = step, seen, time.perf_counter()
 
     log_file.close()
-    stop_processes(world)
+    if world > 1:  # a process that ends alone can abort the others
+        dist.barrier()
+        dist.destroy_process_group()
     result = f', val loss {scores["val_loss"]:.4f} at step {scores["step"]}' if scores else ''
-    log(f'{out_dir}: {step} steps, {seen:,} tokens, {format_time(elapsed)}{result}', rank)
+    print(f'{out_dir}: {step} steps, {seen:,} tokens, {elapsed / 60:.1f} min{result}')
     if not over:
-        log('stopped and saved; run the same command to continue', rank)
+        print('stopped and saved; run the same command to continue')
         raise SystemExit(128 + (stopping or [signal.SIGTERM])[0])

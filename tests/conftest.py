@@ -2,6 +2,7 @@
 
 import config
 
+import builtins
 import contextlib
 import io
 import json
@@ -60,17 +61,17 @@ def run_script(name, *args, folder=ROOT):
 def fork_script(name, *args, at='', number=0, times=1, **environment):
     """A script in a process of its own that need not load the libraries: multiprocessing.Process.
 
-    at: the process gets the signal `number`, `times` times, when it logs a line that begins so;
+    at: the process gets the signal `number`, `times` times, when it prints a line that begins so;
     from outside the signal would come at another line each time.
     """
 
-    def log_and_signal(text, rank=0, log=M.log):
-        log(text, rank)
+    def print_and_signal(text, print=print, **options):
+        print(text, **options)
         for _ in range(times if number and text.startswith(at) else 0):
             os.kill(os.getpid(), number)
 
     def child():
-        M.log = log_and_signal
+        builtins.print = print_and_signal
         os.environ.update(environment)
         sys.exit(run_script(name, *args).returncode)
 

@@ -570,7 +570,7 @@ def test_find_audio_sorts_and_follows_links_once(tmp_path):
     found = M.find_audio(str(tmp_path))
     assert [os.path.relpath(path, tmp_path) for path in found] == ['a.mp3', 'b/1.FLAC', 'b/2.wav']
     assert M.find_audio(str(tmp_path / 'a.mp3')) == [str(tmp_path / 'a.mp3')]
-    for where, message in (('none', 'no such'), ('b/loop/b', 'no file with .parquet')):
+    for where, message in (('none', 'none is no file'), ('b/loop/b', 'no folder with .parquet')):
         refused(message, M.find_audio, str(tmp_path / where), ('.parquet',))
 
 
@@ -581,7 +581,7 @@ def test_parquet_rows_keep_nulls_and_audio_bytes(tmp_path):
     (tmp_path / 'data').mkdir()
     for i, part in enumerate((rows[:25], rows[25:])):
         pq.write_table(pa.Table.from_pylist(part), tmp_path / 'data' / f'train-{i}.parquet')
-    names = M.parquet_files(str(tmp_path / 'data'))
+    names = list(M.open_shards(str(tmp_path / 'data')))
     assert [os.path.basename(name) for name in names] == ['train-0.parquet', 'train-1.parquet']
     assert list(M.read_parquet(str(tmp_path / 'data'))) == rows
     assert list(M.read_parquet(names[1])) == rows[25:]
@@ -589,7 +589,8 @@ def test_parquet_rows_keep_nulls_and_audio_bytes(tmp_path):
     refused('bad.parquet', lambda: list(M.read_parquet(str(tmp_path / 'bad.parquet'))))
     pytest.importorskip('datasets')
     hub = f'hub:{tmp_path}'  # a local folder in place of a name
-    shards = M.parquet_files(hub)
-    assert shards == [f'{hub}:train#0/2', f'{hub}:train#1/2'] == M.parquet_files(hub + ':train')
+    shards = [f'{hub}:train#0/2', f'{hub}:train#1/2']
+    assert shards == list(M.open_shards(hub)) == list(M.open_shards(hub + ':train'))
+    refused('train#1/3', M.open_shards, f'{hub}:train#1/3')
     assert [row for shard in shards for row in M.read_parquet(shard)] == rows
     assert list(M.read_parquet(hub)) == rows

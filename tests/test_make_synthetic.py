@@ -276,8 +276,8 @@ def test_text_is_utf_8_or_utf_16_with_a_mark(name, encoding, tmp_path, monkeypat
     content = dict(txt=story, csv=f'text,n\n{story},1\n', jsonl=f'{{"text": "{story}"}}\n')
     (tmp_path / name).write_bytes(content[name[2:]].encode(encoding))
     if encoding in ('utf-16-le', 'cp1252'):
-        byte = '0x00|0x' if encoding == 'utf-16-le' else '0xfc: '
-        with pytest.raises(InputError, match=rf'{name}, (after )?line \d: byte {byte}'):
+        byte = '0x00|0xfc' if encoding == 'utf-16-le' else '0xfc'
+        with pytest.raises(InputError, match=rf'{name}.* byte ({byte})'):
             items_of(monkeypatch, 'stories', tmp_path / name)
     else:
         (item,) = items_of(monkeypatch, 'stories', tmp_path / name)
@@ -420,7 +420,7 @@ def test_ctrl_c_or_a_killed_worker_ends_a_run(tmp_path, killed, code, message):
         ('', ['--pitch=slow'], '--pitch=slow: expected'),
         ('', ['--out=README.md', '--n_stories=1'], 'README.md'),
         ('a,b\n1,2\n', [], 'a.csv row 1: expected columns text; found a (str), b (str)'),
-        ('text\nOne, two.\n', [], 'a.csv row 1: more cells than columns'),
+        ('text\nOne, two.\n', [], 'a.csv: row 1 has more cells than columns'),
         ('ctx_a,ctx_b,endings,label\nA,B,abcd,2', ['--task=pairs'], 'endings (list), label; found'),
         ('{"text": "A."}\n[1]\n', [], 'a.jsonl, line 2'),
     ],

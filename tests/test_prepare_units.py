@@ -415,7 +415,6 @@ def test_a_finished_folder_is_left_alone_and_others_refused(corpus, whole, run, 
         (['--from_units=README.md', '--n_units=4'], 'README.md, line 1'),
         (['--audio={}/rows.jsonl'], "rows.jsonl, line 2 cannot be read: 'path'"),
         (['--audio={}/spans.jsonl'], 'spans.jsonl, line 1 cannot be read: expected 0 <= start'),
-        (['--audio={}/words.jsonl'], 'words.jsonl, line 1: `words` must be'),
         (['--audio={}/latin.jsonl'], "latin.jsonl cannot be read: 'utf-8' codec can't decode byte"),
         (['--from_units={}/units.jsonl', '--n_units=4'], 'has unit 4: --n_units=4'),
         (['--from_units={}/units.jsonl', '--n_units=4', '--out={}/old'], 'made with other'),
@@ -425,7 +424,6 @@ def test_a_finished_folder_is_left_alone_and_others_refused(corpus, whole, run, 
 def test_mistakes_are_one_line(run, tmp_path, args, message):
     write_rows(f'{tmp_path}/rows.jsonl', [dict(path='a.wav'), dict(text='no path')])
     write_rows(f'{tmp_path}/spans.jsonl', [dict(path='a.wav', start=3, end=2)])
-    write_rows(f'{tmp_path}/words.jsonl', [dict(path='a.wav', words=[['a', 0.1]])])
     write_rows(f'{tmp_path}/latin.jsonl', [dict(path='ü.wav')], 'latin-1')
     write_rows(f'{tmp_path}/units.jsonl', [dict(units=[1, 4])])
     write_rows(f'{tmp_path}/old/meta.json', [dict(n_units=4)])

@@ -315,7 +315,7 @@ def test_a_run_learns_and_leaves_a_checkpoint(forty, data):
     assert os.path.exists(os.path.join(out, slam['encoder'], 'encoder.json'))
     assert slam['vocoder'] == 'hifigan25' and slam['n_units'] == 20 and slam['dedup'] is True
     assert slam['encoder_id'] == 'abc' and slam['stage'] == 'pretraining'
-    assert slam['recipe']['max_steps'] == 40 and 'git_commit' in slam
+    assert slam['recipe']['max_steps'] == 40
     assert slam['scores']['val_loss'] == rows[-1]['val_loss']
     assert slam['compute']['tokens'] == rows[-1]['tokens'] and slam['compute']['devices'] == 1
     tokens = torch.arange(1, 12)[None]
@@ -408,7 +408,6 @@ def places(data, forty, tmp_path_factory):
         ('--data={data},{place}/encoded', 'different encoders'),
         ('--data={place}/broken', 'does not fit its meta.json'),
         ('--data={place}/bare', 'no folder encoder/'),
-        ('--tracker=paper', "tracker 'paper' is not known"),
         ('--init={forty} --out_dir={forty}', 'would be overwritten'),
         ('--out_dir={forty} --lr=0.1', 'is a run with lr=0.005, not 0.1'),
         ('--out_dir={forty} --data={place}/changed', 'is a run with data'),
