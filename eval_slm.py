@@ -29,12 +29,10 @@ import importlib
 import json
 import os
 import re
-import threading
 import time
 import urllib.request
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import lru_cache
 from itertools import combinations, product
 
@@ -308,8 +306,8 @@ def encode_clips(clips, unit_encoder):
     """De-duplicated units of clips, {clip: (n,) int array}. They are cached under a hash of the
     files' contents, the cuts and the encoder. Raises InputError for broken audio."""
     clips, notes = list(dict.fromkeys(clips)), []
-    lock = threading.Lock() if unit_encoder.net else nullcontext()  # a net takes one at a time
-    with ThreadPoolExecutor(8) as pool:
+    # a net takes one clip at a time
+    with ThreadPoolExecutor(1 if unit_encoder.net else 8) as pool:
         with reading('audio of the suite'):
             hashes = list(pool.map(M.file_hash, [clip.path for clip in clips]))
         cuts = [[name, *clip[1:]] for name, clip in zip(hashes, clips, strict=True)]
@@ -320,8 +318,7 @@ def encode_clips(clips, unit_encoder):
             def units_of(clip):
                 wave = M.load_audio(clip.path, notes=notes)
                 begin, end = (int(t * SAMPLE_RATE) for t in (clip.start, clip.seconds))
-                with lock:
-                    return M.dedup(unit_encoder.encode(wave[begin : end or None]))[0].tolist()
+                return M.dedup(unit_encoder.encode(wave[begin : end or None]))[0].tolist()
 
             units = list(tqdm(pool.map(units_of, clips), 'encoding', len(clips), leave=False))
             with M.write_atomic(path) as file:

@@ -219,7 +219,6 @@ class SLM(nn.Module):
             rope = [table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin)]
         else:
             rope, x = None, x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
-
         if attend is None:
             attend = attention_within(doc, branch)
         for block in self.blocks:
@@ -296,13 +295,6 @@ class SLM(nn.Module):
     def num_params(self):
         """Parameters, tied ones once: what Table 7 counts."""
         return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self, span):
-        """Floating-point operations of one token, forward and backward: 6 a weight that multiplies,
-        and causal attention. span: mean tokens of an utterance; attention covers half of it."""
-        c = self.config
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6 * weights + 6 * c.n_layer * c.n_head * c.head_dim * span
 
     @property
     def offset(self):
@@ -650,12 +642,12 @@ def read_config(hf, dropout=0.0):
     rotary = next((module for module in theirs.modules() if hasattr(module, 'inv_freq')), None)
     rope = getattr(rotary, 'rope_type', None)  # two types change with the length of a text
     if kind is None or act not in ACTIVATIONS or rope in ('dynamic', 'longrope'):
-        about = f'activation {act}, RoPE {rope}'
-        raise InputError(f'model type {hf.model_type!r} ({about}) is not supported')
+        raise InputError(f'model type {hf.model_type!r} ({act}, RoPE {rope}) is not supported')
     context, n_head = hf.max_position_embeddings, hf.num_attention_heads
     if get('sliding_window', default=context) < context:
-        reason = f'a sliding window of {hf.sliding_window} tokens is not supported'
-        raise InputError(f'{hf.model_type}: {reason}: use a context that is no longer')
+        raise InputError(
+            f'{hf.model_type}: a context over {hf.sliding_window} tokens is not supported'
+        )
     if rotary is not None:
         with torch.device('cpu'):
             rotary = type(rotary)(hf)  # again, with numbers
@@ -833,8 +825,8 @@ def convert(folder, hf, renames, where, dropout):
     with torch.no_grad():
         difference = (model.eval()(tokens) - expected).abs().max() / expected.std()
     if not difference < 1e-3:
-        reason = f'logits differ from those of Block by {difference:.1g} standard deviations'
-        raise InputError(f'{where}: model type {hf.model_type!r} is not supported: its {reason}')
+        off = f'its logits differ by {difference:.1g} standard deviations'
+        raise InputError(f'{where}: model type {hf.model_type!r} is not supported: {off}')
     return model.train()
 
 
@@ -851,6 +843,15 @@ def twist_rows(old, n, embed_init, seed, where):
         few = f'embed_init={embed_init} makes no {n} rows of the {len(old)} of {where}'
         raise InputError(f'{few}: use random or mean')
     return rows[embed_init]
+
+
+def init_from_centroids(model, centroids, seed=0):
+    """Set a new model's rows of units to a random projection of their centroids (n_units, D), ten
+    times as large as other weights: units that sound alike begin alike, and remain so."""
+    generator, rows = torch.Generator().manual_seed(seed), (centroids - centroids.mean(0)).cpu()
+    rows = rows @ torch.randn(rows.shape[1], model.config.embed_dim, generator=generator)
+    for module in (model.embed, model.head):
+        module.weight.data[OFFSET:] = rows * (0.2 / rows.std())
 
 
 def find_checkpoint(where, tensors=True):
@@ -1243,16 +1244,17 @@ class UnitEncoder:
 
 def cheapest_path(costs, price):
     """Viterbi: the units (frames,) of least sum of costs (frames, n_units) and `price` a change."""
-    price, units = costs.dtype.type(price), np.arange(costs.shape[1], dtype='int32')
-    total, sources = np.zeros_like(costs[0]), []  # of the best path ending in each unit
-    for cost in costs:
-        best = int(total.argmin())  # a path that changes its unit comes from here
-        total -= total[best]
-        sources.append(np.where(total > price, np.int32(best), units))
-        total = np.minimum(total, price) + cost
+    price, total = costs.dtype.type(price), np.zeros_like(costs[0])  # of the best path to each unit
+    cheapest, changed = [], np.empty(costs.shape, dtype=bool)  # which paths come from `cheapest`
+    for cost, change in zip(costs, changed, strict=True):
+        cheapest.append(int(total.argmin()))
+        total -= total[cheapest[-1]]
+        np.greater(total, price, out=change)
+        np.minimum(total, price, out=total)
+        total += cost
     path = [int(total.argmin())]
-    for source in sources[:0:-1]:
-        path.append(int(source[path[-1]]))
+    for unit, change in zip(cheapest[:0:-1], changed[:0:-1], strict=True):
+        path.append(unit if change[path[-1]] else path[-1])
     return torch.tensor(path[::-1])
 
 

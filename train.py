@@ -28,25 +28,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (
-    BOS,
-    PAD,
-    PARTS,
-    InputError,
-    catch_signals,
-    check_encoder_ids,
-    file_hash,
-    load_run,
-    load_slm,
-    open_log,
-    pack_rows,
-    pick_dtype,
-    read_json,
-    reading,
-    save_run,
-    start_processes,
-    sum_over_processes,
-)
+import model as M
+from model import BOS, PAD, InputError, read_json, reading
 
 # -----------------------------------------------------------------------------
 # Table 4 of the paper; values that it does not list come from the public configuration
@@ -64,6 +47,7 @@ n_head = 4
 n_kv_head = 2
 n_ffn = 1024
 embed_init = 'first_rows'  # TWIST's new embedding: the text LM's first rows, its mean, or random
+#   of a new model: 'centroids', so that units that sound alike begin alike
 rope_theta = 10000.0  # replaces the text LM's value
 context = 1024  # maximum tokens in a chunk; longer utterances are split into several chunks
 row_tokens = 8192  # tokens in one forward pass; lower it to save memory: the batch size stays
@@ -162,7 +146,7 @@ def check_alike(sets, init, init_encoder_id):
         if len({str(each.meta.get(key)) for each in sets}) > 1:
             raise InputError(f'{data} and {val_data} do not mix: they differ in {key}')
     encoder_ids = {each.folder: each.meta.get('encoder_id') for each in sets}
-    check_encoder_ids(encoder_ids | {init: init_encoder_id})
+    M.check_encoder_ids(encoder_ids | {init: init_encoder_id})
 
 
 def find_chunks(tokens, context, end=None, block=1 << 22):
@@ -233,7 +217,7 @@ class Loader:
             n = max(1, round(ends[-1] / (BLOCK_ROWS * self.row_tokens)))
             blocks = np.split(order, np.searchsorted(ends, ends[-1] * np.arange(1, n) / n))
             for block in range(first_block, n):
-                packed = pack_rows(self.lengths[blocks[block]], self.row_tokens)
+                packed = M.pack_rows(self.lengths[blocks[block]], self.row_tokens)
                 rng = np.random.default_rng((self.seed, 3, epoch, block))
                 shuffle = rng.permutation(len(packed))
                 for row in range(first_row, len(packed)):
@@ -307,7 +291,7 @@ def describe_run(folder, meta, config):
     """The content of slam.json: how the units of this data set were made, and the recipe."""
     keys = 'encoder vocoder encoder_id n_units frame_rate dedup text_lm tokenizer offset end'
     slam = {key: meta[key] for key in keys.split() if meta.get(key) is not None}
-    for part in PARTS:  # copy a folder into the checkpoint; keep a public name
+    for part in M.PARTS:  # copy a folder into the checkpoint; keep a public name
         own = os.path.join(folder, str(slam.get(part)))
         if os.path.isdir(own):
             slam[part] = own
@@ -340,7 +324,7 @@ def validate(model, validation, device, autocast, rank=0, world=1):
             with autocast:
                 sums[s] += model(tokens, targets, doc=doc) * (targets >= 0).sum()
     model.train()
-    sums = sum_over_processes(sums.tolist(), device)
+    sums = M.sum_over_processes(sums.tolist(), device)
     losses = dict(val_loss=sum(sums) / sum(counts))
     for name, nats, count in zip(validation, sums, counts, strict=True):
         losses[f'val_loss_{name}'] = nats / count
@@ -359,8 +343,8 @@ def format_record(record):
 
 if __name__ == '__main__':
     config = configure(globals())
-    torch_device, rank, world = start_processes(device)
-    cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)
+    torch_device, rank, world = M.start_processes(device)
+    cuda, torch_dtype = torch_device.type == 'cuda', M.pick_dtype(dtype, torch_device)
 
     # Each process gets a whole number of rows in a step. A row must hold the longest chunk.
     if batch_tokens % (row_tokens * world) or context > row_tokens or max_steps < 1:
@@ -373,14 +357,14 @@ if __name__ == '__main__':
     sets = open_data(data)
     names = val_data or ','.join(each.folder for each in sets if each.meta['tokens'].get('val'))
     val_sets = open_data(names, 'val') if eval_interval and names else []
-    config['data_sha256'] = [file_hash(each.tokens.filename) for each in sets]
+    config['data_sha256'] = [M.file_hash(each.tokens.filename) for each in sets]
     sets = balance(sets) if balanced else sets
 
     # Load the state of a stopped run, if there is one.
     state = dict(step=0, elapsed=0.0, seen=0, place=(0, 0, 0), scores={}, config=config)
-    state = load_run(out_dir, state, config, FREE) if resume else state
+    state = M.load_run(out_dir, state, config, FREE) if resume else state
     step, elapsed, seen, scores = (state[key] for key in ('step', 'elapsed', 'seen', 'scores'))
-    log_file = open_log(out_dir, step, rank)  # this locks out_dir
+    log_file = M.open_log(out_dir, step, rank)  # this locks out_dir
     budget = 3600 * train_hours or math.inf  # seconds
     loader = Loader(sets, context, row_tokens, seed, state['place'])
     validation = collate_validation(val_sets)
@@ -390,9 +374,12 @@ if __name__ == '__main__':
     shape = {name: config[name] for name in ('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_ffn')}
     options = dict(embed_init=embed_init, context=context, rope_theta=rope_theta, dropout=dropout)
     options['text'] = meta if meta.get('tokenizer') else None
-    model = load_slm(init, vocab_size=meta['vocab_size'], sizes=shape, seed=seed, **options)
+    model = M.load_slm(init, vocab_size=meta['vocab_size'], sizes=shape, seed=seed, **options)
     check_alike(sets + val_sets, init, model.slam.get('encoder_id'))
     slam = describe_run(sets[0].folder, meta, config)
+    if embed_init == 'centroids' and not model.slam and not step:
+        centroids = M.UnitEncoder.from_pretrained(slam['encoder']).centroids
+        M.init_from_centroids(model, centroids, seed)
     model.to(torch_device)
     updater = make_optimizer(model)
     if step:
@@ -420,7 +407,7 @@ if __name__ == '__main__':
     run = None
     if tracker and rank == 0:
         run = import_module(tracker).init(project='slam', config=config)
-    stopping = catch_signals(rank)
+    stopping = M.catch_signals(rank)
     batches = loader.iter_batches(batch_tokens // row_tokens, rank, world, pin=cuda)
     thread = ThreadPoolExecutor(1)
     ahead = thread.submit(next, batches)
@@ -464,7 +451,7 @@ if __name__ == '__main__':
         mean_loss, norm = (sums / (step - last_step)).tolist()
         took = time.perf_counter() - clock
         numbers = [mean_loss, elapsed + took if rank == 0 else 0, len(stopping)]
-        mean_loss, elapsed, halt = sum_over_processes(numbers, torch_device)
+        mean_loss, elapsed, halt = M.sum_over_processes(numbers, torch_device)
         if not math.isfinite(mean_loss + norm):
             raise InputError(
                 f'the loss is not finite at step {step}; possible causes: a high --lr, '
@@ -489,7 +476,7 @@ if __name__ == '__main__':
             slam |= dict(scores=scores, compute=compute)
             state = dict(step=step, elapsed=elapsed, seen=seen, place=place, scores=scores)
             state |= dict(model=model.state_dict(), optimizer=updater.state_dict(), config=config)
-            save_run(out_dir, model, slam, state)
+            M.save_run(out_dir, model, slam, state)
         sums.zero_()
         last_step, last_seen, clock = step, seen, time.perf_counter()
 

@@ -316,7 +316,8 @@ def train(config, steps):
         data = write_data(os.path.join(folder, 'data'), 6_000_000)
         flags = f'config/{config}.py', f'--data={data}', '--val_data=', f'--init=preset:{SHAPE}'
         speed = run_script('train.py', steps, 'tokens_per_s', folder + '/run', *flags)
-    flops = speed * load_slm(f'preset:{SHAPE}').flops_per_token(620)
+    # a product takes 2 operations a weight, and twice that backward; attention sees half of 620
+    flops = speed * 6 * (load_slm(f'preset:{SHAPE}').num_params() + 24 * 896 * 620)
     report(tokens_s=round(speed), hours_of_slam=round(SLAM_TOKENS / speed / 3600, 2))
     card = torch.cuda.get_device_name(0)
     for name, peak in DATASHEET.items():
