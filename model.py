@@ -845,15 +845,6 @@ def twist_rows(old, n, embed_init, seed, where):
     return rows[embed_init]
 
 
-def init_from_centroids(model, centroids, seed=0):
-    """Set a new model's rows of units to a random projection of their centroids (n_units, D), ten
-    times as large as other weights: units that sound alike begin alike, and remain so."""
-    generator, rows = torch.Generator().manual_seed(seed), (centroids - centroids.mean(0)).cpu()
-    rows = rows @ torch.randn(rows.shape[1], model.config.embed_dim, generator=generator)
-    for module in (model.embed, model.head):
-        module.weight.data[OFFSET:] = rows * (0.2 / rows.std())
-
-
 def find_checkpoint(where, tensors=True):
     """The folder `where`, or that of a hub name in the local cache, downloaded if need be (no code,
     safetensors before pickles; its json files alone without `tensors`)."""
@@ -871,7 +862,7 @@ def find_checkpoint(where, tensors=True):
         return folder
     except Exception as error:
         reason = f'{where!r} is no folder, and the hub did not give it ({type(error).__name__})'
-        raise InputError(f'{reason}: download it elsewhere and pass the folder') from None
+        raise InputError(f'{reason}: copy it into the cache of the hub, or pass a folder') from None
 
 
 def copy_part(source, target, part):
@@ -1143,7 +1134,8 @@ class UnitEncoder:
         to be fitted. Raises InputError for missing, damaged or mismatched parts.
         """
         where, centroids = str(where).rstrip('/'), None
-        if os.path.exists(os.path.join(where, 'encoder.json')):
+        saved = os.path.exists(os.path.join(where, 'encoder.json'))
+        if saved:
             config = read_json(os.path.join(where, 'encoder.json'))
             centroids = read_kmeans(os.path.join(where, 'encoder.safetensors'))
             if layer not in (None, config.get('layer')):
@@ -1153,7 +1145,8 @@ class UnitEncoder:
         else:
             model = os.path.abspath(where) if os.path.isdir(where) else where
             config = dict(kind='hubert', name=where, model=model, pad=0)
-        public = where in KMEANS and kmeans is None and layer in (None, config['layer'])
+        public = kmeans is None and where in KMEANS and layer in (None, config['layer'])
+        public = public and not saved
         config |= {} if layer is None else dict(layer=layer)
         if kmeans or public:
             centroids = read_kmeans(kmeans or fetch(*KMEANS[where]))
@@ -1528,8 +1521,8 @@ MARK = '<|endoftext|>'  # separates the documents of a text
 
 
 def find_audio(path, extensions=AUDIO_EXTENSIONS):
-    """The files with these extensions below a folder, or [path] for a file: sorted, none hidden.
-    Links are followed. Raises InputError if there is none."""
+    """The files with these extensions below a folder, or [path] for a file: sorted, without hidden
+    ones. Links are followed. Raises InputError if there is none."""
     if os.path.isfile(path):
         return [path]
     files, seen = [], set()

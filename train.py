@@ -47,7 +47,6 @@ n_head = 4
 n_kv_head = 2
 n_ffn = 1024
 embed_init = 'first_rows'  # TWIST's new embedding: the text LM's first rows, its mean, or random
-#   of a new model: 'centroids', so that units that sound alike begin alike
 rope_theta = 10000.0  # replaces the text LM's value
 context = 1024  # maximum tokens in a chunk; longer utterances are split into several chunks
 row_tokens = 8192  # tokens in one forward pass; lower it to save memory: the batch size stays
@@ -377,9 +376,6 @@ if __name__ == '__main__':
     model = M.load_slm(init, vocab_size=meta['vocab_size'], sizes=shape, seed=seed, **options)
     check_alike(sets + val_sets, init, model.slam.get('encoder_id'))
     slam = describe_run(sets[0].folder, meta, config)
-    if embed_init == 'centroids' and not model.slam and not step:
-        centroids = M.UnitEncoder.from_pretrained(slam['encoder']).centroids
-        M.init_from_centroids(model, centroids, seed)
     model.to(torch_device)
     updater = make_optimizer(model)
     if step:

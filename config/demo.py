@@ -14,7 +14,6 @@ n_embd = 128
 n_head = 4
 n_kv_head = 2
 n_ffn = 384
-embed_init = 'centroids'  # grammar in unseen voices: 9 points more (one seed)
 context = 512  # no story is as long: each is one chunk
 row_tokens = 1024
 batch_tokens = 1024  # about nine stories a step, in one pass
