@@ -301,7 +301,7 @@ if __name__ == '__main__':
     config = configure(globals())
     if loss not in LOSSES:
         raise InputError(f'loss {loss!r} is unknown: use {", ".join(LOSSES)}')
-    if os.path.abspath(init) == os.path.abspath(out_dir):
+    if os.path.realpath(init) == os.path.realpath(out_dir):
         raise InputError(f'init and out_dir are both {init}, which would be overwritten')
     torch_device, rank, world = start_processes(device)
     cuda, torch_dtype = torch_device.type == 'cuda', pick_dtype(dtype, torch_device)

@@ -26,6 +26,7 @@ from config import configure, fail, report_error
 import _ctypes
 import csv
 import ctypes
+import fcntl
 import glob
 import html
 import json
@@ -860,8 +861,15 @@ def merge_parts(task, folder, paths):
 
 
 def run_task(task, paths, settings, speaker):
-    """Make the missing parts of a task, and merge all its parts."""
+    """Make the missing parts of a task, and merge all its parts. Raises InputError if another
+    process does so."""
     began, folder = time.time(), os.path.join(out, task.name)
+    os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
+    lock = open(os.path.join(folder, 'parts', 'lock'), 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f'another process writes {folder}') from None
     with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
         json.dump(settings, file)
     missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]

@@ -879,7 +879,8 @@ def copy_part(source, target, part):
 # -----------------------------------------------------------------------------
 # Layouts of public SLMs, and text LMs beside units
 
-PUBLIC_UNITS = dict(encoder='mhubert25', vocoder='hifigan25', frame_rate=25.0, dedup=True)
+PUBLIC_UNITS = dict(encoder='mhubert25', encoder_id='mhubert25', vocoder='hifigan25')
+PUBLIC_UNITS |= dict(frame_rate=25.0, dedup=True)
 
 # tiagoCuervo/slm_scaling: words in the names of its tensors, and transformers' words
 SCALING = dict(output='model.embed_tokens', tok_embeddings='model.embed_tokens')
@@ -928,7 +929,9 @@ def read_about(folder, where):
         slam = read_json(path)
         for part in PARTS:
             name = str(slam.get(part) or '')
-            if os.path.isdir(inside := os.path.join(folder, os.path.basename(name) or '?')):
+            if os.path.isdir(
+                inside := os.path.join(folder, os.path.basename(name).strip('.') or '?')
+            ):
                 slam[part] = os.path.abspath(inside)
             elif os.path.isabs(name) or '..' in name:
                 slam[part] = None
@@ -1323,11 +1326,12 @@ def read_kmeans(path):
         def read(self, *args):
             if self.dtype.hasobject:  # a pickle inside the pickle
                 raise ValueError('it holds Python objects: refused')
+            self.subclass = np.ndarray
             return super().read(*args)
 
     class Reader(numpy_pickle.NumpyUnpickler):
         def find_class(self, module, name):
-            known = dict(NumpyArrayWrapper=Array, dtype=np.dtype, ndarray=np.ndarray)
+            known = dict(NumpyArrayWrapper=Array, dtype=np.dtype)  # ndarray could read any memory
             if not module.startswith(('sklearn.cluster.', 'numpy', 'joblib.numpy_pickle')):
                 raise ValueError(f'it asks to run {module}.{name}: refused')
             return known.get(name, Inert)
@@ -1339,9 +1343,10 @@ def read_kmeans(path):
         else:
             kmeans = Reader(path, file, ensure_native_byte_order=True).load()
             centroids = torch.from_numpy(kmeans.cluster_centers_)
+        centroids = centroids.to(torch.float32)
         if centroids.ndim != 2 or not len(centroids) or not centroids.isfinite().all():
             raise ValueError('its centroids are not (n_units, D) finite numbers')
-    return centroids.float()
+    return centroids
 
 
 # -----------------------------------------------------------------------------
@@ -1435,6 +1440,8 @@ class UnitVocoder:
         CPU. durations: (n,) frames; None: predicted."""
         durations = self.durations(units) if durations is None else torch.as_tensor(durations)
         frames = torch.as_tensor(units, dtype=torch.long).repeat_interleave(durations)
+        if len(frames) and not 0 <= frames.min() <= frames.max() < self.n_units:
+            raise InputError(f'unit {int(frames.max())}: this vocoder has {self.n_units} units')
         return self.synthesize(frames.to(self.device)).cpu() if len(frames) else torch.zeros(0)
 
     def synthesize(self, frames):
@@ -1624,13 +1631,15 @@ def pick_device(device='auto'):
     if device == 'auto':
         device = 'mps' if torch.backends.mps.is_available() else 'cpu'
         device = 'cuda' if torch.cuda.is_available() else device
-    return torch.empty(0, device=device).device  # fails here if the machine does not have it
+    with reading(f'--device={device}'):  # fails if the machine does not have it
+        return torch.empty(0, device=device).device
 
 
 def pick_dtype(dtype, device):
     """'auto' -> bfloat16 on cuda, float32 elsewhere; or that dtype. float16 needs loss scaling."""
     auto = torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
-    return dict(auto=auto, bfloat16=torch.bfloat16, float32=torch.float32)[dtype]
+    with reading(f'--dtype={dtype}'):
+        return dict(auto=auto, bfloat16=torch.bfloat16, float32=torch.float32)[dtype]
 
 
 @contextlib.contextmanager
@@ -1791,7 +1800,8 @@ def catch_signals(rank):
 
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
         if rank == 0:  # no print: the signal may have interrupted one
             os.write(2, b'\nsaving after this step, then stopping; press again to end at once\n')
 
@@ -1831,7 +1841,7 @@ def load_run(out_dir, fresh, config, free):
         return fresh
     with reading(path):
         state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    before = state['config']
+        before = state['config']
     for knob in sorted(before.keys() & config.keys() - set(free)):
         if before[knob] != config[knob]:
             known = f'{out_dir} is a run with {knob}={before[knob]!r}, not {config[knob]!r}'

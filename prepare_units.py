@@ -2,10 +2,8 @@
 
     python prepare_units.py config/demo_units.py                      the demo: offline, on a CPU
     torchrun --nproc_per_node=8 prepare_units.py --audio=hub:slprl/sTinyStories:train --out=DIR
-    python prepare_units.py --audio=speech --encoder=facebook/hubert-base-ls960 --layer=9 \\
-        --fit_kmeans=500 --fit_vocoder                                your own language
-    python prepare_units.py --from_units=data/stinystories/units.jsonl --out=data/mixed \\
-        --text_lm=Qwen/Qwen2.5-0.5B      for an interleaved model: folders speech, text, interleaved
+    python prepare_units.py --audio=DIR --encoder=mhubert25 --fit_kmeans=500       your own language
+    python prepare_units.py --from_units=a/units.jsonl --text_lm=Qwen/Qwen2.5-0.5B --out=data/mixed
 
 A row of manifest.jsonl is an utterance (`path`) or a preference pair (`prompt_path`, `chosen_path`,
 `rejected_path`). It may have text, voice, split, `words` and `phones` ([[label, start s, end s],
@@ -81,7 +79,7 @@ OTHER_NAMES = dict(speaker='voice', raw_text='text')  # field names of other dat
 UNREADABLE = '.m4a .mp4 .aac .wma .amr .webm .mka .ape .wv .tar .tar.gz .zip'.split()
 WANTED = (*M.AUDIO_EXTENSIONS, *UNREADABLE, '.parquet', '/manifest.jsonl')
 # fields that say how to read a row; meta.json's facts about units; settings that change units
-READ = 'path sounds spans split start end offset duration units kind'.split()
+READ = 'path sounds spans split start end offset duration units kind prompt chosen rejected'.split()
 ORIGIN = ('encoder', 'vocoder', 'n_units', 'frame_rate', 'encoder_id')
 RECIPE = ('layer', 'fit_kmeans', 'fit_frames', 'keep_partial', 'val_fraction', 'seed')
 
@@ -133,8 +131,9 @@ def list_items(path, root):
         with reading(path), M.open_text(path) as file:
             at = 0
             for number, line in enumerate(iter(file.readline, ''), 1):
-                row = parse_row(line, path, number)
-                yield Item(path, root, at, row['split'] or split_by_folder(row['path'], root))
+                if line.strip():
+                    row = parse_row(line, path, number)
+                    yield Item(path, root, at, row['split'] or split_by_folder(row['path'], root))
                 at = file.tell()
     else:
         for name in M.open_shards(path) if is_shards(path) else [path]:
@@ -151,7 +150,7 @@ def parse_row(line, manifest, number='?'):
         row, folder = json.loads(line), os.path.dirname(manifest)
         keys = [f'{part}_path' for part in PAIR] if 'prompt_path' in row else ['path']
         sounds = [os.path.normpath(os.path.join(folder, row[key])) for key in keys]
-        start, end = row.get('start', row.get('offset')) or 0.0, row.get('end')
+        start, end = row.get('start') or row.get('offset') or 0.0, row.get('end')
         if end is None:
             end = math.inf if row.get('duration') is None else start + row['duration']
         if not 0 <= start < end or (len(sounds) > 1 and (start, end) != WHOLE):
@@ -221,10 +220,7 @@ def rows_of(item):
             name = f'{item.path.removesuffix(".parquet")}/{number:05d}'
             yield known | dict(path=name, sounds=sounds, spans=[WHOLE])
     else:
-        content = {}
-        if os.path.exists(activity):
-            with reading(activity), open(activity, 'rb') as file:
-                content = json.load(file)
+        content = read_json(activity) if os.path.exists(activity) else {}
         found = content.get('voice_activity') if isinstance(content, dict) else []
         for spans in join_activity(found or [WHOLE]):
             yield dict(path=item.path, sounds=[item.path], spans=spans)
@@ -287,12 +283,14 @@ def read_waves(row):
         halves = {part: dict(text=row.get(f'{part}_text') or '') for part in PAIR}
         return {k: known[k] for k in known if not k.startswith(PAIR)} | halves, waves, notes
 
+    marks = [*(row.get('words') or []), *(row.get('phones') or [])]
+    if not all(isinstance(label, str) and 0 <= a <= b < 1e6 for label, a, b in marks):
+        raise ValueError('expected words and phones as [[text, start s, end s], ...]')
     # compare the length of the sound with what the row promises
     short = any(note.startswith('stopped early') for note in notes)
     start, seconds = spans[0][0], len(waves[0]) / SAMPLE_RATE
     wanted = sum(end - start for start, end in spans)
     if wanted == math.inf:
-        marks = [*(row.get('words') or []), *(row.get('phones') or [])]
         wanted = max([row.get('seconds') or 0, *(end for _, _, end in marks)]) - start
     if not short and seconds < wanted - SLACK:
         short = True
@@ -463,9 +461,9 @@ def rows_of_units(path):
                     half['units'] = [int(u) for u in re.findall(r'<Un(\d+)>', half['audio_repr'])]
                 (units, runs), n = M.dedup(half['units']), len(half['units'])
                 duration = half.get('duration') or [1] * n
-                if len(duration) != n or not all(type(u) is int and u >= 0 for u in half['units']):
+                values = [*half['units'], *duration]
+                if len(duration) != n or not all(type(n) is int and n >= 0 for n in values):
                     raise ValueError('expected `units`, integers from 0, and as many `duration`s')
-                # merge runs of equal units
                 duration = [int(sum(part)) for part in np.split(duration, np.cumsum(runs)[:-1])]
                 half |= dict(units=units.tolist(), duration=duration)
             name = row.setdefault('file_name', f'{os.path.basename(path)}:{number}')
@@ -479,14 +477,17 @@ def describe_units(paths):
     knobs. Raises InputError if they are unknown or if the files do not match."""
     origins = {}
     for path in paths:
-        folder, about = os.path.dirname(path), os.path.join(encoder, 'encoder.json')
+        folder, local = os.path.dirname(path), os.path.isdir(encoder)
         if os.path.exists(os.path.join(folder, 'meta.json')):
             meta = read_json(os.path.join(folder, 'meta.json'))
             meta |= {part: os.path.join(folder, part) for part in M.PARTS if meta.get(part) == part}
         else:
-            name = read_json(about).get('encoder_id') if os.path.isdir(encoder) else encoder
-            meta = dict(encoder=encoder or None, encoder_id=name or None, n_units=n_units)
-            meta |= dict(frame_rate=frame_rate, vocoder={'mhubert25': 'hifigan25'}.get(encoder))
+            made = read_json(os.path.join(encoder, 'encoder.json')) if local else {}
+            known = dict(encoder_id=encoder or None, n_units=n_units)
+            known |= dict(frame_rate=50.0 if encoder == 'hubert50' else frame_rate)
+            meta = known | {key: made[key] for key in known if made.get(key)}
+            meta['encoder'] = os.path.abspath(encoder) if local else encoder or None
+            meta['vocoder'] = {'mhubert25': 'hifigan25'}.get(encoder)
         if not meta['n_units']:
             raise InputError(f'{path}: no meta.json beside it; give --n_units and --encoder')
         origins[path] = {key: meta.get(key) for key in ORIGIN}
@@ -516,7 +517,7 @@ def pack(rows, origin, recipe):
 
     def documents(files):
         for row in rows:
-            name, kind = row['file_name'], 'pairs' if 'prompt' in row else 'units'
+            name, kind = row['file_name'], 'pairs' if row.keys() >= set(PAIR) else 'units'
             highest = max(chain(*(half.get('units', []) for half in halves_of(row))), default=0)
             if highest >= origin['n_units']:
                 raise InputError(f'{name} has unit {highest}: --n_units={origin["n_units"]}')
@@ -603,8 +604,7 @@ def documents_of(path):
     """Yields the documents of a text source. Raises InputError for rows without `text`."""
     with reading(path):
         for row in M.read_texts(path):
-            documents = map(str.strip, (row['text'] or '').split(M.MARK))
-            yield from filter(None, documents)
+            yield from filter(None, map(str.strip, (row['text'] or '').split(M.MARK)))
 
 
 def token_documents(kind, meta, encode):
@@ -701,6 +701,8 @@ if __name__ == '__main__':
     config = configure(globals())
     if from_units:
         paths = find_paths(from_units)
+        if os.path.abspath(out) in map(os.path.dirname, paths):
+            raise InputError(f'{out} contains the units that are read: choose another --out')
         origin = describe_units(paths)
         recipe = dict(from_units=list(map(fingerprint, paths)), val_fraction=val_fraction) | origin
         check_settings(recipe)

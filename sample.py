@@ -100,7 +100,7 @@ def parse_row(row, path, number):
     with reading(f'{path}, line {number}'):
         p.words = [(word, float(end)) for word, _, end in row.get('words') or []]
         if row.get('units') is None:  # a recording, or a segment of one
-            start = float(row.get('start', row.get('offset')) or 0)
+            start = float(row.get('start') or row.get('offset') or 0)
             end = row.get('end') or start + float(row.get('duration') or 'inf')
             p.words = [(word, t - start) for word, t in p.words if start < t <= end]
             p.path = os.path.join(os.path.dirname(path), row['path'])
@@ -208,7 +208,7 @@ def load_networks(prompts, ids, device):
     ids |= {init: known.get('encoder_id')}
     check_encoder_ids(ids)
     sizes = {known.get('n_units'), *(part.n_units for part in parts)} - {None}
-    if len(sizes) > 1:
+    if len(sizes) > 1 or len({part.frame_rate for part in parts}) > 1:
         raise InputError(f'{init}, {of_encoder} and {of_vocoder} have different units: {sizes}')
     nets.n_units, nets.encoder_id = max(sizes, default=0), next(filter(None, ids.values()), None)
     nets.frame_rate = parts[-1].frame_rate if parts else known.get('frame_rate', 25.0)

@@ -349,7 +349,7 @@ if __name__ == '__main__':
     if batch_tokens % (row_tokens * world) or context > row_tokens or max_steps < 1:
         rows = f'batch_tokens={batch_tokens} is no multiple of {world} x row_tokens={row_tokens}'
         raise InputError(f'{rows}, or row_tokens is below context={context}, or max_steps < 1')
-    if os.path.abspath(init) == os.path.abspath(out_dir):
+    if os.path.realpath(init) == os.path.realpath(out_dir):
         raise InputError(f'init and out_dir are both {init}, which would be overwritten')
 
     # Open the training and validation data. The hash of the training data is part of the recipe.

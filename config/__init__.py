@@ -28,9 +28,10 @@ def report_error(kind, error, trace):
     if kind is KeyboardInterrupt:
         fail('interrupted; run the same command to continue', code=130)
     if kind is BrokenPipeError:  # the reader of our output has ended, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1)
-    if isinstance(error, OSError) and error.filename:  # one that names no file is a bug of ours
+        os._exit(1)
+    if 'No space left' in f'{error} {error.__context__}':
+        fail('the disk is full; what is finished is kept')
+    if isinstance(error, OSError) and error.filename:
         fail(f'{error.strerror}: {error.filename}; what is finished is kept')
     sys.__excepthook__(kind, error, trace)
 

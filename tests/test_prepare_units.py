@@ -176,7 +176,8 @@ def test_segments_of_a_manifest(run, encoder, tmp_path, encoding):
     wave = write(f'{tmp_path}/in/Präsenz Ċ.wav', speech(9.0, 3))
     words = [[f'ü{i}', i * 0.5, i * 0.5 + 0.4] for i in range(18)]
     row = dict(path='Präsenz Ċ.wav', words=words, phones=words, text='all of it', voice='v')
-    spans = [dict(start=0.0, end=3.0), dict(offset=3, duration=2.5), dict(start=5.5), {}]
+    spans = [dict(end=3.0), dict(start=None, offset=3, duration=2.5), dict(start=5.5), {}]
+    spans[0]['prompt'] = 'a field of another data set, no pair'
     pair = {f'{part}_path': row['path'] for part in PAIR} | dict(chosen_text='yes', seconds=1)
     write_rows(f'{tmp_path}/in/manifest.jsonl', [pair, *(row | span for span in spans)], encoding)
     run(f'--audio={tmp_path}/in', f'--encoder={encoder}', f'--out={tmp_path}/out')
