@@ -61,7 +61,7 @@ class Config:
     head_dim: int
     n_ffn: int
     embed_dim: int  # of embedding and head
-    context: int  # tokens of a training row
+    context: int  # maximum tokens of a chunk in training
     max_positions: int  # tokens of the longest utterance
     dropout: float  # on the residual branches
     norm_eps: float
@@ -198,7 +198,7 @@ class SLM(nn.Module):
     def hidden(self, tokens, doc=None, positions=None, branch=None, attend=None):
         """The last hidden states (B, T, embed_dim), ready for the head.
 
-        tokens: (B, T) int64. doc: (B, T) integers that change at the border of two utterances: a
+        tokens: (B, T) int64. doc: (B, T) integers, another for each utterance of a row: a
         token sees its own alone, with positions from 0; None: each row is one utterance.
         positions: (B, T), in place of those. branch: (B, T), 0 for a shared prompt, 1, 2, ... for
         its alternatives, which see the prompt and themselves. attend: a function of q, k and v, in
@@ -358,8 +358,8 @@ class SLM(nn.Module):
         dedup. Raises: InputError if the model has fewer positions than prompt + continuation.
 
         prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. temperature: 0
-        takes the most likely token. top_k: 0 is off. repetition_penalty: over prompt and
-        continuation, as transformers defines it. seed: None draws from torch's own generator.
+        takes the most likely token after the penalty. top_k: 0 is off. repetition_penalty: over
+        prompt and continuation, as in transformers. seed: None draws from torch's own generator.
         compile: torch.compile the step of one token; half a minute the first time. kind: 'speech'
         or 'text', what an interleaved model continues with, after that switch.
         Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
@@ -514,8 +514,9 @@ def sdpa(q, k, v, mask=None):
 def attention_within(doc, branch):
     """The attention function of q, k and v that all layers of one forward pass share. doc, branch:
     (B, T) or None, as in SLM.hidden."""
-    if doc is None:
+    if doc is None and branch is None:
         return sdpa
+    doc = torch.zeros_like(branch) if doc is None else doc
     B, T = doc.shape
 
     def visible(b, h, i, j):  # True if token i of row b attends to token j; flex's mask_mod
@@ -644,10 +645,9 @@ def read_config(hf, dropout=0.0):
     if kind is None or act not in ACTIVATIONS or rope in ('dynamic', 'longrope'):
         raise InputError(f'model type {hf.model_type!r} ({act}, RoPE {rope}) is not supported')
     context, n_head = hf.max_position_embeddings, hf.num_attention_heads
-    if get('sliding_window', default=context) < context:
-        raise InputError(
-            f'{hf.model_type}: a context over {hf.sliding_window} tokens is not supported'
-        )
+    window = get('sliding_window', default=ROPE_POSITIONS)  # of attention
+    if window < context:
+        raise InputError(f'{hf.model_type}: a context over {window} tokens is not supported')
     if rotary is not None:
         with torch.device('cpu'):
             rotary = type(rotary)(hf)  # again, with numbers
@@ -662,7 +662,7 @@ def read_config(hf, dropout=0.0):
         n_ffn=size(kind, 'down.weight')[1],
         embed_dim=get('word_embed_proj_dim', default=hf.hidden_size),
         context=context,
-        max_positions=ROPE_POSITIONS if rotary else context,
+        max_positions=min(ROPE_POSITIONS, window) if rotary else context,
         dropout=dropout,
         norm_eps=get('rms_norm_eps', 'layer_norm_eps', default=1e-5),
         biases=[m for m in 'norm1 qkv out up down'.split() if size(kind, f'{m}.bias')],
@@ -684,7 +684,8 @@ def matching(model, tensors):
     names = {name: their_names(name, c.kind) for name in state}
     if odd := set(tensors).symmetric_difference(sum(names.values(), [])):
         model_type = model.hf_config.model_type
-        raise InputError(f'model type {model_type!r} is not supported because of {min(odd)}')
+        differ = f"Block and transformers' model differ in {min(odd)}"
+        raise InputError(f'model type {model_type!r} is not supported: {differ}')
     for name, tensor in state.items():
         theirs = [tensors.pop(one) for one in names[name]]
         for ours, other in zip(tensor.split([len(x) for x in theirs]), theirs, strict=True):
@@ -758,7 +759,7 @@ def load_slm(
         hf = new_config(*PRESETS[name])
     else:
         folder = find_checkpoint(where)
-        hf, slam, order, renames = read_about(folder, where)
+        hf, slam, order, renames = read_about(folder)
         check_data_fit(hf.vocab_size, vocab_size, slam, folder, where, text)
     rope = getattr(hf, 'rope_parameters', None)
     if rope and rope_theta:
@@ -774,7 +775,7 @@ def load_slm(
             rows = old = module.weight.detach()
             if slam is None:
                 n = vocab_size - len(old) if text else vocab_size or 502
-                rows = twist_rows(old, n, embed_init, seed, where)
+                rows = twist_rows(old, n, embed_init, seed + (module is model.head), where)
                 rows = torch.cat((old, rows)) if text else rows
             elif order is not None:
                 rows = old[order]
@@ -891,7 +892,7 @@ SCALING |= dict(w1='gate_proj', w2='down_proj', w3='up_proj')
 SCALING = {rf'\b{theirs}\b': ours for theirs, ours in SCALING.items()}
 
 
-def read_about(folder, where):
+def read_about(folder):
     """What a checkpoint's json files contain, of ours or in one of the public layouts.
 
     Returns: transformers' config object; slam, None for a text LM, with its PARTS as full paths (of

@@ -376,6 +376,8 @@ if __name__ == '__main__':
     model = M.load_slm(init, vocab_size=meta['vocab_size'], sizes=shape, seed=seed, **options)
     check_alike(sets + val_sets, init, model.slam.get('encoder_id'))
     slam = describe_run(sets[0].folder, meta, config)
+    # what transformers' model has no place for, as in a changed Block, could not be saved
+    list(M.matching(model, M.empty_model(model.hf_config).state_dict()))
     model.to(torch_device)
     updater = make_optimizer(model)
     if step:

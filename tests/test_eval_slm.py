@@ -460,8 +460,6 @@ def test_models_end_to_end(tmp_path, checkpoint):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        (['--init={a},{tmp}/typo'], 'typo'),
-        (['--tasks=sblimp'], 'gold.csv cannot be read'),
         (['--tasks=own={tmp}/lone'], '1_correct.wav has no counterpart'),
         (['--tasks=sSC,sSC={tmp}/sSC'], '--tasks names sSC twice'),
         (['--tasks=own={tmp}/bad.csv'], 'bad.csv, line 2: expected correct or positive_audio'),
@@ -469,7 +467,6 @@ def test_models_end_to_end(tmp_path, checkpoint):
         (['--tasks=sSC,genppl', '--asr=/no/whisper'], "no checkpoint folder '/no/whisper'"),
         (['--tasks=sSC,genppl', '--asr={tmp}/ct2'], 'ct2 is in CTranslate2 format'),
         (['--tasks=own={tmp}/twice.csv'], "twice.csv, line 4: a second id '1' of voice ''"),
-        (['--tasks=genppl'], 'no prompts: add a suite to --tasks or give --prompts'),
         (['--wer'], 'no prompts of known text: add a suite'),
     ],
 )

@@ -4,16 +4,19 @@ tokenizer. test_train.py, test_eval_slm.py and test_sample.py use such sets and 
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tokenizers
+import torch
 import transformers
 from conftest import run_script
+from safetensors.torch import save_file
 
 import prepare_units
-from model import read_tokenizer
+from model import load_slm, read_tokenizer
 
 UNITS, RATE = 20, 25.0
 WORDS = 'the a dog cat Ünïcode naïve 🙂 ran. sat! under over tree, house'.split()
@@ -177,3 +180,23 @@ def test_what_the_sets_need_is_printed(place, tmp_path):
     flags = f'--out={tmp_path}/data', f'--from_units={tmp_path}/made.jsonl', f'--n_units={UNITS}'
     done = run_script('prepare_units.py', *flags, '--val_fraction=0', f'--text_lm={tmp_path}/bare')
     assert done.returncode == 2 and 'tokenizer.json' in done.stderr
+
+
+def test_sims_layout_has_units_behind_the_text_tokens(place, tmp_path):
+    """slprl/SIMS-7B: the tokens of the text LM's tokenizer, units, <speech>, <text>."""
+    shutil.copytree(place / 'lm', tmp_path, dirs_exist_ok=True)
+    sizes = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=48, vocab_size=20_100)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4))
+    state = {f'lm.{name}': tensor for name, tensor in hf.state_dict().items()}
+    save_file(state, tmp_path / 'model.safetensors')
+    about = dict(model_type='speech_language_model', base_model_name='x', vocab_size=20_100)
+    (tmp_path / 'config.json').write_text(json.dumps(about | dict(base_config=hf.config.to_dict())))
+    ours = load_slm(str(tmp_path)).eval()
+    first = len(transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path))
+    assert ours.slam['n_units'] == 20_100 - 2 - first
+    tokens = ours.tokens_of([('speech', [3, 1]), ('text', [5])])
+    assert tokens.tolist() == [20_098, first + 3, first + 1, 20_099, 5]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(tokens[None]), hf(tokens[None]).logits, atol=1e-4, rtol=1e-4
+        )
