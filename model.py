@@ -370,9 +370,10 @@ class SLM(nn.Module):
         self.check_positions(longest + max_new_tokens)
         seen = torch.zeros(B, c.vocab_size, device=device).scatter_(1, tokens, 1) > 0
         columns = torch.arange(longest, device=device)  # places of the tokens in the cache
-        # Keys and values of each layer in turn, which CUDA graphs write in place. Widths come in
-        # steps of 128: few shapes, so little to compile.
-        width, empty = -(-(longest + max_new_tokens) // 128) * 128, self.embed.weight.new_zeros
+        # Keys and values of each layer in turn, which CUDA graphs write in place. Compiled, widths
+        # come in steps of 128: few shapes, so little to compile.
+        multiple, empty = 128 if compile else 1, self.embed.weight.new_zeros
+        width = -(-(longest + max_new_tokens) // multiple) * multiple
         cache = [empty(B, c.n_kv_head, width, c.head_dim) for _ in range(2 * c.n_layer)]
         for tensor in cache if compile else ():
             torch._dynamo.mark_static_address(tensor, guard=False)
