@@ -370,12 +370,11 @@ class SLM(nn.Module):
         self.check_positions(longest + max_new_tokens)
         seen = torch.zeros(B, c.vocab_size, device=device).scatter_(1, tokens, 1) > 0
         columns = torch.arange(longest, device=device)  # places of the tokens in the cache
-        # Keys and values of each layer in turn, which CUDA graphs write in place. Compiled, widths
-        # come in steps of 128: few shapes, so little to compile.
-        multiple, empty = 128 if compile else 1, self.embed.weight.new_zeros
-        width = -(-(longest + max_new_tokens) // multiple) * multiple
+        # keys and values of each layer in turn, in steps of 128 if compiled, so for few shapes
+        empty, total = self.embed.weight.new_zeros, longest + max_new_tokens
+        width = total + -total % 128 * compile
         cache = [empty(B, c.n_kv_head, width, c.head_dim) for _ in range(2 * c.n_layer)]
-        for tensor in cache if compile else ():
+        for tensor in cache if compile else ():  # CUDA graphs write in place
             torch._dynamo.mark_static_address(tensor, guard=False)
 
         # All random numbers at once; greedy is the best of one. Options are tensors: other numbers
