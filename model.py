@@ -1,4 +1,4 @@
-"""The three networks, and how they are loaded and saved.
+"""The three networks, how they are loaded and saved, and helpers that the scripts share.
 
 SLM           units -> next unit   a transformer over speech units; transformers reads and writes
                                    its checkpoints (load_slm, SLM.save_pretrained)
@@ -198,8 +198,8 @@ class SLM(nn.Module):
     def hidden(self, tokens, doc=None, positions=None, branch=None, attend=None):
         """The last hidden states (B, T, embed_dim), ready for the head.
 
-        tokens: (B, T) int64. doc: (B, T) integers, another for each utterance of a row: a
-        token sees its own alone, with positions from 0; None: each row is one utterance.
+        tokens: (B, T) int64. doc: (B, T) integers, a different one for each utterance of a
+        row: a token sees its own alone, with positions from 0; None: each row is one utterance.
         positions: (B, T), in place of those. branch: (B, T), 0 for a shared prompt, 1, 2, ... for
         its alternatives, which see the prompt and themselves. attend: a function of q, k and v, in
         place of attention within documents.
@@ -370,7 +370,7 @@ class SLM(nn.Module):
         self.check_positions(longest + max_new_tokens)
         seen = torch.zeros(B, c.vocab_size, device=device).scatter_(1, tokens, 1) > 0
         columns = torch.arange(longest, device=device)  # places of the tokens in the cache
-        # keys and values of each layer in turn, in steps of 128 if compiled, so for few shapes
+        # keys and values of each layer in turn; compiled, of few widths: multiples of 128
         empty, total = self.embed.weight.new_zeros, longest + max_new_tokens
         width = total + -total % 128 * compile
         cache = [empty(B, c.n_kv_head, width, c.head_dim) for _ in range(2 * c.n_layer)]
@@ -1637,7 +1637,7 @@ def pick_device(device='auto'):
 
 
 def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 on cuda, float32 elsewhere; or that dtype. float16 needs loss scaling."""
+    """'auto' -> bfloat16 on cuda, else float32; or one of the two by name, no float16."""
     auto = torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
     with reading(f'--dtype={dtype}'):
         return dict(auto=auto, bfloat16=torch.bfloat16, float32=torch.float32)[dtype]
@@ -1667,7 +1667,7 @@ def read_jsonl(path):
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             with reading(f'{path}, line {number}'):
-                row = {**json.loads(line, parse_constant=lambda name: None)}  # no list, no number
+                row = {**json.loads(line, parse_constant=lambda name: None)}  # must be an object
             yield number, row
 
 

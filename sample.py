@@ -209,7 +209,7 @@ def load_networks(prompts, ids, device):
     check_encoder_ids(ids)
     sizes = {known.get('n_units'), *(part.n_units for part in parts)} - {None}
     if len(sizes) > 1 or len({part.frame_rate for part in parts}) > 1:
-        raise InputError(f'{init}, {of_encoder} and {of_vocoder} have different units: {sizes}')
+        raise InputError(f'{init}, {of_encoder} and {of_vocoder} differ in units or frame rate')
     nets.n_units, nets.encoder_id = max(sizes, default=0), next(filter(None, ids.values()), None)
     nets.frame_rate = parts[-1].frame_rate if parts else known.get('frame_rate', 25.0)
     return nets

@@ -316,7 +316,7 @@ def train(config, steps):
         data = write_data(os.path.join(folder, 'data'), 6_000_000)
         flags = f'config/{config}.py', f'--data={data}', '--val_data=', f'--init=preset:{SHAPE}'
         speed = run_script('train.py', steps, 'tokens_per_s', folder + '/run', *flags)
-    # a product takes 2 operations a weight, and twice that backward; attention sees half of 620
+    # 6 operations a weight, forward and backward; attention covers half of 620 tokens on average
     flops = speed * 6 * (load_slm(f'preset:{SHAPE}').num_params() + 24 * 896 * 620)
     report(tokens_s=round(speed), hours_of_slam=round(SLAM_TOKENS / speed / 3600, 2))
     card = torch.cuda.get_device_name(0)
