@@ -29,6 +29,7 @@ import importlib
 import json
 import os
 import re
+import threading
 import time
 import urllib.request
 from collections import Counter, defaultdict, namedtuple
@@ -306,8 +307,8 @@ def encode_clips(clips, unit_encoder):
     """De-duplicated units of clips, {clip: (n,) int array}. They are cached under a hash of the
     files' contents, the cuts and the encoder. Raises InputError for broken audio."""
     clips, notes = list(dict.fromkeys(clips)), []
-    # a net takes one clip at a time
-    with ThreadPoolExecutor(1 if unit_encoder.net else 8) as pool:
+    encoding = threading.Semaphore(1 if unit_encoder.net else 8)  # a net takes one clip at a time
+    with ThreadPoolExecutor(8) as pool:
         with reading('audio of the suite'):
             hashes = list(pool.map(M.file_hash, [clip.path for clip in clips]))
         cuts = [[name, *clip[1:]] for name, clip in zip(hashes, clips, strict=True)]
@@ -318,7 +319,8 @@ def encode_clips(clips, unit_encoder):
             def units_of(clip):
                 wave = M.load_audio(clip.path, notes=notes)
                 begin, end = (int(t * SAMPLE_RATE) for t in (clip.start, clip.seconds))
-                return M.dedup(unit_encoder.encode(wave[begin : end or None]))[0].tolist()
+                with encoding:
+                    return M.dedup(unit_encoder.encode(wave[begin : end or None]))[0].tolist()
 
             units = list(tqdm(pool.map(units_of, clips), 'encoding', len(clips), leave=False))
             with M.write_atomic(path) as file:
@@ -967,9 +969,8 @@ if __name__ == '__main__':
     notes = NOTES + [f'{name}: sampled with {how}.' for name, how in sampling]
     summary = f'{len(models)} models, {len(columns)} tasks, {len(rows)} scores'
     if html:
-        made = time.strftime('%d %B %Y, %H:%M')
         page = dict(columns=columns, table=table, notes=notes, paper=others)
-        write_page(html, record | page | dict(made=made, summary=summary))
+        write_page(html, record | page | dict(made=time.strftime('%d %B %Y'), summary=summary))
     print_table(table)
     print('', *notes, sep='\n')
     print(f'{summary} in {(time.time() - began) / 60:.1f} min -> {out}' + f', {html}' * bool(html))
