@@ -131,9 +131,8 @@ def list_items(path, root):
         with reading(path), M.open_text(path) as file:
             at = 0
             for number, line in enumerate(iter(file.readline, ''), 1):
-                if line.strip():
-                    row = parse_row(line, path, number)
-                    yield Item(path, root, at, row['split'] or split_by_folder(row['path'], root))
+                row = parse_row(line, path, number)
+                yield Item(path, root, at, row['split'] or split_by_folder(row['path'], root))
                 at = file.tell()
     else:
         for name in M.open_shards(path) if is_shards(path) else [path]:
@@ -404,14 +403,15 @@ def prepare_encoder(items, recipe, part):
 
 
 def prepare_vocoder(items, name):
-    """The vocoder of the units, fitted here or published -> its name."""
-    folder = os.path.join(out, 'vocoder')
+    """The vocoder of the units: fitted here, beside the encoder, or published -> its name."""
+    folder, beside = os.path.join(out, 'vocoder'), os.path.abspath(f'{encoder}/../vocoder')
     if fit_vocoder and not os.path.exists(os.path.join(folder, 'vocoder.json')):
         speech = draw_speech(items, VOICE_SECONDS, voice=True)
         M.UnitVocoder.fit(speech, net).save_pretrained(folder)
     if os.path.exists(os.path.join(folder, 'vocoder.json')):
         return 'vocoder'
-    return {'mhubert25': 'hifigan25'}.get(name)
+    there = os.path.exists(f'{encoder}/encoder.json') and os.path.isdir(beside)
+    return beside if there else {'mhubert25': 'hifigan25'}.get(name)
 
 
 def encode_part(task):
@@ -462,7 +462,7 @@ def rows_of_units(path):
                 (units, runs), n = M.dedup(half['units']), len(half['units'])
                 duration = half.get('duration') or [1] * n
                 values = [*half['units'], *duration]
-                if len(duration) != n or not all(type(n) is int and n >= 0 for n in values):
+                if len(duration) != n or not all(type(x) is int and x >= 0 for x in values):
                     raise ValueError('expected `units`, integers from 0, and as many `duration`s')
                 duration = [int(sum(part)) for part in np.split(duration, np.cumsum(runs)[:-1])]
                 half |= dict(units=units.tolist(), duration=duration)

@@ -197,6 +197,5 @@ def test_sims_layout_has_units_behind_the_text_tokens(place, tmp_path):
     tokens = ours.tokens_of([('speech', [3, 1]), ('text', [5])])
     assert tokens.tolist() == [20_098, first + 3, first + 1, 20_099, 5]
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours(tokens[None]), hf(tokens[None]).logits, atol=1e-4, rtol=1e-4
-        )
+        got, expected = ours(tokens[None]), hf(tokens[None]).logits
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
