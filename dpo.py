@@ -38,19 +38,18 @@ from model import (
     catch_signals,
     check_encoder_ids,
     content_hash,
-    load_run,
     load_slm,
-    open_log,
+    open_run,
     pack_rows,
     pick_dtype,
     read_json,
     read_jsonl,
     reading,
-    save_run,
     split_of,
     start_processes,
     sum_over_processes,
     tokenize_words,
+    write_atomic,
 )
 
 # -----------------------------------------------------------------------------
@@ -331,9 +330,8 @@ if __name__ == '__main__':
 
     # Load the state of a stopped run, if there is one.
     state = dict(step=0, elapsed=0.0, seen=0, scores={}, reference=None, config=config)
-    state = load_run(out_dir, state, config, FREE) if resume else state
+    state, log_file = open_run(out_dir, state, resume, FREE, rank)  # this locks out_dir
     step, elapsed, seen, scores = (state[key] for key in ('step', 'elapsed', 'seen', 'scores'))
-    log_file = open_log(out_dir, step, rank)  # this locks out_dir
 
     # All rows have the same width, so the model is compiled once.
     width = row_width(lengths, batch_pairs, row_tokens, world, multiple=128 if cuda else 8)
@@ -370,7 +368,7 @@ if __name__ == '__main__':
     recipe = dict(config, pretraining=model.slam.get('recipe'))
     slam = dict(model.slam, stage='dpo', recipe=recipe)
 
-    stopping = catch_signals(rank)
+    stopping = catch_signals()
     batches = iter_batches(lengths[: len(train)], batch_pairs, seed, step)
     sums = torch.zeros(4, device=torch_device)  # of measure and norm, since the last report
     last_report, clock = step, time.perf_counter()
@@ -434,7 +432,9 @@ if __name__ == '__main__':
             slam |= dict(scores=scores, compute=compute)
             state = dict(step=step, elapsed=elapsed, seen=seen, scores=scores, reference=reference)
             state |= dict(model=model.state_dict(), optimizer=adamw.state_dict(), config=config)
-            save_run(out_dir, model, slam, state)
+            model.save_pretrained(out_dir, slam)
+            with write_atomic(os.path.join(out_dir, 'train_state.pt'), 'wb') as file:
+                torch.save(state, file)
         sums.zero_()
         last_report, clock = step, time.perf_counter()
 

@@ -42,7 +42,7 @@ import zlib
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
-from itertools import count, islice
+from itertools import count, groupby, islice
 
 import numpy as np
 import torch
@@ -55,11 +55,11 @@ from model import (
     auto_bleu,
     content_hash,
     import_transformers,
+    open_text,
     pick_device,
     read_json,
     read_jsonl,
     read_parquet,
-    read_texts,
     reading,
     resample,
     save_audio,
@@ -311,6 +311,31 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
 # Text: rows from files
 
 
+def read_texts(path):
+    """Yields the rows of .parquet, .jsonl or .csv as dicts. In a .txt file each document is a row
+    {text_field: document}. Documents end at <|endoftext|> or, without it, at blank lines."""
+    if path.endswith('.parquet'):
+        yield from read_parquet(path)
+    elif path.endswith('.jsonl'):
+        yield from (row for _, row in read_jsonl(path))
+    elif path.endswith('.csv'):
+        csv.field_size_limit(1 << 30)
+        with reading(path), open_text(path, newline='') as file:
+            for number, row in enumerate(csv.DictReader(file), 1):
+                if None in row:
+                    raise InputError(f'row {number} has more cells than columns')
+                yield row
+    else:
+        with reading(path), open_text(path) as file:
+            marked = any(MARK in line for line in file)
+            file.seek(0)
+            pieces = (piece for line in file for piece in re.split(f'({re.escape(MARK)})', line))
+            for is_end, group in groupby(pieces, lambda p: p == MARK if marked else not p.strip()):
+                document = ''.join(group).strip()
+                if document and not is_end:
+                    yield {text_field: document}
+
+
 def read_rows(kind, *expected):
     """Yield the rows of the knob `text`: dicts of strings ('' for null; HellaSwag's endings are a
     list). A row must have one of the expected column lists. Raises InputError naming the row."""
@@ -323,7 +348,7 @@ def read_rows(kind, *expected):
         pattern = glob.escape(text) + '/**' * os.path.isdir(text) if os.path.exists(text) else text
         found = sorted(glob.glob(pattern, recursive=True))
         kinds = ('.txt', '.jsonl', '.csv', '.parquet')
-        sources = {path: read_texts(path, text_field) for path in found if path.endswith(kinds)}
+        sources = {path: read_texts(path) for path in found if path.endswith(kinds)}
         if not sources:
             raise InputError(f'{text}: no {", ".join(kinds)} file there')
     for name, rows in sources.items():

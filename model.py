@@ -7,7 +7,6 @@ UnitVocoder   units -> wave        the unit HiFi-GAN, or a table of spectra
 """
 
 import contextlib
-import csv
 import hashlib
 import io
 import json
@@ -23,7 +22,6 @@ from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -351,74 +349,58 @@ class SLM(nn.Module):
         top_p=1.0,
         repetition_penalty=1.1,
         seed=None,
-        compile=False,
         kind='speech',
     ):
         """Continue prompts (defaults: Table 6 of the paper). No unit follows itself where slam says
         dedup. Raises: InputError if the model has fewer positions than prompt + continuation.
 
-        prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. temperature: 0
-        takes the most likely token after the penalty. top_k: 0 is off. repetition_penalty: over
-        prompt and continuation, as in transformers. seed: None draws from torch's own generator.
-        compile: torch.compile the step of one token; half a minute the first time. kind: 'speech'
-        or 'text', what an interleaved model continues with, after that switch.
+        prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. temperature, top_k,
+        top_p: as in `sample`. repetition_penalty: over prompt and continuation, as in transformers.
+        seed: None draws from torch's own generator. kind: 'speech' or 'text', what an interleaved
+        model continues with, after that switch.
         Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
         """
-        c, device = self.config, self.embed.weight.device
-        tokens, padding = (x.to(device) for x in pad_left(prompts))
-        B, longest = tokens.shape
+        c, device, longest = self.config, self.embed.weight.device, max(map(len, prompts))
         self.check_positions(longest + max_new_tokens)
-        seen = torch.zeros(B, c.vocab_size, device=device).scatter_(1, tokens, 1) > 0
+        # left padding repeats the first token, so that the penalty sees no other one
+        tokens = [F.pad(p, (longest - len(p), 0), value=int(p[0])) for p in prompts]
+        tokens = torch.stack(tokens).to(device)  # (B, longest)
+        padding = torch.tensor([[longest - len(p)] for p in prompts], device=device)
         columns = torch.arange(longest, device=device)  # places of the tokens in the cache
-        # keys and values of each layer in turn; compiled, of few widths: multiples of 128
-        empty, total = self.embed.weight.new_zeros, longest + max_new_tokens
-        width = total + -total % 128 * compile
-        cache = [empty(B, c.n_kv_head, width, c.head_dim) for _ in range(2 * c.n_layer)]
-        for tensor in cache if compile else ():  # CUDA graphs write in place
-            torch._dynamo.mark_static_address(tensor, guard=False)
-
-        # All random numbers at once; greedy is the best of one. Options are tensors: other numbers
-        # would compile the step again.
-        top_k = 1 if temperature == 0 else min(top_k or c.vocab_size, c.vocab_size)
+        shape = len(prompts), c.n_kv_head, longest + max_new_tokens, c.head_dim
+        # keys and values of each layer in turn
+        cache = [self.embed.weight.new_zeros(shape) for _ in range(2 * c.n_layer)]
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        noise = torch.empty(max_new_tokens, B, top_k, device=device)
-        noise.exponential_(generator=generator)
-        numbers = torch.tensor([temperature or 1, top_p, repetition_penalty], device=device)
-        options = numbers.unbind(), self.allowed_tokens(kind).to(device)
+        forbidden = ~self.allowed_tokens(kind).to(device)
+        seen = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool, device=device)
 
         # the first round takes the whole prompts, each further one the token before
         rows, ended = [tokens[:, :0]], torch.zeros_like(padding, dtype=torch.bool)
         for i in range(max_new_tokens):
-            step = self.compiled_step if compile and i else self.next_tokens
-            new = step(tokens, columns, padding, cache, seen, noise[i], *options)
-            tokens = torch.where(ended, PAD, new)
             seen.scatter_(1, tokens, True)
+            logits = self.next_logits(tokens, columns, padding, cache)  # (B, V)
+            lower = torch.where(
+                logits < 0, logits * repetition_penalty, logits / repetition_penalty
+            )
+            logits = torch.where(seen, lower, logits).masked_fill(forbidden, -torch.inf)
+            if self.slam.get('dedup'):  # no unit follows itself
+                last = tokens[:, -1:]
+                same = logits.gather(1, last).masked_fill(last >= self.offset, -torch.inf)
+                logits = logits.scatter(1, last, same)
+            new = sample(logits, temperature, top_k, top_p, generator)
+            tokens, columns = torch.where(ended, PAD, new), columns[-1:] + 1
             ended = ended | (tokens == self.end)
             rows.append(tokens)
             # reading the flag waits for a GPU: not every token
             if (device.type == 'cpu' or i % 16 == 15) and ended.all():
                 break
-            columns = columns[-1:] + 1
         rows = torch.cat(rows, dim=1).cpu()  # (B, steps)
         lengths = (rows != self.end).long().cumprod(dim=1).sum(dim=1)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
-    @cached_property
-    def compiled_step(self):
-        """next_tokens compiled: CUDA graphs on a GPU, on a CPU no Python between the kernels."""
-        how = dict(mode='reduce-overhead')
-        if not self.embed.weight.is_cuda:  # small kernels in one thread
-            how = dict(options={'cpp_wrapper': True, 'cpp.min_chunk_size': 8192})
-        return torch.compile(self.next_tokens, fullgraph=True, dynamic=True, **how)
-
-    def next_tokens(self, tokens, columns, padding, cache, seen, noise, numbers, allowed):
-        """One step of generation: writes tokens (B, T) to the cache at `columns` (T,) and samples
-        the next tokens (B, 1).
-
-        padding: (B, 1), padding columns of each prompt. seen: (B, V) bool, tokens to penalise.
-        noise: (B, top_k) of Exp(1): argmax(p / noise) selects each token with probability p.
-        numbers: temperature, top_p and penalty. allowed: (V,) bool.
-        """
+    def next_logits(self, tokens, columns, padding, cache):
+        """Logits (B, V), float32, of the tokens after `tokens` (B, T), whose keys and values are
+        written to the cache at `columns` (T,). padding: (B, 1), padding columns of each prompt."""
         places = torch.arange(cache[0].shape[2], device=tokens.device)
         visible = (places >= padding)[:, None, None] & (places <= columns[:, None])
         visible = visible | (places == columns[:, None])  # padding sees itself: no NaN
@@ -431,20 +413,7 @@ class SLM(nn.Module):
             return sdpa(q, keys, values, visible)
 
         x = self.hidden(tokens, positions=(columns - padding).clamp(min=0), attend=attend)
-        logits = self.logits(x[:, -1]).float()  # (B, V)
-        temperature, top_p, penalty = numbers
-        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
-        logits = torch.where(seen, penalised, logits)
-        logits = logits.masked_fill(~allowed, -torch.inf)
-        if self.slam.get('dedup'):  # no unit follows itself
-            token = torch.arange(logits.shape[1], device=logits.device)
-            repeats = (token == tokens[:, -1:]) & (token >= self.offset)
-            logits = logits.masked_fill(repeats, -torch.inf)
-        logits, ids = (logits / temperature).topk(noise.shape[1], dim=-1)
-        probs = logits.softmax(-1)
-        before = probs.cumsum(-1) - probs  # the smallest set that holds top_p; 1 is off
-        probs = torch.where((before > top_p) & (top_p < 1), 0, probs)
-        return ids.gather(1, (probs / noise).argmax(-1, keepdim=True))
+        return self.logits(x[:, -1]).float()
 
     def save_pretrained(self, folder, slam=None):
         """Write a checkpoint that transformers and load_slm open: config.json, model.safetensors
@@ -478,12 +447,17 @@ class SLM(nn.Module):
             shutil.rmtree(new, ignore_errors=True)
 
 
-def pad_left(prompts):
-    """Left-pad prompts: tokens (B, longest) and numbers of padding columns (B, 1). Padding repeats
-    the prompt's first token, so that the repetition penalty sees no other token."""
-    padding = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-    rows = [F.pad(p, (n, 0), value=int(p[0])) for p, n in zip(prompts, padding, strict=True)]
-    return torch.stack(rows), torch.tensor(padding)[:, None]
+def sample(logits, temperature, top_k, top_p, generator=None):
+    """Draw a token from each row of logits: (B, V) -> (B, 1). temperature: 0 takes the most likely
+    one. top_k: 0 is off. top_p: of the smallest set that holds this probability; 1 is off."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    size = logits.shape[1]
+    logits, ids = (logits / temperature).topk(min(top_k or size, size))
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs > top_p, 0)
+    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
 
 
 # -----------------------------------------------------------------------------
@@ -1546,33 +1520,25 @@ def find_audio(path, extensions=AUDIO_EXTENSIONS):
 
 
 def open_shards(where):
-    """The shards of a data set, {name: function that yields its rows}, in order.
+    """The shards of a data set, {name: function that opens it}, in order.
 
     where: a .parquet file, a folder of them, hub:NAME[:[config/]split] for a data set on the
     Hugging Face hub, or one of its shards, hub:NAME:split#3/64. Raises InputError.
     """
-    if not where.startswith('hub:'):
-        return {path: partial(read_batches, path) for path in find_audio(where, ('.parquet',))}
     with reading(where):
         from datasets import load_dataset
 
+        load = partial(load_dataset, streaming=True)
+        if not where.startswith('hub:'):
+            load, paths = partial(load, 'parquet', split='train'), find_audio(where, ('.parquet',))
+            return {path: partial(load, data_files=path) for path in paths}
         name, split = re.fullmatch('hub:([^:#]+):?([^#]*)#?.*', where).groups()
         config, slash, wanted = split.rpartition('/')
-        data, shards = load_dataset(name, config or None, split=wanted or None, streaming=True), {}
+        data, shards = load(name, config or None, split=wanted or None), {}
         for key, rows in ({wanted: data} if wanted else data).items():
-            n, rows = rows.num_shards, rows.decode(False)  # audio stays bytes
-            for i in range(n):
+            for i in range(n := rows.num_shards):
                 shards[f'hub:{name}:{config}{slash}{key}#{i}/{n}'] = partial(rows.shard, n, i)
         return {where: shards[where]} if '#' in where else shards
-
-
-def read_batches(path):
-    """Yields the rows of a local .parquet file."""
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=16):
-            yield from batch.to_pylist()
 
 
 def read_parquet(where):
@@ -1580,67 +1546,18 @@ def read_parquet(where):
     is dict(bytes=..., path=...), null is None. Few rows are in memory. Raises InputError."""
     for name, open_shard in open_shards(where).items():
         with reading(name):
-            yield from open_shard()
+            yield from open_shard().decode(False)
 
 
 def open_text(path, newline=None):
-    """Open a text file for reading: UTF-8, or UTF-16 with a byte order mark."""
+    """Open a text file: UTF-8, or UTF-16 with a byte order mark. Raises InputError for UTF-16
+    without a mark; text in any other encoding fails when it is read."""
     with open(path, 'rb') as file:
-        wide = file.read(2) in (b'\xff\xfe', b'\xfe\xff')
+        head = file.read(4096)
+    wide = head.startswith((b'\xff\xfe', b'\xfe\xff'))
+    if b'\0' in head and not wide:
+        raise InputError(f'{path}: byte 0x00, as in UTF-16 without a mark: save it as UTF-8')
     return open(path, encoding='utf-16' if wide else 'utf-8-sig', newline=newline)
-
-
-def read_lines(path, newline=None):
-    """Yields the lines of a text file. Raises InputError if it is in another encoding."""
-    with reading(path), open_text(path, newline) as file:
-        for line in file:
-            if '\0' in line:
-                raise InputError('byte 0x00, as in UTF-16 without a mark: save it as UTF-8')
-            yield line
-
-
-def read_texts(path, text_field='text'):
-    """Yields the rows of parquet, .jsonl or .csv as dicts. In any other text file each document is
-    a row {text_field: document}. Documents end at <|endoftext|> or, without it, at blank lines."""
-    if path.startswith('hub:') or path.endswith('.parquet') or os.path.isdir(path):
-        yield from read_parquet(path)
-    elif path.endswith('.jsonl'):
-        yield from (row for _, row in read_jsonl(path))
-    elif path.endswith('.csv'):
-        csv.field_size_limit(1 << 30)
-        with reading(path):
-            for number, row in enumerate(csv.DictReader(read_lines(path, newline='')), 1):
-                if None in row:
-                    raise InputError(f'row {number} has more cells than columns')
-                yield row
-    else:
-        marked = any(MARK in line for line in read_lines(path))
-        mark = f'({re.escape(MARK)})'
-        pieces = (piece for line in read_lines(path) for piece in re.split(mark, line))
-        for is_end, group in groupby(pieces, lambda p: p == MARK if marked else not p.strip()):
-            document = ''.join(group).strip()
-            if document and not is_end:
-                yield {text_field: document}
-
-
-# -----------------------------------------------------------------------------
-# Helpers shared by scripts: files, names, words
-
-
-def pick_device(device='auto'):
-    """'auto' -> cuda, mps or cpu; any other name -> that torch.device."""
-    if device == 'auto':
-        device = 'mps' if torch.backends.mps.is_available() else 'cpu'
-        device = 'cuda' if torch.cuda.is_available() else device
-    with reading(f'--device={device}'):  # fails if the machine does not have it
-        return torch.empty(0, device=device).device
-
-
-def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 on cuda, else float32; or one of the two by name, no float16."""
-    auto = torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
-    with reading(f'--dtype={dtype}'):
-        return dict(auto=auto, bfloat16=torch.bfloat16, float32=torch.float32)[dtype]
 
 
 @contextlib.contextmanager
@@ -1664,11 +1581,12 @@ def read_json(path):
 def read_jsonl(path):
     """Yields (line number from 1, dict) of a file of JSON lines; empty lines are skipped. NaN,
     which is not JSON, is read as None. Raises InputError naming the line."""
-    for number, line in enumerate(read_lines(path), 1):
-        if line.strip():
-            with reading(f'{path}, line {number}'):
-                row = {**json.loads(line, parse_constant=lambda name: None)}  # must be an object
-            yield number, row
+    with reading(path), open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                with reading(f'{path}, line {number}'):
+                    row = {**json.loads(line, parse_constant=lambda name: None)}  # an object
+                yield number, row
 
 
 @contextlib.contextmanager
@@ -1684,6 +1602,10 @@ def write_atomic(path, mode='w'):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+# -----------------------------------------------------------------------------
+# Helpers shared by scripts
 
 
 def content_hash(*parts):
@@ -1754,6 +1676,26 @@ def pack_rows(lengths, width):
     return rows
 
 
+# -----------------------------------------------------------------------------
+# Devices, processes and runs
+
+
+def pick_device(device='auto'):
+    """'auto' -> cuda, mps or cpu; any other name -> that torch.device. Raises InputError."""
+    if device == 'auto':
+        device = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = 'cuda' if torch.cuda.is_available() else device
+    with reading(f'--device={device}'):  # fails if the machine does not have it
+        return torch.empty(0, device=device).device
+
+
+def pick_dtype(dtype, device):
+    """'auto' -> bfloat16 on cuda, else float32; or one of the two by name, no float16."""
+    auto = torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32
+    with reading(f'--dtype={dtype}'):
+        return dict(auto=auto, bfloat16=torch.bfloat16, float32=torch.float32)[dtype]
+
+
 def start_worker():
     """Initializer of worker processes: ignore Ctrl-C, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1764,10 +1706,6 @@ def start_worker():
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-# -----------------------------------------------------------------------------
-# Runs of train.py and dpo.py: processes, signals, logs and resuming
 
 
 def start_processes(device):
@@ -1794,30 +1732,41 @@ def sum_over_processes(numbers, device):
     return sums.tolist()
 
 
-def catch_signals(rank):
-    """The signals received so far. The first SIGINT or SIGTERM is appended to this list, so that
-    the loop can save and stop; the second ends the process at once."""
+def catch_signals():
+    """The signals received so far, a list. After the first SIGINT or SIGTERM the loop can save and
+    stop; the second ends the process at once."""
     caught = []
 
     def catch(number, frame):
         caught.append(number)
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        if rank == 0:  # no print: the signal may have interrupted one
-            os.write(2, b'\nsaving after this step, then stopping; press again to end at once\n')
 
     signal.signal(signal.SIGINT, catch)
     signal.signal(signal.SIGTERM, catch)
     return caught
 
 
-def open_log(out_dir, step, rank=0):
-    """Open out_dir/log.jsonl for appending, without lines that a killed run wrote after `step`. It
-    stays locked while the process lives. Raises InputError if another process trains in out_dir."""
+def open_run(out_dir, fresh, resume, free, rank=0):
+    """Continue the run in out_dir, or start one: its state, from train_state.pt or else `fresh`,
+    and log.jsonl, open for appending, without lines that a killed run wrote after that state.
+
+    The log stays locked while the process lives. Raises InputError if another process trains in
+    out_dir, if the state cannot be read, or if it has another value of a knob not in `free`.
+    """
     import fcntl  # not available on Windows
 
+    path, state = os.path.join(out_dir, 'train_state.pt'), fresh
+    if resume and os.path.exists(path):
+        with reading(path):
+            state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+            before, now = state['config'], fresh['config']
+        for knob in sorted(before.keys() & now.keys() - set(free)):
+            if before[knob] != now[knob]:
+                known = f'{out_dir} is a run with {knob}={before[knob]!r}, not {now[knob]!r}'
+                raise InputError(f'{known}: choose another --out_dir, or --resume=False')
     if rank:
-        return open(os.devnull, 'w')
+        return state, open(os.devnull, 'w')
     os.makedirs(out_dir, exist_ok=True)
     file = open(os.path.join(out_dir, 'log.jsonl'), 'a+', buffering=1, encoding='utf-8')
     try:
@@ -1828,30 +1777,7 @@ def open_log(out_dir, step, rank=0):
         pass  # a file system without locks
     file.seek(0)
     end = 0
-    while (line := file.readline()).endswith('\n') and json.loads(line)['step'] <= step:
+    while (line := file.readline()).endswith('\n') and json.loads(line)['step'] <= state['step']:
         end = file.tell()
     file.truncate(end)
-    return file
-
-
-def load_run(out_dir, fresh, config, free):
-    """The state of a run from out_dir/train_state.pt, or `fresh` if there is none. Raises
-    InputError if the file cannot be read, or if a knob differs that is not in `free`."""
-    path = os.path.join(out_dir, 'train_state.pt')
-    if not os.path.exists(path):
-        return fresh
-    with reading(path):
-        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-        before = state['config']
-    for knob in sorted(before.keys() & config.keys() - set(free)):
-        if before[knob] != config[knob]:
-            known = f'{out_dir} is a run with {knob}={before[knob]!r}, not {config[knob]!r}'
-            raise InputError(f'{known}: choose another --out_dir, or --resume=False to start over')
-    return state
-
-
-def save_run(folder, model, slam, state):
-    """Write a checkpoint, and then the state for an exact resume, in one file."""
-    model.save_pretrained(folder, slam)
-    with write_atomic(os.path.join(folder, 'train_state.pt'), 'wb') as file:
-        torch.save(state, file)
+    return state, file

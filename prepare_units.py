@@ -60,7 +60,7 @@ fit_vocoder = False  # also fit a vocoder for the units, on half an hour of trai
 keep_partial = False  # use the readable beginning of truncated recordings
 # text for an interleaved model: folders speech, text and interleaved in out
 text_lm = ''  # folder or hub name of a text LM: use its tokenizer; utterances need word times
-texts = ''  # documents for the set text: .txt, .jsonl, .parquet, hub:owner/name; '': transcripts
+texts = ''  # documents for the set text: .jsonl, .parquet, hub:owner/name; '': transcripts
 draws = 4  # different interleavings of each utterance: enough for this many epochs
 # parallel work
 val_fraction = 0.01  # if no folder or row has a val split: validate on this share, by hash of names
@@ -603,7 +603,9 @@ def interleave(row, speech, encode, meta):
 def documents_of(path):
     """Yields the documents of a text source. Raises InputError for rows without `text`."""
     with reading(path):
-        for row in M.read_texts(path):
+        for row in (
+            M.read_parquet(path) if is_shards(path) else (row for _, row in read_jsonl(path))
+        ):
             yield from filter(None, map(str.strip, (row['text'] or '').split(M.MARK)))
 
 

@@ -67,7 +67,6 @@ html = ''  # also write this page: all results on one time axis, with audio
 encoder = ''  # replaces the checkpoint's encoder: 'mhubert25' or a folder
 vocoder = ''  # replaces the checkpoint's vocoder: 'hifigan25', a folder, or the .pt of a HiFi-GAN
 batch_size = 16  # continuations generated together
-compile = False  # compile the model: half a minute once, then faster; for hundreds of samples
 seed = 1234
 device = 'auto'  # auto, cuda, mps or cpu
 dtype = 'auto'  # of the model: auto (bfloat16 on cuda), float32, bfloat16
@@ -219,7 +218,7 @@ def generate(prompts, model):
     """Continue each prompt num_samples times, in batches. Yields the prompt, the sample's number
     from 1, and its new tokens (n,) int64."""
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-    options |= dict(top_p=top_p, repetition_penalty=repetition_penalty, compile=compile)
+    options |= dict(top_p=top_p, repetition_penalty=repetition_penalty)
     kind = 'text' if from_text else 'speech'
     jobs = [(p, k) for p in prompts for k in range(1, num_samples + 1)]
     for start in range(0, len(jobs), batch_size):

@@ -361,9 +361,8 @@ if __name__ == '__main__':
 
     # Load the state of a stopped run, if there is one.
     state = dict(step=0, elapsed=0.0, seen=0, place=(0, 0, 0), scores={}, config=config)
-    state = M.load_run(out_dir, state, config, FREE) if resume else state
+    state, log_file = M.open_run(out_dir, state, resume, FREE, rank)  # this locks out_dir
     step, elapsed, seen, scores = (state[key] for key in ('step', 'elapsed', 'seen', 'scores'))
-    log_file = M.open_log(out_dir, step, rank)  # this locks out_dir
     budget = 3600 * train_hours or math.inf  # seconds
     loader = Loader(sets, context, row_tokens, seed, state['place'])
     validation = collate_validation(val_sets)
@@ -405,7 +404,7 @@ if __name__ == '__main__':
     run = None
     if tracker and rank == 0:
         run = import_module(tracker).init(project='slam', config=config)
-    stopping = M.catch_signals(rank)
+    stopping = M.catch_signals()
     batches = loader.iter_batches(batch_tokens // row_tokens, rank, world, pin=cuda)
     thread = ThreadPoolExecutor(1)
     ahead = thread.submit(next, batches)
@@ -474,7 +473,9 @@ if __name__ == '__main__':
             slam |= dict(scores=scores, compute=compute)
             state = dict(step=step, elapsed=elapsed, seen=seen, place=place, scores=scores)
             state |= dict(model=model.state_dict(), optimizer=updater.state_dict(), config=config)
-            M.save_run(out_dir, model, slam, state)
+            model.save_pretrained(out_dir, slam)
+            with M.write_atomic(os.path.join(out_dir, 'train_state.pt'), 'wb') as file:
+                torch.save(state, file)
         sums.zero_()
         last_step, last_seen, clock = step, seen, time.perf_counter()
 

@@ -450,16 +450,6 @@ def counters(monkeypatch):
     return torch._dynamo.utils.counters
 
 
-def test_generation_compiles_once(counters):
-    """Whatever the batch, the prompts' lengths and the number of tokens."""
-    ours = small_slm(V)
-    for lengths, n in (((3, 9, 2), 20), ((1, 4, 17, 5, 5), 30), ((8, 8, 8, 30, 1, 2, 3), 25)):
-        prompts, options = prompts_of(*lengths), dict(top_k=5, top_p=0.9, seed=n)
-        plain = ours.generate(prompts, n, **options)
-        assert all(map(torch.equal, plain, ours.generate(prompts, n, **options, compile=True)))
-    assert counters['stats']['unique_graphs'] == 1 and not counters['graph_break']
-
-
 def test_training_compiles_whole_and_once(counters):
     ours = small_slm(V)
     compiled = torch.compile(ours, fullgraph=True)
