@@ -47,8 +47,6 @@ from model import (
     reading,
     split_of,
     start_processes,
-    sum_over_processes,
-    tokenize_words,
     write_atomic,
 )
 
@@ -151,7 +149,7 @@ def read_units(part):
 
 
 def read_pair(row, n_units):
-    """Units of prompt, chosen and rejected; words of prompt + chosen ([] without text); split."""
+    """Units of prompt, chosen and rejected; text of prompt + chosen ('' if unknown); split."""
     units = [read_units(row[key]) for key in ('prompt', 'chosen', 'rejected')]
     if any(((part < 0) | (part >= n_units)).any() for part in units):
         raise ValueError(f'its units must be from 0 to {n_units - 1}')
@@ -159,8 +157,7 @@ def read_pair(row, n_units):
     for key in ('prompt', 'chosen'):
         inner = row[key].get('text') if isinstance(row[key], dict) else None
         texts.append(row.get(key + '_text') or inner or '')
-    words = tokenize_words(' '.join(texts)) if texts[1] else []
-    return units, words, split_of(row.get('split') or 'train')
+    return units, ' '.join(texts) if texts[1] else '', split_of(row.get('split') or 'train')
 
 
 def load_pairs(paths, n_units, context, max_auto_bleu, val_pairs):
@@ -170,11 +167,11 @@ def load_pairs(paths, n_units, context, max_auto_bleu, val_pairs):
     for path in paths.split(','):
         for number, row in read_jsonl(path):
             with reading(f'{path}, line {number}'):
-                units, words, split = read_pair(row, n_units)
+                units, text, split = read_pair(row, n_units)
             pair = make_pair(*units, context)
             if split == 'test':
                 count['dropped: test split'] += 1
-            elif 0 < max_auto_bleu <= auto_bleu(words):
+            elif 0 < max_auto_bleu <= auto_bleu(text):
                 count['dropped: auto-BLEU'] += 1
             elif not len(units[1]) or not len(units[2]) or np.array_equal(*pair[1:]):
                 count['dropped: empty or equal'] += 1
@@ -365,8 +362,7 @@ if __name__ == '__main__':
     del state  # it holds a copy of the model
     for parameter in model.parameters():  # a process may have no row in a step
         parameter.grad = torch.zeros_like(parameter)
-    recipe = dict(config, pretraining=model.slam.get('recipe'))
-    slam = dict(model.slam, stage='dpo', recipe=recipe)
+    slam = dict(model.slam, stage='dpo', recipe=dict(config, pretraining=model.slam.get('recipe')))
 
     stopping = catch_signals()
     batches = iter_batches(lengths[: len(train)], batch_pairs, seed, step)
@@ -404,12 +400,13 @@ if __name__ == '__main__':
         n, (*means, norm) = step - last_report, (sums / (step - last_report)).tolist()
         took = time.perf_counter() - clock
         numbers = [*means, elapsed + took if rank == 0 else 0, len(stopping)]
-        *means, elapsed, halt = sum_over_processes(numbers, torch_device)
+        if world > 1:
+            numbers = torch.tensor(numbers, dtype=torch.float64, device=torch_device)
+            dist.all_reduce(numbers)
+        *means, elapsed, halt = map(float, numbers)
         if not math.isfinite(sum(means) + norm):
-            raise InputError(
-                f'the loss is not finite at step {step}; possible causes: a high --lr, '
-                'a short warm-up, damaged weights in --init. The last checkpoint is kept'
-            )
+            known = f'the loss is not finite at step {step}; the last checkpoint is kept'
+            raise InputError(f'{known}. Causes: a high --lr, a short warm-up, a damaged --init')
         over = step >= last_step or elapsed >= budget
         record = dict(step=step, **dict(zip(('loss', 'accuracy', 'margin'), means, strict=True)))
         record |= dict(norm=norm, lr=rate, tokens=seen, elapsed=round(elapsed, 2))

@@ -125,7 +125,7 @@ def read_manifest(folder):
 
 def read_csv(path):
     """Rows of a .csv file as dicts. Raises InputError."""
-    with reading(path), open(path, newline='', encoding='utf-8-sig') as file:
+    with reading(path), M.open_text(path, newline='') as file:
         return list(csv.DictReader(file))
 
 
@@ -183,7 +183,6 @@ def list_zerospeech(root, kind, split):
     places = (os.path.join(root, kind, split), os.path.join(root, split), root)
     folder = next(filter(os.path.isdir, places), root)
     gold, lexical = os.path.join(folder, 'gold.csv'), kind == 'lexical'
-    rows = read_csv(gold)
     files = M.find_audio(folder)
     clips = {os.path.basename(os.path.splitext(path)[0]): path for path in files}
     if len(clips) < len(files):  # a name in gold.csv would be ambiguous
@@ -192,7 +191,7 @@ def list_zerospeech(root, kind, split):
     # {(id, voice): (correct rows, wrong rows)}; one word has several non-words
     groups, pairs = defaultdict(lambda: ([], [])), []
     columns = ['id', 'filename', 'voice', 'correct', 'frequency' if lexical else 'type']
-    for line, row in enumerate(rows, 2):
+    for line, row in enumerate(read_csv(gold), 2):
         if lacking := [name for name in columns if row.get(name) is None]:
             raise InputError(f'{gold}, line {line}: no {", ".join(lacking)} (of the {kind} task)')
         if row['filename'] not in clips:
@@ -587,7 +586,8 @@ def ask_judge(question):
 
 def find_flaws(text, n=5):
     """Whether a transcript has fewer than two words; whether a repeated n-gram fills half of it."""
-    words, filled = M.tokenize_words(text), defaultdict(set)
+    nltk = importlib.import_module('nltk.tokenize')  # a second to import
+    words, filled = nltk.NLTKWordTokenizer().tokenize(text), defaultdict(set)
     for i in range(len(words) - n + 1):
         filled[tuple(words[i : i + n])].update(range(i, i + n))
     loops = any(2 * len(at) >= len(words) for at in filled.values() if len(at) > n)
@@ -633,7 +633,7 @@ def rate_words(items):
 Metric = namedtuple('Metric', 'label unit digits source needs rate transform')
 BOTH, AFTER, AGAIN = 'prompt + continuation', 'continuation', 'resynthesis'
 fluency = each_transcript(text_nll)
-repetition = each_transcript(lambda text: M.auto_bleu(M.tokenize_words(text)))
+repetition = each_transcript(M.auto_bleu)
 METRICS = dict(
     genppl=Metric('GenPPL ↓', 'perplexity', 1, BOTH, ['asr', 'text_lm'], fluency, np.exp),
     autobleu=Metric('auto-BLEU ↓', '% of bigrams', 2, BOTH, ['asr'], repetition, percent),

@@ -64,7 +64,6 @@ from model import (
     resample,
     save_audio,
     start_worker,
-    tokenize_words,
     write_atomic,
 )
 
@@ -400,7 +399,7 @@ def pair_items(task):
                 skip = 'without a gold label'
             elif hella and re.search(r'[][()/{}]|www\.', ' '.join(texts.values())):
                 skip = 'with brackets, slashes or links'
-        repeats = auto_bleu(tokenize_words(f'{texts["prompt"]} {texts["chosen"]}'))
+        repeats = auto_bleu(f'{texts["prompt"]} {texts["chosen"]}')
         if not skip and repeats >= max_auto_bleu:
             skip = f'with auto-BLEU of {max_auto_bleu} or more'
         yield dict(texts=texts, split=True, skip=skip)

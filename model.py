@@ -673,31 +673,9 @@ def matching(model, tensors):
 # Loading
 
 
-OPT_350M = dict(word_embed_proj_dim=512, do_layer_norm_before=False)
-PRESETS = {  # Table 7 of the paper, Slam (large)'s base, and a newer one of the first's size
-    'qwen2.5-0.5b': ('qwen2', 24, 896, 14, 2, 4864, 32768, dict(rope_theta=1e6)),
-    'qwen2.5-1.5b': ('qwen2', 28, 1536, 12, 2, 8960, 32768, dict(rope_theta=1e6)),
-    'smollm2-135m': ('llama', 30, 576, 9, 3, 1536, 8192, dict(rms_norm_eps=1e-5, rope_theta=1e5)),
-    'mobilellm-125m': ('llama', 30, 576, 9, 3, 1536, 2048, dict(rms_norm_eps=1e-5)),
-    'smollm2-360m': ('llama', 32, 960, 15, 5, 2560, 8192, dict(rms_norm_eps=1e-5, rope_theta=1e5)),
-    'mobilellm-350m': ('llama', 32, 960, 15, 5, 2560, 2048, dict(rms_norm_eps=1e-5)),
-    'opt-125m': ('opt', 12, 768, 12, 12, 3072, 2048, {}),
-    'opt-350m': ('opt', 24, 1024, 16, 16, 4096, 2048, OPT_350M),
-    'pythia-160m': ('gpt_neox', 12, 768, 12, 12, 3072, 2048, {}),
-    'pythia-410m': ('gpt_neox', 24, 1024, 16, 16, 4096, 2048, {}),
-    'qwen3-0.6b': ('qwen3', 28, 1024, 16, 8, 3072, 40960, dict(head_dim=128, rope_theta=1e6)),
-}
-
-
-def new_config(model_type, n_layer, n_embd, n_head, n_kv_head, n_ffn, context, more):
-    """transformers' config of these sizes."""
-    sizes = dict(num_hidden_layers=n_layer, hidden_size=n_embd, num_attention_heads=n_head)
-    sizes |= dict(max_position_embeddings=context, tie_word_embeddings=model_type != 'gpt_neox')
-    if model_type == 'opt':
-        sizes |= dict(ffn_dim=n_ffn, dropout=0.0)
-    else:
-        sizes |= dict(intermediate_size=n_ffn, num_key_value_heads=n_kv_head)
-    return import_transformers().CONFIG_MAPPING[model_type](**sizes, **more)
+# sizes as train.py names them, and as transformers does
+SIZES = dict(n_layer='num_hidden_layers', n_embd='hidden_size', n_head='num_attention_heads')
+SIZES |= dict(n_kv_head='num_key_value_heads', n_ffn='intermediate_size')
 
 
 def load_slm(
@@ -712,9 +690,9 @@ def load_slm(
     text=None,
     sizes=None,
 ):
-    """An SLM on the CPU: 'preset:NAME' (PRESETS) or 'scratch', a Qwen2, so a Llama with biases, of
-    sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn), both a cold start; or from a folder or a
-    hub name, of which no code is run:
+    """An SLM on the CPU: 'preset:NAME' of config/presets.json or 'scratch', a Qwen2, so a Llama
+    with biases, of sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn), both a cold start; or
+    from a folder or a hub name, of which no code is run:
     (a) a text LM: TWIST (Hassid et al. 2023), all but embedding and head stays. These begin anew,
     with vocab_size (None: 502) rows made as embed_init says (twist_rows). With `text`, meta.json of
     interleaved data, the old rows stay and those of units and switches are added.
@@ -725,12 +703,12 @@ def load_slm(
     data and model do not fit together.
     """
     cold = where == 'scratch' or where.startswith('preset:')
-    if where == 'scratch':
-        hf = new_config('qwen2', **sizes, context=1024, more={})
-    elif cold:
-        if (name := where.removeprefix('preset:').lower()) not in PRESETS:
-            raise InputError(f'no preset {name!r}: there are {", ".join(PRESETS)}')
-        hf = new_config(*PRESETS[name])
+    if cold:
+        presets = read_json(os.path.join(os.path.dirname(__file__), 'config', 'presets.json'))
+        presets['scratch'] |= {SIZES[name]: size for name, size in (sizes or {}).items()}
+        if (name := where.removeprefix('preset:').lower()) not in presets:
+            raise InputError(f'no preset {name!r}: there are {", ".join(presets)}')
+        hf = import_transformers().AutoConfig.for_model(**presets[name])
     else:
         folder = find_checkpoint(where)
         hf, slam, order, renames = read_about(folder)
@@ -891,8 +869,9 @@ def read_about(folder):
             a, slam, renames = about['model_args'], PUBLIC_UNITS | dict(scoring='units'), SCALING
             sizes = a['n_layers'], a['dim'], a['n_heads'], a.get('n_kv_heads') or a['n_heads']
             wide = a.get('hidden_dim') or -(-int(8 * a['dim'] / 3) // 256) * 256  # Llama's rule
-            more = dict(rms_norm_eps=a.get('norm_eps') or 1e-5)
-            about = new_config('llama', *sizes, wide, a.get('block_size') or 2048, more).to_dict()
+            about = dict(zip(SIZES.values(), (*sizes, wide), strict=True), model_type='llama')
+            about |= dict(rms_norm_eps=a.get('norm_eps') or 1e-5, tie_word_embeddings=True)
+            about |= dict(max_position_embeddings=a.get('block_size') or 2048)
             about['vocab_size'] = size = a['vocab_size']
             order = torch.tensor([size - 1, size - 2, *range(size - 2)])
         elif kind == 'mobilellm' and not about.get('layer_sharing'):  # Llama, with code of its own
@@ -903,12 +882,9 @@ def read_about(folder):
     if os.path.exists(path := os.path.join(folder, 'slam.json')):  # ours
         slam = read_json(path)
         for part in PARTS:
-            name = str(slam.get(part) or '')
-            if os.path.isdir(
-                inside := os.path.join(folder, os.path.basename(name).strip('.') or '?')
-            ):
+            if os.path.isdir(inside := os.path.join(folder, part)):
                 slam[part] = os.path.abspath(inside)
-            elif os.path.isabs(name) or '..' in name:
+            elif '..' in (name := str(slam.get(part))) or os.path.isabs(name):
                 slam[part] = None
     return hf, slam, order, renames
 
@@ -947,15 +923,15 @@ def check_data_fit(size, wanted, slam, folder, where, text):
     """Raise InputError where a checkpoint of `size` tokens does not fit the data. wanted: their
     vocabulary, None if there are none. text: their meta.json, None if they hold no text."""
     interleaved = (slam or {}).get('tokenizer')
-    fits = slam is None or wanted is None or bool(text) == bool(interleaved) and wanted <= size
-    if fits and text:
+    if text:
         known = read_tokenizer(interleaved or folder)[2], slam['offset'] if interleaved else size
         fits = known == (text['tokenizer_sha256'], text['offset'])
-        fits = fits and (not interleaved or wanted == size)
+        fits = fits and (slam is None or wanted == size)
+    else:
+        fits = slam is None or wanted is None or not interleaved and wanted <= size
     if not fits:
-        made = f'made for {text["text_lm"]}' if text else 'without text'
-        reason = f'{where} ({size} tokens) and the data ({wanted} tokens, {made})'
-        raise InputError(f'{reason} have different tokenizers or vocabularies')
+        made = f'{wanted} tokens, {text["text_lm"] if text else "without text"}'
+        raise InputError(f'{where} ({size} tokens) does not fit the tokens of the data ({made})')
 
 
 # -----------------------------------------------------------------------------
@@ -1647,16 +1623,14 @@ def check_encoder_ids(parts):
         raise InputError(f'units of different encoders do not mix: encoder_id of {known}')
 
 
-def tokenize_words(text):
-    """The words and punctuation marks of a text, by NLTK's Penn Treebank rules."""
-    from nltk.tokenize import NLTKWordTokenizer  # a second to import; needs no data
-
-    return NLTKWordTokenizer().tokenize(text)
-
-
 def auto_bleu(words, n=2):
     """auto-BLEU (Lakhotia et al. 2021): the share of a sequence's n-grams that occur in it more
-    than once; 0 without n-grams. words: any sequence, from tokenize_words or of units."""
+    than once; 0 without n-grams. words: a list of words or units, or a text, of which NLTK's Penn
+    Treebank rules make words."""
+    if isinstance(words, str):
+        from nltk.tokenize import NLTKWordTokenizer  # a second to import; needs no data
+
+        words = NLTKWordTokenizer().tokenize(words)
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     return sum(count for count in counts.values() if count > 1) / max(1, counts.total())
 
@@ -1721,15 +1695,6 @@ def start_processes(device):
     if rank:
         sys.stdout = open(os.devnull, 'w')  # only the first process prints
     return device, rank, world
-
-
-def sum_over_processes(numbers, device):
-    """Sum each number of a list over the processes."""
-    if not dist.is_initialized():
-        return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
 
 
 def catch_signals():

@@ -603,9 +603,7 @@ def interleave(row, speech, encode, meta):
 def documents_of(path):
     """Yields the documents of a text source. Raises InputError for rows without `text`."""
     with reading(path):
-        for row in (
-            M.read_parquet(path) if is_shards(path) else (row for _, row in read_jsonl(path))
-        ):
+        for _, row in enumerate(M.read_parquet(path)) if is_shards(path) else read_jsonl(path):
             yield from filter(None, map(str.strip, (row['text'] or '').split(M.MARK)))
 
 

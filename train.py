@@ -323,7 +323,9 @@ def validate(model, validation, device, autocast, rank=0, world=1):
             with autocast:
                 sums[s] += model(tokens, targets, doc=doc) * (targets >= 0).sum()
     model.train()
-    sums = M.sum_over_processes(sums.tolist(), device)
+    if world > 1:
+        dist.all_reduce(sums)
+    sums = sums.tolist()
     losses = dict(val_loss=sum(sums) / sum(counts))
     for name, nats, count in zip(validation, sums, counts, strict=True):
         losses[f'val_loss_{name}'] = nats / count
@@ -448,12 +450,13 @@ if __name__ == '__main__':
         mean_loss, norm = (sums / (step - last_step)).tolist()
         took = time.perf_counter() - clock
         numbers = [mean_loss, elapsed + took if rank == 0 else 0, len(stopping)]
-        mean_loss, elapsed, halt = M.sum_over_processes(numbers, torch_device)
+        if world > 1:
+            numbers = torch.tensor(numbers, dtype=torch.float64, device=torch_device)
+            dist.all_reduce(numbers)
+        mean_loss, elapsed, halt = map(float, numbers)
         if not math.isfinite(mean_loss + norm):
-            raise InputError(
-                f'the loss is not finite at step {step}; possible causes: a high --lr, '
-                'a short warm-up, damaged weights in --init. The last checkpoint is kept'
-            )
+            known = f'the loss is not finite at step {step}; the last checkpoint is kept'
+            raise InputError(f'{known}. Causes: a high --lr, a short warm-up, a damaged --init')
         over = step >= max_steps or elapsed >= budget
         record = dict(step=step, loss=mean_loss, norm=norm, lr=rate, tokens=seen)
         record |= dict(elapsed=round(elapsed, 2), tokens_per_s=round((seen - last_seen) / took))

@@ -37,7 +37,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 SECONDS = 520
-SHAPE = 'qwen2.5-0.5b'  # 358 M parameters
+SHAPE = dict(n_layer=24, n_embd=896, n_head=14, n_kv_head=2, n_ffn=4864)  # Qwen2.5-0.5B, 358 M
 # dense bf16 FLOP/s of the data sheets
 DATASHEET = dict(H200=989e12, H100=989e12, A100=312e12, A5000=111e12)
 SLAM_TOKENS = 17_625 * 81_920  # Table 4; Table 5 has 813 steps of 64 pairs
@@ -75,10 +75,9 @@ def clocked(work):
 
 def small_slm(layers=2, scale=1.0):
     """A model of SHAPE's width with few layers on the CPU, its matrices scaled."""
-    import model
+    from model import load_slm
 
-    model.PRESETS['small'] = 'qwen2', layers, *model.PRESETS[SHAPE][2:]
-    slm = model.load_slm('preset:small', context=2048)
+    slm = load_slm('scratch', sizes=SHAPE | dict(n_layer=layers), context=2048)
     with torch.no_grad():
         for parameter in slm.parameters():
             parameter.mul_(scale if parameter.ndim == 2 else 1.0)
@@ -312,10 +311,11 @@ def train(config, steps):
 
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(os.path.join(folder, 'data'), 6_000_000)
-        flags = f'config/{config}.py', f'--data={data}', '--val_data=', f'--init=preset:{SHAPE}'
+        flags = [f'config/{config}.py', f'--data={data}', '--val_data=', '--init=scratch']
+        flags += [f'--{name}={size}' for name, size in SHAPE.items()]
         speed = run_script('train.py', steps, 'tokens_per_s', folder + '/run', *flags)
     # 6 operations a weight, forward and backward; attention covers half of 620 tokens on average
-    flops = speed * 6 * (load_slm(f'preset:{SHAPE}').num_params() + 24 * 896 * 620)
+    flops = speed * 6 * (load_slm('scratch', sizes=SHAPE).num_params() + 24 * 896 * 620)
     report(tokens_s=round(speed), hours_of_slam=round(SLAM_TOKENS / speed / 3600, 2))
     card = torch.cuda.get_device_name(0)
     for name, peak in DATASHEET.items():
@@ -345,7 +345,7 @@ def dpo():
     with tempfile.TemporaryDirectory() as folder:
         data, init = write_data(folder + '/data', pairs=3000), folder + '/slm'
         slam = dict(n_units=500, dedup=True, frame_rate=25.0)
-        load_slm(f'preset:{SHAPE}', context=1024).save_pretrained(init, slam)
+        load_slm('scratch', sizes=SHAPE, context=1024).save_pretrained(init, slam)
         flags = 'config/slam_dpo.py', f'--init={init}', f'--data={data}/pairs.jsonl'
         speed = run_script('dpo.py', 30, 'pairs_per_s', folder + '/dpo', *flags)
     report(pairs_s=round(speed, 1), minutes_of_slam=round(813 * 64 / speed / 60, 2))
@@ -355,7 +355,7 @@ def generation():
     """Tokens/s for 150 tokens each of 1, 16 and 64 prompts."""
     from model import EOS, load_slm
 
-    slm = load_slm(f'preset:{SHAPE}', dtype=torch.bfloat16).to('cuda').eval()
+    slm = load_slm('scratch', sizes=SHAPE, dtype=torch.bfloat16).to('cuda').eval()
     slm.head.weight.data[EOS] = 0  # not among the most likely: hardly a prompt ends early
     for batch in (1, 16, 64):
         warm, prompts = (random_prompts([60] * batch, seed) for seed in range(2))
@@ -487,10 +487,7 @@ def main():
     if unknown := set(arguments.steps) - set(STEPS):
         sys.exit(f'gpu_check.py: no step {", ".join(unknown)}; there are {", ".join(STEPS)}')
     if arguments.one:
-        import model
-
-        if arguments.layers:
-            model.PRESETS[SHAPE] = 'qwen2', arguments.layers, *model.PRESETS[SHAPE][2:]
+        SHAPE['n_layer'] = arguments.layers or SHAPE['n_layer']
         return globals()[arguments.steps[0]]()
     if arguments.launcher:
         os.environ['GPU_CHECK_LAUNCHER'] = arguments.launcher

@@ -420,6 +420,6 @@ def test_a_mistake_is_one_line(flags, message, places, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(forty, data):
-    with model.open_log(forty[0], 40):
+    with model.open_run(forty[0], dict(step=40), False, ())[1]:
         flags = f'--data={data}', f'--out_dir={forty[0]}', '--max_steps=42'
         inside(*flags, mistake='another process is training')
