@@ -52,7 +52,6 @@ class Config:
 
     kind: str  # how transformers names the tensors, a key of KINDS
     vocab_size: int
-    n_layer: int
     n_embd: int
     n_head: int
     n_kv_head: int
@@ -67,7 +66,6 @@ class Config:
     qk_norm: bool  # of each head's query and key
     gated: bool  # SwiGLU
     act: str  # a key of ACTIVATIONS
-    tied: bool  # the head is the embedding
     pre_norm: bool  # False: OPT-350M
     parallel: bool  # GPT-NeoX: the MLP reads what attention read
     rope_freqs: list  # radians a token; empty: learned positions
@@ -179,11 +177,11 @@ class SLM(nn.Module):
         if c.embed_dim != c.n_embd:  # OPT-350M projects 512 -> 1024 -> 512
             self.project_in = nn.Linear(c.embed_dim, c.n_embd, bias=False)
             self.project_out = nn.Linear(c.n_embd, c.embed_dim, bias=False)
-        self.blocks = nn.ModuleList([Block(c) for _ in range(c.n_layer)])
+        self.blocks = nn.ModuleList([Block(c) for _ in range(hf_config.num_hidden_layers)])
         if c.pre_norm:
             self.norm = Norm(c, c.n_embd)
         self.head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
-        if c.tied:
+        if hf_config.tie_word_embeddings:
             self.head.weight = self.embed.weight
         if not self.embed.weight.is_meta:  # transformers' cold start
             generator = torch.Generator().manual_seed(seed)
@@ -294,15 +292,8 @@ class SLM(nn.Module):
         """Parameters, tied ones once: what Table 7 counts."""
         return sum(p.numel() for p in self.parameters())
 
-    @property
-    def offset(self):
-        """The token of unit 0."""
-        return self.slam.get('offset', OFFSET)
-
-    @property
-    def end(self):
-        """The token that ends an utterance or a document."""
-        return self.slam.get('end', EOS)
+    offset = property(lambda self: self.slam.get('offset', OFFSET))  # the token of unit 0
+    end = property(lambda self: self.slam.get('end', EOS))  # of an utterance or a document
 
     @cached_property
     def tokenizer(self):
@@ -369,7 +360,7 @@ class SLM(nn.Module):
         columns = torch.arange(longest, device=device)  # places of the tokens in the cache
         shape = len(prompts), c.n_kv_head, longest + max_new_tokens, c.head_dim
         # keys and values of each layer in turn
-        cache = [self.embed.weight.new_zeros(shape) for _ in range(2 * c.n_layer)]
+        cache = [self.embed.weight.new_zeros(shape) for _ in range(2 * len(self.blocks))]
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         forbidden = ~self.allowed_tokens(kind).to(device)
         seen = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool, device=device)
@@ -628,7 +619,6 @@ def read_config(hf, dropout=0.0):
     return Config(
         kind=kind,
         vocab_size=hf.vocab_size,
-        n_layer=hf.num_hidden_layers,
         n_embd=hf.hidden_size,
         n_head=n_head,
         n_kv_head=get('num_key_value_heads', default=n_head),
@@ -643,7 +633,6 @@ def read_config(hf, dropout=0.0):
         qk_norm=bool(size(kind, 'norm_q.weight')),
         gated=kind in ('llama', 'phi3'),
         act=act,
-        tied=hf.tie_word_embeddings,
         pre_norm=get('do_layer_norm_before', default=True),
         parallel=get('use_parallel_residual', default=False),
         rope_freqs=rotary.inv_freq.tolist() if rotary else [],
@@ -732,7 +721,7 @@ def load_slm(
             elif order is not None:
                 rows = old[order]
             module.weight = nn.Parameter(rows)
-        if model.config.tied:
+        if hf.tie_word_embeddings:
             model.head.weight = model.embed.weight
         hf.vocab_size = model.config.vocab_size = len(rows)
         model.slam = {} if slam is None else dict(n_units=len(rows) - OFFSET) | slam
@@ -803,25 +792,20 @@ def find_checkpoint(where, tensors=True):
     safetensors before pickles; its json files alone without `tensors`)."""
     if os.path.isdir(where):
         return where
-    if where.count('/') != 1 or where.startswith(('.', '/', 'out/')):
-        raise InputError(f'no checkpoint folder {where!r}')
     from huggingface_hub import snapshot_download
 
-    try:
-        kinds = ['*.json', '*.safetensors'] if tensors else ['*.json']
-        folder = snapshot_download(where, allow_patterns=kinds)
+    with reading(f'checkpoint {where!r}'):
+        if where.count('/') != 1 or where.startswith(('.', '/', 'out/')):
+            raise InputError('there is no such folder')
+        files = ['*.json', '*.safetensors'] if tensors else ['*.json']
+        folder = snapshot_download(where, allow_patterns=files)
         if tensors and not any(name.endswith('.safetensors') for name in os.listdir(folder)):
             folder = snapshot_download(where, allow_patterns=['*.json', 'pytorch_model*.bin'])
         return folder
-    except Exception as error:
-        reason = f'{where!r} is no folder, and the hub did not give it ({type(error).__name__})'
-        raise InputError(f'{reason}: copy it into the cache of the hub, or pass a folder') from None
 
 
 def copy_part(source, target, part):
     """Copy the files of an encoder, a vocoder or a tokenizer, and nothing else of its folder."""
-    if os.path.realpath(source) == os.path.realpath(target):
-        return
     for name in (f'{part}.json', f'{part}.safetensors', f'{part}_config.json'):
         path = os.path.join(source, name)
         if os.path.isfile(path):

@@ -464,7 +464,7 @@ def test_models_end_to_end(tmp_path, checkpoint):
         (['--tasks=sSC,sSC={tmp}/sSC'], '--tasks names sSC twice'),
         (['--tasks=own={tmp}/bad.csv'], 'bad.csv, line 2: expected correct or positive_audio'),
         (['--tasks=sSC', '--encoder={tmp}/other'], 'different encoders'),
-        (['--tasks=sSC,genppl', '--asr=/no/whisper'], "no checkpoint folder '/no/whisper'"),
+        (['--tasks=sSC,genppl', '--asr=/no/whisper'], "'/no/whisper': there is no such folder"),
         (['--tasks=sSC,genppl', '--asr={tmp}/ct2'], 'ct2 is in CTranslate2 format'),
         (['--tasks=own={tmp}/twice.csv'], "twice.csv, line 4: a second id '1' of voice ''"),
         (['--wer'], 'no prompts of known text: add a suite'),

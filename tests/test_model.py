@@ -361,7 +361,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize(
     ('mistake', 'message'),
     [
-        (dict(where='out/nothing'), 'no checkpoint folder'),
+        (dict(where='out/nothing'), 'no such folder'),
         (dict(where='preset:gpt-5'), 'there are qwen2.5-0.5b'),
         (dict(context=500), '500 .* 128 positions'),
         (dict(vocab_size=502), 'no 502 rows of the 42'),
