@@ -679,17 +679,15 @@ def load_slm(
     text=None,
     sizes=None,
 ):
-    """An SLM on the CPU: 'preset:NAME' of config/presets.json or 'scratch', a Qwen2, so a Llama
-    with biases, of sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn), both a cold start; or
-    from a folder or a hub name, of which no code is run:
+    """An SLM on the CPU. where: a cold start, 'preset:NAME' of config/presets.json or 'scratch', a
+    Qwen2 of sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn); or a folder or a hub name of
     (a) a text LM: TWIST (Hassid et al. 2023), all but embedding and head stays. These begin anew,
     with vocab_size (None: 502) rows made as embed_init says (twist_rows). With `text`, meta.json of
     interleaved data, the old rows stay and those of units and switches are added.
     (b) a checkpoint of ours, or a public SLM (read_about). The vocabulary stays, in our order.
 
     context: tokens of a training row, saved in the config. rope_theta: replaces the checkpoint's.
-    Raises InputError for a missing checkpoint, for model types that Block does not compute, and if
-    data and model do not fit together.
+    Raises InputError without a checkpoint, for other tokenizers, for what Block does not compute.
     """
     cold = where == 'scratch' or where.startswith('preset:')
     if cold:
@@ -701,7 +699,9 @@ def load_slm(
     else:
         folder = find_checkpoint(where)
         hf, slam, order, renames = read_about(folder)
-        check_data_fit(hf.vocab_size, vocab_size, slam, folder, where, text)
+        needed = text and (text['tokenizer_sha256'], text['offset'])
+        if text and slam is None and (read_tokenizer(folder)[2], hf.vocab_size) != needed:
+            raise InputError(f'{where}: the data need the tokenizer of {text["text_lm"]}')
     rope = getattr(hf, 'rope_parameters', None)
     if rope and rope_theta:
         rope['rope_theta'] = float(rope_theta)
@@ -715,9 +715,9 @@ def load_slm(
         for module in (model.embed, model.head):
             rows = old = module.weight.detach()
             if slam is None:
-                n = vocab_size - len(old) if text else vocab_size or 502
-                rows = twist_rows(old, n, embed_init, seed + (module is model.head), where)
-                rows = torch.cat((old, rows)) if text else rows
+                kept, seed = old[: len(old) if text else 0], seed + (module is model.head)
+                rows = twist_rows(old, (vocab_size or 502) - len(kept), embed_init, seed, where)
+                rows = torch.cat((kept, rows))
             elif order is not None:
                 rows = old[order]
             module.weight = nn.Parameter(rows)
@@ -901,21 +901,6 @@ def describe_sims(folder, base, size):
     prefix = [token for token in tokenizer.encode('').ids if token != end]
     slam = dict(n_units=size - 2 - first, offset=first, end=end, prefix=prefix, scoring='units')
     return slam | dict(tokenizer=os.path.abspath(folder), text_lm=base)
-
-
-def check_data_fit(size, wanted, slam, folder, where, text):
-    """Raise InputError where a checkpoint of `size` tokens does not fit the data. wanted: their
-    vocabulary, None if there are none. text: their meta.json, None if they hold no text."""
-    interleaved = (slam or {}).get('tokenizer')
-    if text:
-        known = read_tokenizer(interleaved or folder)[2], slam['offset'] if interleaved else size
-        fits = known == (text['tokenizer_sha256'], text['offset'])
-        fits = fits and (slam is None or wanted == size)
-    else:
-        fits = slam is None or wanted is None or not interleaved and wanted <= size
-    if not fits:
-        made = f'{wanted} tokens, {text["text_lm"] if text else "without text"}'
-        raise InputError(f'{where} ({size} tokens) does not fit the tokens of the data ({made})')
 
 
 # -----------------------------------------------------------------------------

@@ -139,13 +139,21 @@ def balance(sets):
     return [each._replace(weight=each.weight * scale / len(each.tokens)) for each in sets]
 
 
-def check_alike(sets, init, init_encoder_id):
-    """Raise InputError if the data sets and the model `init` use different units."""
+def check_alike(sets, model):
+    """Raise InputError if the data sets and the model use different units or tokens."""
     for key in ('vocab_size', 'offset', 'dedup', 'frame_rate', 'tokenizer_sha256'):
         if len({str(each.meta.get(key)) for each in sets}) > 1:
             raise InputError(f'{data} and {val_data} do not mix: they differ in {key}')
     encoder_ids = {each.folder: each.meta.get('encoder_id') for each in sets}
-    M.check_encoder_ids(encoder_ids | {init: init_encoder_id})
+    M.check_encoder_ids(encoder_ids | {init: model.slam.get('encoder_id')})
+    meta, size, tokenizer = sets[0].meta, model.config.vocab_size, model.slam.get('tokenizer')
+    fits = meta['vocab_size'] == size if meta.get('tokenizer') else meta['vocab_size'] <= size
+    if model.slam and (tokenizer or meta.get('tokenizer')):
+        known = tokenizer and M.read_tokenizer(tokenizer)[2], model.offset
+        fits = fits and known == (meta.get('tokenizer_sha256'), meta['offset'])
+    if not fits:
+        reason = f'{init} ({size} tokens) and {data} ({meta["vocab_size"]} tokens)'
+        raise InputError(f'{reason} have different tokenizers or vocabularies')
 
 
 def find_chunks(tokens, context, end=None, block=1 << 22):
@@ -375,7 +383,7 @@ if __name__ == '__main__':
     options = dict(embed_init=embed_init, context=context, rope_theta=rope_theta, dropout=dropout)
     options['text'] = meta if meta.get('tokenizer') else None
     model = M.load_slm(init, vocab_size=meta['vocab_size'], sizes=shape, seed=seed, **options)
-    check_alike(sets + val_sets, init, model.slam.get('encoder_id'))
+    check_alike(sets + val_sets, model)
     slam = describe_run(sets[0].folder, meta, config)
     # what transformers' model has no place for, as in a changed Block, could not be saved
     list(M.matching(model, M.empty_model(model.hf_config).state_dict()))

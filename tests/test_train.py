@@ -395,6 +395,7 @@ def places(data, forty, tmp_path_factory):
     write_set(place / 'changed', walks(150, 7), walks(10, 1))
     os.truncate(write_set(place / 'broken', walks(3, 0)) + '/train.bin', 20)
     shutil.rmtree(write_set(place / 'bare', walks(3, 0)) + '/encoder')
+    small_slm(9).save_pretrained(place / 'small')
     return dict(data=data, forty=forty[0], place=place)
 
 
@@ -408,6 +409,7 @@ def places(data, forty, tmp_path_factory):
         ('--data={data},{place}/encoded', 'different encoders'),
         ('--data={place}/broken', 'does not fit its meta.json'),
         ('--data={place}/bare', 'no folder encoder/'),
+        ('--init={place}/small', 'have different tokenizers or vocabularies'),
         ('--init={forty} --out_dir={forty}', 'would be overwritten'),
         ('--out_dir={forty} --lr=0.1', 'is a run with lr=0.005, not 0.1'),
         ('--out_dir={forty} --data={place}/changed', 'is a run with data'),
