@@ -306,6 +306,9 @@ def toy_rows(task, seed, n_stories, n_pairs, n_suite):
         yield dict(text=f'{story["prompt"]} {story["ending"]}')
 
 
+toy_list = cache(lambda *options: list(toy_rows(*options)))  # worker processes inherit it
+
+
 # -----------------------------------------------------------------------------
 # Text: rows from files
 
@@ -339,7 +342,7 @@ def read_rows(kind, *expected):
     """Yield the rows of the knob `text`: dicts of strings ('' for null; HellaSwag's endings are a
     list). A row must have one of the expected column lists. Raises InputError naming the row."""
     if text == 'toy':
-        yield from toy_rows(kind, seed, n_stories, n_pairs, n_suite)
+        yield from toy_list(kind, seed, n_stories, n_pairs, n_suite)
         return
     if text.startswith('hub:'):
         sources = {text: read_parquet(text if text.count(':') > 1 else text + ':train')}

@@ -776,15 +776,15 @@ def twist_rows(old, n, embed_init, seed, where):
     """The n rows (n, C) with which a unit embedding begins, out of the text LM's (V, C):
     first_rows (what resizing leaves), random, or mean, the mean row of the old ones."""
     generator = torch.Generator().manual_seed(seed)
-    rows = dict(
-        first_rows=old[:n].clone(),
-        random=torch.empty(n, old.shape[1]).normal_(std=0.02, generator=generator),
-        mean=old.mean(0, keepdim=True).repeat(n, 1),
-    )
-    if len(rows.get(embed_init, ())) != n:
+    rows = old.new_empty(n, old.shape[1]).normal_(std=0.02, generator=generator)
+    if embed_init == 'mean':
+        rows[:] = old.mean(0)
+    elif embed_init == 'first_rows' and n <= len(old):
+        rows[:] = old[:n]
+    elif embed_init != 'random':
         few = f'embed_init={embed_init} makes no {n} rows of the {len(old)} of {where}'
         raise InputError(f'{few}: use random or mean')
-    return rows[embed_init]
+    return rows
 
 
 def find_checkpoint(where, tensors=True):
