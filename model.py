@@ -1087,19 +1087,9 @@ def log_mel(wave):
 # -----------------------------------------------------------------------------
 # UnitEncoder: wave -> units
 
-TWIST = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/'
-# the first digits of the sha256 of its files: centroids, generator and config
-SHA256 = '03cc04a9c24fec4285e73e70', 'd88224e95c501e2cd59a6e40', '116dc39be4970cd393e562ac'
-HIFIGAN = TWIST + 'hifigan_lj_mhubert_base_25hz'  # .pt and _config.json; trained on LJSpeech
-KMEANS = dict(  # published centroids
-    mhubert25=TWIST + 'mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
-    hubert50='https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin',
-)
-ENCODERS = dict(  # pad: zeros added at each end of the wave
-    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0),
-    mhubert25=dict(kind='hubert', model='slprl/mhubert-base-25hz', layer=11, pad=40),
-    hubert50=dict(kind='hubert', model='facebook/hubert-base-ls960', layer=9, pad=0),
-)
+# encoders by name (pad: zeros added at each end of the wave); URL and sha256 of published files
+with open(os.path.join(os.path.dirname(__file__), 'config', 'encoders.json')) as file:
+    ENCODERS, PUBLISHED = json.load(file).values()
 # settings that change the units, by kind; encoder_id hashes them with the centroids and the net
 SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range'))
 
@@ -1115,24 +1105,34 @@ class UnitEncoder:
     def __init__(self, config, centroids=None, device='cpu'):
         self.config, self.centroids, self.net = dict(config), centroids, None  # None: not fitted
         self.settings, self.frame_rate = SETTINGS[config['kind']], 25.0
-        if config['kind'] == 'hubert':
-            self.net = load_net(config['model'], config.get('layer')).to(pick_device(device))
-            # samples between frames, and samples that one frame covers
-            strides, kernels = self.net.config.conv_stride, self.net.config.conv_kernel
-            self.hop = math.prod(strides)
-            self.reach = 1 + sum((k - 1) * math.prod(strides[:i]) for i, k in enumerate(kernels))
-            self.frame_rate = SAMPLE_RATE / self.hop
-            # maximum seconds in one forward pass; WavLM's attention needs much memory
-            self.stretch = 100 if self.net.config.model_type == 'wavlm' else 300
+        if config['kind'] == 'mfcc':
+            return
+        layer, nets = config.get('layer'), ('hubert', 'wav2vec2', 'wavlm')
+        with reading(f'the net of the encoder: {config["model"]}'):
+            folder, transformers = find_checkpoint(config['model']), import_transformers()
+            hf = transformers.AutoConfig.from_pretrained(folder)
+            if hf.model_type not in nets or layer not in range(hf.num_hidden_layers + 1):
+                raise ValueError(f'layer {layer} of a {hf.model_type} of {hf.num_hidden_layers}')
+            hf.num_hidden_layers, hf.add_adapter = layer, False
+            options = dict(config=hf, dtype=torch.float32, output_loading_info=True)
+            self.net, report = transformers.AutoModel.from_pretrained(folder, **options)
+            if lost := sorted(set(report['missing_keys']) - {'masked_spec_embed'}):
+                raise ValueError(f'{len(lost)} tensors are missing, such as {lost[0]}')
+        if hf.do_stable_layer_norm:  # the norm after the last layer is not part of hidden_states
+            self.net.encoder.layer_norm.register_forward_hook(lambda norm, x, normed: x[0])
+        self.net.to(pick_device(device))
+        # samples between frames, and samples that one frame covers
+        self.hop, kernels = math.prod(hf.conv_stride), enumerate(hf.conv_kernel)
+        self.reach = 1 + sum((k - 1) * math.prod(hf.conv_stride[:i]) for i, k in kernels)
+        self.frame_rate = SAMPLE_RATE / self.hop
+        # maximum seconds in one forward pass; WavLM's attention needs much memory
+        self.stretch = 100 if hf.model_type == 'wavlm' else 300
 
     @classmethod
     def from_pretrained(cls, where, layer=None, kmeans=None, device='cpu'):
-        """Load an encoder, with its centroids if it has some.
-
-        where: a folder by save_pretrained; 'mhubert25' or 'hubert50'; a folder or hub name of any
-        HuBERT, wav2vec 2 or WavLM, with `layer`; or 'mfcc'. kmeans: a file of centroids; '': none,
-        to be fitted. Raises InputError for missing, damaged or mismatched parts.
-        """
+        """Load a folder by save_pretrained; 'mhubert25', 'hubert50' or 'mfcc'; or, with `layer`, a
+        folder or hub name of any HuBERT, wav2vec 2 or WavLM. kmeans: a file of centroids; '': none,
+        to be fitted. Raises InputError for missing, damaged or mismatched parts."""
         where, centroids, public = str(where).rstrip('/'), None, None
         if os.path.exists(os.path.join(where, 'encoder.json')):
             config = read_json(os.path.join(where, 'encoder.json'))
@@ -1142,8 +1142,8 @@ class UnitEncoder:
         else:
             model = os.path.abspath(where) if os.path.isdir(where) else where
             config = ENCODERS.get(where, dict(kind='hubert', model=model, pad=0)) | dict(name=where)
-            if kmeans is None and where in KMEANS and layer in (None, config['layer']):
-                kmeans, public = fetch(KMEANS[where]), where
+            if kmeans is None and where in PUBLISHED and layer in (None, config['layer']):
+                kmeans, public = fetch(where), where
             config |= {} if layer is None else dict(layer=layer)
         if kmeans:
             centroids = read_kmeans(kmeans)
@@ -1167,7 +1167,7 @@ class UnitEncoder:
         """Identifies the units: the name of a public encoder with its published centroids, else a
         hash of the settings, the centroids and the net."""
         config, switch = self.config, bool(self.config.get('switch'))
-        if config.get('encoder_id') in KMEANS and not switch:
+        if config.get('encoder_id') in PUBLISHED and not switch:
             return config['encoder_id']
         keys = self.settings + ('switch', 'distortion') * switch
         settings = [float(config.get(key, 0)) for key in keys]
@@ -1227,15 +1227,16 @@ class UnitEncoder:
 
 def cheapest_path(costs, price):
     """Viterbi: the units (frames,) of least sum of costs (frames, n_units) and `price` a change."""
-    total, stay, before = np.zeros_like(costs[0]), np.arange(costs.shape[1], dtype=np.int32), []
+    price, total = costs.dtype.type(price), np.zeros_like(costs[0])  # of the best path to each unit
+    cheapest, changed = [], []  # which paths come from `cheapest`
     for cost in costs:
-        best = int(total.argmin())
-        total -= total[best]  # of the cheapest path to each unit
-        before.append(np.where(total > costs.dtype.type(price), np.int32(best), stay))
-        total = np.minimum(total, costs.dtype.type(price)) + cost
+        cheapest.append(int(total.argmin()))
+        total -= total[cheapest[-1]]
+        changed.append(total > price)
+        total = np.minimum(total, price) + cost
     path = [int(total.argmin())]
-    for units in before[:0:-1]:
-        path.append(int(units[path[-1]]))
+    for unit, change in zip(cheapest[:0:-1], changed[:0:-1], strict=True):
+        path.append(unit if change[path[-1]] else path[-1])
     return torch.tensor(path[::-1])
 
 
@@ -1265,33 +1266,15 @@ def write_part(folder, name, config, tensors):
         json.dump(config, file, indent=2)
 
 
-def load_net(source, layer):
-    """A HuBERT, wav2vec 2 or WavLM from a folder or hub name, up to a layer, without a final norm.
-    Raises InputError for other nets, missing layers and missing tensors."""
-    with reading(f'the net of the encoder: {source}'):
-        folder, transformers = find_checkpoint(source), import_transformers()
-        hf = transformers.AutoConfig.from_pretrained(folder)
-        nets = ('hubert', 'wav2vec2', 'wavlm')
-        if hf.model_type not in nets or layer not in range(hf.num_hidden_layers + 1):
-            raise ValueError(f'layer {layer} of a {hf.model_type} of {hf.num_hidden_layers} layers')
-        hf.num_hidden_layers, hf.add_adapter = layer, False
-        options = dict(config=hf, dtype=torch.float32, output_loading_info=True)
-        net, report = transformers.AutoModel.from_pretrained(folder, **options)
-        if lost := sorted(set(report['missing_keys']) - {'masked_spec_embed'}):
-            raise ValueError(f'{len(lost)} tensors are missing, such as {lost[0]}')
-    if hf.do_stable_layer_norm:  # the norm after the last layer is not part of hidden_states
-        net.encoder.layer_norm.register_forward_hook(lambda norm, inputs, output: inputs[0])
-    return net.eval()
-
-
-def fetch(url):
-    """The local copy of a public file, in torch.hub's cache. Raises InputError."""
+def fetch(name):
+    """The local copy of a file of PUBLISHED, in torch.hub's cache. Raises InputError."""
+    url, sha256 = PUBLISHED[name]
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(url))
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with reading(f'{url} (a copy may be put at {path})'):
             torch.hub.download_url_to_file(url, path, progress=False)
-    if url.startswith(TWIST) and not file_hash(path).startswith(SHA256):
+    if sha256 and file_hash(path) != sha256:
         raise InputError(f'{path} is not the published file (its sha256 differs): delete it')
     return path
 
@@ -1344,7 +1327,7 @@ class UnitVocoder:
 
     def __init__(self, config, tensors, device='cpu'):
         self.config, self.device = config, torch.device(device)
-        self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self.tensors = {name: x.to(self.device, torch.float32) for name, x in tensors.items()}
         self.n_units, self.encoder_id = config['n_units'], config.get('encoder_id')
         self.sample_rate, self.frame_rate = config['sample_rate'], float(config['frame_rate'])
 
@@ -1358,7 +1341,7 @@ class UnitVocoder:
             raise InputError('there is no vocoder for these units: give one with --vocoder')
         with reading(f'vocoder {where}'):
             if public := where == 'hifigan25':
-                where = [fetch(HIFIGAN + end) for end in ('_config.json', '.pt')][-1]
+                where = [fetch(where + end) for end in ('_config.json', '.pt')][-1]
             if where.endswith('.pt'):
                 config = read_json(where[:-3] + '_config.json') | dict(kind='hifigan')
                 config |= dict(encoder_id='mhubert25') if public else {}
@@ -1431,24 +1414,21 @@ class UnitVocoder:
 
 
 class HifiGan(UnitVocoder):
-    """The unit HiFi-GAN (Polyak et al. 2021): transformers' generator, and a duration predictor.
-    config: its JSON. tensors: named as in fairseq. Of several speakers or styles the first one
-    speaks."""
+    """The unit HiFi-GAN (Polyak et al. 2021): transformers' generator, and a duration predictor. Of
+    several speakers or styles the first one speaks. config: its JSON. tensors: named as in fairseq;
+    weight norm is folded in place."""
 
     def __init__(self, config, tensors, device='cpu'):
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        transformers = import_transformers()
         for name in [name[:-2] for name in tensors if name.endswith('.weight_g')]:
             g, v = tensors.pop(name + '_g'), tensors.pop(name + '_v')
             tensors[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))  # w = g v / |v|
-        rate = config.get('sampling_rate', SAMPLE_RATE)
-        about = dict(n_units=len(tensors['dict.weight']), sample_rate=rate)
-        about |= dict(frame_rate=rate / math.prod(config['upsample_rates']))
-        super().__init__(config | about, tensors, device)
-
         channels, width, _ = tensors['conv_pre.weight'].shape
-        sizes = config | dict(upsample_initial_channel=channels, model_in_dim=width)
-        transformers = import_transformers()
-        hf = transformers.SpeechT5HifiGanConfig(**sizes | dict(normalize_before=False))
+        known = dict(upsample_initial_channel=channels, model_in_dim=width, normalize_before=False)
+        hf = transformers.SpeechT5HifiGanConfig(**config | known)
+        about = dict(n_units=len(tensors['dict.weight']), sample_rate=hf.sampling_rate)
+        about |= dict(frame_rate=hf.sampling_rate / math.prod(hf.upsample_rates))
+        super().__init__(config | about, tensors, device)
         with torch.device('meta'):  # without memory: load_state_dict assigns our tensors
             self.net = transformers.SpeechT5HifiGan(hf)
         ours = {name.replace('ups.', 'upsampler.'): self.tensors[name] for name in tensors}

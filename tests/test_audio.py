@@ -397,12 +397,11 @@ def test_the_public_encoder_offline(tmp_path, monkeypatch):
     theirs = hidden_states(net, F.pad(speech(1.3), (40, 40)), 11)
     path = tmp_path / 'checkpoints' / 'published.safetensors'
     url = (tmp_path / 'gone' / path.name).as_uri()
-    monkeypatch.setattr(M, 'TWIST', os.path.dirname(url))
-    monkeypatch.setitem(M.KMEANS, 'mhubert25', url)
+    monkeypatch.setitem(M.PUBLISHED, 'mhubert25', (url, '0' * 64))
     refused(f'{url} .a copy may be put at {path}', load, 'mhubert25')
     save_file(dict(centroids=theirs[:5].clone()), path)
     refused('sha256 differs.: delete it', load, 'mhubert25')
-    monkeypatch.setattr(M, 'SHA256', (M.file_hash(path)[:24],))
+    monkeypatch.setitem(M.PUBLISHED, 'mhubert25', (url, M.file_hash(path)))
     encoder = load('mhubert25')
     assert torch.equal(encoder.features(speech(1.3)), theirs)
     encoder.save_pretrained(tmp_path / 'encoder')
@@ -516,9 +515,9 @@ def test_the_public_vocoder_is_checked_by_hash_and_names_its_encoder(tmp_path, m
     (tmp_path / 'checkpoints').mkdir()
     _, path = save_hifigan(tmp_path / 'checkpoints')
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    hashes = [M.file_hash(tmp_path / 'checkpoints' / name) for name in ('g.pt', 'g_config.json')]
-    monkeypatch.setattr(M, 'HIFIGAN', M.TWIST + 'g')
-    monkeypatch.setattr(M, 'SHA256', tuple(known[:24] for known in hashes))
+    for end in '.pt', '_config.json':
+        published = 'https://host.invalid/g' + end, M.file_hash(f'{tmp_path}/checkpoints/g{end}')
+        monkeypatch.setitem(M.PUBLISHED, 'hifigan25' + end, published)
     public, plain = (UnitVocoder.from_pretrained(where) for where in ('hifigan25', path))
     assert torch.equal(public.decode(UNITS), plain.decode(UNITS))
     assert public.encoder_id == 'mhubert25' and plain.encoder_id is None
