@@ -922,10 +922,8 @@ def load_audio(path, start=0.0, seconds=None, keep_partial=False, notes=None):
 
     notes, is_path = [] if notes is None else notes, isinstance(path, (str, os.PathLike))
     name = path if is_path else 'the sound'  # the address of an object would differ between runs
-    if is_path and not os.path.isfile(path):
-        raise InputError(f'{path}: no such audio file')
-    source = os.fsencode(path) if is_path else path  # names need not be UTF-8
-    with reading(name), soundfile.SoundFile(source) as file:
+    # names need not be UTF-8
+    with reading(name), soundfile.SoundFile(os.fsencode(path) if is_path else path) as file:
         rate, total, begin = file.samplerate, file.frames, round(start * file.samplerate)
         # libsndfile corrects the length of truncated .wav, .aiff and .au; pipes write 2^31 or more
         cut = re.search(r'(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)', file.extra_info)
@@ -966,11 +964,10 @@ def save_audio(path, wave, sample_rate=SAMPLE_RATE):
     """Write (samples,) as 16-bit wav or flac, atomically, scaled down if it would clip."""
     import soundfile
 
-    wave = torch.as_tensor(wave).detach().float().cpu().numpy()
+    wave = np.asarray(wave, dtype=np.float32)
     wave = wave * (0.99 / np.abs(wave).max(initial=0.99))
     buffer = io.BytesIO()  # soundfile's errors do not mention a full disk
-    kind = 'FLAC' if str(path).endswith('.flac') else 'WAV'
-    soundfile.write(buffer, wave, sample_rate, subtype='PCM_16', format=kind)
+    soundfile.write(buffer, wave, sample_rate, 'PCM_16', format=str(path).rpartition('.')[2])
     with write_atomic(path, 'wb') as file:
         file.write(buffer.getbuffer())
 
@@ -997,12 +994,11 @@ def dedup(units):
 def log_mel(wave):
     """Natural log of mel energies, at least -16: (samples,) at 16 kHz -> (max(1, samples // 160),
     N_MELS). Frame t has the 25 ms around sample 160 t + 80, with zeros outside the wave."""
-    frames, side, mels = max(1, len(wave) // HOP), (N_FFT - HOP) // 2, []
+    side, minute, mels = (N_FFT - HOP) // 2, 6000 * HOP, []
     wave = F.pad(wave, (side, side + max(0, HOP - len(wave))))
     spectrogram = transform('Spectrogram', N_FFT, WINDOW, HOP, power=None, center=False)
-    for first in range(0, frames, 6000):  # a minute at a time
-        last = min(frames, first + 6000) - 1
-        spectra = spectrogram(wave[first * HOP : last * HOP + N_FFT])  # (bins, frames), complex
+    for first in range(0, len(wave) - N_FFT + 1, minute):  # a minute at a time, to save memory
+        spectra = spectrogram(wave[first:][: minute + N_FFT - HOP])  # (bins, frames), complex
         mels.append(transform(*MEL_SCALE)(spectra.real.square() + spectra.imag.square()).T)
     return torch.cat(mels).clamp_(min=1e-7).log_()
 
@@ -1010,19 +1006,9 @@ def log_mel(wave):
 # -----------------------------------------------------------------------------
 # UnitEncoder: wave -> units
 
-TWIST = 'https://dl.fbaipublicfiles.com/textless_nlp/twist/speech_tokenizer/'
-KMEANS = dict(  # published centroids: URL and sha256 (hubert50's is unknown)
-    mhubert25=(
-        TWIST + 'mhubert_base_25hz_cp_mls_cv_sp_fisher_L11_km500.bin',
-        '03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad',
-    ),
-    hubert50=('https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960_L9_km500.bin', None),
-)
-ENCODERS = dict(  # pad: zeros added at each end of the wave
-    mfcc=dict(kind='mfcc', n_cep=13, lifter=0.3, c0=0.4, range=9.0, switch=1.0),
-    mhubert25=dict(kind='hubert', model='slprl/mhubert-base-25hz', layer=11, pad=40),
-    hubert50=dict(kind='hubert', model='facebook/hubert-base-ls960', layer=9, pad=0),
-)
+# encoders by name (pad: zeros added at each end of the wave); URL and sha256 of published files
+with open(os.path.join(os.path.dirname(__file__), 'config', 'encoders.json')) as file:
+    ENCODERS, PUBLISHED = json.load(file).values()
 # settings that change the units, by kind; encoder_id hashes them with the centroids and the net
 SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range'))
 
@@ -1038,43 +1024,50 @@ class UnitEncoder:
     def __init__(self, config, centroids=None, device='cpu'):
         self.config, self.centroids, self.net = dict(config), centroids, None  # None: not fitted
         self.settings, self.frame_rate = SETTINGS[config['kind']], 25.0
-        if config['kind'] == 'hubert':
-            self.net = load_net(config['model'], config.get('layer')).to(pick_device(device))
-            # samples between frames, and samples that one frame covers
-            strides, kernels = self.net.config.conv_stride, self.net.config.conv_kernel
-            self.hop = math.prod(strides)
-            self.reach = 1 + sum((k - 1) * math.prod(strides[:i]) for i, k in enumerate(kernels))
-            self.frame_rate = SAMPLE_RATE / self.hop
-            # maximum seconds in one forward pass; WavLM's attention needs much memory
-            self.stretch = 100 if self.net.config.model_type == 'wavlm' else 300
+        if config['kind'] == 'mfcc':
+            return
+        layer, nets = config.get('layer'), ('hubert', 'wav2vec2', 'wavlm')
+        with reading(f'the net of the encoder: {config["model"]}'):
+            folder, transformers = find_checkpoint(config['model']), import_transformers()
+            hf = transformers.AutoConfig.from_pretrained(folder)
+            if hf.model_type not in nets or layer not in range(hf.num_hidden_layers + 1):
+                raise ValueError(f'layer {layer} of a {hf.model_type} of {hf.num_hidden_layers}')
+            hf.num_hidden_layers, hf.add_adapter = layer, False
+            options = dict(config=hf, dtype=torch.float32, output_loading_info=True)
+            self.net, report = transformers.AutoModel.from_pretrained(folder, **options)
+            if lost := sorted(set(report['missing_keys']) - {'masked_spec_embed'}):
+                raise ValueError(f'{len(lost)} tensors are missing, such as {lost[0]}')
+        if hf.do_stable_layer_norm:  # the norm after the last layer is not part of hidden_states
+            self.net.encoder.layer_norm.register_forward_hook(lambda norm, x, normed: x[0])
+        self.net.to(pick_device(device))
+        # samples between frames, and samples that one frame covers
+        self.hop, kernels = math.prod(hf.conv_stride), enumerate(hf.conv_kernel)
+        self.reach = 1 + sum((k - 1) * math.prod(hf.conv_stride[:i]) for i, k in kernels)
+        self.frame_rate = SAMPLE_RATE / self.hop
+        # maximum seconds in one forward pass; WavLM's attention needs much memory
+        self.stretch = 100 if hf.model_type == 'wavlm' else 300
 
     @classmethod
     def from_pretrained(cls, where, layer=None, kmeans=None, device='cpu'):
-        """Load an encoder, with its centroids if it has some.
-
-        where: a folder by save_pretrained; 'mhubert25' or 'hubert50'; a folder or hub name of any
-        HuBERT, wav2vec 2 or WavLM, with `layer`; or 'mfcc'. kmeans: a file of centroids; '': none,
-        to be fitted. Raises InputError for missing, damaged or mismatched parts.
-        """
-        where, centroids = str(where).rstrip('/'), None
-        saved = os.path.exists(os.path.join(where, 'encoder.json'))
-        if saved:
+        """Load a folder by save_pretrained; 'mhubert25', 'hubert50' or 'mfcc'; or, with `layer`, a
+        folder or hub name of any HuBERT, wav2vec 2 or WavLM. kmeans: a file of centroids; '': none,
+        to be fitted. Raises InputError for missing, damaged or mismatched parts."""
+        where, centroids, public = str(where).rstrip('/'), None, None
+        if os.path.exists(os.path.join(where, 'encoder.json')):
             config = read_json(os.path.join(where, 'encoder.json'))
             centroids = read_kmeans(os.path.join(where, 'encoder.safetensors'))
             if layer not in (None, config.get('layer')):
                 raise InputError(f'{where} uses layer {config.get("layer")}, not {layer}')
-        elif where in ENCODERS:
-            config = dict(ENCODERS[where], name=where)
         else:
             model = os.path.abspath(where) if os.path.isdir(where) else where
-            config = dict(kind='hubert', name=where, model=model, pad=0)
-        public = kmeans is None and where in KMEANS and layer in (None, config['layer'])
-        public = public and not saved
-        config |= {} if layer is None else dict(layer=layer)
-        if kmeans or public:
-            centroids = read_kmeans(kmeans or fetch(*KMEANS[where]))
+            config = ENCODERS.get(where, dict(kind='hubert', model=model, pad=0)) | dict(name=where)
+            if kmeans is None and where in PUBLISHED and layer in (None, config['layer']):
+                kmeans, public = fetch(where), where
+            config |= {} if layer is None else dict(layer=layer)
+        if kmeans:
+            centroids = read_kmeans(kmeans)
             # a file of centroids has no `distortion`, so each frame takes its nearest centroid
-            config |= dict(encoder_id=where if public else None, switch=0.0)
+            config |= dict(encoder_id=public, switch=0.0)
         with reading(where):
             return cls(config, centroids, device)
 
@@ -1093,7 +1086,7 @@ class UnitEncoder:
         """Identifies the units: the name of a public encoder with its published centroids, else a
         hash of the settings, the centroids and the net."""
         config, switch = self.config, bool(self.config.get('switch'))
-        if config.get('encoder_id') in KMEANS and not switch:
+        if config.get('encoder_id') in PUBLISHED and not switch:
             return config['encoder_id']
         keys = self.settings + ('switch', 'distortion') * switch
         settings = [float(config.get(key, 0)) for key in keys]
@@ -1102,10 +1095,6 @@ class UnitEncoder:
         weights = sorted(self.net.state_dict().items()) if self.net else []
         weights = [tensor.flatten() for name, tensor in weights if not unsure.match(name)]
         return f'{config["kind"]}-{content_hash(settings, self.centroids, *weights)[:12]}'
-
-    def encode(self, wave):
-        """(samples,) at 16 kHz -> (frames,) long units on the CPU. Raises as `assign`."""
-        return self.assign(self.features(wave))
 
     @torch.inference_mode()
     def features(self, wave):
@@ -1140,17 +1129,14 @@ class UnitEncoder:
         if not fitted.inertia_ > 0:
             raise InputError('the speech to fit on is silent, or no two of its sounds differ')
         self.centroids = torch.from_numpy(fitted.cluster_centers_).float()
-        # row by row: the last digits of inertia_ depend on the number of threads
-        pairs = zip(features.numpy(), fitted.cluster_centers_[fitted.labels_], strict=True)
-        distortion = float(np.mean([np.square(x - center).sum() for x, center in pairs]))
-        self.config |= dict(distortion=distortion, encoder_id=None)
+        # by numpy: the last digits of inertia_ depend on the number of threads
+        squares = np.square(features.numpy() - fitted.cluster_centers_[fitted.labels_])
+        self.config |= dict(distortion=float(squares.sum(1).mean()), encoder_id=None)
 
-    @torch.inference_mode()
-    def assign(self, features):
-        """(frames, D) -> (frames,) long units on the CPU. Raises InputError for another D."""
-        if self.centroids is None or features.shape[1] != self.centroids.shape[1]:
-            raise InputError(f'this encoder has no k-means for {features.shape[1]} features')
-        centroids, switch = self.centroids.to(features.device), self.config.get('switch')
+    def encode(self, wave):
+        """(samples,) at 16 kHz -> (frames,) long units on the CPU."""
+        features, switch = self.features(wave), self.config.get('switch')
+        centroids = self.centroids.to(features.device)
         # half the squared distances, without the term that all units of a frame share
         costs = centroids.square().sum(1) / 2 - features @ centroids.T  # (frames, n_units)
         if not switch:
@@ -1161,13 +1147,12 @@ class UnitEncoder:
 def cheapest_path(costs, price):
     """Viterbi: the units (frames,) of least sum of costs (frames, n_units) and `price` a change."""
     price, total = costs.dtype.type(price), np.zeros_like(costs[0])  # of the best path to each unit
-    cheapest, changed = [], np.empty(costs.shape, dtype=bool)  # which paths come from `cheapest`
-    for cost, change in zip(costs, changed, strict=True):
+    cheapest, changed = [], []  # which paths come from `cheapest`
+    for cost in costs:
         cheapest.append(int(total.argmin()))
         total -= total[cheapest[-1]]
-        np.greater(total, price, out=change)
-        np.minimum(total, price, out=total)
-        total += cost
+        changed.append(total > price)
+        total = np.minimum(total, price) + cost
     path = [int(total.argmin())]
     for unit, change in zip(cheapest[:0:-1], changed[:0:-1], strict=True):
         path.append(unit if change[path[-1]] else path[-1])
@@ -1194,34 +1179,15 @@ def write_part(folder, name, config, tensors):
     """Write name.safetensors and name.json, each atomically."""
     from safetensors.torch import save
 
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     with write_atomic(os.path.join(folder, name + '.safetensors'), 'wb') as file:
         file.write(save(tensors))
     with write_atomic(os.path.join(folder, name + '.json')) as file:
         json.dump(config, file, indent=2)
 
 
-def load_net(source, layer):
-    """A HuBERT, wav2vec 2 or WavLM from a folder or hub name, up to a layer, without a final norm.
-    Raises InputError for other nets, missing layers and missing tensors."""
-    with reading(f'the net of the encoder: {source}'):
-        folder, transformers = find_checkpoint(source), import_transformers()
-        hf = transformers.AutoConfig.from_pretrained(folder)
-        nets = ('hubert', 'wav2vec2', 'wavlm')
-        if hf.model_type not in nets or layer not in range(hf.num_hidden_layers + 1):
-            raise ValueError(f'layer {layer} of a {hf.model_type} of {hf.num_hidden_layers} layers')
-        hf.num_hidden_layers, hf.add_adapter = layer, False
-        options = dict(config=hf, dtype=torch.float32, output_loading_info=True)
-        net, report = transformers.AutoModel.from_pretrained(folder, **options)
-        if lost := sorted(set(report['missing_keys']) - {'masked_spec_embed'}):
-            raise ValueError(f'{len(lost)} tensors are missing, such as {lost[0]}')
-    if hf.do_stable_layer_norm:  # the norm after the last layer is not part of hidden_states
-        net.encoder.layer_norm.register_forward_hook(lambda norm, inputs, output: inputs[0])
-    return net.eval()
-
-
-def fetch(url, sha256=None):
-    """The local copy of a public file, in torch.hub's cache. Raises InputError."""
+def fetch(name):
+    """The local copy of a file of PUBLISHED, in torch.hub's cache. Raises InputError."""
+    url, sha256 = PUBLISHED[name]
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(url))
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -1238,10 +1204,6 @@ def read_kmeans(path):
     from joblib import numpy_pickle
     from safetensors.torch import load
 
-    class Inert:  # replaces the classes and functions of scikit-learn and numpy
-        def __init__(self, *args):
-            pass
-
     class Array(numpy_pickle.NumpyArrayWrapper):
         def read(self, *args):
             if self.dtype.hasobject:  # a pickle inside the pickle
@@ -1251,19 +1213,18 @@ def read_kmeans(path):
 
     class Reader(numpy_pickle.NumpyUnpickler):
         def find_class(self, module, name):
-            known = dict(NumpyArrayWrapper=Array, dtype=np.dtype)  # ndarray could read any memory
             if not module.startswith(('sklearn.cluster.', 'numpy', 'joblib.numpy_pickle')):
                 raise ValueError(f'it asks to run {module}.{name}: refused')
-            return known.get(name, Inert)
+            # a class that does nothing replaces all others, and ndarray, which reads any memory
+            inert = type(name, (), dict(__init__=lambda self, *args: None))
+            return dict(NumpyArrayWrapper=Array, dtype=np.dtype).get(name, inert)
 
-    about = f'{path} (.safetensors with `centroids`, or a joblib dump of KMeans)'
-    with reading(about), open(path, 'rb') as file:
+    with reading(path), open(path, 'rb') as file:
         if path.endswith('.safetensors'):
-            centroids = load(file.read())['centroids']
+            centroids = load(file.read())['centroids'].float()
         else:
             kmeans = Reader(path, file, ensure_native_byte_order=True).load()
-            centroids = torch.from_numpy(kmeans.cluster_centers_)
-        centroids = centroids.to(torch.float32)
+            centroids = torch.from_numpy(kmeans.cluster_centers_).float()
         if centroids.ndim != 2 or not len(centroids) or not centroids.isfinite().all():
             raise ValueError('its centroids are not (n_units, D) finite numbers')
     return centroids
@@ -1272,12 +1233,6 @@ def read_kmeans(path):
 # -----------------------------------------------------------------------------
 # UnitVocoder: units -> wave
 
-HIFIGAN = (  # 'hifigan25', trained on LJSpeech: generator and config, each with its sha256
-    TWIST + 'hifigan_lj_mhubert_base_25hz.pt',
-    'd88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79',
-    TWIST + 'hifigan_lj_mhubert_base_25hz_config.json',
-    '116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7',
-)
 VOICE_LEVEL = 0.08  # the RMS to which `fit` brings speech
 
 
@@ -1291,7 +1246,7 @@ class UnitVocoder:
 
     def __init__(self, config, tensors, device='cpu'):
         self.config, self.device = config, torch.device(device)
-        self.tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self.tensors = {name: x.to(self.device, torch.float32) for name, x in tensors.items()}
         self.n_units, self.encoder_id = config['n_units'], config.get('encoder_id')
         self.sample_rate, self.frame_rate = config['sample_rate'], float(config['frame_rate'])
 
@@ -1304,11 +1259,12 @@ class UnitVocoder:
         if not where:
             raise InputError('there is no vocoder for these units: give one with --vocoder')
         with reading(f'vocoder {where}'):
-            if where == 'hifigan25':
-                config, tensors = read_hifigan(fetch(*HIFIGAN[:2]), fetch(*HIFIGAN[2:]))
-                config['encoder_id'] = 'mhubert25'
-            elif where.endswith('.pt'):
-                config, tensors = read_hifigan(where, where[:-3] + '_config.json')
+            if public := where == 'hifigan25':
+                where = [fetch(where + end) for end in ('_config.json', '.pt')][-1]
+            if where.endswith('.pt'):
+                config = read_json(where[:-3] + '_config.json') | dict(kind='hifigan')
+                config |= dict(encoder_id='mhubert25') if public else {}
+                tensors = torch.load(where, map_location='cpu', weights_only=True)['generator']
             else:
                 config = read_json(os.path.join(where, 'vocoder.json'))
                 tensors = load_file(os.path.join(where, 'vocoder.safetensors'))
@@ -1345,7 +1301,6 @@ class UnitVocoder:
         """Write vocoder.json and vocoder.safetensors."""
         write_part(folder, 'vocoder', self.config, self.tensors)
 
-    @torch.inference_mode()
     def durations(self, units):
         """De-duplicated units (n,) -> the frames of each (n,), at least 1, on the CPU: their means,
         rounded so that cumulative sums stay within half a frame."""
@@ -1360,8 +1315,6 @@ class UnitVocoder:
         CPU. durations: (n,) frames; None: predicted."""
         durations = self.durations(units) if durations is None else torch.as_tensor(durations)
         frames = torch.as_tensor(units, dtype=torch.long).repeat_interleave(durations)
-        if len(frames) and not 0 <= frames.min() <= frames.max() < self.n_units:
-            raise InputError(f'unit {int(frames.max())}: this vocoder has {self.n_units} units')
         return self.synthesize(frames.to(self.device)).cpu() if len(frames) else torch.zeros(0)
 
     def synthesize(self, frames):
@@ -1380,15 +1333,26 @@ class UnitVocoder:
 
 
 class HifiGan(UnitVocoder):
-    """The unit HiFi-GAN with its duration predictor (Polyak et al. 2021), with tensors named as in
-    fairseq. config: its JSON. Of several speakers or styles the first one speaks."""
+    """The unit HiFi-GAN (Polyak et al. 2021): transformers' generator, and a duration predictor. Of
+    several speakers or styles the first one speaks. config: its JSON. tensors: named as in fairseq;
+    weight norm is folded in place."""
 
-    def convolve(self, x, name, dilation=1):
-        """(C, T) -> (C', T)."""
-        weight, bias = self.tensors[name + '.weight'], self.tensors[name + '.bias']
-        return F.conv1d(x, weight, bias, padding='same', dilation=dilation)
+    def __init__(self, config, tensors, device='cpu'):
+        transformers = import_transformers()
+        for name in [name[:-2] for name in tensors if name.endswith('.weight_g')]:
+            g, v = tensors.pop(name + '_g'), tensors.pop(name + '_v')
+            tensors[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))  # w = g v / |v|
+        channels, width, _ = tensors['conv_pre.weight'].shape
+        known = dict(upsample_initial_channel=channels, model_in_dim=width, normalize_before=False)
+        hf = transformers.SpeechT5HifiGanConfig(**config | known)
+        about = dict(n_units=len(tensors['dict.weight']), sample_rate=hf.sampling_rate)
+        about |= dict(frame_rate=hf.sampling_rate / math.prod(hf.upsample_rates))
+        super().__init__(config | about, tensors, device)
+        with torch.device('meta'):  # without memory: load_state_dict assigns our tensors
+            self.net = transformers.SpeechT5HifiGan(hf)
+        ours = {name.replace('ups.', 'upsampler.'): self.tensors[name] for name in tensors}
+        self.net.load_state_dict(ours, strict=False, assign=True)
 
-    @torch.inference_mode()
     def durations(self, units):
         """As above: exp(prediction) - 1, rounded; all 1 if there is no predictor."""
         units = torch.as_tensor(units, dtype=torch.long, device=self.device)
@@ -1396,8 +1360,9 @@ class HifiGan(UnitVocoder):
         if not net or not len(units):
             return torch.ones_like(units).cpu()
         x = self.tensors['dict.weight'][units]  # (n, C)
-        for i in (1, 2):
-            x = F.relu(self.convolve(x.T, f'dur_predictor.conv{i}.0')).T
+        for i in '12':
+            weight, bias = net[f'conv{i}.0.weight'], net[f'conv{i}.0.bias']
+            x = F.conv1d(x.T, weight, bias, padding='same').relu().T
             x = F.layer_norm(x, x.shape[1:], net[f'ln{i}.weight'], net[f'ln{i}.bias'])
         x = F.linear(x, net['proj.weight'], net['proj.bias'])[:, 0]
         return (x.exp() - 1).round().clamp(min=1).long().cpu()
@@ -1406,37 +1371,7 @@ class HifiGan(UnitVocoder):
         """Units (frames,), one per frame -> (samples,) in [-1, 1]."""
         tables = [self.tensors.get(name + '.weight', ()) for name in ('spkr', 'style')]
         rows = [table[0].expand(len(frames), -1) for table in tables if len(table)]
-        x = torch.cat((self.tensors['dict.weight'][frames], *rows), dim=1).T
-        x = self.convolve(x, 'conv_pre')  # (C, frames)
-
-        # each upsampling is followed by the mean of residual blocks of several widths
-        widths = self.config['resblock_dilation_sizes']
-        for i, rate in enumerate(self.config['upsample_rates']):
-            weight, bias = self.tensors[f'ups.{i}.weight'], self.tensors[f'ups.{i}.bias']
-            padding = (weight.shape[-1] - rate) // 2
-            x = F.conv_transpose1d(F.leaky_relu(x, 0.1), weight, bias, rate, padding)
-            total = 0
-            for j, dilations in enumerate(widths):
-                y, block = x, f'resblocks.{i * len(widths) + j}'
-                for k, dilation in enumerate(dilations):
-                    z = self.convolve(F.leaky_relu(y, 0.1), f'{block}.convs1.{k}', dilation)
-                    y = y + self.convolve(F.leaky_relu(z, 0.1), f'{block}.convs2.{k}')
-                total = total + y
-            x = total / len(widths)
-        return torch.tanh(self.convolve(F.leaky_relu(x), 'conv_post'))[0]  # default slope 0.01
-
-
-def read_hifigan(path, about):
-    """The config of a unit HiFi-GAN, and the tensors of its generator without weight norm."""
-    config = read_json(about)
-    state = torch.load(path, map_location='cpu', weights_only=True)['generator']
-    tensors = {name: tensor.float() for name, tensor in state.items()}
-    for name in [name[:-2] for name in tensors if name.endswith('.weight_g')]:
-        g, v = tensors.pop(name + '_g'), tensors.pop(name + '_v')
-        tensors[name] = v * (g / v.flatten(1).norm(dim=1).view(g.shape))  # w = g v / |v|
-    rate = config.get('sampling_rate', SAMPLE_RATE)
-    known = dict(kind='hifigan', n_units=len(tensors['dict.weight']), sample_rate=rate)
-    return config | known | dict(frame_rate=rate / math.prod(config['upsample_rates'])), tensors
+        return self.net(torch.cat((self.tensors['dict.weight'][frames], *rows), dim=1))
 
 
 # -----------------------------------------------------------------------------

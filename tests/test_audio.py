@@ -186,6 +186,12 @@ def fit(n_units, seeds=range(4)):
     return encoder
 
 
+def units_of(encoder, features):
+    """The units of a wave that has these features."""
+    encoder.features = lambda wave: features
+    return encoder.encode(None)
+
+
 def test_mfcc_units_do_not_depend_on_loudness_and_count_whole_frames():
     encoder = fit(40)
     for seconds, frames in ((3.0, 75), (0.01, 1), (0, 1), (6.3, 157)):
@@ -211,7 +217,7 @@ def test_fitted_units_and_k_means_files_against_scikit_learn(tmp_path):
         refused(mistake, found.fit, frames, 12)
     joblib.dump(theirs, tmp_path / 'km.bin')
     encoder = UnitEncoder.from_pretrained('mfcc', kmeans=str(tmp_path / 'km.bin'))
-    assert np.array_equal(encoder.assign(x), theirs.predict(x.numpy()))
+    assert np.array_equal(units_of(encoder, x), theirs.predict(x.numpy()))
 
 
 def test_the_price_of_a_change_gives_the_cheapest_path():
@@ -225,17 +231,8 @@ def test_the_price_of_a_change_gives_the_cheapest_path():
             features, centroids = torch.randn(6, 4), torch.randn(3, 4)
             squared = torch.cdist(features, centroids).square()
             totals = squared[torch.arange(6), paths].sum(1) + 1.6 * switch * changes
-            units = UnitEncoder(config | dict(switch=switch), centroids).assign(features)
-            assert units.tolist() == paths[totals.argmin()].tolist()
-
-
-def test_what_assign_cannot_do_is_one_line():
-    encoder, found = UnitEncoder.from_pretrained('mfcc'), torch.ones(9, 26)
-    for encoder.centroids, message in (
-        (None, 'no k-means'),
-        (torch.ones(4, 3), 'no k-means for 26 features'),
-    ):
-        refused(message, encoder.assign, found)
+            encoder = UnitEncoder(config | dict(switch=switch), centroids)
+            assert units_of(encoder, features).tolist() == paths[totals.argmin()].tolist()
 
 
 # -----------------------------------------------------------------------------
@@ -400,11 +397,11 @@ def test_the_public_encoder_offline(tmp_path, monkeypatch):
     theirs = hidden_states(net, F.pad(speech(1.3), (40, 40)), 11)
     path = tmp_path / 'checkpoints' / 'published.safetensors'
     url = (tmp_path / 'gone' / path.name).as_uri()
-    monkeypatch.setitem(M.KMEANS, 'mhubert25', (url, '0' * 64))
+    monkeypatch.setitem(M.PUBLISHED, 'mhubert25', (url, '0' * 64))
     refused(f'{url} .a copy may be put at {path}', load, 'mhubert25')
     save_file(dict(centroids=theirs[:5].clone()), path)
     refused('sha256 differs.: delete it', load, 'mhubert25')
-    monkeypatch.setitem(M.KMEANS, 'mhubert25', (url, M.file_hash(path)))
+    monkeypatch.setitem(M.PUBLISHED, 'mhubert25', (url, M.file_hash(path)))
     encoder = load('mhubert25')
     assert torch.equal(encoder.features(speech(1.3)), theirs)
     encoder.save_pretrained(tmp_path / 'encoder')
@@ -518,9 +515,9 @@ def test_the_public_vocoder_is_checked_by_hash_and_names_its_encoder(tmp_path, m
     (tmp_path / 'checkpoints').mkdir()
     _, path = save_hifigan(tmp_path / 'checkpoints')
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    hashes = [M.file_hash(tmp_path / 'checkpoints' / name) for name in ('g.pt', 'g_config.json')]
-    urls = ['https://host.invalid/g.pt', 'https://host.invalid/g_config.json']
-    monkeypatch.setattr(M, 'HIFIGAN', (urls[0], hashes[0], urls[1], hashes[1]))
+    for end in '.pt', '_config.json':
+        published = 'https://host.invalid/g' + end, M.file_hash(f'{tmp_path}/checkpoints/g{end}')
+        monkeypatch.setitem(M.PUBLISHED, 'hifigan25' + end, published)
     public, plain = (UnitVocoder.from_pretrained(where) for where in ('hifigan25', path))
     assert torch.equal(public.decode(UNITS), plain.decode(UNITS))
     assert public.encoder_id == 'mhubert25' and plain.encoder_id is None
