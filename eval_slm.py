@@ -334,12 +334,12 @@ def to_tokens(model, utterance):
 
     utterance: units, scored as `<S>` units `<S>`, by an interleaved model as `<speech>` units end,
     or as the units alone if slam['scoring'] is 'units'; the first token is not scored. Or a story,
-    (units, text ids, to): only its ending, in the modality `to`, is scored. If it exceeds the
+    (units, text, to): only its ending, in the modality `to`, is scored. If it exceeds the
     context, an utterance loses its end, a story its start.
     """
     if isinstance(utterance, tuple):
-        units, ids, to = utterance
-        parts = [('speech', units), ('text', ids)]
+        units, text, to = utterance
+        parts = [('speech', units), ('text', text)]
         if to == 'speech':
             parts.reverse()
         tokens = model.tokens_of(parts).tolist()
@@ -771,8 +771,7 @@ def score_suite(checkpoint, suite):
     for i, pair in enumerate(2 * pairs):
         if 'to' in pair:
             text, to = pair['texts'][i // len(pairs)], pair['to']
-            ids = model.encode_text(text, inside=to == 'text')
-            utterances[i], names[i] = (utterances[i], ids, to), [names[i], text]
+            utterances[i], names[i] = (utterances[i], text, to), [names[i], text]
     sums, counts, cut = log_likelihoods(model, utterances)
     pos, neg = np.split(sums / counts, 2)
     wins = (pos > neg) + 0.5 * (pos == neg)

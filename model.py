@@ -24,9 +24,13 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
 import numpy as np
+import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save
+from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -302,16 +306,14 @@ class SLM(nn.Module):
             raise InputError('the model has no text tokens: train one on interleaved data')
         return read_tokenizer(self.slam['tokenizer'])[0]
 
-    def encode_text(self, text, inside=False):
-        """Tokens of a text, list of int; inside: it continues other words, after a space."""
-        return self.tokenizer.encode(' ' * inside + text, add_special_tokens=False).ids
-
     def tokens_of(self, parts, alone=False):
-        """Tokens (n,) int64 of a prompt. parts: ('speech', units) and ('text', ids) in their order;
-        an interleaved model puts its switches before each, a unit LM `<S>` before the units, its
-        one part. alone: nothing is put before them, as slam['scoring'] 'units' asks."""
+        """Tokens (n,) int64 of a prompt. parts: ('speech', units) and ('text', text or ids) in
+        their order; an interleaved model puts its switches before each, a unit LM `<S>` before the
+        units, its one part. alone: nothing is put before them, as slam['scoring'] 'units' asks."""
         tokens = list(self.slam.get('prefix', ()))
-        for kind, ids in parts:
+        for n, (kind, ids) in enumerate(parts):
+            if isinstance(ids, str):  # a text that continues a sentence begins with a space
+                ids = self.tokenizer.encode(' ' * (n > 0) + ids, add_special_tokens=False).ids
             interleaved = self.tokenizer if kind == 'text' else self.slam.get('tokenizer')
             switch = self.config.vocab_size - (2 if kind == 'speech' else 1)
             tokens += [] if alone else [switch if interleaved else BOS]
@@ -792,8 +794,6 @@ def find_checkpoint(where, tensors=True):
     safetensors before pickles; its json files alone without `tensors`)."""
     if os.path.isdir(where):
         return where
-    from huggingface_hub import snapshot_download
-
     with reading(f'checkpoint {where!r}'):
         if where.count('/') != 1 or where.startswith(('.', '/', 'out/')):
             raise InputError('there is no such folder')
@@ -877,8 +877,6 @@ def read_tokenizer(folder):
     """(tokenizer, end, digest) of a text LM's folder: a tokenizers.Tokenizer to which the names of
     special tokens are ordinary text, the token that ends a document, and the SHA-256 of
     tokenizer.json. No code of the folder is run. Raises InputError where there is none."""
-    from tokenizers import Tokenizer
-
     path = os.path.join(folder, 'tokenizer.json')
     with reading(path):
         tokenizer, digest = Tokenizer.from_file(path), file_hash(path)
@@ -918,8 +916,6 @@ def load_audio(path, start=0.0, seconds=None, keep_partial=False, notes=None):
     stopped early, digital silence. Raises InputError for a missing, unreadable or empty file, for a
     truncated one (unless keep_partial), and for samples that are not finite.
     """
-    import soundfile
-
     notes, is_path = [] if notes is None else notes, isinstance(path, (str, os.PathLike))
     name = path if is_path else 'the sound'  # the address of an object would differ between runs
     # names need not be UTF-8
@@ -962,8 +958,6 @@ def load_audio(path, start=0.0, seconds=None, keep_partial=False, notes=None):
 
 def save_audio(path, wave, sample_rate=SAMPLE_RATE):
     """Write (samples,) as 16-bit wav or flac, atomically, scaled down if it would clip."""
-    import soundfile
-
     wave = np.asarray(wave, dtype=np.float32)
     wave = wave * (0.99 / np.abs(wave).max(initial=0.99))
     buffer = io.BytesIO()  # soundfile's errors do not mention a full disk
@@ -1177,8 +1171,6 @@ def mfcc(wave, config):
 
 def write_part(folder, name, config, tensors):
     """Write name.safetensors and name.json, each atomically."""
-    from safetensors.torch import save
-
     with write_atomic(os.path.join(folder, name + '.safetensors'), 'wb') as file:
         file.write(save(tensors))
     with write_atomic(os.path.join(folder, name + '.json')) as file:
@@ -1202,7 +1194,6 @@ def read_kmeans(path):
     """The centroids (n_units, D) of a .safetensors file with `centroids`, or of a joblib dump of
     scikit-learn's KMeans, without executing any of its code. Raises InputError."""
     from joblib import numpy_pickle
-    from safetensors.torch import load
 
     class Array(numpy_pickle.NumpyArrayWrapper):
         def read(self, *args):
@@ -1221,7 +1212,7 @@ def read_kmeans(path):
 
     with reading(path), open(path, 'rb') as file:
         if path.endswith('.safetensors'):
-            centroids = load(file.read())['centroids'].float()
+            centroids = load_file(path)['centroids'].float()
         else:
             kmeans = Reader(path, file, ensure_native_byte_order=True).load()
             centroids = torch.from_numpy(kmeans.cluster_centers_).float()
@@ -1254,8 +1245,6 @@ class UnitVocoder:
     def from_pretrained(cls, where, device='cpu'):
         """Load a folder by save_pretrained, 'hifigan25' (downloaded once, checked), or NAME.pt of a
         HiFi-GAN's generator beside NAME_config.json. Raises InputError if it is none of these."""
-        from safetensors.torch import load_file
-
         if not where:
             raise InputError('there is no vocoder for these units: give one with --vocoder')
         with reading(f'vocoder {where}'):

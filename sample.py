@@ -223,7 +223,7 @@ def generate(prompts, model):
     jobs = [(p, k) for p in prompts for k in range(1, num_samples + 1)]
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        begins = [model.encode_text(from_text) if from_text else p.units for p, _ in batch]
+        begins = [from_text or p.units for p, _ in batch]
         tokens = [model.tokens_of([(kind, x)] + [(to, [])] * (kind != to)) for x in begins]
         new = model.generate(tokens, seed=seed + start, kind=to, **options)
         yield from ((p, k, more) for (p, k), more in zip(batch, new, strict=True))

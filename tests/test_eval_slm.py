@@ -100,8 +100,9 @@ def test_of_a_story_in_two_modalities_the_ending_alone_is_scored(tmp_path, liste
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     V = slm.config.vocab_size
     slm.slam.update(tokenizer=listeners[1], offset=257, end=256, n_units=N_UNITS)
-    units, words = np.array([3, 7, 2, 1, 19]), slm.encode_text('the dog ran', inside=to == 'text')
-    (total,), (n,), _ = eval_slm.log_likelihoods(slm, [(units, words, to)])
+    units, text = np.array([3, 7, 2, 1, 19]), ' ' * (to == 'text') + 'the dog ran'
+    words = slm.tokenizer.encode(text, add_special_tokens=False).ids
+    (total,), (n,), _ = eval_slm.log_likelihoods(slm, [(units, 'the dog ran', to)])
     parts = [[V - 2, *(units + 257)], [V - 1, *words]]
     begin, end = parts if to == 'text' else parts[::-1]
     ids = torch.tensor([begin + end])
