@@ -839,11 +839,19 @@ def read_about(folder):
     about, slam, order, renames = read_json(path), None, None, None
     with reading(path):
         kind, size = about.get('model_type'), about.get('vocab_size')
-        if kind == 'speech_language_model':  # slprl/slam, SIMS: the text LM's under `lm.`
-            base, slam, renames = about.get('base_model_name'), PUBLIC_UNITS, {r'^lm\.': ''}
+        if kind == 'speech_language_model':  # slprl/slam: the text LM's tensors under `lm.`
+            base, slam, renames = about.get('base_model_name'), {**PUBLIC_UNITS}, {r'^lm\.': ''}
             about = about['base_config'] | dict(vocab_size=size)
-            if size > 20_000:  # no vocabulary of units is so large
-                slam = PUBLIC_UNITS | describe_sims(folder, base, size)
+            if size > 20_000:  # no vocabulary of units is so large: SIMS, whose units follow the
+                # text LM's tokens, and then `<speech>` and `<text>`. An utterance is scored as its
+                # units, behind what the tokenizer puts before all text (Llama's begin of text)
+                there = os.path.exists(os.path.join(folder, 'tokenizer.json'))
+                place = folder if there else find_checkpoint(str(base), tensors=False)
+                tokenizer, end, _ = read_tokenizer(place)
+                first = tokenizer.token_to_id('<Un0>') or tokenizer.get_vocab_size()
+                slam |= dict(tokenizer=os.path.abspath(place), text_lm=base, offset=first, end=end)
+                prefix = [token for token in tokenizer.encode('').ids if token != end]
+                slam |= dict(n_units=size - 2 - first, prefix=prefix, scoring='units')
         elif 'offset' in about:  # TWIST: unit u is token u + offset
             first, slam = about.pop('offset'), PUBLIC_UNITS
             bos, pad = about.get('bos_token_id'), about.get('pad_token_id') or 0
@@ -886,19 +894,6 @@ def read_tokenizer(folder):
     if end is None:
         raise InputError(f'{folder}: tokenizer_config.json names no eos_token of tokenizer.json')
     return tokenizer, end, digest
-
-
-def describe_sims(folder, base, size):
-    """slam of a public interleaved model (slprl/SIMS-7B, ...): after the tokens of its text LM's
-    tokenizer come the units, `<speech>` and `<text>`. An utterance is scored as its units alone,
-    behind what the tokenizer puts before all text (Llama's begin of text)."""
-    if not os.path.exists(os.path.join(folder, 'tokenizer.json')):
-        folder = find_checkpoint(str(base), tensors=False)
-    tokenizer, end, _ = read_tokenizer(folder)
-    first = tokenizer.token_to_id('<Un0>') or tokenizer.get_vocab_size()
-    prefix = [token for token in tokenizer.encode('').ids if token != end]
-    slam = dict(n_units=size - 2 - first, offset=first, end=end, prefix=prefix, scoring='units')
-    return slam | dict(tokenizer=os.path.abspath(folder), text_lm=base)
 
 
 # -----------------------------------------------------------------------------
