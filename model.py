@@ -1006,8 +1006,6 @@ class UnitEncoder:
     """Speech to units: features at 25 or 50 frames per second, each assigned to one of n centroids.
 
     Features are a layer of HuBERT, wav2vec 2 or WavLM (kind 'hubert') or cepstra ('mfcc', offline).
-    With `switch`, a frame keeps its neighbour's unit unless a change gains over `switch` times
-    `distortion`, the mean squared distance to the centroids (Kamper & van Niekerk 2021, eq. 2).
     """
 
     def __init__(self, config, centroids=None, device='cpu'):
@@ -1047,6 +1045,8 @@ class UnitEncoder:
             centroids = read_kmeans(os.path.join(where, 'encoder.safetensors'))
             if layer not in (None, config.get('layer')):
                 raise InputError(f'{where} uses layer {config.get("layer")}, not {layer}')
+            if config.get('switch'):
+                raise InputError(f'{where}: a price for changes of units exists no more')
         else:
             model = os.path.abspath(where) if os.path.isdir(where) else where
             config = ENCODERS.get(where, dict(kind='hubert', model=model, pad=0)) | dict(name=where)
@@ -1055,8 +1055,7 @@ class UnitEncoder:
             config |= {} if layer is None else dict(layer=layer)
         if kmeans:
             centroids = read_kmeans(kmeans)
-            # a file of centroids has no `distortion`, so each frame takes its nearest centroid
-            config |= dict(encoder_id=public, switch=0.0)
+            config['encoder_id'] = public
         with reading(where):
             return cls(config, centroids, device)
 
@@ -1074,16 +1073,14 @@ class UnitEncoder:
     def encoder_id(self):
         """Identifies the units: the name of a public encoder with its published centroids, else a
         hash of the settings, the centroids and the net."""
-        config, switch = self.config, bool(self.config.get('switch'))
-        if config.get('encoder_id') in PUBLISHED and not switch:
-            return config['encoder_id']
-        keys = self.settings + ('switch', 'distortion') * switch
-        settings = [float(config.get(key, 0)) for key in keys]
+        if self.config.get('encoder_id') in PUBLISHED:
+            return self.config['encoder_id']
+        settings = [float(self.config.get(key, 0)) for key in self.settings]
         # leave out the random mask embedding, and the weight norm, whose rounding varies by machine
         unsure = re.compile(r'masked_spec_embed|encoder\.pos_conv_embed\.conv\.(weight|param)')
         weights = sorted(self.net.state_dict().items()) if self.net else []
         weights = [tensor.flatten() for name, tensor in weights if not unsure.match(name)]
-        return f'{config["kind"]}-{content_hash(settings, self.centroids, *weights)[:12]}'
+        return f'{self.config["kind"]}-{content_hash(settings, self.centroids, *weights)[:12]}'
 
     @torch.inference_mode()
     def features(self, wave):
@@ -1118,34 +1115,14 @@ class UnitEncoder:
         if not fitted.inertia_ > 0:
             raise InputError('the speech to fit on is silent, or no two of its sounds differ')
         self.centroids = torch.from_numpy(fitted.cluster_centers_).float()
-        # by numpy: the last digits of inertia_ depend on the number of threads
-        squares = np.square(features.numpy() - fitted.cluster_centers_[fitted.labels_])
-        self.config |= dict(distortion=float(squares.sum(1).mean()), encoder_id=None)
+        self.config['encoder_id'] = None
 
     def encode(self, wave):
-        """(samples,) at 16 kHz -> (frames,) long units on the CPU."""
-        features, switch = self.features(wave), self.config.get('switch')
+        """(samples,) at 16 kHz -> (frames,) long units on the CPU: the nearest centroids."""
+        features = self.features(wave)
         centroids = self.centroids.to(features.device)
         # half the squared distances, without the term that all units of a frame share
-        costs = centroids.square().sum(1) / 2 - features @ centroids.T  # (frames, n_units)
-        if not switch:
-            return costs.argmin(1).cpu()
-        return cheapest_path(costs.cpu().numpy(), switch * self.config['distortion'] / 2)
-
-
-def cheapest_path(costs, price):
-    """Viterbi: the units (frames,) of least sum of costs (frames, n_units) and `price` a change."""
-    price, total = costs.dtype.type(price), np.zeros_like(costs[0])  # of the best path to each unit
-    cheapest, changed = [], []  # which paths come from `cheapest`
-    for cost in costs:
-        cheapest.append(int(total.argmin()))
-        total -= total[cheapest[-1]]
-        changed.append(total > price)
-        total = np.minimum(total, price) + cost
-    path = [int(total.argmin())]
-    for unit, change in zip(cheapest[:0:-1], changed[:0:-1], strict=True):
-        path.append(unit if change[path[-1]] else path[-1])
-    return torch.tensor(path[::-1])
+        return (centroids.square().sum(1) / 2 - features @ centroids.T).argmin(1).cpu()
 
 
 def mfcc(wave, config):

@@ -146,7 +146,6 @@ def fit_parts(folder, waves, n_units):
     features = torch.cat([encoder.features(wave) for wave in waves])
     fitted = KMeans(n_units, n_init=1, random_state=0).fit(features.numpy())
     encoder.centroids = torch.from_numpy(fitted.cluster_centers_).float()
-    encoder.config['distortion'] = fitted.inertia_ / len(features)
     encoder.save_pretrained(folder / 'encoder')
     speech = [(wave, encoder.encode(wave)) for wave in waves]
     M.UnitVocoder.fit(speech, encoder).save_pretrained(folder / 'vocoder')
