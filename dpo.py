@@ -318,7 +318,7 @@ if __name__ == '__main__':
     pairs = train + val
     lengths = np.array([sum(map(len, pair)) for pair in pairs])
     sizes = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
-    config['pairs_sha256'] = content_hash(sizes, *(pair_hash(pair).hex() for pair in pairs))
+    config['pairs_sha256'] = content_hash(sizes.tolist(), [pair_hash(pair).hex() for pair in pairs])
 
     # The run ends after the steps, the epochs or the hours, whichever comes first.
     last_step, budget = max_steps or math.inf, 3600 * train_hours or math.inf

@@ -540,7 +540,7 @@ def attend_flex(visible, B, T, device):
 
 
 # -----------------------------------------------------------------------------
-# Kinds of models: how transformers names and computes what Block has
+# Loading and saving: how transformers names what Block has, checkpoints, and public SLMs
 
 ACTIVATIONS = dict(
     relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=partial(F.gelu, approximate='tanh')
@@ -599,8 +599,7 @@ def read_config(hf, dropout=0.0):
     tensors = theirs.state_dict()
 
     def size(kind, name):  # of transformers' tensor, () where there is none
-        tensor = tensors.get(their_names(f'blocks.0.{name}', kind)[0])
-        return () if tensor is None else tensor.shape
+        return getattr(tensors.get(their_names(f'blocks.0.{name}', kind)[0]), 'shape', ())
 
     def get(*keys, default=None):
         return next((x for key in keys if (x := getattr(hf, key, None)) is not None), default)
@@ -609,12 +608,12 @@ def read_config(hf, dropout=0.0):
     act = get('hidden_act', 'activation_function')
     rotary = next((module for module in theirs.modules() if hasattr(module, 'inv_freq')), None)
     rope = getattr(rotary, 'rope_type', None)  # two types change with the length of a text
-    if kind is None or act not in ACTIVATIONS or rope in ('dynamic', 'longrope'):
-        raise InputError(f'model type {hf.model_type!r} ({act}, RoPE {rope}) is not supported')
     context, n_head = hf.max_position_embeddings, hf.num_attention_heads
     window = get('sliding_window', default=ROPE_POSITIONS)  # of attention
-    if window < context:
-        raise InputError(f'{hf.model_type}: a context over {window} tokens is not supported')
+    known = kind and act in ACTIVATIONS and rope not in ('dynamic', 'longrope')
+    if not known or window < context:
+        about = f'{act}, RoPE {rope}, {context} tokens with a window of {window}'
+        raise InputError(f'model type {hf.model_type!r} is not supported ({about})')
     if rotary is not None:
         with torch.device('cpu'):
             rotary = type(rotary)(hf)  # again, with numbers
@@ -658,10 +657,6 @@ def matching(model, tensors):
                 ours = ours.view(3, c.n_head, c.head_dim, -1)
                 other = other.view(c.n_head, 3, c.head_dim, -1).transpose(0, 1)
             yield ours, other
-
-
-# -----------------------------------------------------------------------------
-# Loading
 
 
 # sizes as train.py names them, and as transformers does
@@ -812,9 +807,6 @@ def copy_part(source, target, part):
             with open(path, 'rb') as old, write_atomic(os.path.join(target, name), 'wb') as new:
                 shutil.copyfileobj(old, new)
 
-
-# -----------------------------------------------------------------------------
-# Layouts of public SLMs, and text LMs beside units
 
 PUBLIC_UNITS = dict(encoder='mhubert25', encoder_id='mhubert25', vocoder='hifigan25')
 PUBLIC_UNITS |= dict(frame_rate=25.0, dedup=True)
@@ -1078,9 +1070,10 @@ class UnitEncoder:
         settings = [float(self.config.get(key, 0)) for key in self.settings]
         # leave out the random mask embedding, and the weight norm, whose rounding varies by machine
         unsure = re.compile(r'masked_spec_embed|encoder\.pos_conv_embed\.conv\.(weight|param)')
-        weights = sorted(self.net.state_dict().items()) if self.net else []
-        weights = [tensor.flatten() for name, tensor in weights if not unsure.match(name)]
-        return f'{self.config["kind"]}-{content_hash(settings, self.centroids, *weights)[:12]}'
+        tensors = sorted(self.net.state_dict().items()) if self.net else []
+        tensors = [self.centroids, *(x for name, x in tensors if not unsure.match(name))]
+        digest = content_hash(settings, *(x.cpu().numpy().tobytes() for x in tensors))
+        return f'{self.config["kind"]}-{digest[:12]}'
 
     @torch.inference_mode()
     def features(self, wave):
@@ -1446,15 +1439,13 @@ def write_atomic(path, mode='w'):
 
 
 # -----------------------------------------------------------------------------
-# Helpers shared by scripts
+# Helpers shared by scripts; devices, processes and runs
 
 
 def content_hash(*parts):
-    """SHA-256 as 64 hexadecimal digits. Parts: bytes, tensors, or anything that JSON can hold."""
+    """SHA-256 as 64 hexadecimal digits. Parts: bytes, or anything that JSON can hold."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, torch.Tensor):
-            part = part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         if not isinstance(part, bytes):
             part = json.dumps(part, sort_keys=True).encode()
         digest.update(len(part).to_bytes(8, 'big') + part)
@@ -1513,10 +1504,6 @@ def pack_rows(lengths, width):
         rows[row].append(i)
         insort(free, (room - length, row))
     return rows
-
-
-# -----------------------------------------------------------------------------
-# Devices, processes and runs
 
 
 def pick_device(device='auto'):
