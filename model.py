@@ -147,7 +147,6 @@ class Block(nn.Module):
             x = self.norm1(x + self.drop(self.attention(x, rope, attend)))
             return self.norm2(x + self.drop(self.mlp(x)))
         y = x + self.drop(self.attention(self.norm1(x), rope, attend))
-        # parallel: the MLP reads what attention read
         return y + self.drop(self.mlp(self.norm2(x if self.config.parallel else y)))
 
 
@@ -219,8 +218,7 @@ class SLM(nn.Module):
             rope = [table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin)]
         else:
             rope, x = None, x + self.embed_positions(positions + POSITION_OFFSET).to(x.dtype)
-        if attend is None:
-            attend = attention_within(doc, branch)
+        attend = attend or attention_within(doc, branch)
         for block in self.blocks:
             x = block(x, rope, attend)
         if c.pre_norm:
@@ -287,11 +285,6 @@ class SLM(nn.Module):
         zeros = torch.zeros(n, dtype=token_logps.dtype, device=tokens.device)
         return zeros.index_add(0, segments.flatten(), token_logps * mask.flatten())
 
-    def check_positions(self, length):
-        """Raise InputError where the model has fewer positions than `length`."""
-        if length > (limit := self.config.max_positions):
-            raise InputError(f'{length} tokens: the model has no more than {limit} positions')
-
     def num_params(self):
         """Parameters, tied ones once: what Table 7 counts."""
         return sum(p.numel() for p in self.parameters())
@@ -333,28 +326,18 @@ class SLM(nn.Module):
         return allowed
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts,
-        max_new_tokens=150,
-        temperature=0.8,
-        top_k=25,
-        top_p=1.0,
-        repetition_penalty=1.1,
-        seed=None,
-        kind='speech',
-    ):
-        """Continue prompts (defaults: Table 6 of the paper). No unit follows itself where slam says
-        dedup. Raises: InputError if the model has fewer positions than prompt + continuation.
+    def generate(self, prompts, max_new_tokens=150, seed=None, kind='speech', **sampling):
+        """Continue prompts. No unit follows itself where slam says dedup. Raises: InputError if the
+        model has fewer positions than prompt + continuation.
 
-        prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. temperature, top_k,
-        top_p: as in `sample`. repetition_penalty: over prompt and continuation, as in transformers.
-        seed: None draws from torch's own generator. kind: 'speech' or 'text', what an interleaved
-        model continues with, after that switch.
+        prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. seed: None draws
+        from torch's own generator. kind: 'speech' or 'text', what an interleaved model continues
+        with, after that switch. sampling: options of `sample`.
         Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
         """
         c, device, longest = self.config, self.embed.weight.device, max(map(len, prompts))
-        self.check_positions(longest + max_new_tokens)
+        if longest + max_new_tokens > c.max_positions:
+            raise InputError(f'the model has no more than {c.max_positions} positions')
         # left padding repeats the first token, so that the penalty sees no other one
         tokens = [F.pad(p, (longest - len(p), 0), value=int(p[0])) for p in prompts]
         tokens = torch.stack(tokens).to(device)  # (B, longest)
@@ -372,15 +355,12 @@ class SLM(nn.Module):
         for i in range(max_new_tokens):
             seen.scatter_(1, tokens, True)
             logits = self.next_logits(tokens, columns, padding, cache)  # (B, V)
-            lower = torch.where(
-                logits < 0, logits * repetition_penalty, logits / repetition_penalty
-            )
-            logits = torch.where(seen, lower, logits).masked_fill(forbidden, -torch.inf)
+            logits = logits.masked_fill(forbidden, -torch.inf)
             if self.slam.get('dedup'):  # no unit follows itself
                 last = tokens[:, -1:]
                 same = logits.gather(1, last).masked_fill(last >= self.offset, -torch.inf)
                 logits = logits.scatter(1, last, same)
-            new = sample(logits, temperature, top_k, top_p, generator)
+            new = sample(logits, seen, generator, **sampling)
             tokens, columns = torch.where(ended, PAD, new), columns[-1:] + 1
             ended = ended | (tokens == self.end)
             rows.append(tokens)
@@ -440,12 +420,17 @@ class SLM(nn.Module):
             shutil.rmtree(new, ignore_errors=True)
 
 
-def sample(logits, temperature, top_k, top_p, generator=None):
-    """Draw a token from each row of logits: (B, V) -> (B, 1). temperature: 0 takes the most likely
-    one. top_k: 0 is off. top_p: of the smallest set that holds this probability; 1 is off."""
+def sample(logits, seen, generator, temperature=0.8, top_k=25, top_p=1.0, repetition_penalty=1.1):
+    """Draw a token from each row of logits: (B, V) -> (B, 1). Defaults: Table 6 of the paper.
+
+    seen: (B, V) bool, the tokens of prompt and continuation; the penalty makes them less likely, as
+    in transformers. temperature: 0 takes the most likely token. top_k: 0 is off. top_p: only the
+    smallest set that holds this probability; 1 is off.
+    """
+    lower = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+    logits, size = torch.where(seen, lower, logits), logits.shape[1]
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    size = logits.shape[1]
     logits, ids = (logits / temperature).topk(min(top_k or size, size))
     probs = logits.softmax(-1)
     if top_p < 1:
@@ -722,7 +707,6 @@ def load_slm(
             model.head.weight = model.embed.weight
         hf.vocab_size = model.config.vocab_size = len(rows)
         model.slam = {} if slam is None else dict(n_units=len(rows) - OFFSET) | slam
-    model.check_positions(context or 0)
     return model.to(dtype)
 
 
@@ -1189,8 +1173,6 @@ def read_kmeans(path):
 # -----------------------------------------------------------------------------
 # UnitVocoder: units -> wave
 
-VOICE_LEVEL = 0.08  # the RMS to which `fit` brings speech
-
 
 class UnitVocoder:
     """Units to speech. This voice is a table, the mean log-mel spectra of each unit, inverted by
@@ -1239,7 +1221,7 @@ class UnitVocoder:
         for wave, units in speech:
             wave, units = torch.as_tensor(wave), torch.as_tensor(units, dtype=torch.long)
             level = wave.square().mean().sqrt().clamp(min=1e-5)
-            found = log_mel(wave * (VOICE_LEVEL / level))
+            found = log_mel(wave * (0.08 / level))  # all speech with one RMS
             n = min(len(units), len(found) // steps)  # complete frames
             mel.index_add_(0, units[:n], found[: n * steps].view(n, steps, N_MELS).double())
             frames += torch.bincount(units[:n], minlength=n_units)
@@ -1444,12 +1426,8 @@ def write_atomic(path, mode='w'):
 
 def content_hash(*parts):
     """SHA-256 as 64 hexadecimal digits. Parts: bytes, or anything that JSON can hold."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if not isinstance(part, bytes):
-            part = json.dumps(part, sort_keys=True).encode()
-        digest.update(len(part).to_bytes(8, 'big') + part)
-    return digest.hexdigest()
+    parts = (x if isinstance(x, bytes) else json.dumps(x, sort_keys=True).encode() for x in parts)
+    return hashlib.sha256(b''.join(len(x).to_bytes(8, 'big') + x for x in parts)).hexdigest()
 
 
 def file_hash(path):
@@ -1527,11 +1505,8 @@ def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def start_processes(device):
@@ -1559,8 +1534,8 @@ def catch_signals():
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, catch)
-    signal.signal(signal.SIGTERM, catch)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, catch)
     return caught
 
 

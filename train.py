@@ -146,6 +146,8 @@ def check_alike(sets, model):
             raise InputError(f'{data} and {val_data} do not mix: they differ in {key}')
     encoder_ids = {each.folder: each.meta.get('encoder_id') for each in sets}
     M.check_encoder_ids(encoder_ids | {init: model.slam.get('encoder_id')})
+    if context > model.config.max_positions:
+        raise InputError(f'{init} has no more than {model.config.max_positions} positions')
     meta, size, tokenizer = sets[0].meta, model.config.vocab_size, model.slam.get('tokenizer')
     fits = meta['vocab_size'] == size if meta.get('tokenizer') else meta['vocab_size'] <= size
     if model.slam and (tokenizer or meta.get('tokenizer')):

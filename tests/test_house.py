@@ -22,7 +22,7 @@ SCRIPTS = ['prepare_units', 'make_synthetic', 'train', 'dpo', 'eval_slm', 'sampl
 # lines after ruff format: the budget, to which 5 % may be added, and for a file that does not meet
 # it yet the most that it may have. Raise no number: delete something
 BUDGETS = {
-    'model.py': (1500, 1857),
+    'model.py': (1500, 0),
     'prepare_units.py': (680, 0),
     'make_synthetic.py': (900, 0),
     'train.py': (480, 0),

@@ -363,7 +363,6 @@ def folders(tmp_path_factory):
     [
         (dict(where='out/nothing'), 'no such folder'),
         (dict(where='preset:gpt-5'), 'there are qwen2.5-0.5b'),
-        (dict(context=500), '500 .* 128 positions'),
         (dict(vocab_size=502), 'no 502 rows of the 42'),
         (dict(tensors={'model.decoder.layers.0.fc1.weight': None}), 'missing.*0.fc1.weight'),
         (dict(tensors={'model.decoder.layers.0.fc1.weight': torch.zeros(3, 32)}), 'shape.*0.fc1'),

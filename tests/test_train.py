@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, fork_script, read_jsonl, run_checked, run_in_two, small_slm, write_jsonl
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -396,6 +397,10 @@ def places(data, forty, tmp_path_factory):
     os.truncate(write_set(place / 'broken', walks(3, 0)) + '/train.bin', 20)
     shutil.rmtree(write_set(place / 'bare', walks(3, 0)) + '/encoder')
     small_slm(9).save_pretrained(place / 'small')
+    sizes = dict(vocab_size=22, hidden_size=32, word_embed_proj_dim=32, num_attention_heads=2)
+    sizes |= dict(max_position_embeddings=48, num_hidden_layers=1, ffn_dim=48)
+    opt = transformers.OPTConfig(**sizes)
+    transformers.OPTForCausalLM(opt).save_pretrained(place / 'opt')
     return dict(data=data, forty=forty[0], place=place)
 
 
@@ -409,6 +414,7 @@ def places(data, forty, tmp_path_factory):
         ('--data={data},{place}/encoded', 'different encoders'),
         ('--data={place}/broken', 'does not fit its meta.json'),
         ('--data={place}/bare', 'no folder encoder/'),
+        ('--init={place}/opt --context=64', 'no more than 48 positions'),
         ('--init={place}/small', 'have different tokenizers or vocabularies'),
         ('--init={forty} --out_dir={forty}', 'would be overwritten'),
         ('--out_dir={forty} --lr=0.1', 'is a run with lr=0.005, not 0.1'),
