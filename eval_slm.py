@@ -706,6 +706,7 @@ class Checkpoint:
             return self.items[source]
         voice = M.UnitVocoder.from_pretrained(self.voice, device=self.place)
         M.check_encoder_ids(self.ids | {self.voice: voice.encoder_id})
+        M.check_encoder_ids({type(x): (x.n_units, x.frame_rate) for x in (self.encoder, voice)})
         heads = [torch.as_tensor(units) for units in encode_clips(clips, self.encoder).values()]
         tails, items = [], []
         for start in tqdm(range(0, len(heads), 32), 'continuing', leave=False):
