@@ -42,7 +42,7 @@ import zlib
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
-from itertools import count, groupby, islice
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ from model import (
     import_transformers,
     open_text,
     pick_device,
+    read_documents,
     read_json,
     read_jsonl,
     read_parquet,
@@ -328,14 +329,7 @@ def read_texts(path):
                     raise InputError(f'row {number} has more cells than columns')
                 yield row
     else:
-        with reading(path), open_text(path) as file:
-            marked = any(MARK in line for line in file)
-            file.seek(0)
-            pieces = (piece for line in file for piece in re.split(f'({re.escape(MARK)})', line))
-            for is_end, group in groupby(pieces, lambda p: p == MARK if marked else not p.strip()):
-                document = ''.join(group).strip()
-                if document and not is_end:
-                    yield {text_field: document}
+        yield from ({text_field: text} for text in read_documents(path) if text.strip())
 
 
 def read_rows(kind, *expected):

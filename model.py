@@ -28,11 +28,13 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchaudio
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchaudio.functional import create_dct
 
 PAD, BOS, EOS, OFFSET = 0, 1, 1, 2  # <S> is both ends of an utterance; unit u is token u + OFFSET
 SAMPLE_RATE = 16000
@@ -159,8 +161,7 @@ class SLM(nn.Module):
 
     hf_config is transformers' config of the same model, slam the content of slam.json: encoder,
     encoder_id, vocoder, n_units, frame_rate, dedup, recipe, scores; tokenizer (a folder), offset
-    and end of an interleaved model; scoring='units' of a model trained without `<S>`: nothing
-    predicts the first unit of an utterance.
+    and end of an interleaved model; scoring='units' if nothing predicts an utterance's first unit.
     """
 
     def __init__(self, hf_config, dropout=0.0, seed=0):
@@ -597,7 +598,7 @@ def read_config(hf, dropout=0.0):
     window = get('sliding_window', default=ROPE_POSITIONS)  # of attention
     known = kind and act in ACTIVATIONS and rope not in ('dynamic', 'longrope')
     if not known or window < context:
-        about = f'{act}, RoPE {rope}, {context} tokens with a window of {window}'
+        about = f'{act}, RoPE {rope}, a window of {window} tokens'
         raise InputError(f'model type {hf.model_type!r} is not supported ({about})')
     if rotary is not None:
         with torch.device('cpu'):
@@ -763,8 +764,7 @@ def twist_rows(old, n, embed_init, seed, where):
     elif embed_init == 'first_rows' and n <= len(old):
         rows[:] = old[:n]
     elif embed_init != 'random':
-        few = f'embed_init={embed_init} makes no {n} rows of the {len(old)} of {where}'
-        raise InputError(f'{few}: use random or mean')
+        raise InputError(f'embed_init={embed_init} makes no {n} rows of the {len(old)} of {where}')
     return rows
 
 
@@ -940,8 +940,6 @@ def save_audio(path, wave, sample_rate=SAMPLE_RATE):
 @lru_cache(16)
 def transform(name, *args, **options):
     """A module of torchaudio.transforms, cached by its arguments."""
-    import torchaudio  # a second to import
-
     return getattr(torchaudio.transforms, name)(*args, **options)
 
 
@@ -1041,9 +1039,7 @@ class UnitEncoder:
         about = dict(frame_rate=self.frame_rate, n_units=self.n_units, encoder_id=self.encoder_id)
         write_part(folder, 'encoder', self.config | about, dict(centroids=self.centroids))
 
-    @property
-    def n_units(self):
-        return 0 if self.centroids is None else len(self.centroids)
+    n_units = property(lambda self: 0 if self.centroids is None else len(self.centroids))
 
     @property
     def encoder_id(self):
@@ -1105,8 +1101,6 @@ class UnitEncoder:
 def mfcc(wave, config):
     """Cepstra of the log-mel spectrum relative to the utterance's loudness. A 40 ms frame holds two
     cepstra of 20 ms: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
-    from torchaudio.functional import create_dct
-
     mel = log_mel(F.pad(wave, (0, max(0, 4 * HOP - len(wave)))))
     mel = mel[: len(mel) // 4 * 4]
     energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
@@ -1365,6 +1359,13 @@ def read_parquet(where):
             yield from open_shard().decode(False)
 
 
+def read_documents(path):
+    """The documents of a text file. They end at <|endoftext|> or, without it, at blank lines."""
+    with reading(path), open_text(path) as file:
+        text = file.read()
+    return re.split(re.escape(MARK) if MARK in text else r'\n\s*\n', text)
+
+
 def open_text(path, newline=None):
     """Open a text file: UTF-8, or UTF-16 with a byte order mark. Raises InputError for UTF-16
     without a mark; text in any other encoding fails when it is read."""
@@ -1525,8 +1526,7 @@ def start_processes(device):
 
 
 def catch_signals():
-    """The signals received so far, a list. After the first SIGINT or SIGTERM the loop can save and
-    stop; the second ends the process at once."""
+    """The SIGINT and SIGTERM received so far. The second one ends the process at once."""
     caught = []
 
     def catch(number, frame):

@@ -60,7 +60,7 @@ fit_vocoder = False  # also fit a vocoder for the units, on half an hour of trai
 keep_partial = False  # use the readable beginning of truncated recordings
 # text for an interleaved model: folders speech, text and interleaved in out
 text_lm = ''  # folder or hub name of a text LM: use its tokenizer; utterances need word times
-texts = ''  # documents for the set text: .jsonl, .parquet, hub:owner/name; '': transcripts
+texts = ''  # documents for the set text: .txt, .jsonl, .parquet, hub:owner/name; '': transcripts
 draws = 4  # different interleavings of each utterance: enough for this many epochs
 # parallel work
 val_fraction = 0.01  # if no folder or row has a val split: validate on this share, by hash of names
@@ -442,8 +442,7 @@ def check_settings(recipe):
     for name, key in (('meta.json', 'recipe'), ('encoder/encoder.json', 'fitted')):
         path = os.path.join(out, name)
         before = read_json(path).get(key) or {} if os.path.exists(path) else recipe
-        other = [key for key in recipe if before.get(key) != recipe[key]]
-        if other:
+        if other := [key for key in recipe if before.get(key) != recipe[key]]:
             raise InputError(f'{out} was made with other {", ".join(other)}: choose another --out')
 
 
@@ -602,9 +601,11 @@ def interleave(row, speech, encode, meta):
 
 def documents_of(path):
     """Yields the documents of a text source. Raises InputError for rows without `text`."""
+    rows = M.read_parquet(path) if is_shards(path) else (row for _, row in read_jsonl(path))
+    texts = M.read_documents(path) if path.endswith('.txt') else (row['text'] for row in rows)
     with reading(path):
-        for _, row in enumerate(M.read_parquet(path)) if is_shards(path) else read_jsonl(path):
-            yield from filter(None, map(str.strip, (row['text'] or '').split(M.MARK)))
+        for text in texts:
+            yield from filter(None, map(str.strip, (text or '').split(M.MARK)))
 
 
 def token_documents(kind, meta, encode):
@@ -686,8 +687,7 @@ def make_from_audio():
     mine = list(zip(paths, parts, strict=True))[part::of]
     todo = [(path, items) for path, items in mine if not os.path.exists(path)]
     list(tqdm(in_parallel(encode_part, todo), 'encoding', len(todo), unit=' parts'))
-    missing = sum(not os.path.exists(path) for path in paths)
-    if missing:
+    if missing := sum(not os.path.exists(path) for path in paths):
         return f'{out}: shard {part} of {of} is done, {missing} of {len(parts)} parts missing'
 
     # merge the parts; if two processes do so, both write the same bytes

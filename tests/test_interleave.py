@@ -161,13 +161,15 @@ def test_texts_of_every_format_come_back(place, tmp_path):
     with open(tmp_path / 'a.jsonl', 'w') as file:
         file.writelines(json.dumps(dict(text=text)) + '\n' for text in texts)
     pyarrow.parquet.write_table(pyarrow.table(dict(text=texts)), tmp_path / 'a.parquet')
-    names = f'{tmp_path}/a.jsonl,{tmp_path}/a.parquet'
+    (tmp_path / 'a.txt').write_text('One.\n\nStill one.\n<|endoftext|>\nTwo.<|endoftext|>Three.')
+    (tmp_path / 'b.txt').write_text('One\nline.\n \n\nTwo.')
+    names = ','.join(f'{tmp_path}/{name}' for name in ('a.jsonl', 'a.parquet', 'a.txt', 'b.txt'))
     prepare(tmp_path, make_rows(4), f'--texts={names}', '--draws=1', f'--text_lm={place}/lm')
     tokenizer, _, _ = read_tokenizer(place / 'lm')
     _, documents = read_set(tmp_path, 'text')
     found = [tokenizer.decode(document[1:-1].tolist()) for document in documents]
     rows = ['two  spaces', 'ends', 'not here', *texts[2:]]  # the mark ends a document here too
-    assert found == [*rows, *rows]
+    assert found == [*rows, *rows, 'One.\n\nStill one.', 'Two.', 'Three.', 'One\nline.', 'Two.']
 
 
 def test_what_the_sets_need_is_printed(place, tmp_path):
