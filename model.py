@@ -850,9 +850,9 @@ def read_about(folder):
     if os.path.exists(path := os.path.join(folder, 'slam.json')):  # ours
         slam = read_json(path)
         for part in PARTS:
-            if os.path.isdir(inside := os.path.join(folder, part)):
+            if slam.get(part) == part and os.path.isdir(inside := os.path.join(folder, part)):
                 slam[part] = os.path.abspath(inside)
-            elif '..' in (name := str(slam.get(part))) or os.path.isabs(name):
+            elif (name := str(slam.get(part))) == part or '..' in name or os.path.isabs(name):
                 slam[part] = None
     return hf, slam, order, renames
 
@@ -1022,7 +1022,7 @@ class UnitEncoder:
             if layer not in (None, config.get('layer')):
                 raise InputError(f'{where} uses layer {config.get("layer")}, not {layer}')
             if config.get('switch'):
-                raise InputError(f'{where}: a price for changes of units exists no more')
+                raise InputError(f'{where}: encoders with `switch` are no longer supported')
         else:
             model = os.path.abspath(where) if os.path.isdir(where) else where
             config = ENCODERS.get(where, dict(kind='hubert', model=model, pad=0)) | dict(name=where)
@@ -1345,9 +1345,9 @@ def open_shards(where):
         from datasets import load_dataset
 
         load = partial(load_dataset, streaming=True)
-        if not where.startswith('hub:'):
+        if not where.startswith('hub:'):  # data_files takes patterns, in which [*] is a plain *
             load, paths = partial(load, 'parquet', split='train'), find_audio(where, ('.parquet',))
-            return {path: partial(load, data_files=path) for path in paths}
+            return {p: partial(load, data_files=re.sub('[*?[]', r'[\g<0>]', p)) for p in paths}
         name, split = re.fullmatch('hub:([^:#]+):?([^#]*)#?.*', where).groups()
         config, slash, wanted = split.rpartition('/')
         data, shards = load(name, config or None, split=wanted or None), {}
@@ -1359,7 +1359,7 @@ def open_shards(where):
 
 def read_parquet(where):
     """Yields the rows of the shards of open_shards(where), as dicts of plain Python values. Audio
-    is dict(bytes=..., path=...), null is None. Few rows are in memory. Raises InputError."""
+    is dict(bytes=..., path=...), null is None. Memory: one row group. Raises InputError."""
     for name, open_shard in open_shards(where).items():
         with reading(name):
             yield from open_shard().decode(False)

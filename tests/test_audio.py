@@ -553,6 +553,7 @@ def test_find_audio_sorts_and_follows_links_once(tmp_path):
 
 
 def test_parquet_rows_keep_nulls_and_audio_bytes(tmp_path):
+    pytest.importorskip('datasets')
     pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     rows = [dict(text=f't{i}', audio=dict(bytes=b'%d' % i, path=None)) for i in range(40)]
     rows[7]['audio'] = rows[8]['text'] = None
@@ -565,7 +566,10 @@ def test_parquet_rows_keep_nulls_and_audio_bytes(tmp_path):
     assert list(M.read_parquet(names[1])) == rows[25:]
     (tmp_path / 'bad.parquet').write_bytes(b'no rows')
     refused('bad.parquet', lambda: list(M.read_parquet(str(tmp_path / 'bad.parquet'))))
-    pytest.importorskip('datasets')
+    # a name is not a pattern
+    for name in ('1', '[1]', '*'):
+        pq.write_table(pa.table(dict(text=[name])), tmp_path / f'{name}.parquet')
+        assert list(M.read_parquet(str(tmp_path / f'{name}.parquet'))) == [dict(text=name)]
     hub = f'hub:{tmp_path}'  # a local folder in place of a name
     shards = [f'{hub}:train#0/2', f'{hub}:train#1/2']
     assert shards == list(M.open_shards(hub)) == list(M.open_shards(hub + ':train'))
