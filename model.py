@@ -300,9 +300,9 @@ class SLM(nn.Module):
         return read_tokenizer(self.slam['tokenizer'])[0]
 
     def tokens_of(self, parts, alone=False):
-        """Tokens (n,) int64 of a prompt. parts: ('speech', units) and ('text', text or ids) in
-        their order; an interleaved model puts its switches before each, a unit LM `<S>` before the
-        units, its one part. alone: nothing is put before them, as slam['scoring'] 'units' asks."""
+        """Tokens (n,) of a prompt: slam['prefix'] first. parts: ('speech', units) and ('text',
+        text or ids) in their order; an interleaved model puts its switch before each, a unit LM
+        `<S>` before the units, its one part. alone: without these, for slam['scoring'] 'units'."""
         tokens = list(self.slam.get('prefix', ()))
         for n, (kind, ids) in enumerate(parts):
             if isinstance(ids, str):  # a text that continues a sentence begins with a space
@@ -331,8 +331,8 @@ class SLM(nn.Module):
         model has fewer positions than prompt + continuation.
 
         prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. seed: None draws
-        from torch's own generator. kind: 'speech' or 'text', what an interleaved model continues
-        with, after that switch. sampling: options of `sample`.
+        from torch's own generator. kind: 'speech' or 'text', the modality of the continuation; the
+        prompt ends with its switch. sampling: options of `sample`.
         Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
         """
         c, device, longest = self.config, self.embed.weight.device, max(map(len, prompts))
@@ -669,7 +669,7 @@ def load_slm(
     (b) a checkpoint of ours, or a public SLM (read_about). The vocabulary stays, in our order.
 
     context: tokens of a training row, saved in the config. rope_theta: replaces the checkpoint's.
-    Raises InputError without a checkpoint, for other tokenizers, for what Block does not compute.
+    Raises InputError for a missing checkpoint, another tokenizer, or a model Block cannot compute.
     """
     cold = where == 'scratch' or where.startswith('preset:')
     if cold:
@@ -1041,9 +1041,7 @@ class UnitEncoder:
         about = dict(frame_rate=self.frame_rate, n_units=self.n_units, encoder_id=self.encoder_id)
         write_part(folder, 'encoder', self.config | about, dict(centroids=self.centroids))
 
-    @property
-    def n_units(self):
-        return 0 if self.centroids is None else len(self.centroids)
+    n_units = property(lambda self: 0 if self.centroids is None else len(self.centroids))
 
     @property
     def encoder_id(self):
@@ -1097,6 +1095,8 @@ class UnitEncoder:
     def encode(self, wave):
         """(samples,) at 16 kHz -> (frames,) long units on the CPU: the nearest centroids."""
         features = self.features(wave)
+        if not self.n_units or features.shape[1] != self.centroids.shape[1]:
+            raise InputError(f'the encoder has no k-means for {features.shape[1]} features')
         centroids = self.centroids.to(features.device)
         # half the squared distances, without the term that all units of a frame share
         return (centroids.square().sum(1) / 2 - features @ centroids.T).argmin(1).cpu()
@@ -1285,9 +1285,9 @@ class HifiGan(UnitVocoder):
         about |= dict(frame_rate=hf.sampling_rate / math.prod(hf.upsample_rates))
         super().__init__(config | about, tensors, device)
         with torch.device('meta'):  # without memory: load_state_dict assigns our tensors
-            self.net = transformers.SpeechT5HifiGan(hf)
-        ours = {name.replace('ups.', 'upsampler.'): self.tensors[name] for name in tensors}
-        self.net.load_state_dict(ours, strict=False, assign=True)
+            net = self.net = transformers.SpeechT5HifiGan(hf)
+        ours = {n: self.tensors[n.replace('upsampler', 'ups')] for n, _ in net.named_parameters()}
+        net.load_state_dict(ours, strict=False, assign=True)
 
     def durations(self, units):
         """As above: exp(prediction) - 1, rounded; all 1 if there is no predictor."""

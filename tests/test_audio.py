@@ -215,6 +215,7 @@ def test_fitted_units_and_k_means_files_against_scikit_learn(tmp_path):
         refused(mistake, found.fit, frames, 12)
     joblib.dump(theirs, tmp_path / 'km.bin')
     encoder = UnitEncoder.from_pretrained('mfcc', kmeans=str(tmp_path / 'km.bin'))
+    refused('no k-means for 26 features', encoder.encode, speech(1.0))
     assert np.array_equal(units_of(encoder, x), theirs.predict(x.numpy()))
 
 
@@ -487,6 +488,10 @@ def test_hifigan_is_the_published_function(speakers, styles, tmp_path):
     assert 1e-4 < wave.std() < 0.9 and len(wave) == hop * durations.sum()
     ours = vocoder.decode(UNITS)
     assert torch.allclose(ours, wave, atol=0.01 * float(wave.std()))
+    weights = torch.load(path, weights_only=True)
+    del weights['generator']['conv_post.bias']
+    torch.save(weights, path)
+    refused('conv_post.bias', UnitVocoder.from_pretrained, path)
     vocoder.save_pretrained(tmp_path / 'vocoder')
     again = UnitVocoder.from_pretrained(str(tmp_path / 'vocoder'))
     assert torch.equal(again.decode(UNITS), ours)
