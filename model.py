@@ -301,9 +301,9 @@ class SLM(nn.Module):
         return read_tokenizer(self.slam['tokenizer'])[0]
 
     def tokens_of(self, parts, alone=False):
-        """Tokens (n,) int64 of a prompt. parts: ('speech', units) and ('text', text or ids) in
-        their order; an interleaved model puts its switches before each, a unit LM `<S>` before the
-        units, its one part. alone: nothing is put before them, as slam['scoring'] 'units' asks."""
+        """Tokens (n,) of a prompt: slam['prefix'] first. parts: ('speech', units) and ('text',
+        text or ids) in their order; an interleaved model puts its switch before each, a unit LM
+        `<S>` before the units, its one part. alone: without these, for slam['scoring'] 'units'."""
         tokens = list(self.slam.get('prefix', ()))
         for n, (kind, ids) in enumerate(parts):
             if isinstance(ids, str):  # a text that continues a sentence begins with a space
@@ -332,8 +332,8 @@ class SLM(nn.Module):
         model has fewer positions than prompt + continuation.
 
         prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. seed: None draws
-        from torch's own generator. kind: 'speech' or 'text', what an interleaved model continues
-        with, after that switch. sampling: options of `sample`.
+        from torch's own generator. kind: 'speech' or 'text', the modality of the continuation; the
+        prompt ends with its switch. sampling: options of `sample`.
         Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
         """
         c, device, longest = self.config, self.embed.weight.device, max(map(len, prompts))
@@ -670,7 +670,7 @@ def load_slm(
     (b) a checkpoint of ours, or a public SLM (read_about). The vocabulary stays, in our order.
 
     context: tokens of a training row, saved in the config. rope_theta: replaces the checkpoint's.
-    Raises InputError without a checkpoint, for other tokenizers, for what Block does not compute.
+    Raises InputError for a missing checkpoint, another tokenizer, or a model Block cannot compute.
     """
     cold = where == 'scratch' or where.startswith('preset:')
     if cold:
@@ -850,9 +850,9 @@ def read_about(folder):
     if os.path.exists(path := os.path.join(folder, 'slam.json')):  # ours
         slam = read_json(path)
         for part in PARTS:
-            if os.path.isdir(inside := os.path.join(folder, part)):
+            if slam.get(part) == part and os.path.isdir(inside := os.path.join(folder, part)):
                 slam[part] = os.path.abspath(inside)
-            elif '..' in (name := str(slam.get(part))) or os.path.isabs(name):
+            elif (name := str(slam.get(part))) == part or '..' in name or os.path.isabs(name):
                 slam[part] = None
     return hf, slam, order, renames
 
@@ -1020,7 +1020,7 @@ class UnitEncoder:
             if layer not in (None, config.get('layer')):
                 raise InputError(f'{where} uses layer {config.get("layer")}, not {layer}')
             if config.get('switch'):
-                raise InputError(f'{where}: a price for changes of units exists no more')
+                raise InputError(f'{where}: encoders with `switch` are no longer supported')
         else:
             model = os.path.abspath(where) if os.path.isdir(where) else where
             config = ENCODERS.get(where, dict(kind='hubert', model=model, pad=0)) | dict(name=where)
@@ -1093,6 +1093,8 @@ class UnitEncoder:
     def encode(self, wave):
         """(samples,) at 16 kHz -> (frames,) long units on the CPU: the nearest centroids."""
         features = self.features(wave)
+        if not self.n_units or features.shape[1] != self.centroids.shape[1]:
+            raise InputError(f'the encoder has no k-means for {features.shape[1]} features')
         centroids = self.centroids.to(features.device)
         # half the squared distances, without the term that all units of a frame share
         return (centroids.square().sum(1) / 2 - features @ centroids.T).argmin(1).cpu()
@@ -1279,9 +1281,9 @@ class HifiGan(UnitVocoder):
         about |= dict(frame_rate=hf.sampling_rate / math.prod(hf.upsample_rates))
         super().__init__(config | about, tensors, device)
         with torch.device('meta'):  # without memory: load_state_dict assigns our tensors
-            self.net = transformers.SpeechT5HifiGan(hf)
-        ours = {name.replace('ups.', 'upsampler.'): self.tensors[name] for name in tensors}
-        self.net.load_state_dict(ours, strict=False, assign=True)
+            net = self.net = transformers.SpeechT5HifiGan(hf)
+        ours = {n: self.tensors[n.replace('upsampler', 'ups')] for n, _ in net.named_parameters()}
+        net.load_state_dict(ours, strict=False, assign=True)
 
     def durations(self, units):
         """As above: exp(prediction) - 1, rounded; all 1 if there is no predictor."""
@@ -1339,9 +1341,9 @@ def open_shards(where):
         from datasets import load_dataset
 
         load = partial(load_dataset, streaming=True)
-        if not where.startswith('hub:'):
+        if not where.startswith('hub:'):  # data_files takes patterns, in which [*] is a plain *
             load, paths = partial(load, 'parquet', split='train'), find_audio(where, ('.parquet',))
-            return {path: partial(load, data_files=path) for path in paths}
+            return {p: partial(load, data_files=re.sub('[*?[]', r'[\g<0>]', p)) for p in paths}
         name, split = re.fullmatch('hub:([^:#]+):?([^#]*)#?.*', where).groups()
         config, slash, wanted = split.rpartition('/')
         data, shards = load(name, config or None, split=wanted or None), {}
@@ -1353,7 +1355,7 @@ def open_shards(where):
 
 def read_parquet(where):
     """Yields the rows of the shards of open_shards(where), as dicts of plain Python values. Audio
-    is dict(bytes=..., path=...), null is None. Few rows are in memory. Raises InputError."""
+    is dict(bytes=..., path=...), null is None. Memory: one row group. Raises InputError."""
     for name, open_shard in open_shards(where).items():
         with reading(name):
             yield from open_shard().decode(False)

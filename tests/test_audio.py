@@ -215,6 +215,7 @@ def test_fitted_units_and_k_means_files_against_scikit_learn(tmp_path):
         refused(mistake, found.fit, frames, 12)
     joblib.dump(theirs, tmp_path / 'km.bin')
     encoder = UnitEncoder.from_pretrained('mfcc', kmeans=str(tmp_path / 'km.bin'))
+    refused('no k-means for 26 features', encoder.encode, speech(1.0))
     assert np.array_equal(units_of(encoder, x), theirs.predict(x.numpy()))
 
 
@@ -487,6 +488,10 @@ def test_hifigan_is_the_published_function(speakers, styles, tmp_path):
     assert 1e-4 < wave.std() < 0.9 and len(wave) == hop * durations.sum()
     ours = vocoder.decode(UNITS)
     assert torch.allclose(ours, wave, atol=0.01 * float(wave.std()))
+    weights = torch.load(path, weights_only=True)
+    del weights['generator']['conv_post.bias']
+    torch.save(weights, path)
+    refused('conv_post.bias', UnitVocoder.from_pretrained, path)
     vocoder.save_pretrained(tmp_path / 'vocoder')
     again = UnitVocoder.from_pretrained(str(tmp_path / 'vocoder'))
     assert torch.equal(again.decode(UNITS), ours)
@@ -553,6 +558,7 @@ def test_find_audio_sorts_and_follows_links_once(tmp_path):
 
 
 def test_parquet_rows_keep_nulls_and_audio_bytes(tmp_path):
+    pytest.importorskip('datasets')
     pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     rows = [dict(text=f't{i}', audio=dict(bytes=b'%d' % i, path=None)) for i in range(40)]
     rows[7]['audio'] = rows[8]['text'] = None
@@ -565,7 +571,10 @@ def test_parquet_rows_keep_nulls_and_audio_bytes(tmp_path):
     assert list(M.read_parquet(names[1])) == rows[25:]
     (tmp_path / 'bad.parquet').write_bytes(b'no rows')
     refused('bad.parquet', lambda: list(M.read_parquet(str(tmp_path / 'bad.parquet'))))
-    pytest.importorskip('datasets')
+    # a name is not a pattern
+    for name in ('1', '[1]', '*'):
+        pq.write_table(pa.table(dict(text=[name])), tmp_path / f'{name}.parquet')
+        assert list(M.read_parquet(str(tmp_path / f'{name}.parquet'))) == [dict(text=name)]
     hub = f'hub:{tmp_path}'  # a local folder in place of a name
     shards = [f'{hub}:train#0/2', f'{hub}:train#1/2']
     assert shards == list(M.open_shards(hub)) == list(M.open_shards(hub + ':train'))

@@ -199,6 +199,7 @@ def test_storycloze_and_salmon_layouts(tmp_path, monkeypatch):
 
 def test_a_corrected_file_at_the_same_path_is_scored_anew(tmp_path, checkpoint):
     """Parquet, table and folder with exchanged sides: 100 minus the score."""
+    pytest.importorskip('datasets')
     pyarrow = pytest.importorskip('pyarrow')
     parquet = pytest.importorskip('pyarrow.parquet')
     suite(str(tmp_path / 'own'), 7)

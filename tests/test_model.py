@@ -397,7 +397,11 @@ def test_a_saved_folder_is_complete_by_itself_and_follows_nothing_outside(tmp_pa
         ours.save_pretrained(tmp_path / 'next')
     assert os.listdir(tmp_path / 'next/encoder') == ['encoder.json']
     assert not list(tmp_path.rglob('*.tmp'))
-    for name in ('..', '../secret', '../../secret', str(tmp_path / 'secret')):
+    # folders of an earlier run, which slam.json does not name, are not used
+    for part in ('vocoder', 'tokenizer'):
+        os.makedirs(tmp_path / 'slm' / part)
+    assert load_slm(str(tmp_path / 'slm')).slam == ours.slam
+    for name in ('..', '../secret', '../../secret', str(tmp_path / 'secret'), 'encoder'):
         about = json.dumps(dict(slam, encoder=name))
         (tmp_path / 'slm/slam.json').write_text(about)
         shutil.rmtree(tmp_path / 'slm/encoder', ignore_errors=True)
