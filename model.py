@@ -28,13 +28,12 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchaudio
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchaudio.functional import create_dct
+from torchaudio import functional, transforms
 
 PAD, BOS, EOS, OFFSET = 0, 1, 1, 2  # <S> is both ends of an utterance; unit u is token u + OFFSET
 SAMPLE_RATE = 16000
@@ -68,8 +67,8 @@ class Config:
     max_positions: int  # tokens of the longest utterance
     dropout: float  # on the residual branches
     norm_eps: float
-    biases: list  # those that exist of norm1 (all norms are then LayerNorm), qkv, out, up, down
-    qk_norm: bool  # of each head's query and key
+    biases: list  # which have one: norm1 (then all norms are LayerNorm), qkv, out, up, down
+    qk_norm: bool  # normalise each head's query and key
     gated: bool  # SwiGLU
     act: str  # a key of ACTIVATIONS
     pre_norm: bool  # False: OPT-350M
@@ -187,7 +186,7 @@ class SLM(nn.Module):
         self.head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
         if hf_config.tie_word_embeddings:
             self.head.weight = self.embed.weight
-        if not self.embed.weight.is_meta:  # transformers' cold start
+        if not self.embed.weight.is_meta:  # the initial values that transformers uses
             generator = torch.Generator().manual_seed(seed)
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 2:
@@ -207,7 +206,7 @@ class SLM(nn.Module):
         c, (B, T) = self.config, tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-            if doc is not None:  # less the index at which the present utterance began
+            if doc is not None:  # subtract the index at which the utterance begins
                 positions = positions - torch.where(begins(doc), positions, 0).cummax(1).values
 
         x = self.embed(tokens)  # (B, T, embed_dim)
@@ -339,7 +338,7 @@ class SLM(nn.Module):
         c, device, longest = self.config, self.embed.weight.device, max(map(len, prompts))
         if longest + max_new_tokens > c.max_positions:
             raise InputError(f'the model has no more than {c.max_positions} positions')
-        # left padding repeats the first token, so that the penalty sees no other one
+        # left padding repeats the first token, which the penalty counts anyway
         tokens = [F.pad(p, (longest - len(p), 0), value=int(p[0])) for p in prompts]
         tokens = torch.stack(tokens).to(device)  # (B, longest)
         padding = torch.tensor([[longest - len(p)] for p in prompts], device=device)
@@ -351,7 +350,7 @@ class SLM(nn.Module):
         forbidden = ~self.allowed_tokens(kind).to(device)
         seen = torch.zeros(len(prompts), c.vocab_size, dtype=torch.bool, device=device)
 
-        # the first round takes the whole prompts, each further one the token before
+        # the first pass takes the whole prompts, each later pass the newest token
         rows, ended = [tokens[:, :0]], torch.zeros_like(padding, dtype=torch.bool)
         for i in range(max_new_tokens):
             seen.scatter_(1, tokens, True)
@@ -365,7 +364,7 @@ class SLM(nn.Module):
             tokens, columns = torch.where(ended, PAD, new), columns[-1:] + 1
             ended = ended | (tokens == self.end)
             rows.append(tokens)
-            # reading the flag waits for a GPU: not every token
+            # reading the flag waits for the GPU: only every 16 tokens
             if (device.type == 'cpu' or i % 16 == 15) and ended.all():
                 break
         rows = torch.cat(rows, dim=1).cpu()  # (B, steps)
@@ -402,7 +401,7 @@ class SLM(nn.Module):
                 copy_part(slam[part], os.path.join(folder, part), part)
                 slam[part] = part
         hf, end = self.hf_config, slam.get('end')
-        ids = (PAD, BOS, EOS) if end is None else (end, end, end)  # an interleaved model has one
+        ids = (PAD, BOS, EOS) if end is None else (end, end, end)  # interleaved: one token for all
         hf.pad_token_id, hf.bos_token_id, hf.eos_token_id = ids
         theirs = empty_model(hf).to(self.embed.weight.dtype).to_empty(device='cpu')
         for ours, other in matching(self, theirs.state_dict()):
@@ -455,7 +454,7 @@ def begins(ids):
 def sdpa(q, k, v, mask=None):
     """Scaled dot-product attention, causal without a mask; q (B, H, T, D), k, v (B, H_kv, S, D)."""
     groups = q.shape[1] // k.shape[1]
-    if mask is not None and q.shape[2] == 1:  # heads that share a key as queries: no key is copied
+    if mask is not None and q.shape[2] == 1:  # a key's heads become its queries: no copy
         heads = q.reshape(len(q), k.shape[1], groups, -1)
         return F.scaled_dot_product_attention(heads, k, v, attn_mask=mask).reshape(q.shape)
     if groups > 1 and not q.is_cuda:  # the CPU's fused kernel needs equal heads
@@ -593,16 +592,15 @@ def read_config(hf, dropout=0.0):
     kind = next((k for k in KINDS if size(k, 'qkv.weight') and size(k, 'up.weight')), None)
     act = get('hidden_act', 'activation_function')
     rotary = next((module for module in theirs.modules() if hasattr(module, 'inv_freq')), None)
-    rope = getattr(rotary, 'rope_type', None)  # two types change with the length of a text
+    rope = getattr(rotary, 'rope_type', None)  # two types depend on the length of the text
     context, n_head = hf.max_position_embeddings, hf.num_attention_heads
     window = get('sliding_window', default=ROPE_POSITIONS)  # of attention
     known = kind and act in ACTIVATIONS and rope not in ('dynamic', 'longrope')
     if not known or window < context:
-        about = f'{act}, RoPE {rope}, a window of {window} tokens'
-        raise InputError(f'model type {hf.model_type!r} is not supported ({about})')
+        raise InputError(f'{hf.model_type!r} is not supported ({act}, {rope}, window {window})')
     if rotary is not None:
         with torch.device('cpu'):
-            rotary = type(rotary)(hf)  # again, with numbers
+            rotary = type(rotary)(hf)  # the same module, but not on the meta device
     return Config(
         kind=kind,
         vocab_size=hf.vocab_size,
@@ -756,7 +754,7 @@ def convert(folder, hf, renames, where, dropout):
 
 def twist_rows(old, n, embed_init, seed, where):
     """The n rows (n, C) with which a unit embedding begins, out of the text LM's (V, C):
-    first_rows (what resizing leaves), random, or mean, the mean row of the old ones."""
+    first_rows (as when it is resized), random, or mean, the mean row of the old ones."""
     generator = torch.Generator().manual_seed(seed)
     rows = old.new_empty(n, old.shape[1]).normal_(std=0.02, generator=generator)
     if embed_init == 'mean':
@@ -940,7 +938,7 @@ def save_audio(path, wave, sample_rate=SAMPLE_RATE):
 @lru_cache(16)
 def transform(name, *args, **options):
     """A module of torchaudio.transforms, cached by its arguments."""
-    return getattr(torchaudio.transforms, name)(*args, **options)
+    return getattr(transforms, name)(*args, **options)
 
 
 def resample(wave, rate, wanted):
@@ -1111,7 +1109,7 @@ def mfcc(wave, config):
     halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two per frame
     weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
     weight[0] = config['c0']
-    return (halves @ (create_dct(config['n_cep'], N_MELS, 'ortho') * weight)).flatten(1)
+    return (halves @ (functional.create_dct(config['n_cep'], N_MELS, 'ortho') * weight)).flatten(1)
 
 
 def write_part(folder, name, config, tensors):
@@ -1202,7 +1200,7 @@ class UnitVocoder:
                 tensors = load_file(os.path.join(where, 'vocoder.safetensors'))
             kind = dict(table=UnitVocoder, hifigan=HifiGan)[config['kind']]
             voice = kind(config, tensors, device)
-            voice.decode([voice.n_units - 1])  # all tensors exist, and their shapes fit
+            voice.decode([voice.n_units - 1])  # fails if a tensor is missing or has a wrong shape
         return voice
 
     @classmethod

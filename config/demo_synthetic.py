@@ -1,11 +1,11 @@
-"""The demo's speech, in the toy language: 13 hours of stories, 2,000 preference pairs, three suites
+"""The demo's speech, in the toy language: 13 hours of stories, 1,400 preference pairs, three suites
 of 500 minimal pairs, and 200 of each in voices that nothing else has."""
 
 out = 'out/demo/audio'
 task = 'stories,pairs,grammar,sstory,tstory'
 text = 'toy'
 n_stories = 8000
-n_pairs = 2000
+n_pairs = 1400  # 80 steps of 16, and 64 held out
 n_suite = 500
 n_unseen = 200
 # four variants of one accent whose formants differ little: MFCC units tell voices apart, and a
