@@ -955,11 +955,11 @@ def dedup(units):
 def log_mel(wave):
     """Natural log of mel energies, at least -16: (samples,) at 16 kHz -> (max(1, samples // 160),
     N_MELS). Frame t has the 25 ms around sample 160 t + 80, with zeros outside the wave."""
-    side, minute, mels = (N_FFT - HOP) // 2, 6000 * HOP, []
+    side, block, mels = (N_FFT - HOP) // 2, 500 * HOP, []
     wave = F.pad(wave, (side, side + max(0, HOP - len(wave))))
     spectrogram = transform('Spectrogram', N_FFT, WINDOW, HOP, power=None, center=False)
-    for first in range(0, len(wave) - N_FFT + 1, minute):  # a minute at a time, to save memory
-        spectra = spectrogram(wave[first:][: minute + N_FFT - HOP])  # (bins, frames), complex
+    for first in range(0, len(wave) - N_FFT + 1, block):  # 5 s at a time stay in the cache
+        spectra = spectrogram(wave[first:][: block + N_FFT - HOP])  # (bins, frames), complex
         mels.append(transform(*MEL_SCALE)(spectra.real.square() + spectra.imag.square()).T)
     return torch.cat(mels).clamp_(min=1e-7).log_()
 

@@ -48,7 +48,7 @@ def bench_mfcc(count='300', other=''):
             save_audio(f'{place}/in/{i:05d}.flac', wave[i * 160 % 160_000 :][: 20 * 16000])
         for turn in range(2):
             for folder in filter(None, (ROOT, other)):
-                out = f'{place}/{turn}{len(folder)}'
+                out = f'{place}/{turn}{folder == other}'
                 seconds, cpu, _ = run_script(folder, f'{place}/in', out, *FIT)
                 print(f'{folder}: {seconds:.1f} s, {cpu:.1f} s of CPU, {int(count)} files of 20 s')
 
