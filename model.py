@@ -899,7 +899,7 @@ def load_audio(path, start=0.0, seconds=None, keep_partial=False, notes=None):
         blocks, left, reason = [], count, ''
         try:
             file.seek(min(begin, file.frames))
-            while len(block := file.read(min(4096, left), 'float32', always_2d=True)):
+            while len(block := file.read(min(1 << 14, left), 'float32', always_2d=True)):
                 blocks.append(block)
                 left -= len(block)
         except (RuntimeError, OSError) as error:
