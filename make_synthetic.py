@@ -825,7 +825,7 @@ def share_work(task, speaker, missing, paths):
         except (OSError, InputError) as error:  # print one line and exit with code 2
             report_error(type(error), error, error.__traceback__)
 
-    resample(torch.zeros(441), 22050, SAMPLE_RATE)  # load torchaudio before the fork
+    resample(torch.zeros(441), 22050, SAMPLE_RATE)  # make the filter before the fork
     context = multiprocessing.get_context('fork')  # workers share what is loaded
     group = [context.Process(target=worker, args=(n,), daemon=True) for n in range(processes)]
     for process in group:

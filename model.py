@@ -286,7 +286,7 @@ class SLM(nn.Module):
         return zeros.index_add(0, segments.flatten(), token_logps * mask.flatten())
 
     def num_params(self):
-        """Parameters, tied ones once: what Table 7 counts."""
+        """Parameters, tied ones once, as in Table 7 of the paper."""
         return sum(p.numel() for p in self.parameters())
 
     offset = property(lambda self: self.slam.get('offset', OFFSET))  # the token of unit 0
