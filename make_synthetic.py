@@ -812,13 +812,14 @@ def work(task, speaker, numbers, paths, quiet=False):
         at = number + 1
 
 
-def share_work(task, speaker, missing, paths):
+def share_work(task, speaker, missing, paths, lock):
     """Make the missing parts in worker processes, or in this process for a neural voice."""
     processes = min(workers or os.cpu_count(), len(missing))
     if BACKENDS[tts][2] or processes < 2:
         return work(task, speaker, missing, paths)
 
     def worker(number):
+        lock.close()  # if this run is killed, the next one need not wait for its workers to end
         start_worker()
         try:
             work(task, speaker, missing[number::processes], paths, quiet=number > 0)
@@ -894,7 +895,7 @@ def run_task(task, paths, settings, speaker):
     with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
         json.dump(settings, file)
     missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]
-    share_work(task, speaker, missing, paths)
+    share_work(task, speaker, missing, paths, lock)
     seconds, reasons = merge_parts(task, folder, paths)
     spent, hours, skipped = time.time() - began, seconds / 3600, sum(reasons.values())
     made = dict(items=settings['items'], skipped=skipped, reasons=reasons, hours=hours)

@@ -377,13 +377,20 @@ def wait_for_parts(out, n, is_alive):
 
 
 def test_killed_runs_are_continued_to_the_same_files(whole, tmp_path):
-    """kill -9 of the parent alone, whose workers end by themselves; the next run begins at once."""
+    """kill -9 of the parent alone: the next run begins at once, even if workers still live."""
+    left = []
     for n, workers in ((1, 2), (2, 1)):
         args = *STORIES, f'--out={tmp_path}', f'--workers={workers}'
         process = fork_script('make_synthetic.py', *args)
         wait_for_parts(tmp_path, n, process.is_alive)
+        found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True)
+        left += [int(pid) for pid in found.stdout.split()]
+        for pid in left:  # workers of the first run live until the second is killed
+            os.kill(pid, signal.SIGSTOP)
         process.kill()
         process.join()
+    for pid in left:
+        os.kill(pid, signal.SIGCONT)
     kept = {path: os.stat(path).st_mtime_ns for path in tmp_path.glob('*/parts/0*.jsonl')}
     (tmp_path / 'stories' / 'summary.json').unlink(missing_ok=True)
     run(*STORIES, '--workers=2', f'--out={tmp_path}')
