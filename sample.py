@@ -236,8 +236,7 @@ def make_sample(p, k, new, nets):
     """
     voice, folder, tag = nets.vocoder, os.path.join(out, p.name), f'-{k}' if k > 1 else ''
     units, duration = torch.cat((p.units, new)), torch.cat((p.duration, voice.durations(new)))
-    # silence if the model ended at once
-    wave = voice.decode(units, duration) if len(units) else torch.zeros(1600)
+    wave = voice.decode(units, duration) if len(units) else torch.zeros(1600)  # it ended at once
     cut = round(int(p.duration.sum()) * voice.sample_rate / voice.frame_rate)
     name = 'resynth.wav' if resynth else f'full{tag}.wav'
     save_audio(os.path.join(folder, name), wave, voice.sample_rate)
@@ -306,6 +305,8 @@ if __name__ == '__main__':
         raise InputError('--resynth needs --prompt; --from_text goes without both')
     if to not in ('speech', 'text') or to == 'text' and (resynth or asr or html):
         raise InputError('--to is speech or text; text goes without --resynth, --asr and --html')
+    if min(num_samples, batch_size, max_new_tokens) < 1 or temperature < 0:
+        raise InputError('num_samples, batch_size or max_new_tokens below 1, or temperature < 0')
 
     # find the prompts and load the networks that they need
     none = torch.zeros(0).long()
