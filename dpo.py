@@ -309,8 +309,8 @@ if __name__ == '__main__':
     beside = [os.path.join(os.path.dirname(path), 'meta.json') for path in data.split(',')]
     ids = {path: read_json(path).get('encoder_id') for path in beside if os.path.exists(path)}
     check_encoder_ids(ids | {init: model.slam.get('encoder_id')})
-    n_units = model.config.vocab_size - OFFSET
-    train, val, count = load_pairs(data, n_units, context, max_auto_bleu, val_pairs)
+    limits = model.config.vocab_size - OFFSET, min(context, model.config.max_positions)
+    train, val, count = load_pairs(data, *limits, max_auto_bleu, val_pairs)
     notes = [f'; {n} {reason}' for reason, n in count.items() if n]
     print(f'{data}: {len(train)} pairs to train on, {len(val)} held out{"".join(notes)}')
     if len(train) < batch_pairs:

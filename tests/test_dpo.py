@@ -278,6 +278,12 @@ def test_the_clock_and_epochs_end_a_run_after_one_step_at_least(place):
     assert read_log(place / 'fifth')[-1]['step'] == 1
 
 
+def test_pairs_are_cut_to_the_positions_of_the_model(place):
+    small_slm(40 + OFFSET, context=16).save_pretrained(place / 'short', load_slm(place / 'init').slam)
+    done = inside(place, 'cut', init=place / 'short', max_steps=1)
+    assert 'cut to the context' in done.stdout
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(place):
     inside(place, 'wild', 'not finite at step 2', lr=1e30, warmup_steps=0, save_interval=0)
     assert not (place / 'wild/model.safetensors').exists()
