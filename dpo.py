@@ -67,7 +67,7 @@ warmup_steps = 100  # then inverse square root decay; 0: no warm-up, time scale 
 grad_clip = 0.5  # gradient norm; 0: off
 max_steps = 813  # the run ends after this many steps (0: no limit),
 epochs = 3.0  # or after this many passes over the pairs (0: no limit),
-train_hours = 0.5  # or hours, the reference's pass included (0: no limit; at least one step runs)
+train_hours = 0.5  # or hours, including the reference's pass (0: no limit; at least one step runs)
 eval_interval = 100  # steps between validations; 0: none
 val_pairs = 512  # maximum held out: pairs of a val split, then others, up to a tenth of all pairs
 save_interval = 200  # steps between checkpoints; 0: at the end only
@@ -270,7 +270,7 @@ def measure(losses, rewards):
 
 def validate(policy, reference, sizes):
     """Scores of held-out pairs: mean loss, accuracy and margin, and the drift of the chosen
-    completions in nats per token. All arguments (n, 2): log-probabilities, and tokens."""
+    completions in nats per token. Arguments as in dpo_loss."""
     means = measure(*LOSSES[loss](policy, reference, sizes, beta)) / len(policy)
     drift = (policy - reference)[:, 0].sum() / sizes[:, 0].sum()
     names = 'val_loss', 'val_accuracy', 'val_margin', 'val_drift'
@@ -314,7 +314,7 @@ if __name__ == '__main__':
     notes = [f'; {n} {reason}' for reason, n in count.items() if n]
     print(f'{data}: {len(train)} pairs to train on, {len(val)} held out{"".join(notes)}')
     if len(train) < batch_pairs:
-        raise InputError(f'{len(train)} pairs to train on are no batch of {batch_pairs} pairs')
+        raise InputError(f'{len(train)} training pairs are fewer than one batch ({batch_pairs})')
     pairs = train + val
     lengths = np.array([sum(map(len, pair)) for pair in pairs])
     sizes = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
@@ -332,7 +332,7 @@ if __name__ == '__main__':
 
     # All rows have the same width, so the model is compiled once.
     width = row_width(lengths, batch_pairs, row_tokens, world, multiple=128 if cuda else 8)
-    slots = width // 5  # maximum pairs in a row: the shortest pair is <S> and twice a unit with <S>
+    slots = width // 5  # maximum pairs in a row: the shortest is 5 tokens, <S> and twice unit + <S>
     model.to(torch_device)
     compiled = cuda if compile is None else compile
     logps = torch.compile(model.logps, dynamic=False) if compiled else model.logps

@@ -54,7 +54,7 @@ split = 'dev'  # split of ZeroSpeech 2021: dev or test
 encoder = ''  # name or folder; replaces the encoder that each checkpoint names
 vocoder = ''
 # prompts and sampling (Table 6 of the paper)
-prompts = ''  # folder of prompts; '': the correct utterances of sstorycloze, or of the first suite
+prompts = ''  # folder; '': the correct utterances of sstorycloze, sstory or the first audio suite
 n_prompts = 1000  # prompts to continue
 prompt_seconds = 3.0  # gptscore: cut at the nearest end of a word
 max_new_tokens = 150
@@ -87,7 +87,7 @@ CROSSINGS = ('_to_text', '_from_text')  # of tasks with endings in the other mod
 # The paper measured GenPPL and auto-BLEU with these defaults (section 4 and Table 6)
 PROTOCOL = 'prompts n_prompts prompt_seconds max_new_tokens temperature top_k top_p asr text_lm'
 PROTOCOL = {name: globals()[name] for name in (*PROTOCOL.split(), 'repetition_penalty')}
-MUCH_CUT, MUCH_BROKEN = 0.01, 0.05  # more cut pairs, or short or looping transcripts, get a *
+MUCH_CUT, MUCH_BROKEN = 0.01, 0.05  # with more cut pairs or broken transcripts a score gets a *
 JUDGE = r"""A speech model heard the beginning of a recording and went on speaking. Below are the
 transcripts of both. Judge how relevant the continuation is to the beginning and how likely it is to
 follow it, on a scale from 1 (very unlikely and irrelevant) to 5 (very likely and highly relevant).
@@ -147,7 +147,7 @@ def list_folder(folder):
     manifest, pairs = read_manifest(folder), []
     for key, side in sides.items():
         if len(side) != 2:
-            raise InputError(f'{min(side.values())} has no counterpart of {layout}')
+            raise InputError(f'{min(side.values())} has no counterpart; expected {layout}')
         pos, neg = (side[name] for name in sorted(side))  # 'correct' < 'incorrect'
         pairs.append(make_pair(key, pos, neg, manifest.get(pos, {})))
     return pairs
@@ -285,7 +285,7 @@ def cross(suite, path, crossing):
         words = [[word for word, *_ in story] for story in times]
         first = find_ending(*words)
         if not 0 < first < min(map(len, words)):
-            raise InputError(f'{files[0]}: no ending known, expected `words` in manifest.jsonl')
+            raise InputError(f'{files[0]}: no ending found; manifest.jsonl must have `words`')
 
         # both sides begin with the correct story
         if crossing == '_to_text':
@@ -332,10 +332,10 @@ def encode_clips(clips, unit_encoder):
 def to_tokens(model, utterance):
     """(tokens, number of unscored tokens at the start, number of cut tokens) of an utterance.
 
-    utterance: units, scored as `<S>` units `<S>`, by an interleaved model as `<speech>` units end,
-    or as the units alone if slam['scoring'] is 'units'; the first token is not scored. Or a story,
-    (units, text, to): only its ending, in the modality `to`, is scored. If it exceeds the
-    context, an utterance loses its end, a story its start.
+    utterance: units, scored as `<S>` units `<S>` (interleaved model: `<speech>` units end; if
+    slam['scoring'] is 'units': the units alone). The first token is not scored. Or a story, (units,
+    text, to), of which only the ending is scored, in the modality `to`. What exceeds the context is
+    cut: the end of an utterance, or the start of a story.
     """
     if isinstance(utterance, tuple):
         units, text, to = utterance
@@ -381,7 +381,7 @@ def log_likelihoods(model, utterances):
     for start in tqdm(range(0, len(rows), batch), 'scoring', leave=False):
         arrays = np.zeros((4, batch, width), np.int64)
         tokens, predicted, document, segments = arrays
-        # padding at the end of a row: documents short enough for learned positions
+        # padding at the end of a row is split into documents that learned positions can cover
         document[:] = -1 - np.arange(width) // context
         for r, row in enumerate(rows[start : start + batch]):
             begin = 0
@@ -723,7 +723,7 @@ class Checkpoint:
 
 def find_prompts(suites):
     """{path: known facts, such as text and words} of at most n_prompts prompts: the knob `prompts`,
-    or the correct utterances of sstorycloze, or else of the first audio suite."""
+    or the correct utterances of sstorycloze, else of sstory, else of the first audio suite."""
     about = {}
     if prompts:
         manifest = read_manifest(prompts)
@@ -735,8 +735,8 @@ def find_prompts(suites):
 
 
 def cut_prompts(source, known):
-    """{clip: its text or None} of prompts from find_prompts. GPTScore takes prompts with word times
-    and twice the length; WER takes prompts with text of at most 30 s. Raises InputError."""
+    """{clip: its text or None} of prompts from find_prompts. GPTScore needs word times and at least
+    2 * prompt_seconds of audio; WER needs text and at most 30 s of audio. Raises InputError."""
     clips = {}
     for path, about in known.items():
         with reading(path):
@@ -754,7 +754,7 @@ def cut_prompts(source, known):
                 end = min((end for *_, end in words), key=lambda end: abs(end - prompt_seconds))
                 clips[Clip(path, end)] = ' '.join(word for word, _, stop in words if stop <= end)
     if not clips:
-        what = {AFTER: ' of known words', AGAIN: ' of known text'}.get(source, '')
+        what = {AFTER: ' with word times', AGAIN: ' with known text'}.get(source, '')
         raise InputError(f'no prompts{what}: add a suite to --tasks or give --prompts')
     return clips
 
@@ -821,7 +821,7 @@ def score_generated(checkpoint, metric, clips):
 
 NOTES = [
     'Intervals: 95 %, bootstrap over pairs (arms: also seeds); exact if all or none are right.',
-    f'*: over {MUCH_CUT:.0%} of the pairs are cut, so their endings are not scored, or over '
+    f'*: over {MUCH_CUT:.0%} of the pairs are cut to the context, so a part is ignored, or over '
     f'{MUCH_BROKEN:.0%} of the transcripts have under two words or loop (a 5-gram fills half).',
 ]
 

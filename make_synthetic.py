@@ -17,8 +17,8 @@ storycloze   StoryCloze's columns -> sstorycloze and tstorycloze, <n>_correct an
 
 All tasks but stories and pairs are suites. With --test_voices each suite is spoken again, into a
 folder such as minimal_unseen. A folder holds audio, manifest.jsonl, skipped.jsonl and summary.json.
-Texts are spoken by sentence; each is trimmed, followed by a pause and padded to whole 40 ms frames.
-So the audio of a prompt followed by that of an ending equals the audio of the whole text.
+Texts are spoken sentence by sentence. Each is trimmed, followed by a pause and padded to whole
+40 ms frames. So the audio of a prompt plus the audio of an ending is the audio of the whole text.
 """
 
 from config import configure, fail, report_error
@@ -86,7 +86,7 @@ tts_model = ''  # a network's hub name, folder or file; '': the default in BACKE
 voices = ''  # comma-separated, one is drawn per item (blimp: all are used); '': see BACKENDS
 test_voices = ''  # voices for the suites NAME_unseen; '': none
 speed = '1.0-1.0'  # 1 is normal speed; each voice draws its own speed from this range
-pitch = '50-50'  # espeak: 0 to 99; drawn as speed
+pitch = '50-50'  # espeak only: 0 to 99; each voice draws its own pitch from this range
 pause = 0.2  # seconds of silence after each sentence
 # the machine
 workers = 0  # processes for espeak; 0: one per core. A neural voice uses one process

@@ -44,7 +44,7 @@ LOGITS_AT_ONCE = 1 << 28  # numbers; a larger product of the head is computed in
 
 
 class InputError(ValueError):
-    """Something the user can mend; scripts print it as one line and exit with code 2."""
+    """An error that the user can fix; scripts print it as one line and exit with code 2."""
 
 
 # -----------------------------------------------------------------------------
@@ -67,12 +67,12 @@ class Config:
     max_positions: int  # tokens of the longest utterance
     dropout: float  # on the residual branches
     norm_eps: float
-    biases: list  # which have one: norm1 (then all norms are LayerNorm), qkv, out, up, down
+    biases: list  # modules with a bias: norm1 (then all norms are LayerNorm), qkv, out, up, down
     qk_norm: bool  # normalise each head's query and key
     gated: bool  # SwiGLU
     act: str  # a key of ACTIVATIONS
     pre_norm: bool  # False: OPT-350M
-    parallel: bool  # GPT-NeoX: the MLP reads what attention read
+    parallel: bool  # GPT-NeoX: attention and the MLP both read the block's input
     rope_freqs: list  # radians a token; empty: learned positions
     rope_scale: float  # of cos and sin, in YaRN
 
@@ -154,13 +154,13 @@ class Block(nn.Module):
 class SLM(nn.Module):
     """A decoder-only transformer over speech units; load_slm makes one.
 
-    Tokens, as in slprl/slam: PAD 0, `<S>` 1 (both ends of an utterance), unit u at u + OFFSET. An
-    interleaved model has a text LM's tokens first, unit u at u + offset, then the switches
-    `<speech>` and `<text>`, each before what it names; the text LM's `end` ends a document.
+    Tokens, as in slprl/slam: PAD 0, `<S>` 1 (start and end of an utterance), unit u at u + OFFSET.
+    An interleaved model has a text LM's tokens, unit u at u + offset, then the switches `<speech>`
+    and `<text>`. A switch precedes a span of its modality; the text LM's `end` ends a document.
 
-    hf_config is transformers' config of the same model, slam the content of slam.json: encoder,
+    hf_config: transformers' config of the same model. slam: the content of slam.json: encoder,
     encoder_id, vocoder, n_units, frame_rate, dedup, recipe, scores; tokenizer (a folder), offset
-    and end of an interleaved model; scoring='units' if nothing predicts an utterance's first unit.
+    and end of an interleaved model; scoring='units' if an utterance is scored as its units alone.
     """
 
     def __init__(self, hf_config, dropout=0.0, seed=0):
@@ -197,11 +197,11 @@ class SLM(nn.Module):
     def hidden(self, tokens, doc=None, positions=None, branch=None, attend=None):
         """The last hidden states (B, T, embed_dim), ready for the head.
 
-        tokens: (B, T) int64. doc: (B, T) integers, a different one for each utterance of a
-        row: a token sees its own alone, with positions from 0; None: each row is one utterance.
-        positions: (B, T), in place of those. branch: (B, T), 0 for a shared prompt, 1, 2, ... for
-        its alternatives, which see the prompt and themselves. attend: a function of q, k and v, in
-        place of attention within documents.
+        tokens: (B, T) int64. doc: (B, T) integers, a different one for each utterance of a row;
+        tokens attend only within their utterance, and positions restart at 0. None: each row is
+        one utterance. positions: (B, T), to replace these. branch: (B, T), 0 for a shared prompt
+        and 1, 2, ... for its alternatives; each attends to the prompt and itself. attend: a
+        function of q, k and v that replaces attention within documents.
         """
         c, (B, T) = self.config, tokens.shape
         if positions is None:
@@ -226,10 +226,10 @@ class SLM(nn.Module):
         return self.project_out(x) if c.embed_dim != c.n_embd else x
 
     def forward(self, tokens, targets=None, doc=None, positions=None, branch=None):
-        """Next-token logits (B, T, vocab_size), or the mean loss in nats where targets are given.
+        """Next-token logits (B, T, vocab_size), or the mean loss in nats if targets are given.
 
-        tokens, doc, positions, branch: (B, T), as in hidden. targets: (B, T) int64, the token after
-        each, -100 where none is to be predicted.
+        tokens, doc, positions, branch: (B, T), as in hidden. targets: (B, T) int64, the next token
+        at each position, or -100 where nothing is predicted.
         """
         x = self.hidden(tokens, doc, positions, branch)
         if targets is None:
@@ -238,8 +238,8 @@ class SLM(nn.Module):
         return losses.sum() / (targets != -100).sum()
 
     def logits(self, x, weight=None):
-        """The head: (..., embed_dim) -> (..., vocab_size). weight: the head's in the dtype of x,
-        where several calls share it."""
+        """The head: (..., embed_dim) -> (..., vocab_size). weight: the head's weight in the dtype
+        of x, converted once if several calls share it."""
         weight = self.head.weight.to(x.dtype) if weight is None else weight
         if x.is_cuda:  # 502 columns are unaligned and slow, 512 are not
             weight = F.pad(weight, (0, 0, 0, -len(weight) % 128))
@@ -248,7 +248,7 @@ class SLM(nn.Module):
 
     def cross_entropy(self, x, targets):
         """-log p in nats, fp32, of each target: x (N, embed_dim), targets (N,) -> (N,); 0 where the
-        target is -100. A large vocabulary's logits never all exist at once, nor in backward."""
+        target is -100. Logits of a large vocabulary are computed in pieces, also in backward."""
         weight = self.head.weight.to(x.dtype)
 
         def losses_of(x, targets):
@@ -258,18 +258,18 @@ class SLM(nn.Module):
         rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         if len(x) <= rows:
             return losses_of(x, targets)
-        # nothing in it is random, and reading the generators' state would wait for the GPU
+        # nothing here is random, so keep no generator state: reading it would wait for the GPU
         keep = dict(use_reentrant=False, preserve_rng_state=False)
         pieces = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.cat([checkpoint(losses_of, *piece, **keep) for piece in pieces])
 
     def logps(self, tokens, mask, doc=None, positions=None, branch=None, segments=None, n=None):
-        """Sums of log-probabilities in nats of the tokens where mask is 1, each given what it may
-        see before it; differentiable; the head in fp32 (bf16 logits above 8 are 1/16 apart).
+        """Differentiable sums of log-probabilities in nats of the tokens where mask is 1, given the
+        earlier tokens that each sees. The head uses fp32 (bf16 logits above 8 are 1/16 apart).
 
         tokens, doc, positions, branch: as in hidden. mask: (B, T), 0 on the first token of every
-        utterance, which nothing predicts. segments: (B, T) int64, the sum that each token counts
-        towards, in 0 .. n - 1; None: its row. Returns: (n,) or (B,).
+        utterance, which nothing predicts. segments: (B, T) int64, the index in 0 .. n - 1 of the
+        sum that each token is added to; None: one sum per row. Returns: (n,) or (B,).
         """
         B, T = tokens.shape
         before = torch.arange(T, device=tokens.device).expand(B, T) - 1
@@ -294,15 +294,15 @@ class SLM(nn.Module):
 
     @cached_property
     def tokenizer(self):
-        """The text LM's. Raises InputError where the model has no text tokens."""
+        """The text LM's tokenizer. Raises InputError if the model has no text tokens."""
         if not self.slam.get('tokenizer'):
             raise InputError('the model has no text tokens: train one on interleaved data')
         return read_tokenizer(self.slam['tokenizer'])[0]
 
     def tokens_of(self, parts, alone=False):
-        """Tokens (n,) of a prompt: slam['prefix'] first. parts: ('speech', units) and ('text',
-        text or ids) in their order; an interleaved model puts its switch before each, a unit LM
-        `<S>` before the units, its one part. alone: without these, for slam['scoring'] 'units'."""
+        """Tokens (n,) of a prompt, slam['prefix'] first. parts: ('speech', units) and ('text', text
+        or ids), in order. An interleaved model gets a switch before each part; a unit LM gets `<S>`
+        before its only part. alone: no switch and no `<S>`, for slam['scoring'] 'units'."""
         tokens = list(self.slam.get('prefix', ()))
         for n, (kind, ids) in enumerate(parts):
             if isinstance(ids, str):  # a text that continues a sentence begins with a space
@@ -315,8 +315,8 @@ class SLM(nn.Module):
         return torch.tensor(tokens, dtype=torch.long)
 
     def allowed_tokens(self, kind='speech'):
-        """Which tokens generation may choose, (vocab_size,) bool: of an interleaved model units,
-        or the text LM's own tokens, and the end; of a unit LM all but PAD."""
+        """Which tokens generation may choose, (vocab_size,) bool. Interleaved model: the units or
+        the text LM's own tokens, and the end token. Unit LM: all tokens but PAD."""
         tokens = torch.arange(self.config.vocab_size)
         if not self.slam.get('tokenizer'):
             return tokens != PAD
@@ -327,13 +327,13 @@ class SLM(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens=150, seed=None, kind='speech', **sampling):
-        """Continue prompts. No unit follows itself where slam says dedup. Raises: InputError if the
-        model has fewer positions than prompt + continuation.
+        """Continue prompts. With slam['dedup'] no unit occurs twice in a row. Raises: InputError if
+        the model has fewer positions than prompt + continuation.
 
-        prompts: list of 1-D int64 tensors as of tokens_of, of any lengths >= 1. seed: None draws
-        from torch's own generator. kind: 'speech' or 'text', the modality of the continuation; the
-        prompt ends with its switch. sampling: options of `sample`.
-        Returns: list of 1-D int64 tensors on the CPU: the new tokens, without the one that ends.
+        prompts: list of 1-D int64 tensors from tokens_of, of any lengths >= 1. seed: None draws
+        from torch's own generator. kind: 'speech' or 'text', the modality of the continuation; a
+        prompt of the other modality must end with a switch to it. sampling: options of `sample`.
+        Returns: list of 1-D int64 tensors on the CPU: the new tokens without the end token.
         """
         c, device, longest = self.config, self.embed.weight.device, max(map(len, prompts))
         if longest + max_new_tokens > c.max_positions:
@@ -356,7 +356,7 @@ class SLM(nn.Module):
             seen.scatter_(1, tokens, True)
             logits = self.next_logits(tokens, columns, padding, cache)  # (B, V)
             logits = logits.masked_fill(forbidden, -torch.inf)
-            if self.slam.get('dedup'):  # no unit follows itself
+            if self.slam.get('dedup'):  # no unit twice in a row
                 last = tokens[:, -1:]
                 same = logits.gather(1, last).masked_fill(last >= self.offset, -torch.inf)
                 logits = logits.scatter(1, last, same)
@@ -392,8 +392,8 @@ class SLM(nn.Module):
         """Write a checkpoint that transformers and load_slm open: config.json, model.safetensors
         and slam.json. A write that fails leaves the files that were there.
 
-        slam: dict for slam.json; None: self.slam. The folders of PARTS that it names are copied in:
-        the checkpoint is complete, but for an encoder's net, which is kept by its name or path.
+        slam: dict for slam.json; None: self.slam. The folders of PARTS that it names are copied in,
+        so the checkpoint is complete, except that an encoder's net is stored by name or path only.
         """
         slam = dict(offset=OFFSET) | (self.slam if slam is None else slam)
         for part in PARTS:
@@ -454,7 +454,7 @@ def begins(ids):
 def sdpa(q, k, v, mask=None):
     """Scaled dot-product attention, causal without a mask; q (B, H, T, D), k, v (B, H_kv, S, D)."""
     groups = q.shape[1] // k.shape[1]
-    if mask is not None and q.shape[2] == 1:  # a key's heads become its queries: no copy
+    if mask is not None and q.shape[2] == 1:  # heads that share a key become queries: no copy
         heads = q.reshape(len(q), k.shape[1], groups, -1)
         return F.scaled_dot_product_attention(heads, k, v, attn_mask=mask).reshape(q.shape)
     if groups > 1 and not q.is_cuda:  # the CPU's fused kernel needs equal heads
@@ -525,7 +525,7 @@ def attend_flex(visible, B, T, device):
 
 
 # -----------------------------------------------------------------------------
-# Loading and saving: how transformers names what Block has, checkpoints, and public SLMs
+# Loading and saving: transformers' names of our tensors, checkpoints, and public SLMs
 
 ACTIVATIONS = dict(
     relu=F.relu, silu=F.silu, gelu=F.gelu, gelu_new=partial(F.gelu, approximate='tanh')
@@ -577,8 +577,8 @@ def their_names(name, kind):
 
 
 def read_config(hf, dropout=0.0):
-    """transformers' config -> Config. What it does not state, such as biases, is read from the
-    tensors of transformers' model, RoPE from its rotary module, so all kinds need one function.
+    """transformers' config -> Config. Facts that are missing there, such as biases, come from the
+    tensors of transformers' model, and RoPE from its rotary module. So all kinds use this function.
     Raises InputError for a model type that Block cannot compute."""
     theirs = empty_model(hf)
     tensors = theirs.state_dict()
@@ -660,12 +660,12 @@ def load_slm(
     text=None,
     sizes=None,
 ):
-    """An SLM on the CPU. where: a cold start, 'preset:NAME' of config/presets.json or 'scratch', a
-    Qwen2 of sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn); or a folder or a hub name of
-    (a) a text LM: TWIST (Hassid et al. 2023), all but embedding and head stays. These begin anew,
-    with vocab_size (None: 502) rows made as embed_init says (twist_rows). With `text`, meta.json of
-    interleaved data, the old rows stay and those of units and switches are added.
-    (b) a checkpoint of ours, or a public SLM (read_about). The vocabulary stays, in our order.
+    """An SLM on the CPU. where, for a cold start: 'preset:NAME' (config/presets.json) or 'scratch',
+    a Qwen2 of sizes dict(n_layer, n_embd, n_head, n_kv_head, n_ffn); else a folder or hub name of
+    (a) a text LM, for TWIST (Hassid et al. 2023). All weights are kept except embedding and head,
+    which get vocab_size (None: 502) new rows (embed_init: see twist_rows). With `text` (meta.json
+    of interleaved data), the old rows are kept too, and rows for units and switches are added.
+    (b) a checkpoint of ours, or a public SLM (read_about). Its vocabulary is kept, in our order.
 
     context: tokens of a training row, saved in the config. rope_theta: replaces the checkpoint's.
     Raises InputError for a missing checkpoint, another tokenizer, or a model Block cannot compute.
@@ -710,8 +710,8 @@ def load_slm(
 
 
 def convert(folder, hf, renames, where, dropout):
-    """An SLM from a checkpoint that transformers reads (of pickles only tensors). 24 tokens go
-    through both models; if their logits differ, transformers computes what Block does not.
+    """An SLM from a checkpoint that transformers reads (from pickles only tensors). 24 tokens go
+    through both models; if their logits differ, Block does not support this type of model.
     renames: {pattern: name} of tensors. Raises InputError naming the model type."""
     for name in os.listdir(folder):
         if name.endswith('.index.json'):
@@ -719,7 +719,7 @@ def convert(folder, hf, renames, where, dropout):
             if any(os.path.basename(str(shard)) != shard for shard in shards):
                 raise InputError(f'{where}: {name} names a file outside of the folder')
     options = dict(config=hf, dtype=torch.float32, key_mapping=renames, output_loading_info=True)
-    options |= dict(ignore_mismatched_sizes=True)  # they are reported here
+    options |= dict(ignore_mismatched_sizes=True)  # mismatched sizes are reported below
     with torch.random.fork_rng(devices=[]), reading(where):
         theirs, found = type(empty_model(hf)).from_pretrained(folder, **options)
     odd = [*found['missing_keys'], *found['unexpected_keys'], *found['mismatched_keys']]
@@ -753,8 +753,8 @@ def convert(folder, hf, renames, where, dropout):
 
 
 def twist_rows(old, n, embed_init, seed, where):
-    """The n rows (n, C) with which a unit embedding begins, out of the text LM's (V, C):
-    first_rows (as when it is resized), random, or mean, the mean row of the old ones."""
+    """The n initial rows (n, C) of a unit embedding, from the text LM's rows (V, C). embed_init:
+    first_rows (as when the embedding is resized), random, or mean (each is the mean row)."""
     generator = torch.Generator().manual_seed(seed)
     rows = old.new_empty(n, old.shape[1]).normal_(std=0.02, generator=generator)
     if embed_init == 'mean':
@@ -762,13 +762,13 @@ def twist_rows(old, n, embed_init, seed, where):
     elif embed_init == 'first_rows' and n <= len(old):
         rows[:] = old[:n]
     elif embed_init != 'random':
-        raise InputError(f'embed_init={embed_init} makes no {n} rows of the {len(old)} of {where}')
+        raise InputError(f'embed_init={embed_init} cannot make {n} rows from {len(old)} of {where}')
     return rows
 
 
 def find_checkpoint(where, tensors=True):
-    """The folder `where`, or that of a hub name in the local cache, downloaded if need be (no code,
-    safetensors before pickles; its json files alone without `tensors`)."""
+    """The folder `where`, or the cache folder of a hub name, downloaded if needed: no code, and
+    pickles only if there are no safetensors. Without `tensors`: only the json files."""
     if os.path.isdir(where):
         return where
     with reading(f'checkpoint {where!r}'):
@@ -803,11 +803,11 @@ SCALING = {rf'\b{theirs}\b': ours for theirs, ours in SCALING.items()}
 
 
 def read_about(folder):
-    """What a checkpoint's json files contain, of ours or in one of the public layouts.
+    """The content of a checkpoint's json files, in our layout or in one of the public layouts.
 
-    Returns: transformers' config object; slam, None for a text LM, with its PARTS as full paths (of
-    those in the folder: others are not followed); which of the checkpoint's tokens each of ours is
-    (None: they are equal); and how its tensors are renamed, for `convert`.
+    Returns: transformers' config object; slam (None for a text LM), where PARTS in the folder
+    are full paths and paths outside are dropped; order, the checkpoint's token for each of our
+    tokens (None: the same); and renames, {pattern: name} of tensors, for `convert`.
     """
     path = os.path.join(folder, 'config.json')
     about, slam, order, renames = read_json(path), None, None, None
@@ -816,9 +816,9 @@ def read_about(folder):
         if kind == 'speech_language_model':  # slprl/slam: the text LM's tensors under `lm.`
             base, slam, renames = about.get('base_model_name'), {**PUBLIC_UNITS}, {r'^lm\.': ''}
             about = about['base_config'] | dict(vocab_size=size)
-            if size > 20_000:  # no vocabulary of units is so large: SIMS, whose units follow the
-                # text LM's tokens, and then `<speech>` and `<text>`. An utterance is scored as its
-                # units, behind what the tokenizer puts before all text (Llama's begin of text)
+            if size > 20_000:  # too large for units alone: this is SIMS. Its tokens are those of
+                # the text LM, the units, `<speech>` and `<text>`. An utterance is scored as its
+                # units, after the tokenizer's own prefix for text (Llama's begin of text)
                 there = os.path.exists(os.path.join(folder, 'tokenizer.json'))
                 place = folder if there else find_checkpoint(str(base), tensors=False)
                 tokenizer, end, _ = read_tokenizer(place)
@@ -856,9 +856,9 @@ def read_about(folder):
 
 
 def read_tokenizer(folder):
-    """(tokenizer, end, digest) of a text LM's folder: a tokenizers.Tokenizer to which the names of
-    special tokens are ordinary text, the token that ends a document, and the SHA-256 of
-    tokenizer.json. No code of the folder is run. Raises InputError where there is none."""
+    """(tokenizer, end, digest) of a text LM's folder: a tokenizers.Tokenizer that reads the names
+    of special tokens as ordinary text; the token that ends a document; and the SHA-256 of
+    tokenizer.json. No code of the folder is run. Raises InputError if there is no tokenizer."""
     path = os.path.join(folder, 'tokenizer.json')
     with reading(path):
         tokenizer, digest = Tokenizer.from_file(path), file_hash(path)
@@ -866,7 +866,7 @@ def read_tokenizer(folder):
     eos = read_json(os.path.join(folder, 'tokenizer_config.json')).get('eos_token')
     end = tokenizer.token_to_id(eos.get('content') if isinstance(eos, dict) else str(eos))
     if end is None:
-        raise InputError(f'{folder}: tokenizer_config.json names no eos_token of tokenizer.json')
+        raise InputError(f'{folder}: eos_token of tokenizer_config.json is not in tokenizer.json')
     return tokenizer, end, digest
 
 
@@ -1055,8 +1055,8 @@ class UnitEncoder:
 
     @torch.inference_mode()
     def features(self, wave):
-        """(samples,) at 16 kHz -> (frames, D) float32, at least one frame. Of a net: transformers'
-        hidden_states[layer] of the raw wave; over `stretch` seconds in overlapping parts."""
+        """(samples,) at 16 kHz -> (frames, D) float32, frames >= 1. With a net: transformers'
+        hidden_states[layer] of the raw wave, in overlapping parts if over `stretch` seconds."""
         wave = torch.as_tensor(wave, dtype=torch.float32)
         if self.net is None:
             return mfcc(wave, self.config)
@@ -1184,8 +1184,8 @@ class UnitVocoder:
 
     @classmethod
     def from_pretrained(cls, where, device='cpu'):
-        """Load a folder by save_pretrained, 'hifigan25' (downloaded once, checked), or NAME.pt of a
-        HiFi-GAN's generator beside NAME_config.json. Raises InputError if it is none of these."""
+        """Load a folder from save_pretrained, 'hifigan25' (downloaded once, checked), or a HiFi-GAN
+        generator NAME.pt with NAME_config.json beside it. Raises InputError for anything else."""
         if not where:
             raise InputError('there is no vocoder for these units: give one with --vocoder')
         with reading(f'vocoder {where}'):
@@ -1263,9 +1263,9 @@ class UnitVocoder:
 
 
 class HifiGan(UnitVocoder):
-    """The unit HiFi-GAN (Polyak et al. 2021): transformers' generator, and a duration predictor. Of
-    several speakers or styles the first one speaks. config: its JSON. tensors: named as in fairseq;
-    weight norm is folded in place."""
+    """The unit HiFi-GAN (Polyak et al. 2021): transformers' generator, and a duration predictor. It
+    speaks with the first speaker and style. config: its JSON. tensors: named as in fairseq; weight
+    norm is folded in place."""
 
     def __init__(self, config, tensors, device='cpu'):
         transformers = import_transformers()
@@ -1540,11 +1540,11 @@ def catch_signals():
 
 
 def open_run(out_dir, fresh, resume, free, rank=0):
-    """Continue the run in out_dir, or start one: its state, from train_state.pt or else `fresh`,
-    and log.jsonl, open for appending, without lines that a killed run wrote after that state.
+    """Continue the run in out_dir, or start one. Returns its state (train_state.pt, or `fresh`) and
+    log.jsonl, open for appending. Log lines that a killed run wrote after that state are removed.
 
     The log stays locked while the process lives. Raises InputError if another process trains in
-    out_dir, if the state cannot be read, or if it has another value of a knob not in `free`.
+    out_dir, if the state cannot be read, or if a knob that is not in `free` has changed.
     """
     import fcntl  # not available on Windows
 

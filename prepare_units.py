@@ -8,12 +8,12 @@
 A row of manifest.jsonl is an utterance (`path`) or a preference pair (`prompt_path`, `chosen_path`,
 `rejected_path`). It may have text, voice, split, `words` and `phones` ([[label, start s, end s],
 ...]), and `start` and `end` (or `offset` and `duration`) of the part to use. Other files in its
-folder are not read. A .json file with `voice_activity` beside a sound file cuts it (Libri-Light).
-Folders named dev-clean, validation and so on validate; test sets are left out.
+folder are not read. A .json file with `voice_activity` beside a sound file says where to cut it
+(Libri-Light). Folders such as dev-clean or validation form the val split; test sets are left out.
 
 Output: units.jsonl, pairs.jsonl, failed.jsonl (what is left out, and doubtful sound), train.bin and
-val.bin. An utterance is <S>, de-duplicated units + 2, <S>. The work is a list of parts, files in
-parts/, which the last process to finish merges. A killed run continues where it stopped; the number
+val.bin. An utterance is <S>, de-duplicated units + 2, <S>. Each part of the work is a file in
+parts/; the last process to finish merges them. A killed run continues where it stopped. The number
 of workers and shards does not change the output.
 """
 
@@ -52,7 +52,7 @@ n_units = 0  # for from_units without a meta.json beside the file
 frame_rate = 25.0  # likewise; frames per second
 # the encoder
 encoder = ''  # mhubert25 (the default), hubert50, mfcc, an encoder folder, or any net with --layer
-layer = None  # layer of a HuBERT, wav2vec 2 or WavLM with the hidden states to cluster
+layer = None  # hidden layer whose states are clustered, of a HuBERT, wav2vec 2 or WavLM
 kmeans = ''  # .safetensors with `centroids`, or a joblib dump of scikit-learn's KMeans
 fit_kmeans = 0  # fit this many clusters on the audio instead
 fit_frames = 300_000  # number of frames to fit on, drawn evenly from the training speech
@@ -70,7 +70,7 @@ seed = 1234
 device = 'auto'
 # -----------------------------------------------------------------------------
 
-DRAWN_SECONDS, VOICE_SECONDS = 60, 1800  # drawn per item at least, to fit on; in all, for a vocoder
+DRAWN_SECONDS, VOICE_SECONDS = 60, 1800  # to fit on: smallest limit per item; total for a vocoder
 SLACK = 0.5  # seconds by which a recording may be shorter than its word times
 WHOLE = (0.0, math.inf)  # start and end of a whole recording, in seconds
 PAIR = ('prompt', 'chosen', 'rejected')
@@ -173,8 +173,8 @@ def split_by_hash(name):
 
 
 def fingerprint(path):
-    """A hash of a file, or of the files in a folder: of their lengths and of 64 KiB at beginning,
-    middle and end, which is all of a small file. Any other name is returned unchanged."""
+    """A hash of a file, or of the files in a folder: of their sizes and of 64 KiB at the beginning,
+    middle and end, so small files are hashed whole. Any other name is returned unchanged."""
     parts = []
     for name in sorted(glob.glob(f'{glob.escape(path)}/*')) if os.path.isdir(path) else [path]:
         if os.path.isfile(name):
@@ -362,7 +362,7 @@ def draw_speech(items, seconds, voice=False):
     """Yields the results of read_speech for `seconds` of training speech, drawn evenly from all
     items in an order that depends on the seed only. Raises InputError if there is none."""
     items = [item for item in items if item.split in ('', 'train')]
-    # most items exceed half a second. Of many items read the beginnings, of few items more
+    # most items exceed half a second. Of many items read only the beginnings, of few items more
     items = random.Random(seed).sample(items, min(len(items), round(2 * seconds)))
     share = round(SAMPLE_RATE * max(DRAWN_SECONDS, 2 * seconds / max(1, len(items))))
     work, drawn = in_parallel(partial(read_speech, share, voice), items), 0.0
@@ -403,7 +403,7 @@ def prepare_encoder(items, recipe, part):
 
 
 def prepare_vocoder(items, name):
-    """The vocoder of the units: fitted here, beside the encoder, or published -> its name."""
+    """The name of the units' vocoder: fitted here, found beside the encoder, or public; or None."""
     folder, beside = os.path.join(out, 'vocoder'), os.path.abspath(f'{encoder}/../vocoder')
     if fit_vocoder and not os.path.exists(os.path.join(folder, 'vocoder.json')):
         speech = draw_speech(items, VOICE_SECONDS, voice=True)
@@ -563,7 +563,7 @@ SPAN_WORDS, SPEECH_SHARE = 10, 0.3  # mean length of a speech span; share of wor
 
 
 def draw_spans(n_words, rng):
-    """The words of an utterance that are speech, (n_words,) bool. Spans of Poisson(SPAN_WORDS)
+    """Which words of an utterance are speech, (n_words,) bool. Spans of Poisson(SPAN_WORDS)
     words with text between them are drawn until SPEECH_SHARE is reached or no span fits. Spans may
     extend beyond both ends, so that the first word is speech as often as any other."""
     speech = np.zeros(n_words, bool)
@@ -581,7 +581,7 @@ def draw_spans(n_words, rng):
 
 def interleave(row, speech, encode, meta):
     """The tokens of an utterance: words are speech where `speech` (n_words,) is True, else text.
-    `<speech>` or `<text>` starts each span. encode: that of a tokenizer."""
+    `<speech>` or `<text>` starts each span. encode: a tokenizer's method."""
     words, tokens = row['words'], []
     frames = np.repeat(row['units'], row['duration'])
     for span in np.split(np.arange(len(words)), np.flatnonzero(np.diff(speech)) + 1):
@@ -639,7 +639,7 @@ def write_text_sets():
     meta = read_json(os.path.join(out, 'meta.json'))
     offset = read_json(os.path.join(folder, 'config.json'))['vocab_size']
     if offset < tokenizer.get_vocab_size():
-        raise InputError(f'{folder}: vocab_size is {offset}, fewer than the tokenizer has')
+        raise InputError(f'{folder}: the tokenizer has more tokens than vocab_size={offset}')
     meta |= dict(vocab_size=offset + meta['n_units'] + 2, offset=offset, end=end)
     meta |= dict(text_lm=text_lm, tokenizer_sha256=digest)
     # the three sets share one copy of encoder, vocoder and tokenizer

@@ -302,9 +302,9 @@ def write_page(path, samples, nets):
 if __name__ == '__main__':
     config = configure(globals())
     if resynth and not prompt or from_text and (prompt or resynth):
-        raise InputError('--resynth needs --prompt; --from_text goes without both')
+        raise InputError('--resynth needs --prompt; --from_text cannot be used with either')
     if to not in ('speech', 'text') or to == 'text' and (resynth or asr or html):
-        raise InputError('--to is speech or text; text goes without --resynth, --asr and --html')
+        raise InputError('--to is speech or text; text excludes --resynth, --asr and --html')
     if min(num_samples, batch_size, max_new_tokens) < 1 or temperature < 0:
         raise InputError('num_samples, batch_size or max_new_tokens below 1, or temperature < 0')
 

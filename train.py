@@ -46,7 +46,7 @@ n_embd = 256
 n_head = 4
 n_kv_head = 2
 n_ffn = 1024
-embed_init = 'first_rows'  # TWIST's new embedding: the text LM's first rows, its mean, or random
+embed_init = 'first_rows'  # new embedding under TWIST: first_rows or mean of the text LM, or random
 rope_theta = 10000.0  # replaces the text LM's value
 context = 1024  # maximum tokens in a chunk; longer utterances are split into several chunks
 row_tokens = 8192  # tokens in one forward pass; lower it to save memory: the batch size stays
@@ -64,7 +64,7 @@ eps = 1e-8
 weight_decay = 0.0  # for matrices only
 grad_clip = 0.5  # gradient norm; 0: off
 max_steps = 17625  # the run ends after this many steps,
-train_hours = 23.5  # or so many hours, without validation (0: no limit; at least one step runs)
+train_hours = 23.5  # or this many hours, validation excluded (0: no limit; at least one step runs)
 eval_interval = 500  # steps between validations; 0: none
 save_interval = 500  # steps between checkpoints; 0: at the end only
 resume = True  # continue from out_dir/train_state.pt if it exists; False: start over
@@ -387,7 +387,7 @@ if __name__ == '__main__':
     model = M.load_slm(init, vocab_size=meta['vocab_size'], sizes=shape, seed=seed, **options)
     check_alike(sets + val_sets, model)
     slam = describe_run(sets[0].folder, meta, config)
-    # what transformers' model has no place for, as in a changed Block, could not be saved
+    # fail now if transformers' model lacks a tensor of ours (a changed Block): saving would fail
     list(M.matching(model, M.empty_model(model.hf_config).state_dict()))
     model.to(torch_device)
     updater = make_optimizer(model)
@@ -409,7 +409,7 @@ if __name__ == '__main__':
     if step:
         old = updater.param_groups[0]['lr']
         new = learning_rate(step, max(step / max_steps, elapsed / budget))
-        print(f'going on at step {step}: the learning rate was {old:.2e}, it is {new:.2e}')
+        print(f'continuing at step {step}: the learning rate was {old:.2e}, now it is {new:.2e}')
     del state  # it holds a copy of the model
 
     # A thread collates the next batch while the device computes.

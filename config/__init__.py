@@ -15,14 +15,14 @@ import sys
 
 
 def fail(message, code=2):
-    """Exit with one line on stderr, `script: message`: for what a user can mend."""
+    """Exit with one line on stderr, `script: message`, for an error that the user can fix."""
     sys.stdout.flush()
     print(f'{os.path.basename(sys.argv[0])}: {" ".join(str(message).split())}', file=sys.stderr)
     raise SystemExit(code)
 
 
 def report_error(kind, error, trace):
-    """sys.excepthook: what a user can mend becomes one line, anything else keeps its traceback."""
+    """sys.excepthook: an error that the user can fix is one line; others keep their traceback."""
     if kind.__name__ == 'InputError':
         fail(error)
     if kind is KeyboardInterrupt:

@@ -8,7 +8,7 @@ the seeds do.
 
 out_dir = 'out/demo/slm'
 data = 'out/demo/units'
-val_data = ''  # held-out stories of the same
+val_data = ''  # the val split of data: held-out stories
 init = 'scratch'
 n_layer = 2
 n_embd = 128

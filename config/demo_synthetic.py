@@ -1,5 +1,5 @@
 """The demo's speech, in the toy language: 13 hours of stories, 1,400 preference pairs, three suites
-of 500 minimal pairs, and 200 of each in voices that nothing else has."""
+of 500 minimal pairs, and 200 pairs of each suite again, in voices that are used only there."""
 
 out = 'out/demo/audio'
 task = 'stories,pairs,grammar,sstory,tstory'
@@ -9,7 +9,7 @@ n_pairs = 1400  # 80 steps of 16, and 64 held out
 n_suite = 500
 n_unseen = 200
 # four variants of one accent whose formants differ little: MFCC units tell voices apart, and a
-# model learns everything anew for other formants (with max and Mario 10 % more nats a story)
+# model learns everything again for other formants (voices max and Mario: 10 % more nats a story)
 voices = 'gmw/en,gmw/en+m3,gmw/en+m4,gmw/en+m6'
 test_voices = 'gmw/en+m1,gmw/en+m7'
 # Whisper tiny gets 23 % of the words wrong at a speed of 1.0, and 40 % at 1.15

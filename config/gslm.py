@@ -1,5 +1,5 @@
-"""GSLM's way, a cold start: a transformer of 12 layers trained from random weights on Libri-Light
-and LibriSpeech alone."""
+"""GSLM's recipe, a cold start: a transformer of 12 layers with random initial weights, trained on
+Libri-Light and LibriSpeech only."""
 
 out_dir = 'out/gslm'
 data = 'librilight,librispeech'

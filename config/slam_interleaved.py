@@ -1,5 +1,5 @@
 """Section 4.3 of the paper: text, speech and spans of both in one model, one A5000, 24 hours. The
-text LM's vocabulary stays, so that a step costs more: about 11,000 of them instead of 17,625.
+text LM's vocabulary stays, so each step takes longer: about 11,000 steps instead of 17,625.
 
     python prepare_units.py --from_units=data/stinystories/units.jsonl --out=data/mixed \\
         --text_lm=Qwen/Qwen2.5-0.5B --texts=WEB_CORPUS.parquet,...
@@ -8,7 +8,7 @@ text LM's vocabulary stays, so that a step costs more: about 11,000 of them inst
 """
 
 out_dir = 'out/slam_interleaved'
-# a third each of the tokens: speech in the proportions of the sets, text, interleaved
+# one third of the tokens each: speech (in the proportions of the sets), text, and interleaved
 data = (
     'mixed-librilight/speech:0.61,mixed-librispeech/speech:0.01,mixed/speech:0.38,'
     'mixed/text,mixed/interleaved'

@@ -10,5 +10,5 @@ init = 'Qwen/Qwen2.5-1.5B'
 row_tokens = 16_384  # on 80 GB, of which weights, gradients and moments take 21: five passes a step
 batch_tokens = 163_840  # as Slam (scaled)
 max_steps = 37_200  # x 163,840 = 6.1 B tokens
-train_hours = 47.0  # the last hour is dpo.py's
+train_hours = 47.0  # the last hour is for dpo.py
 eval_interval = save_interval = 1000

@@ -1,4 +1,4 @@
-# Slam (scaled), and with --init=out/slam_large Slam (large): two passes over SpokenSwag, 9 M tokens
+# Slam (scaled), or Slam (large) with --init=out/slam_large: two passes over SpokenSwag, 9 M tokens
 # (section 6 of the paper), on 2 x A100.
 #   torchrun --nproc_per_node=2 dpo.py config/slam_scaled_dpo.py
 init = 'out/slam_scaled'
@@ -13,4 +13,4 @@ warmup_steps = 100
 grad_clip = 0.5
 max_steps = 0
 epochs = 2.0
-train_hours = 0.0  # not the clock but the data ends it
+train_hours = 0.0  # no time limit: the run ends after the epochs

@@ -1,21 +1,21 @@
 """A language or corpus of your own, 1 to 100 hours of speech.
 
-    python train.py config/small_data.py --data=data/mine                    a GPU and a hub
-    python train.py config/small_data.py --data=data/mine --init=scratch    neither: 2.6 M weights
+    python train.py config/small_data.py --data=data/mine                   needs a GPU and the hub
+    python train.py config/small_data.py --data=data/mine --init=scratch    neither; 2.6 M weights
 
-Set _hours to what prepare_units.py reports. A model overfits little speech after a few passes:
+Set _hours to what prepare_units.py reports. With little speech a model overfits after few passes:
 watch the validation loss, and lower _epochs if it rises.
 """
 
 _hours = 10
 _epochs = 10
-_units_a_second = 19  # after de-duplication, at 25 Hz; meta.json knows it of your data
+_units_a_second = 19  # after de-duplication, at 25 Hz; see tokens_per_second in your meta.json
 
 out_dir = 'out/mine'
 data = 'data/mine'
 val_data = ''  # the val split of data
-init = 'HuggingFaceTB/SmolLM2-135M'  # from 100 h on Qwen/Qwen2.5-0.5B pays
-n_layer = 6  # these five are --init=scratch's
+init = 'HuggingFaceTB/SmolLM2-135M'  # from 100 h on, use Qwen/Qwen2.5-0.5B
+n_layer = 6  # these five apply only to --init=scratch
 n_embd = 192
 n_head = 6
 n_kv_head = 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every arm of the paper's ablations, a line each: 24 hours of one A5000 an arm.
+# Every arm of the paper's ablations, one line each; an arm takes 24 hours on one A5000.
 #     bash runs/ablations.sh              all
 #     bash runs/ablations.sh fig4         those of Figure 4
 #     GPUS=4 bash runs/ablations.sh tab1  four GPUs an arm, the same batch and steps

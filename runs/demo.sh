@@ -30,7 +30,7 @@ stage resynth   python sample.py config/demo_sample.py --resynth --max_prompts=2
     --out=out/demo/resynth --html=out/demo/resynth/page.html
 echo "total,$((SECONDS - begin))" >> out/demo/stages.csv
 
-# a line a stage and a line a model; the same in out/demo/summary.json
+# print one line per stage and one per model; out/demo/summary.json gets the same numbers
 python - <<'PYTHON'
 import json
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Speech and text in one model, offline, in the toy language: does a model that was trained on spans
-# of both (section 4.3 of the paper) know in text what it heard? Against the same steps on speech
-# and text apart, and against speech alone, as many units of it as the first model saw.
+# of both (section 4.3 of the paper) relate text to speech? It is compared with a model of the same
+# steps on separate speech and text, and with one of speech only. All three see as many units.
 #     bash runs/interleave.sh                   out/interleave/eval.json; 13 minutes of two cores
 #     bash runs/interleave.sh '1 2 3' 2000      these seeds, so many steps (1000)
-# All begin as one small text LM, made here of the stories' text. Runs go side by side, a thread
-# each, and end by steps, not by the clock.
+# All start from one small text LM, trained here on the stories' text. Runs go in parallel, with one
+# thread each, and end after a fixed number of steps, not by the clock.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 SEEDS=${1:-1 2 3} STEPS=${2:-1000} OUT=out/interleave
@@ -70,8 +70,8 @@ arm() {  # name, seed, data, steps
         --init=$OUT/text_lm --embed_init=mean --data="$3" --balanced --max_steps="$4" \
         --train_hours=100 --eval_interval=1000 --save_interval=1000
 }
-# Of its tokens the first sees a sixth as speech, a sixth as text, the rest interleaved, in all
-# 65.6 % units; the others see as many units: two thirds of the steps of speech, where 98.4 % are
+# Arm interleaved has 1/6 speech, 1/6 text and 4/6 interleaved tokens; 65.6 % of all are units. The
+# others see as many units: 2/3 as many tokens of speech, of which 98.4 % are units
 seed() {
     arm interleaved "$1" $SPEECH,$TEXT,$MIXED:4 $STEPS
     arm apart "$1" $SPEECH:2,$TEXT $STEPS

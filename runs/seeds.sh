@@ -2,8 +2,8 @@
 # A recipe under other seeds: pre-training, DPO, and a table of means, spreads and differences.
 #     bash runs/seeds.sh                                   the demo's, seeds 1 2 3 (after demo.sh)
 #     bash runs/seeds.sh '1 2' config/slam_a5000.py config/slam_dpo.py --data_dir=data/eval
-# The demo's runs go side by side, a thread each, and are ended by steps, so that the table is the
-# same on any machine; those of other configs one after the other. Results: out/seeds/NAME.
+# The demo's runs go in parallel, one thread each, and end after a fixed number of steps, so the
+# table is the same on any machine. Other configs run one by one. Results: out/seeds/NAME.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 SEEDS=${1:-1 2 3} TRAIN=${2:-config/demo.py} DPO=${3:-config/demo_dpo.py}

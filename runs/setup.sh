@@ -27,8 +27,8 @@ else
     install -r requirements.txt
 fi
 
-# torch and torchaudio must come from one index: PyPI's torchaudio, which is built for CUDA, cannot be
-# imported beside a CPU-only torch
+# torch and torchaudio must come from one index: PyPI's torchaudio, which is built for CUDA, cannot
+# be imported beside a CPU-only torch
 python - <<'PYTHON' || exit 2
 import sys, torch
 

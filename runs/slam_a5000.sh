@@ -3,8 +3,8 @@
 # are the day; downloading, preparing units and evaluating come on top.
 #     bash runs/slam_a5000.sh
 #     GPUS=8 LIBRILIGHT='small medium large' bash runs/slam_a5000.sh
-# Each part is left alone once it is done, and goes on where it was stopped. Disk: see README's
-# table of sets. Suites are looked for below data/eval, laid out as README says.
+# A finished part is skipped; a stopped part continues where it stopped. Disk: see README's table of
+# sets. Suites are expected below data/eval, laid out as README says.
 #     GPUS          GPUs to use                                               1
 #     LIBRILIGHT    parts of it: small (35 GB), medium (321 GB), large (3 TB)  small medium
 #     SPOKENSWAG    download, or make: SWAG's texts spoken by kokoro here      download
@@ -17,7 +17,7 @@ CONFIG=${CONFIG:-config/slam_a5000.py} DPO=${DPO:-config/slam_dpo.py} OUT=${OUT:
 launch() {
     if [ "$GPUS" -gt 1 ]; then torchrun --nproc_per_node="$GPUS" "$@"; else python "$@"; fi
 }
-fetch() {  # url, folder: download and unpack once; a broken download goes on
+fetch() {  # url, folder: download and unpack once; a broken download is resumed
     local file=data/download/${1##*/}
     [ ! -e "$file.done" ] || return 0
     mkdir -p data/download "$2"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up and run the tests.
-#     bash runs/test.sh               all, a process a file, as many at once as there are cores
+#     bash runs/test.sh               all: one process per file, as many at once as cores
 #     bash runs/test.sh -k packing    pytest's own options, one process
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"

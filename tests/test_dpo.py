@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(place):
         (dict(loss='dro'), "loss 'dro' is unknown"),
         (dict(init='nowhere'), 'nowhere'),
         (dict(data='nowhere.jsonl'), 'nowhere.jsonl'),
-        (dict(batch_pairs=100), '70 pairs to train on are no batch of 100'),
+        (dict(batch_pairs=100), '70 training pairs are fewer than one batch (100)'),
         (dict(out_dir='{place}/init'), 'would be overwritten'),
         (dict(out_dir='{place}/whole', beta=0.2), 'is a run with beta=0.1, not 0.2'),
         (dict(out_dir='{place}/whole', data='{place}/few.jsonl'), 'is a run with data'),

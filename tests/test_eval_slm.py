@@ -251,7 +251,7 @@ def test_stories_are_cut_at_word_times_where_they_part(tmp_path):
     assert found['to'] == 'speech' and found['texts'] == ['A dog.', 'A dog.']
     assert found['neg'] == eval_slm.Clip(files[1], start=0.8)
     os.remove(tmp_path / 'manifest.jsonl')
-    with pytest.raises(M.InputError, match='0_correct.wav: no ending known'):
+    with pytest.raises(M.InputError, match='0_correct.wav: no ending found'):
         eval_slm.cross(stories, str(tmp_path), '_to_text')
 
 
@@ -469,7 +469,7 @@ def test_models_end_to_end(tmp_path, checkpoint):
         (['--tasks=sSC,genppl', '--asr=/no/whisper'], "'/no/whisper': there is no such folder"),
         (['--tasks=sSC,genppl', '--asr={tmp}/ct2'], 'ct2 is in CTranslate2 format'),
         (['--tasks=own={tmp}/twice.csv'], "twice.csv, line 4: a second id '1' of voice ''"),
-        (['--wer'], 'no prompts of known text: add a suite'),
+        (['--wer'], 'no prompts with known text: add a suite'),
     ],
 )
 def test_mistakes_end_in_one_line_before_anything_is_computed(tmp_path, checkpoint, args, message):

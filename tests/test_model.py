@@ -363,7 +363,7 @@ def folders(tmp_path_factory):
     [
         (dict(where='out/nothing'), 'no such folder'),
         (dict(where='preset:gpt-5'), 'there are qwen2.5-0.5b'),
-        (dict(vocab_size=502), 'no 502 rows of the 42'),
+        (dict(vocab_size=502), 'cannot make 502 rows from 42'),
         (dict(tensors={'model.decoder.layers.0.fc1.weight': None}), 'missing.*0.fc1.weight'),
         (dict(tensors={'model.decoder.layers.0.fc1.weight': torch.zeros(3, 32)}), 'shape.*0.fc1'),
         (dict(config=dict(model_type='speech_language_model')), 'base_config'),

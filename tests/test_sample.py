@@ -183,7 +183,7 @@ MISTAKES = {
     "no row has split 'val'; --split= takes all": '--prompt=train.jsonl',
     'different encoders': '--prompt=other/u.jsonl',
     '--resynth needs --prompt': '--resynth',
-    'text goes without --resynth': '--to=text --html=page.html',
+    'text excludes --resynth': '--to=text --html=page.html',
     'or temperature < 0': '--prompt=far.jsonl --temperature=-1',
     'batch_size or max_new_tokens below 1': '--prompt=far.jsonl --batch_size=0',
     'has no text': '--from_text=Once',

@@ -345,7 +345,7 @@ def test_a_stopped_run_resumes_bit_for_bit(forty, data, tmp_path, name, times, c
         assert saved == 20 if code < 0 else saved == len(file.readlines()) >= 25
     with open(out + '/log.jsonl', 'a') as file:
         file.write('{"step": 2')  # incomplete
-    assert f'going on at step {saved}' in inside(*flags).stdout
+    assert f'continuing at step {saved}' in inside(*flags).stdout
     assert losses(out) == losses(forty[0])
     assert weights_of(out) == weights_of(forty[0])
 
@@ -357,7 +357,7 @@ def test_two_processes_are_one_also_when_they_go_on(data, tmp_path):
     two = str(shutil.copytree(one, tmp_path / 'two'))
     run_in_two(*TINY, *flags, f'--out_dir={two}', '--max_steps=20')
     printed = inside(*flags, f'--out_dir={one}', '--max_steps=20').stdout
-    assert 'step 12: the learning rate was 2.95e-04, it is 2.78e-03' in printed
+    assert 'step 12: the learning rate was 2.95e-04, now it is 2.78e-03' in printed
     for ours, theirs in zip(log_of(two), log_of(one), strict=True):
         for key in ('loss', 'tokens', 'val_loss'):
             assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), abs=1e-5)
