@@ -1,7 +1,8 @@
 """Pre-train a speech language model: Slam's 24-hour recipe and its ablations (arXiv 2502.15814).
 
 Rows pack several utterances; attention stays within each utterance. Weights are float32, matrix
-products bfloat16 on CUDA. The same command resumes a killed run exactly, on any number of GPUs.
+products bfloat16 on CUDA. The same command resumes a killed run exactly; the number of GPUs may
+change (not with dropout).
 
     python train.py config/demo.py                                    # minutes on a CPU
     python train.py config/slam_a5000.py --data=librilight,librispeech,stinystories

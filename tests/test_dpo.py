@@ -279,7 +279,8 @@ def test_the_clock_and_epochs_end_a_run_after_one_step_at_least(place):
 
 
 def test_pairs_are_cut_to_the_positions_of_the_model(place):
-    small_slm(40 + OFFSET, context=16).save_pretrained(place / 'short', load_slm(place / 'init').slam)
+    slam = load_slm(place / 'init').slam
+    small_slm(40 + OFFSET, context=16).save_pretrained(place / 'short', slam)
     done = inside(place, 'cut', init=place / 'short', max_steps=1)
     assert 'cut to the context' in done.stdout
 
