@@ -670,7 +670,7 @@ def load_slm(
     context: tokens of a training row, saved in the config. rope_theta: replaces the checkpoint's.
     Raises InputError for a missing checkpoint, another tokenizer, or a model Block cannot compute.
     """
-    cold = where == 'scratch' or where.startswith('preset:')
+    cold = where == 'scratch' or str(where).startswith('preset:')
     if cold:
         presets = read_json(os.path.join(os.path.dirname(__file__), 'config', 'presets.json'))
         presets['scratch'] |= {SIZES[name]: size for name, size in (sizes or {}).items()}
