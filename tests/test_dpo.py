@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fork_script, read_jsonl, run_checked, run_in_two, small_slm, write_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 import dpo
 from model import EOS, OFFSET, load_slm
@@ -279,8 +279,10 @@ def test_the_clock_and_epochs_end_a_run_after_one_step_at_least(place):
 
 
 def test_pairs_are_cut_to_the_positions_of_the_model(place):
-    slam = load_slm(place / 'init').slam
-    small_slm(40 + OFFSET, context=16).save_pretrained(place / 'short', slam)
+    sizes = dict(hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1)
+    sizes |= dict(num_attention_heads=2, vocab_size=40 + OFFSET, max_position_embeddings=24)
+    OPTForCausalLM(OPTConfig(**sizes)).save_pretrained(place / 'short')
+    shutil.copy(place / 'init/slam.json', place / 'short')
     done = inside(place, 'cut', init=place / 'short', max_steps=1)
     assert 'cut to the context' in done.stdout
 
