@@ -1,9 +1,7 @@
 """The demo's model: 0.46 M parameters from scratch, 4 minutes on two slow cores.
 
 The run ends after max_steps, so the loss curve depends on the seed alone, however slow the machine.
-Four layers take 1.6 to 1.8 times as long. They were better at tstory (92.9 against 86.7 over three
-seeds), but worse in unseen voices (62.0 against 70.7); grammar and sstory differ by no more than
-the seeds do.
+Four layers take 1.6 to 1.8 times as long and were worse in unseen voices (RESULTS.md).
 """
 
 out_dir = 'out/demo/slm'
