@@ -107,8 +107,7 @@ def find_paths(names):
 def find_items():
     """--audio -> the items to encode. Test sets are included, to be counted but not read."""
     paths = find_paths(audio)
-    local = [path for path in paths if not path.startswith('hub:')]
-    folders = [path if os.path.isdir(path) else os.path.dirname(path) for path in local]
+    folders = [p if os.path.isdir(p) else os.path.dirname(p) for p in paths if p[:4] != 'hub:']
     root = os.path.join(os.path.commonpath(folders), '') if folders else 'hub:'
     items = list(chain.from_iterable(list_items(path, root) for path in paths))
     if not items:
@@ -660,10 +659,11 @@ def write_text_sets():
 
 
 def make_from_audio():
-    """Encode this process's share of the parts; the last process merges all parts. Returns a
-    summary, or a line that says what is missing."""
+    """Encode this process's share of the parts; the last process merges all. Returns a message."""
     of_torchrun = f'{os.environ.get("RANK", 0)}/{os.environ.get("WORLD_SIZE", 1)}'
     part, of = map(int, (shard or of_torchrun).split('/'))
+    if not 0 <= part < of:
+        raise InputError(f'--shard={shard}: expected 0/{of} to {of - 1}/{of}')
     if torch.cuda.is_available() and device == 'auto':
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
 
@@ -684,8 +684,8 @@ def make_from_audio():
     name = prepare_encoder(items, recipe, part)
     place = os.path.join(out, 'parts', M.content_hash(recipe)[:8])  # one folder per settings
     paths = [os.path.join(place, f'{i:05d}.jsonl') for i in range(len(parts))]
-    mine = list(zip(paths, parts, strict=True))[part::of]
-    todo = [(path, items) for path, items in mine if not os.path.exists(path)]
+    tasks = list(zip(paths, parts, strict=True))[part::of]
+    todo = [task for task in tasks if not os.path.exists(task[0])]
     list(tqdm(in_parallel(encode_part, todo), 'encoding', len(todo), unit=' parts'))
     if missing := sum(not os.path.exists(path) for path in paths):
         return f'{out}: shard {part} of {of} is done, {missing} of {len(parts)} parts missing'

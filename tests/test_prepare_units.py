@@ -421,6 +421,7 @@ def test_a_finished_folder_is_left_alone_and_others_refused(corpus, whole, run, 
         (['--from_units={}/units.jsonl', '--n_units=4'], 'has unit 4: --n_units=4'),
         (['--from_units={}/units.jsonl', '--n_units=4', '--out={}/old'], 'made with other'),
         (['--audio=README.md', '--workes=2'], 'did you mean workers'),
+        (['--audio=README.md', '--shard=2/2'], '--shard=2/2: expected 0/2 to 1/2'),
     ],
 )
 def test_mistakes_are_one_line(run, tmp_path, args, message):
