@@ -2,7 +2,7 @@
 # Speech and text in one model, offline, in the toy language: does a model that was trained on spans
 # of both (section 4.3 of the paper) relate text to speech? It is compared with a model of the same
 # steps on separate speech and text, and with one of speech only. All three see as many units.
-#     bash runs/interleave.sh                   out/interleave/eval.json; 13 minutes of two cores
+#     bash runs/interleave.sh                   results in out/interleave/eval.json
 #     bash runs/interleave.sh '1 2 3' 2000      these seeds, so many steps (1000)
 # All start from one small text LM, trained here on the stories' text. Runs go in parallel, with one
 # thread each, and end after a fixed number of steps, not by the clock.
