@@ -812,14 +812,13 @@ def work(task, speaker, numbers, paths, quiet=False):
         at = number + 1
 
 
-def share_work(task, speaker, missing, paths, lock):
+def share_work(task, speaker, missing, paths):
     """Make the missing parts in worker processes, or in this process for a neural voice."""
     processes = min(workers or os.cpu_count(), len(missing))
     if BACKENDS[tts][2] or processes < 2:
         return work(task, speaker, missing, paths)
 
     def worker(number):
-        lock.close()  # if this run is killed, the next one need not wait for its workers to end
         start_worker()
         try:
             work(task, speaker, missing[number::processes], paths, quiet=number > 0)
@@ -888,14 +887,14 @@ def run_task(task, paths, settings, speaker):
     began, folder = time.time(), os.path.join(out, task.name)
     os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
     lock = open(os.path.join(folder, 'parts', 'lock'), 'w')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:  # lockf: workers do not inherit the lock, so it ends with this process, even if killed
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f'another process writes {folder}') from None
     with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
         json.dump(settings, file)
     missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]
-    share_work(task, speaker, missing, paths, lock)
+    share_work(task, speaker, missing, paths)
     seconds, reasons = merge_parts(task, folder, paths)
     spent, hours, skipped = time.time() - began, seconds / 3600, sum(reasons.values())
     made = dict(items=settings['items'], skipped=skipped, reasons=reasons, hours=hours)

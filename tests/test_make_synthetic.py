@@ -370,27 +370,30 @@ def test_one_process_makes_what_three_do(made, tmp_path):
         (tmp_path / 'gone').rename(tmp_path / 'stories' / gone)
 
 
+def children(pid):
+    found = subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True)
+    return found.stdout.split()
+
+
 def wait_for_parts(out, n, is_alive):
-    while len(list(out.glob('*/parts/0*.jsonl'))) < n:
+    while is_alive() and len(list(out.glob('*/parts/0*.jsonl'))) < n:
         time.sleep(0.005)
-        assert is_alive()
+    assert len(list(out.glob('*/parts/0*.jsonl'))) >= n  # it may have ended since
 
 
 def test_killed_runs_are_continued_to_the_same_files(whole, tmp_path):
     """kill -9 of the parent alone: the next run begins at once, even if workers still live."""
-    left = []
-    for n, workers in ((1, 2), (2, 1)):
-        args = *STORIES, f'--out={tmp_path}', f'--workers={workers}'
-        process = fork_script('make_synthetic.py', *args)
-        wait_for_parts(tmp_path, n, process.is_alive)
-        found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True)
-        left += [int(pid) for pid in found.stdout.split()]
-        for pid in left:  # workers of the first run live until the second is killed
-            os.kill(pid, signal.SIGSTOP)
-        process.kill()
-        process.join()
-    for pid in left:
-        os.kill(pid, signal.SIGCONT)
+    workers = []
+    try:
+        for n, flag in ((1, '--workers=2'), (2, '--workers=1')):
+            process = fork_script('make_synthetic.py', *STORIES, f'--out={tmp_path}', flag)
+            wait_for_parts(tmp_path, n, process.is_alive)
+            workers += children(process.pid)
+            subprocess.run(['kill', '-STOP', *workers])  # they live until both runs are killed
+            process.kill()
+            process.join()
+    finally:
+        subprocess.run(['kill', '-KILL', *workers])
     kept = {path: os.stat(path).st_mtime_ns for path in tmp_path.glob('*/parts/0*.jsonl')}
     (tmp_path / 'stories' / 'summary.json').unlink(missing_ok=True)
     run(*STORIES, '--workers=2', f'--out={tmp_path}')
@@ -405,14 +408,14 @@ def test_killed_runs_are_continued_to_the_same_files(whole, tmp_path):
     [('worker', 2, 'a worker was killed'), ('run', 130, 'interrupted; run the same command')],
 )
 def test_ctrl_c_or_a_killed_worker_ends_a_run(tmp_path, killed, code, message):
-    command = [sys.executable, 'make_synthetic.py', *STORIES, f'--out={tmp_path}']
-    command += ['--workers=2', '--n_stories=4000']
+    args = *STORIES, f'--out={tmp_path}', '--workers=2', '--n_stories=4000'
+    command = [sys.executable, 'make_synthetic.py', *args]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for_parts(tmp_path, 1, lambda: process.poll() is None)
     if killed == 'worker':
-        found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True)
-        os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+        subprocess.run(['kill', '-KILL', children(process.pid)[0]])
     else:
+        run(*args, mistake='another process writes')
         process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=300)  # its workers hold the pipe, too
     assert process.returncode == code and message in error and 'Traceback' not in error

@@ -127,7 +127,7 @@ def test_logits_equal_transformers_and_round_trip(pair, tmp_path):
     assert ours.num_params() == hf.num_parameters()
     ours.save_pretrained(tmp_path, dict(n_units=V - OFFSET, encoder_id='5eed'))
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    again = load_slm(str(tmp_path))
+    again = load_slm(tmp_path)  # a path, or its name
     assert type(back) is type(hf)
     assert_same_logits(ours, back, 3, 60)
     assert_same_logits(again, hf, 3, 60)
