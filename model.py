@@ -971,7 +971,7 @@ def log_mel(wave):
 with open(os.path.join(os.path.dirname(__file__), 'config', 'encoders.json')) as file:
     ENCODERS, PUBLISHED = json.load(file).values()
 # settings that change the units, by kind; encoder_id hashes them with the centroids and the net
-SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range'))
+SETTINGS = dict(hubert=('layer', 'pad'), mfcc=('n_cep', 'lifter', 'c0', 'range', 'delta'))
 
 
 class UnitEncoder:
@@ -1045,7 +1045,7 @@ class UnitEncoder:
         hash of the settings, the centroids and the net."""
         if self.config.get('encoder_id') in PUBLISHED:
             return self.config['encoder_id']
-        settings = [float(self.config.get(key, 0)) for key in self.settings]
+        settings = [float(self.config[key]) for key in self.settings if key in self.config]
         # leave out the random mask embedding, and the weight norm, whose rounding varies by machine
         unsure = re.compile(r'masked_spec_embed|encoder\.pos_conv_embed\.conv\.(weight|param)')
         tensors = sorted(self.net.state_dict().items()) if self.net else []
@@ -1099,17 +1099,18 @@ class UnitEncoder:
 
 
 def mfcc(wave, config):
-    """Cepstra of the log-mel spectrum relative to the utterance's loudness. A 40 ms frame holds two
-    cepstra of 20 ms: (samples,) -> (max(1, samples // 640), 2 n_cep)."""
+    """Log-mel cepstra relative to the utterance's loudness, two of 20 ms a frame, and `delta` times
+    their slopes, which voices share more: (samples,) -> (max(1, samples // 640), 4 n_cep)."""
     mel = log_mel(F.pad(wave, (0, max(0, 4 * HOP - len(wave)))))
     mel = mel[: len(mel) // 4 * 4]
     energy = torch.logsumexp(mel, 1) - math.log(N_MELS)
     loud = energy.sort().values[int(0.95 * (len(energy) - 1))].clamp(min=-7)  # -7 is silence
-    relative = (mel + (config['range'] - loud)).clamp_(min=0)
-    halves = relative.view(-1, 2, 2, N_MELS).mean(2)  # 20 ms each, two per frame
+    halves = (mel + (config['range'] - loud)).clamp_(min=0).view(-1, 2, 2, N_MELS).mean(2)
     weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
     weight[0] = config['c0']
-    return (halves @ (functional.create_dct(config['n_cep'], N_MELS, 'ortho') * weight)).flatten(1)
+    cepstra = (halves @ functional.create_dct(len(weight), N_MELS, 'ortho') * weight).flatten(1)
+    slopes = functional.compute_deltas(cepstra.T, 3).T * config.get('delta', 0)
+    return torch.cat([cepstra, slopes], 1) if 'delta' in config else cepstra
 
 
 def write_part(folder, name, config, tensors):
@@ -1567,8 +1568,7 @@ def open_run(out_dir, fresh, resume, free, rank=0):
         raise InputError(f'another process is training in {out_dir}') from None
     except OSError:
         pass  # a file system without locks
-    file.seek(0)
-    end = 0
+    end = file.seek(0)
     while (line := file.readline()).endswith('\n') and json.loads(line)['step'] <= state['step']:
         end = file.tell()
     file.truncate(end)

@@ -9,7 +9,7 @@ n_pairs = 1400  # 80 steps of 16, and 64 held out
 n_suite = 500
 n_unseen = 200
 # four variants of one accent whose formants differ little: MFCC units tell voices apart, and a
-# model learns everything again for other formants (voices max and Mario: 10 % more nats a story)
+# model learns more slowly if some voices have other formants (such as max and Mario)
 voices = 'gmw/en,gmw/en+m3,gmw/en+m4,gmw/en+m6'
 test_voices = 'gmw/en+m1,gmw/en+m7'
 # Whisper tiny gets 23 % of the words wrong at a speed of 1.0, and 40 % at 1.15
