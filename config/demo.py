@@ -1,8 +1,8 @@
 """The demo's model: 0.46 M parameters from scratch, 3 to 4 minutes on two slow cores.
 
 The run ends after max_steps, so the loss curve depends on the seed alone, however slow the machine.
-Four layers take 1.6 to 1.8 times as long. With one seed each and 2,500 steps, no score differed by
-more than 2 points (RESULTS.md).
+Four layers take 1.6 to 1.8 times as long. With one seed each, 2,500 steps and units without slopes,
+no score differed by more than 2 points (RESULTS.md).
 """
 
 out_dir = 'out/demo/slm'
