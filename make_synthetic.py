@@ -891,6 +891,8 @@ def run_task(task, paths, settings, speaker):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f'another process writes {folder}') from None
+    except OSError:
+        pass  # a file system without locks
     with write_atomic(os.path.join(folder, 'parts', 'settings.json')) as file:
         json.dump(settings, file)
     missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]

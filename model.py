@@ -1109,8 +1109,8 @@ def mfcc(wave, config):
     weight = torch.arange(config['n_cep']).clamp(min=1) ** config['lifter'] / 2**0.5
     weight[0] = config['c0']
     cepstra = (halves @ functional.create_dct(len(weight), N_MELS, 'ortho') * weight).flatten(1)
-    slopes = functional.compute_deltas(cepstra.T, 3).T * config.get('delta', 0)
-    return torch.cat([cepstra, slopes], 1) if 'delta' in config else cepstra
+    slopes = functional.compute_deltas(cepstra.T, 3).T  # not in encoders of earlier versions
+    return torch.cat([cepstra, config['delta'] * slopes], 1) if 'delta' in config else cepstra
 
 
 def write_part(folder, name, config, tensors):
